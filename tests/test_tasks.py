@@ -1,0 +1,582 @@
+"""The eleven tasks: samples, sampling, loading, and the one-line errors of bad input."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tasks import (
+    TASKS,
+    Sample,
+    demonstration_seeds,
+    get_task,
+    load_samples,
+    permutation_subset,
+    sample_train_dev,
+)
+from utils import InputError
+
+SAMPLES_DIR = Path(__file__).parent.parent / "data" / "samples"
+
+# One row of each task in the Hub's schema, with its candidates and correct answers.
+EXAMPLES = {
+    "SST2": ({"sentence": "fine ", "label": 1, "idx": 0}, (0, 1), (1,)),
+    "RTE": ({"premise": "P.", "hypothesis": "H.", "idx": 0, "label": 0}, (0, 1), (0,)),
+    "CB": ({"premise": "P.", "hypothesis": "h", "idx": 0, "label": 2}, (0, 1, 2), (2,)),
+    "BoolQ": (
+        {"question": "is it", "answer": False, "passage": "P."},
+        (True, False),
+        (False,),
+    ),
+    "WSC": (
+        {
+            "text": "Ann ate. She left.",
+            "span1_index": 0,
+            "span2_index": 2,
+            "span1_text": "Ann",
+            "span2_text": "She",
+            "idx": 0,
+            "label": 1,
+        },
+        (0, 1),
+        (1,),
+    ),
+    "WIC": (
+        {
+            "word": "bank",
+            "sentence1": "A bank.",
+            "sentence2": "The bank.",
+            "start1": 2,
+            "start2": 4,
+            "end1": 6,
+            "end2": 8,
+            "idx": 0,
+            "label": 0,
+        },
+        (0, 1),
+        (0,),
+    ),
+    "MultiRC": (
+        {
+            "paragraph": "P.",
+            "question": "Q?",
+            "answer": "A",
+            "idx": {"paragraph": 0, "question": 0, "answer": 0},
+            "label": 1,
+        },
+        (0, 1),
+        (1,),
+    ),
+    "Copa": (
+        {
+            "premise": "P.",
+            "choice1": "One.",
+            "choice2": "Two.",
+            "question": "cause",
+            "idx": 0,
+            "label": 1,
+        },
+        ("One.", "Two."),
+        ("Two.",),
+    ),
+    "ReCoRD": (
+        {
+            "passage": "Kim met Lee.",
+            "query": "@placeholder won.",
+            "entities": ["Lee", "Kim", "Lee"],
+            "entity_spans": {"text": ["Kim", "Lee"], "start": [0, 8], "end": [3, 11]},
+            "answers": ["Kim", "Lee", "Kim"],
+            "idx": {"passage": 0, "query": 0},
+        },
+        ("Lee", "Kim"),
+        ("Kim", "Lee"),
+    ),
+    "SQuAD": (
+        {
+            "id": "x",
+            "title": "T",
+            "context": "C.",
+            "question": "Q?",
+            "answers": {"text": ["9 m", "9", "9 m"], "answer_start": [1, 1, 1]},
+        },
+        (),
+        ("9 m", "9"),
+    ),
+    "DROP": (
+        {
+            "section_id": "s",
+            "query_id": "q",
+            "passage": "P.",
+            "question": "Q?",
+            "answers_spans": {"spans": ["b", "a", "b"], "types": ["span", "span", "span"]},
+        },
+        (),
+        ("b", "a"),
+    ),
+}
+
+
+def write_jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_parquet(path, rows):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def one_line(error):
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+# ------------------------------------------------------------------------------------------ tasks
+
+
+def test_the_eleven_tasks():
+    assert list(TASKS) == (
+        ["SST2", "RTE", "CB", "BoolQ", "WSC", "WIC", "MultiRC", "Copa", "ReCoRD", "SQuAD", "DROP"]
+    )
+    assert [task.name for task in TASKS.values()] == list(TASKS)
+
+
+def test_hub_ids():
+    assert {name: (task.hub_path, task.hub_config) for name, task in TASKS.items()} == {
+        "SST2": ("nyu-mll/glue", "sst2"),
+        "RTE": ("aps/super_glue", "rte"),
+        "CB": ("aps/super_glue", "cb"),
+        "BoolQ": ("google/boolq", None),
+        "WSC": ("aps/super_glue", "wsc.fixed"),
+        "WIC": ("aps/super_glue", "wic"),
+        "MultiRC": ("aps/super_glue", "multirc"),
+        "Copa": ("aps/super_glue", "copa"),
+        "ReCoRD": ("aps/super_glue", "record"),
+        "SQuAD": ("rajpurkar/squad", None),
+        "DROP": ("ucinlp/drop", None),
+    }
+
+
+def test_kinds_of_task():
+    generation = {name for name, task in TASKS.items() if task.generation}
+    f1 = {name for name, task in TASKS.items() if task.metric_name == "f1"}
+    accuracy = {name for name, task in TASKS.items() if task.metric_name == "accuracy"}
+    not_classified = {name for name, task in TASKS.items() if not task.train_as_classification}
+    assert generation == f1 == {"SQuAD", "DROP"}
+    assert accuracy == set(TASKS) - f1
+    assert not_classified == {"Copa", "ReCoRD", "SQuAD", "DROP"}
+
+
+@pytest.mark.parametrize("name", ["SST2", "sst2", "Sst2"])
+def test_get_task_in_any_case(name):
+    assert get_task(name) is TASKS["SST2"]
+
+
+def test_get_task_unknown():
+    with pytest.raises(InputError) as error:
+        get_task("sst-2")
+    message = one_line(error)
+    assert "'sst-2'" in message
+    assert all(name in message for name in TASKS)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_sample(name):
+    row, candidates, correct = EXAMPLES[name]
+    task = TASKS[name]
+    sample = task.sample(row, 7)
+    assert (sample.id, sample.candidates, sample.correct) == (7, candidates, correct)
+    assert sample.row == {column: row[column] for column in task.columns}
+    # BoolQ's labels stay booleans: 1 == True would hide an integer.
+    assert [type(value) for value in sample.correct] == [type(value) for value in correct]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_texts_come_from_the_template(name):
+    task = TASKS[name]
+    row, _, correct = EXAMPLES[name]
+    sample = task.sample(row, 0)
+    assert task.prompt(sample) == task.template.prompt(row)
+    assert task.option(sample, correct[0]) == task.template.option(row, correct[0])
+
+
+def test_content_free_texts():
+    task = TASKS["SST2"]
+    sample = task.sample({"sentence": "fine", "label": 1}, 0)
+    assert task.content_free_prompt(sample) == " It was"
+    assert task.content_free_option(sample, 0) == " terrible"
+
+
+@pytest.mark.parametrize("name", ["SQuAD", "DROP"])
+def test_content_free_texts_of_generation(name):
+    task = TASKS[name]
+    sample = task.sample(EXAMPLES[name][0], 0)
+    with pytest.raises(InputError, match=f"{name} has no content-free prompt.*--sfc"):
+        task.content_free_prompt(sample)
+    with pytest.raises(InputError, match=f"{name} has no content-free prompt.*--sfc"):
+        task.content_free_option(sample, "x")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "named"),
+    [
+        ("SST2", {"label": -1}, "label is -1: expected 0 or 1"),
+        ("SST2", {"label": None}, "label is None"),
+        ("SST2", {"label": "1"}, "label is '1'"),
+        ("RTE", {"label": 2}, "label is 2"),
+        ("CB", {"label": 3}, "label is 3: expected 0 or 1 or 2"),
+        ("BoolQ", {"answer": None}, "answer is None: expected True or False"),
+        ("Copa", {"label": -1}, "label is -1: expected 0 or 1"),
+        ("Copa", {"question": "why"}, "question is 'why': expected 'effect' or 'cause'"),
+        ("ReCoRD", {"answers": []}, "answers is []"),
+        ("ReCoRD", {"entities": []}, "entities is []"),
+        ("ReCoRD", {"entities": "Kim"}, "entities is 'Kim'"),
+        ("SQuAD", {"answers": {"text": [], "answer_start": []}}, "answers.text is []"),
+        ("SQuAD", {"answers": None}, "answers.text is None"),
+        ("DROP", {"answers_spans": {"spans": [], "types": []}}, "answers_spans.spans is []"),
+        ("DROP", {"answers_spans": {"types": []}}, "answers_spans.spans is None"),
+        ("DROP", {"answers_spans": {"spans": [7]}}, "answers_spans.spans is [7]"),
+        ("MultiRC", {"paragraph": None}, "paragraph is None: expected a text"),
+        ("SST2", {"sentence": 5}, "sentence is 5: expected a text"),
+    ],
+)
+def test_unusable_rows(name, change, named):
+    row = EXAMPLES[name][0] | change
+    with pytest.raises(InputError) as error:
+        TASKS[name].sample(row, 4)
+    message = one_line(error)
+    assert named in message
+    assert "row 4" in message
+
+
+def test_labels_of_another_number_type():
+    sample = TASKS["BoolQ"].sample({"question": "q", "answer": 1, "passage": "P."}, 0)
+    assert sample.correct[0] is True
+    sample = TASKS["Copa"].sample(EXAMPLES["Copa"][0] | {"label": 0.0}, 0)
+    assert sample.correct == ("One.",)
+
+
+def test_score_accuracy():
+    samples = [TASKS["SST2"].sample({"sentence": "s", "label": label}, 0) for label in (0, 1, 1)]
+    assert TASKS["SST2"].score([0, 0, 1], samples) == {"accuracy": pytest.approx(2 / 3)}
+
+
+def test_score_any_of_several_entities():
+    sample = Sample(0, {}, ("Kim", "Lee", "Ann"), ("Kim", "Lee"))
+    scores = TASKS["ReCoRD"].score(["Lee", "Ann"], [sample, sample])
+    assert scores == {"accuracy": 0.5}
+
+
+@pytest.mark.parametrize("name", ["SQuAD", "DROP"])
+def test_score_texts(name):
+    samples = [Sample(0, {}, (), ("Denver Broncos",)), Sample(1, {}, (), ("8", "seven"))]
+    scores = TASKS[name].score([" broncos\n", "Seven."], samples)
+    assert scores == {"f1": pytest.approx(5 / 6), "em": 0.5}
+
+
+# --------------------------------------------------------------------------------------- sampling
+
+
+def test_permutation_subset_is_numpys():
+    population = list(range(100, 150))
+    drawn = permutation_subset(population, 8, seed=13)
+    np.random.seed(13)
+    assert drawn == [population[i] for i in np.random.permutation(50)[:8]]
+    assert drawn != permutation_subset(population, 8, seed=14)
+
+
+def test_permutation_subset_of_known_rows():
+    # RandomState's stream is frozen by numpy: these are the rows every paper's seed 0 means.
+    assert permutation_subset(list(range(10)), 10, seed=0) == [2, 8, 4, 9, 1, 6, 7, 3, 0, 5]
+
+
+def test_sampling_leaves_the_global_random_state_alone():
+    np.random.seed(5)
+    expected = np.random.rand()
+    np.random.seed(5)
+    permutation_subset(list(range(10)), 3, seed=0)
+    demonstration_seeds(3)
+    assert np.random.rand() == expected
+
+
+def test_permutation_subset_bounds():
+    assert sorted(permutation_subset([1, 2, 3], 9, seed=0)) == [1, 2, 3]
+    assert permutation_subset([1, 2, 3], 0, seed=0) == []
+    with pytest.raises(InputError, match="-1"):
+        permutation_subset([1, 2, 3], -1, seed=0)
+
+
+def test_train_and_dev_are_one_draw():
+    population = list(range(1000))
+    order = np.random.RandomState(3).permutation(1000)[:30].tolist()
+    train, dev = sample_train_dev(population, 20, 10, seed=3)
+    assert (train, dev) == (order[:20], order[20:])
+
+
+def test_no_dev():
+    order = np.random.RandomState(3).permutation(50)[:20].tolist()
+    assert sample_train_dev(list(range(50)), 20, 0, seed=3) == (order, [])
+
+
+def test_no_train():
+    order = np.random.RandomState(3).permutation(50)[:20].tolist()
+    assert sample_train_dev(list(range(50)), 0, 20, seed=3) == ([], order)
+
+
+def test_exactly_all(caplog):
+    train, dev = sample_train_dev(list(range(30)), 20, 10, seed=0)
+    assert sorted(train + dev) == list(range(30))
+    assert not caplog.records
+
+
+def test_more_than_there_is(caplog):
+    order = np.random.RandomState(0).permutation(250).tolist()
+    with caplog.at_level(logging.WARNING):
+        train, dev = sample_train_dev(list(range(250)), 1000, 100, seed=0)
+    assert (train, dev) == (order[:150], order[150:])
+    assert "only 250 examples" in caplog.text
+    assert "training on 150" in caplog.text
+
+
+@pytest.mark.parametrize("num_dev", [50, 51])
+def test_dev_would_take_everything(num_dev):
+    with pytest.raises(InputError, match=f"{num_dev} dev .* of 50: lower --num_dev"):
+        sample_train_dev(list(range(50)), 10, num_dev, seed=0)
+
+
+def test_negative_numbers():
+    with pytest.raises(InputError, match="-5 train"):
+        sample_train_dev(list(range(50)), -5, 10, seed=0)
+    with pytest.raises(InputError, match="-1 dev"):
+        sample_train_dev(list(range(50)), 5, -1, seed=0)
+
+
+def test_demonstration_seeds():
+    np.random.seed(0)
+    expected = np.random.randint(0, 10000, 5).tolist()
+    assert demonstration_seeds(5) == expected == [2732, 9845, 3264, 4859, 9225]
+    assert demonstration_seeds(0) == []
+
+
+# ---------------------------------------------------------------------------------------- loading
+
+
+@pytest.mark.parametrize("write", [write_jsonl, write_parquet])
+@pytest.mark.parametrize("name", TASKS)
+def test_load_local_files(name, write, tmp_path):
+    row, candidates, correct = EXAMPLES[name]
+    suffix = "jsonl" if write is write_jsonl else "parquet"
+    folder = tmp_path / name.upper()
+    write(folder / f"train.{suffix}", [row, row])
+    write(folder / f"validation.{suffix}", [row])
+    task = TASKS[name]
+    train, validation = load_samples(task, str(tmp_path))
+    expected_row = {column: row[column] for column in task.columns}
+    assert [sample.id for sample in train] == [0, 1]
+    assert [sample.id for sample in validation] == [0]
+    for sample in train + validation:
+        assert sample.row == expected_row
+        assert (sample.candidates, sample.correct) == (candidates, correct)
+
+
+def test_loading_leaves_nothing_behind(tmp_path, monkeypatch):
+    working = tmp_path / "cwd"
+    working.mkdir()
+    monkeypatch.chdir(working)
+    monkeypatch.setenv("HOME", str(working))
+    folder = tmp_path / "data" / "sst2"
+    write_jsonl(folder / "train.jsonl", [EXAMPLES["SST2"][0]])
+    write_parquet(folder / "validation.parquet", [EXAMPLES["SST2"][0]])
+    load_samples(TASKS["SST2"], str(tmp_path / "data"))
+    assert list(working.iterdir()) == []
+    assert len(list(folder.iterdir())) == 2
+
+
+@pytest.fixture
+def sst2(tmp_path):
+    """A folder with good files, for a test to spoil."""
+    folder = tmp_path / "sst2"
+    for split in ("train", "validation"):
+        write_jsonl(folder / f"{split}.jsonl", [{"sentence": "s", "label": 1}])
+    return folder
+
+
+def load_error(folder):
+    with pytest.raises(InputError) as error:
+        load_samples(TASKS["SST2"], str(folder.parent))
+    return one_line(error)
+
+
+def test_blank_lines_and_unicode(sst2):
+    text = '{"sentence": "caf\\u00e9 \N{LINE SEPARATOR} x", "label": 1}\n\n  \n'
+    (sst2 / "train.jsonl").write_text(text, encoding="utf-8")
+    train, _ = load_samples(TASKS["SST2"], str(sst2.parent))
+    assert [sample.row["sentence"] for sample in train] == ["café \N{LINE SEPARATOR} x"]
+
+
+def test_jsonl_wins_over_parquet(sst2):
+    write_parquet(sst2 / "train.parquet", [{"sentence": "other", "label": 0}])
+    train, _ = load_samples(TASKS["SST2"], str(sst2.parent))
+    assert train[0].row["sentence"] == "s"
+
+
+def test_missing_data_dir(tmp_path):
+    message = load_error(tmp_path / "nowhere" / "sst2")
+    assert "--data_dir" in message
+    assert "nowhere" in message
+
+
+def test_missing_task_folder(tmp_path):
+    (tmp_path / "rte").mkdir()
+    message = load_error(tmp_path / "sst2")
+    assert "SST2" in message
+    assert "found: rte" in message
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_missing_file(sst2, split):
+    (sst2 / f"{split}.jsonl").unlink()
+    message = load_error(sst2)
+    assert f"{split}.jsonl" in message
+    assert f"{split}.parquet" in message
+
+
+@pytest.mark.parametrize("write", [write_jsonl, write_parquet])
+def test_missing_column(sst2, write):
+    (sst2 / "train.jsonl").unlink()
+    name = "train.jsonl" if write is write_jsonl else "train.parquet"
+    write(sst2 / name, [{"text": "s", "label": 1}])
+    message = load_error(sst2)
+    assert name in message
+    assert "column 'sentence' is missing" in message
+    assert "found text, label" in message
+
+
+def test_missing_column_in_a_later_row(sst2):
+    write_jsonl(sst2 / "validation.jsonl", [{"sentence": "s", "label": 1}, {"sentence": "s"}])
+    message = load_error(sst2)
+    assert "validation.jsonl" in message
+    assert "row 1" in message
+    assert "column 'label' is missing" in message
+
+
+def test_hidden_label(sst2):
+    rows = [{"sentence": "s", "label": 1}, {"sentence": "s", "label": -1}]
+    write_jsonl(sst2 / "validation.jsonl", rows)
+    message = load_error(sst2)
+    assert "validation.jsonl" in message
+    assert "row 1" in message
+    assert "label is -1" in message
+
+
+@pytest.mark.parametrize(
+    ("line", "named"), [('{"sentence": "s", "lab', "not JSON"), ("[1, 2]", "JSON object")]
+)
+def test_malformed_line(sst2, line, named):
+    (sst2 / "train.jsonl").write_text('{"sentence": "s", "label": 1}\n' + line + "\n")
+    message = load_error(sst2)
+    assert "train.jsonl:2: " in message
+    assert named in message
+
+
+def test_not_utf8(sst2):
+    (sst2 / "train.jsonl").write_bytes(b'{"sentence": "caf\xe9", "label": 1}\n')
+    message = load_error(sst2)
+    assert "train.jsonl" in message
+    assert "UTF-8" in message
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_empty_jsonl(sst2, content):
+    (sst2 / "train.jsonl").write_text(content)
+    message = load_error(sst2)
+    assert "train.jsonl" in message
+    assert "no rows" in message
+
+
+def test_empty_parquet(sst2):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    (sst2 / "train.jsonl").unlink()
+    schema = pyarrow.schema([("sentence", pyarrow.string()), ("label", pyarrow.int64())])
+    parquet.write_table(schema.empty_table(), sst2 / "train.parquet")
+    message = load_error(sst2)
+    assert "train.parquet" in message
+    assert "no rows" in message
+
+
+@pytest.mark.parametrize("content", [b"", b"this is no parquet file at all"])
+def test_broken_parquet(sst2, content):
+    (sst2 / "train.jsonl").unlink()
+    (sst2 / "train.parquet").write_bytes(content)
+    message = load_error(sst2)
+    assert "train.parquet" in message
+    assert "not a Parquet file" in message
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_load_from_hub(name, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    row, candidates, correct = EXAMPLES[name]
+    asked = []
+
+    def load_dataset(*arguments, split):
+        asked.append((*arguments, split))
+        return [datasets.Dataset.from_list([row, row]), datasets.Dataset.from_list([row])]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    task = TASKS[name]
+    train, validation = load_samples(task, None)
+    # The test split, whose labels are hidden, is not asked for.
+    assert asked == [(task.hub_path, task.hub_config, ["train", "validation"])]
+    assert ([s.id for s in train], [s.id for s in validation]) == ([0, 1], [0])
+    assert (train[1].candidates, train[1].correct) == (candidates, correct)
+    assert train[1].row == {column: row[column] for column in task.columns}
+
+
+@pytest.mark.parametrize(
+    "error_type", [ConnectionError, FileNotFoundError, ValueError, "DatasetGenerationError"]
+)
+def test_hub_unreachable(error_type, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    if isinstance(error_type, str):
+        error_type = getattr(datasets.exceptions, error_type)
+
+    def load_dataset(*arguments, **options):
+        raise error_type("offline\nand more lines")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(InputError) as error:
+        load_samples(TASKS["WSC"], None)
+    message = one_line(error)
+    assert "aps/super_glue (wsc.fixed)" in message
+    assert "--data_dir" in message
+    assert "offline" in message
+
+
+def test_hub_missing_column(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    split = datasets.Dataset.from_list([{"sentence": "s"}])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: [split, split])
+    with pytest.raises(InputError, match=r"nyu-mll/glue \(sst2\).*'label'.*found sentence"):
+        load_samples(TASKS["SST2"], None)
+
+
+@pytest.mark.skipif(not SAMPLES_DIR.is_dir(), reason="data/samples is not there")
+@pytest.mark.parametrize("name", TASKS)
+def test_bundled_samples(name):
+    task = TASKS[name]
+    train, validation = load_samples(task, str(SAMPLES_DIR))
+    for sample in train + validation:
+        text = task.prompt(sample) + task.option(sample, sample.correct[0])
+        assert text.strip()
+        assert len(sample.candidates) != 1
+        if not task.generation:
+            assert set(sample.correct) & set(sample.candidates)

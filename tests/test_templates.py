@@ -1,0 +1,193 @@
+"""Every prompt, option and content-free text, spelled out: each character changes results."""
+
+import pytest
+
+from tasks import TASKS
+
+ROWS = {
+    "SST2": {"sentence": " a gripping , funny film . "},
+    "RTE": {"premise": "Ann sold Bob a car.", "hypothesis": "Bob bought a car."},
+    "CB": {"premise": "A: I doubt it. B: So he left?", "hypothesis": "he left"},
+    "BoolQ": {"passage": "Iron rusts in rain.", "question": "does iron rust"},
+    "WSC": {"text": "Bob saw Ann. She smiled.", "span1_text": "Ann", "span2_text": "She"},
+    "WIC": {"word": "bank", "sentence1": "A river bank.", "sentence2": "The bank was shut."},
+    "MultiRC": {"paragraph": "Leo ran.\nHe fell.", "question": "Who fell?", "answer": "Leo"},
+    "Copa": {
+        "premise": "The man lost his wallet.",
+        "choice1": "He was sad.",
+        "choice2": "I found it.",
+        "question": "effect",
+    },
+    "ReCoRD": {
+        "passage": "Kim met Lee.\n@highlight\nKim won\n@highlight\nLee lost",
+        "query": "Later @placeholder's team thanked @placeholder.",
+    },
+    "SQuAD": {
+        "title": "Tall_Tower",
+        "context": "The tower is 9 m tall.",
+        "question": "  How tall is it? ",
+    },
+    "DROP": {"passage": "They scored 3 and 4 points.", "question": "How many points in all?"},
+}
+
+PROMPTS = {
+    "SST2": "a gripping , funny film . It was",
+    "RTE": ('Ann sold Bob a car.\nDoes this mean that "Bob bought a car." is true? Yes or No?\n'),
+    "CB": (
+        'Suppose A: I doubt it. B: So he left? Can we infer that "he left"? Yes, No, or Maybe?\n'
+    ),
+    "BoolQ": "Iron rusts in rain. Does iron rust?\n",
+    "WSC": (
+        "Bob saw Ann. She smiled.\n"
+        'In the previous sentence, does the pronoun "she" refer to Ann? Yes or No?\n'
+    ),
+    "WIC": (
+        'Does the word "bank" have the same meaning in these two sentences? Yes, No?\n'
+        "A river bank.\n"
+        "The bank was shut.\n"
+    ),
+    "MultiRC": (
+        "Leo ran.\nHe fell.\n"
+        "Question: Who fell?\n"
+        'I found this answer "Leo". Is that correct? Yes or No?\n'
+    ),
+    "Copa": "The man lost his wallet so ",
+    "ReCoRD": "Kim met Lee.\n- Kim won\n- Lee lost\n-",
+    "SQuAD": (
+        "Title: Tall_Tower\nContext: The tower is 9 m tall.\nQuestion: How tall is it?\nAnswer:"
+    ),
+    "DROP": "Passage: They scored 3 and 4 points.\nQuestion: How many points in all?\nAnswer:",
+}
+
+OPTIONS = {
+    "SST2": {0: " terrible", 1: " great"},
+    "RTE": {0: "Yes", 1: "No"},
+    "CB": {0: "Yes", 1: "No", 2: "Maybe"},
+    "BoolQ": {True: "Yes", False: "No"},
+    "WSC": {0: "No", 1: "Yes"},
+    "WIC": {0: "No", 1: "Yes"},
+    "MultiRC": {0: "No", 1: "Yes"},
+    "Copa": {"He was sad.": "he was sad.", "I found it.": "I found it."},
+    "ReCoRD": {
+        "Kim": " Later Kim's team thanked Kim.",
+        "Lee": " Later Lee's team thanked Lee.",
+    },
+    "SQuAD": {"9 m": " 9 m\n"},
+    "DROP": {"7": " 7\n"},
+}
+
+YES_NO = ("RTE", "CB", "BoolQ", "WSC", "WIC", "MultiRC")
+
+
+def template(name):
+    return TASKS[name].template
+
+
+def test_every_task_is_spelled_out():
+    assert set(ROWS) == set(PROMPTS) == set(OPTIONS) == set(TASKS)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_prompt(name):
+    assert template(name).prompt(ROWS[name]) == PROMPTS[name]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_options(name):
+    for candidate, text in OPTIONS[name].items():
+        assert template(name).option(ROWS[name], candidate) == text
+
+
+def test_sst2_inner_and_outer_spaces():
+    prompt = template("SST2").prompt({"sentence": "\thide new  secretions \n"})
+    assert prompt == "hide new  secretions It was"
+
+
+@pytest.mark.parametrize(
+    ("question", "asked"),
+    [
+        ("is it wet", "Is it wet?"),
+        ("is it wet?", "Is it wet?"),
+        ("Is NASA old", "Is NASA old?"),
+        ("3d printers are new", "3d printers are new?"),
+        ("", "?"),
+    ],
+)
+def test_boolq_question(question, asked):
+    prompt = template("BoolQ").prompt({"passage": "It rains.", "question": question})
+    assert prompt == f"It rains. {asked}\n"
+
+
+def test_wsc_lower_cases_the_pronoun_only():
+    row = {"text": "The Cat saw US.", "span1_text": "The Cat", "span2_text": "US"}
+    assert template("WSC").prompt(row) == (
+        "The Cat saw US.\n"
+        'In the previous sentence, does the pronoun "us" refer to The Cat? Yes or No?\n'
+    )
+
+
+@pytest.mark.parametrize(
+    ("premise", "question", "prompt"),
+    [
+        ("The grass grew.", "cause", "The grass grew because "),
+        ("The grass grew. ", "effect", "The grass grew so "),
+        ("The grass grew", "effect", "The grass grew so "),
+        ("He waited...", "effect", "He waited.. so "),
+        ("He lives in the U.S. now.", "cause", "He lives in the U.S. now because "),
+        ("Did it grow?", "cause", "Did it grow? because "),
+    ],
+)
+def test_copa_prompt(premise, question, prompt):
+    assert template("Copa").prompt({"premise": premise, "question": question}) == prompt
+
+
+@pytest.mark.parametrize(
+    ("choice", "option"),
+    [
+        ("The Sun rose.", "the Sun rose."),
+        ("I saw Ann.", "I saw Ann."),
+        ("It was I.", "it was I."),
+        ("NASA called.", "nasa called."),
+        ("Rain.", "rain."),
+    ],
+)
+def test_copa_option(choice, option):
+    assert template("Copa").option({"question": "cause"}, choice) == option
+
+
+def test_record_without_highlights():
+    row = {"passage": "Kim met Lee @highlight", "query": "q"}
+    assert template("ReCoRD").prompt(row) == "Kim met Lee @highlight\n-"
+
+
+def test_drop_question_is_not_stripped():
+    prompt = template("DROP").prompt({"passage": "P.", "question": "Q? "})
+    assert prompt == "Passage: P.\nQuestion: Q? \nAnswer:"
+
+
+@pytest.mark.parametrize("name", YES_NO)
+def test_yes_no_content_free_text_is_the_option_alone(name):
+    assert template(name).supports_calibration
+    assert template(name).content_free_prompt(ROWS[name]) == ""
+    for candidate, text in OPTIONS[name].items():
+        assert template(name).content_free_option(ROWS[name], candidate) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "candidate", "prompt", "option"),
+    [
+        ("SST2", ROWS["SST2"], 1, " It was", " great"),
+        ("Copa", ROWS["Copa"], "He was sad.", "so", " he was sad."),
+        ("Copa", {"question": "cause"}, "I ran.", "because", " I ran."),
+        ("ReCoRD", ROWS["ReCoRD"], "Kim", "-", " Later Kim's team thanked Kim."),
+    ],
+)
+def test_content_free_texts(name, row, candidate, prompt, option):
+    assert template(name).supports_calibration
+    assert template(name).content_free_prompt(row) == prompt
+    assert template(name).content_free_option(row, candidate) == option
+
+
+@pytest.mark.parametrize("name", ["SQuAD", "DROP"])
+def test_generated_answers_have_no_calibration(name):
+    assert not template(name).supports_calibration
