@@ -1,0 +1,364 @@
+"""The command line of run.py: every argument, its help, and the combinations that are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SchedulerType
+
+from tasks import get_task
+from trainer import SmoothingSchedule
+from utils import InputError, first_line
+
+USAGE = """\
+python run.py --task_name TASK --model_name MODEL [arguments]
+
+  zero-shot      python run.py --task_name SST2 --model_name facebook/opt-125m --num_eval 1000
+  in context     python run.py --task_name SST2 --model_name facebook/opt-125m --num_train 32
+  HiZOO          python run.py --task_name SST2 --model_name facebook/opt-125m --trainer zo \\
+                     --train_as_classification --num_train 1000 --num_dev 500 --num_eval 1000 \\
+                     --max_steps 20000 --learning_rate 1e-6 --zo_eps 1e-3
+
+  MODEL is a Hub id or a local directory; --data_dir DIR reads DIR/<task>/*.jsonl, no Hub needed.
+  bash HiZOO.sh does the same with environment variables. python run.py --help lists everything.
+"""
+
+
+def argument(default: Any, help_text: str, *aliases: str) -> Any:
+    """Describe a field of the command line."""
+    metadata: dict[str, Any] = {"help": help_text}
+    if aliases:
+        metadata["aliases"] = list(aliases)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class Arguments(TrainingArguments):
+    """All of transformers.TrainingArguments, and the arguments of the experiment."""
+
+    # ---- task and data
+    task_name: str | None = argument(
+        None,
+        "Task, in any case: SST2, RTE, CB, BoolQ, WSC, WIC, MultiRC, Copa, ReCoRD, SQuAD, DROP.",
+    )
+    data_dir: str | None = argument(
+        None,
+        "Folder with <task>/train.jsonl and validation.jsonl (or .parquet) in the Hub's schema. "
+        "Default: the data sets are loaded from the Hub.",
+    )
+    num_train: int = argument(
+        0, "Training examples, or demonstrations in context with --trainer none. 0: zero-shot."
+    )
+    num_dev: int | None = argument(
+        None, "Dev examples, drawn from the training split with --num_train. Training only."
+    )
+    num_eval: int | None = argument(
+        None, "Examples drawn from the validation split to report on. Default: all.", "--num_test"
+    )
+    num_train_sets: int | None = argument(
+        None, "Number of training (demonstration) sets, drawn with seeds 0, 1, …; each is a run."
+    )
+    train_set_seed: int | None = argument(
+        None,
+        "Seed of one training (demonstration) set and of the eval draw. Excludes "
+        "--num_train_sets. With neither, training uses 0, and in context every eval example gets "
+        "demonstrations of its own.",
+    )
+
+    # ---- model
+    model_name: str | None = argument(None, "Hub id or local directory of a causal language model.")
+    load_float16: bool = argument(
+        False, "Load the weights in float16. Default float32. Excludes --load_bfloat16."
+    )
+    load_bfloat16: bool = argument(
+        False, "Load the weights in bfloat16. Default float32. Excludes --load_float16."
+    )
+    load_int8: bool = argument(
+        False, "Load 8-bit weights with bitsandbytes, for --trainer none. Needs a CUDA GPU."
+    )
+    max_length: int | None = argument(
+        None,
+        "Tokens of a text at most; longer ones are cut on the left. Default: 2048, or the model's "
+        "positions if they are fewer.",
+    )
+    no_auto_device: bool = argument(
+        False, "Do not spread the model over the GPUs (accelerate's device_map auto)."
+    )
+    trust_remote_code: bool = argument(
+        False, "Run Python code that comes with the model. Only for sources that you trust."
+    )
+
+    # ---- in-context learning
+    sfc: bool = argument(
+        False,
+        "Calibrate scores with a content-free prompt (surface form competition, arXiv 2104.08315). "
+        "Excludes --icl_sfc.",
+    )
+    icl_sfc: bool = argument(
+        False, "As --sfc, with the demonstrations before the content-free prompt. Excludes --sfc."
+    )
+
+    # ---- training
+    trainer: Literal["none", "regular", "zo"] = argument(
+        "none",
+        "none: no training, zero-shot or in context. regular: backpropagation with --optim. "
+        "zo: HiZOO (MeZO with --hessian_smooth_type constant0), forward passes only.",
+    )
+    only_train_option: bool = argument(
+        True,
+        "Language-model loss on the correct option's tokens only; False: on the prompt's too. "
+        "Without effect with --train_as_classification.",
+    )
+    train_as_classification: bool = argument(
+        False,
+        "Train with the cross-entropy over the options' mean log-probabilities. Not for SQuAD and "
+        "DROP; published runs leave it out for Copa and ReCoRD too.",
+    )
+    zo_eps: float = argument(
+        1e-3, "Perturbation scale μ in units of the weights (HiZOO and MeZO papers: 1e-3)."
+    )
+    hessian_smooth_type: str = argument(
+        "constant1e-8",
+        "Smoothing α of the diagonal Hessian: constant<number>, or linear<number> and "
+        "cosine<number>, which fall to 0 over max_steps. constant0 is MeZO. HiZOO paper: 1e-10 to "
+        "1e-4.",
+    )
+    warmup_steps: float = argument(
+        0,
+        "Steps over which the learning rate rises from 0; below 1: a fraction of max_steps.",
+        "--warmup_step",
+    )
+    decay_step: int = argument(
+        0,
+        "Step until which the learning rate stays constant before it decays to 0 at max_steps; "
+        "needs the scheduler linear or cosine. 0: the scheduler's own course.",
+    )
+    lr_scheduler_type: SchedulerType | str = argument(
+        "constant",
+        "Learning-rate schedule of transformers, per step: constant (MeZO, HiZOO), linear, "
+        "cosine, …; with warmup_steps constant means constant_with_warmup.",
+        "--zo_lr_scheduler_type",
+    )
+    eval_strategy: IntervalStrategy | str = argument(
+        "no", "When the dev loss is computed: no, steps or epoch.", "--evaluation_strategy"
+    )
+    overwrite_output_dir: bool = argument(
+        False,
+        "Delete the checkpoints in output_dir and start anew. Default: go on from the newest one.",
+    )
+    save_on_interrupt: bool = argument(
+        False,
+        "On Ctrl-C, SIGTERM, SIGUSR1 or SIGUSR2 finish the step, save a checkpoint and stop; the "
+        "same command then goes on from there.",
+    )
+    save_model: bool = argument(False, "Save the final model and tokenizer into output_dir.")
+
+    # ---- evaluation and results
+    eval_before_training: bool = argument(
+        False, "Report the metric on the eval examples before training too (zero-shot)."
+    )
+    no_eval: bool = argument(False, "Do not evaluate after training.")
+    result_file: str | None = argument(
+        None, "JSON file for metrics and settings. Default: result/<tag>.json."
+    )
+    predictions_file: str | None = argument(
+        None, "JSON Lines file with id, prediction, correct and scores of every eval example."
+    )
+    tag: str | None = argument(
+        None, "Name of the run, of its result file and output_dir. Default: made of the settings."
+    )
+    verbose: bool = argument(False, "Show the first prompts, their options and scores.")
+
+    # ---- generation (SQuAD, DROP)
+    sampling: bool = argument(False, "Sample the generated text. Default: greedy, or beams.")
+    temperature: float = argument(1.0, "Temperature of --sampling.")
+    num_beams: int = argument(1, "Beams of the search; 1: none.")
+    top_k: int | None = argument(None, "With --sampling, draw from the k likeliest tokens.")
+    top_p: float = argument(0.95, "With --sampling, draw from this much probability mass.")
+    max_new_tokens: int = argument(50, "Tokens generated at most.")
+    eos_token: str = argument("\\n", "Text whose last token ends the generation; \\n is a newline.")
+
+    def __post_init__(self) -> None:
+        if self.tag is None:
+            self.tag = default_tag(self)
+        if self.output_dir is None:
+            self.output_dir = str(Path("result") / self.tag)
+        super().__post_init__()
+        # Batches of encoded examples have no columns that a model's forward could name.
+        self.remove_unused_columns = False
+
+    @property
+    def calibration(self) -> str | None:
+        """The content-free prompt that was asked for: sfc, icl_sfc or None."""
+        return "sfc" if self.sfc else "icl_sfc" if self.icl_sfc else None
+
+    @property
+    def result_path(self) -> Path:
+        """Where the result JSON goes."""
+        return Path(self.result_file or Path("result") / f"{self.tag}.json")
+
+
+def default_tag(arguments: Arguments) -> str:
+    """Name a run after what distinguishes it."""
+    model = Path(arguments.model_name or "model").name
+    parts = [arguments.task_name or "task", model, arguments.trainer]
+    if arguments.trainer == "none":
+        parts += [f"{arguments.num_train}-shot"]
+        parts += [name for name in ("sfc", "icl_sfc") if getattr(arguments, name)]
+    else:
+        parts += [f"lr{arguments.learning_rate:g}", f"bs{arguments.per_device_train_batch_size}"]
+    if arguments.trainer == "zo":
+        parts += [f"eps{arguments.zo_eps:g}", arguments.hessian_smooth_type]
+    if arguments.train_set_seed is not None:
+        parts += [f"set{arguments.train_set_seed}"]
+    return "-".join([*parts, f"seed{arguments.seed}"])
+
+
+class OneLineParser(HfArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise InputError, with the nearest argument's name where one was unknown."""
+        raise InputError(f"{message.splitlines()[0]} (python run.py --help lists the arguments)")
+
+
+def parse_arguments(argv: Sequence[str]) -> Arguments:
+    """Read and check the command line, before anything is loaded or written.
+
+    Raises:
+        InputError: an argument is unknown, its value is bad, or two exclude each other.
+    """
+    parser = OneLineParser(Arguments, usage=USAGE, allow_abbrev=False)
+    namespace, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
+        hint = f"did you mean {near[0]}?" if near else "python run.py --help lists the arguments"
+        raise InputError(f"unknown argument {unknown[0]}: {hint}")
+    try:
+        arguments = parser.parse_dict(vars(namespace))[0]
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise InputError(first_line(error)) from error
+    check(arguments)
+    return arguments
+
+
+def check(arguments: Arguments) -> None:
+    """Refuse values and combinations that would be ignored, or fail later.
+
+    Raises:
+        InputError: names the argument, its value and the way out.
+    """
+    if not arguments.task_name:
+        raise InputError("--task_name is missing: give a task, for instance --task_name SST2")
+    if not arguments.model_name:
+        raise InputError("--model_name is missing: give a Hub id or a local model directory")
+    task = get_task(arguments.task_name)
+    SmoothingSchedule.parse(arguments.hessian_smooth_type)
+    for name, least in (
+        ("num_train", 0),
+        ("num_dev", 0),
+        ("num_eval", 1),
+        ("num_train_sets", 1),
+        ("train_set_seed", 0),
+        ("decay_step", 0),
+        ("max_new_tokens", 1),
+        ("num_beams", 1),
+        ("per_device_train_batch_size", 1),
+        ("per_device_eval_batch_size", 1),
+        ("top_k", 1),
+    ):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name} {value}: must be at least {least}")
+    for name in ("zo_eps", "temperature", "top_p"):
+        if not 0 < getattr(arguments, name) < float("inf"):
+            raise InputError(f"--{name} {getattr(arguments, name)}: must be larger than 0")
+    for name in ("learning_rate", "weight_decay"):
+        if not 0 <= getattr(arguments, name) < float("inf"):
+            raise InputError(f"--{name} {getattr(arguments, name)}: must be at least 0")
+    for first, second in (
+        ("load_float16", "load_bfloat16"),
+        ("sfc", "icl_sfc"),
+        ("train_set_seed", "num_train_sets"),
+    ):
+        if _given(arguments, first) and _given(arguments, second):
+            raise InputError(f"--{first} and --{second} exclude each other: give one")
+    if arguments.calibration and task.generation:
+        raise InputError(
+            f"--{arguments.calibration}: the answers of {task.name} are generated, there are no "
+            "options to calibrate; leave it out"
+        )
+    if arguments.trainer == "none":
+        _refuse(arguments, "num_dev", "nothing is trained with --trainer none")
+        _refuse(arguments, "train_as_classification", "nothing is trained with --trainer none")
+        _refuse(arguments, "eval_before_training", "nothing is trained with --trainer none")
+        return
+    if arguments.num_train < 1:
+        raise InputError(
+            f"--num_train {arguments.num_train}: training needs at least 1 example, as in "
+            "--num_train 1000"
+        )
+    if arguments.calibration:
+        raise InputError(f"--{arguments.calibration} is for --trainer none: leave it out")
+    if arguments.load_int8:
+        raise InputError("--load_int8: 8-bit weights cannot be trained; use --load_float16")
+    if arguments.train_as_classification and task.generation:
+        raise InputError(f"--train_as_classification: {task.name} has no options; leave it out")
+    if not arguments.num_dev and arguments.eval_strategy != IntervalStrategy.NO:
+        raise InputError(
+            f"--eval_strategy {arguments.eval_strategy.value} needs dev examples: give --num_dev, "
+            "or --eval_strategy no"
+        )
+    if arguments.decay_step and arguments.lr_scheduler_type not in ("linear", "cosine"):
+        raise InputError(
+            f"--decay_step {arguments.decay_step} needs --lr_scheduler_type linear or cosine, not "
+            f"{arguments.lr_scheduler_type.value}"
+        )
+    if 0 < arguments.max_steps <= arguments.decay_step:
+        raise InputError(f"--decay_step {arguments.decay_step}: must be below --max_steps")
+    _refuse(arguments, "label_smoothing_factor", "the options' losses have none")
+    if arguments.trainer == "zo":
+        _refuse(arguments, "optim", "--trainer zo has its own optimizer")
+        _refuse(arguments, "max_grad_norm", "--trainer zo has no gradient to clip")
+        _refuse(arguments, "gradient_checkpointing", "--trainer zo has no backward pass")
+        if arguments.fp16:
+            raise InputError("--fp16 scales gradients, --trainer zo has none: use --load_float16")
+
+
+def _given(arguments: Arguments, name: str) -> bool:
+    (default,) = (f.default for f in dataclasses.fields(arguments) if f.name == name)
+    value = getattr(arguments, name)
+    # The Trainer's arguments turn a default of None into False.
+    return value != default and not (default is None and value is False)
+
+
+def _refuse(arguments: Arguments, name: str, reason: str) -> None:
+    if _given(arguments, name):
+        value = getattr(arguments, name)
+        shown = "" if value is True else f" {getattr(value, 'value', value)}"
+        raise InputError(f"--{name}{shown}: {reason}; leave it out")
+
+
+def changed_settings(arguments: Arguments) -> dict[str, Any]:
+    """Return the experiment's arguments, and those of the Trainer that are not at their default."""
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    values = arguments.to_dict()
+    return {
+        field.name: values[field.name]
+        for field in dataclasses.fields(arguments)
+        if field.name in values
+        and (field.name not in inherited or values[field.name] != _default(field))
+    }
+
+
+def _default(field: dataclasses.Field) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default

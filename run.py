@@ -1,0 +1,393 @@
+"""Zero-shot and in-context evaluation, fine-tuning, and HiZOO / MeZO: from arguments to a result.
+
+python run.py --task_name SST2 --model_name facebook/opt-125m --trainer zo ...
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import PreTrainedModel
+
+from arguments import USAGE, Arguments, changed_settings, parse_arguments
+from modeling import (
+    check_checkpoint,
+    choose_dtype,
+    choose_max_length,
+    load_config_and_tokenizer,
+    load_model,
+)
+from scoring import (
+    Encoder,
+    GenerationSettings,
+    Prediction,
+    can_share_prompt,
+    classification_loss,
+    language_model_loss,
+    predict,
+)
+from tasks import (
+    Sample,
+    demonstration_seeds,
+    get_task,
+    load_samples,
+    permutation_subset,
+    sample_train_dev,
+)
+from trainer import OptionLossTrainer, SmoothingSchedule, ZerothOrderTrainer
+from utils import (
+    InputError,
+    SaveOnInterrupt,
+    last_whole_checkpoint,
+    remove_checkpoints,
+    write_json,
+    write_json_lines,
+)
+
+VERSIONS = ("torch", "transformers", "accelerate", "numpy")
+SHOWN_EXAMPLES = 3
+
+
+@dataclass(frozen=True)
+class ExampleSet:
+    """Training (or demonstration), dev and eval examples of one run.
+
+    ``demonstrations`` holds what is shown before each eval example; nothing after training.
+    """
+
+    seed: int
+    train: list[Sample]
+    dev: list[Sample]
+    evaluation: list[Sample]
+    demonstrations: list[list[Sample]]
+
+
+class Interrupted(Exception):
+    """A signal ended the training after a checkpoint was saved."""
+
+
+def draw_example_sets(
+    arguments: Arguments, train: list[Sample], validation: list[Sample]
+) -> list[ExampleSet]:
+    """Draw the examples of every run, as MeZO's experiments do (tasks.py has the draws)."""
+    num_eval = len(validation) if arguments.num_eval is None else arguments.num_eval
+    if arguments.num_train_sets is not None:
+        seeds = list(range(arguments.num_train_sets))
+    elif arguments.train_set_seed is not None:
+        seeds = [arguments.train_set_seed]
+    elif arguments.trainer == "none" and arguments.num_train:
+        evaluation = permutation_subset(validation, num_eval, seed=0)
+        shown = [
+            permutation_subset(train, arguments.num_train, seed)
+            for seed in demonstration_seeds(len(evaluation))
+        ]
+        return [ExampleSet(0, [], [], evaluation, shown)]
+    else:
+        seeds = [0]
+    sets = []
+    for seed in seeds:
+        drawn, dev = sample_train_dev(train, arguments.num_train, arguments.num_dev or 0, seed)
+        evaluation = permutation_subset(validation, num_eval, seed)
+        shown = drawn if arguments.trainer == "none" else []
+        sets.append(ExampleSet(seed, drawn, dev, evaluation, [shown] * len(evaluation)))
+    return sets
+
+
+@dataclass
+class Experiment:
+    """What all runs share: the arguments, the task, how it is encoded, and the printed lines."""
+
+    arguments: Arguments
+    encoder: Encoder
+    generation: GenerationSettings
+
+    def load_model(self) -> PreTrainedModel:
+        """Load the model anew: each run starts from the pre-trained weights."""
+        arguments = self.arguments
+        model = load_model(
+            arguments.model_name,
+            choose_dtype(arguments.load_float16, arguments.load_bfloat16),
+            arguments.load_int8,
+            not arguments.no_auto_device,
+            arguments.trust_remote_code,
+        )
+        if getattr(model, "hf_device_map", None) is None:
+            model.to(arguments.device)
+        return model
+
+    def evaluate(
+        self,
+        model: PreTrainedModel,
+        samples: list[Sample],
+        demonstrations: list[list[Sample]],
+        progress: str,
+    ) -> tuple[dict[str, float], list[Prediction]]:
+        """Return the task's metrics and every prediction."""
+        predictions = predict(
+            model,
+            self.encoder,
+            samples,
+            demonstrations,
+            self.arguments.per_device_eval_batch_size,
+            self.arguments.calibration,
+            self.generation,
+            progress,
+        )
+        answers = [prediction.answer for prediction in predictions]
+        metrics = self.encoder.task.score(answers, samples)
+        self.say(f"{progress}: {describe(metrics)} ({len(samples)} examples)")
+        return metrics, predictions
+
+    def run(self, examples: ExampleSet, output_dir: Path) -> tuple[dict[str, Any], list[dict]]:
+        """Do one run: evaluate, or train and evaluate. Returns its results and prediction rows."""
+        arguments = self.arguments
+        result: dict[str, Any] = {"train_set_seed": examples.seed}
+        model = self.load_model()
+        name = f"zero-shot {self.encoder.task.metric_name}"
+        if arguments.trainer == "none":
+            if arguments.num_train:
+                name = f"in-context {self.encoder.task.metric_name}"
+        else:
+            checkpoint = self.find_checkpoint(output_dir, model)
+            if arguments.eval_before_training:
+                result["metric_before_training"], _ = self.evaluate(
+                    model, examples.evaluation, examples.demonstrations, name
+                )
+            result |= self.train(model, examples, output_dir, checkpoint)
+            name = f"test {self.encoder.task.metric_name}"
+            if arguments.no_eval:
+                return result, []
+            if examples.dev:
+                shown: list[list[Sample]] = [[]] * len(examples.dev)
+                dev_name = f"dev {self.encoder.task.metric_name}"
+                result["dev_metric"], _ = self.evaluate(model, examples.dev, shown, dev_name)
+        result["metric"], predictions = self.evaluate(
+            model, examples.evaluation, examples.demonstrations, name
+        )
+        if arguments.verbose:
+            self.show(examples, predictions)
+        return result, prediction_rows(self.encoder.task, examples.evaluation, predictions)
+
+    def find_checkpoint(self, output_dir: Path, model: PreTrainedModel) -> Path | None:
+        """Return the checkpoint to go on from, checked against the model; None to start anew."""
+        arguments = self.arguments
+        if arguments.resume_from_checkpoint not in (None, "True", "False"):
+            checkpoint = Path(arguments.resume_from_checkpoint)
+        elif arguments.overwrite_output_dir or arguments.resume_from_checkpoint == "False":
+            checkpoint = None
+        else:
+            checkpoint = last_whole_checkpoint(output_dir)
+            if checkpoint is None and arguments.resume_from_checkpoint == "True":
+                raise InputError(f"--resume_from_checkpoint: no whole checkpoint in {output_dir}")
+        if checkpoint:
+            check_checkpoint(str(checkpoint), model)
+            self.say(f"going on from {checkpoint}")
+        elif arguments.overwrite_output_dir and arguments.process_index == 0:
+            remove_checkpoints(output_dir)
+        return checkpoint
+
+    def train(
+        self,
+        model: PreTrainedModel,
+        examples: ExampleSet,
+        output_dir: Path,
+        checkpoint: Path | None,
+    ) -> dict[str, Any]:
+        """Train ``model`` in place; returns steps and seconds."""
+        arguments = self.arguments
+        arguments.output_dir = str(output_dir)
+        encode = self.encoder.options
+        option_loss = classification_loss
+        if not arguments.train_as_classification:
+            option_loss = language_model_loss
+            encode = self.encode_correct_option
+        shared = {
+            "model": model,
+            "args": arguments,
+            "train_dataset": [encode(sample) for sample in examples.train],
+            "eval_dataset": [encode(sample) for sample in examples.dev] or None,
+            "processing_class": self.encoder.tokenizer,
+            "option_loss": option_loss,
+            "share_prompt": can_share_prompt(model, self.encoder.max_length),
+            "decay_step": arguments.decay_step,
+        }
+        if arguments.trainer == "zo":
+            smoothing = SmoothingSchedule.parse(arguments.hessian_smooth_type)
+            trainer: OptionLossTrainer = ZerothOrderTrainer(
+                smoothing=smoothing, zo_eps=arguments.zo_eps, **shared
+            )
+        else:
+            trainer = OptionLossTrainer(**shared)
+        interrupt = SaveOnInterrupt()
+        if arguments.save_on_interrupt:
+            trainer.add_callback(interrupt)
+        started = time.perf_counter()
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if interrupt.received:
+            raise Interrupted(
+                f"{interrupt.received}: stopped after step {trainer.state.global_step}, checkpoint "
+                f"in {last_whole_checkpoint(output_dir)}; the same command goes on from there"
+            )
+        if arguments.save_model:
+            trainer.save_model(str(output_dir))
+            self.say(f"model: {output_dir}")
+        best = trainer.state.best_model_checkpoint or last_whole_checkpoint(output_dir)
+        if best:
+            self.say(f"checkpoint: {best}")
+        return {
+            "steps": trainer.state.global_step,
+            "train_seconds": round(time.perf_counter() - started, 3),
+            "resumed_from": str(checkpoint) if checkpoint else None,
+            "checkpoint": str(best) if best else None,
+        }
+
+    def encode_correct_option(self, sample: Sample) -> Any:
+        """Encode for the language-model loss, on the option's tokens or on all."""
+        return self.encoder.correct_option(sample, self.arguments.only_train_option)
+
+    def show(self, examples: ExampleSet, predictions: list[Prediction]) -> None:
+        """Print the first prompts with their options and scores."""
+        task, tokenizer = self.encoder.task, self.encoder.tokenizer
+        pairs = zip(examples.evaluation, examples.demonstrations, strict=True)
+        for (sample, shown), prediction in list(zip(pairs, predictions, strict=True))[
+            :SHOWN_EXAMPLES
+        ]:
+            self.say(f"--- example {sample.id}, correct: {' | '.join(map(str, sample.correct))}")
+            self.say(tokenizer.decode(self.encoder.prompt(sample, shown)))
+            if prediction.scores is None:
+                self.say(f"  generated: {prediction.answer!r}")
+                continue
+            for candidate, score in zip(sample.candidates, prediction.scores, strict=True):
+                self.say(f"  {task.option(sample, candidate)!r}: {score:.4f}")
+
+    def say(self, line: str) -> None:
+        """Print a line, from one process only."""
+        if self.arguments.process_index == 0:
+            print(line, flush=True)
+
+
+def describe(metrics: dict[str, float]) -> str:
+    """Return metrics as text; the first one's name is said already."""
+    values = [f"{name} {value:.4f}" for name, value in metrics.items()]
+    return ", ".join([values[0].split()[-1], *values[1:]])
+
+
+def prediction_rows(task: Any, samples: list[Sample], predictions: list[Prediction]) -> list[dict]:
+    """Return the rows of ``--predictions_file``: option index or text, and whether it is right."""
+    rows = []
+    for sample, prediction in zip(samples, predictions, strict=True):
+        answer, scores = prediction.answer, prediction.scores
+        metrics = task.score([answer], [sample])
+        rows.append(
+            {
+                "id": sample.id,
+                "prediction": answer if scores is None else sample.candidates.index(answer),
+                "correct": (metrics["em"] if task.generation else metrics["accuracy"]) == 1.0,
+                "scores": None if scores is None else list(scores),
+            }
+        )
+    return rows
+
+
+def prepare(arguments: Arguments) -> tuple[Experiment, list[ExampleSet]]:
+    """Load and check everything but the weights; nothing is written yet.
+
+    Raises:
+        InputError: the model, the data or a number does not fit.
+    """
+    task = get_task(arguments.task_name)
+    config, tokenizer = load_config_and_tokenizer(arguments.model_name, arguments.trust_remote_code)
+    max_length = choose_max_length(arguments.max_length, config)
+    if task.generation and arguments.max_new_tokens >= max_length:
+        raise InputError(
+            f"--max_new_tokens {arguments.max_new_tokens} leaves no room for a prompt in "
+            f"--max_length {max_length}"
+        )
+    train, validation = load_samples(task, arguments.data_dir)
+    generation = GenerationSettings(
+        arguments.max_new_tokens,
+        arguments.eos_token.replace("\\n", "\n"),
+        arguments.sampling,
+        arguments.temperature,
+        arguments.num_beams,
+        arguments.top_k,
+        arguments.top_p,
+    )
+    encoder = Encoder(task, tokenizer, max_length, arguments.max_new_tokens)
+    return Experiment(arguments, encoder, generation), draw_example_sets(
+        arguments, train, validation
+    )
+
+
+def run_experiment(arguments: Arguments) -> None:
+    """Do every run and write the result JSON and the predictions."""
+    started = time.perf_counter()
+    transformers.set_seed(arguments.seed)
+    experiment, example_sets = prepare(arguments)
+    runs = []
+    for examples in example_sets:
+        several = len(example_sets) > 1
+        output_dir = Path(arguments.tag if not arguments.output_dir else arguments.output_dir)
+        result, rows = experiment.run(
+            examples, output_dir / f"set{examples.seed}" if several else output_dir
+        )
+        runs.append(result)
+        if arguments.predictions_file and rows and arguments.process_index == 0:
+            path = Path(arguments.predictions_file)
+            write_json_lines(
+                path.with_stem(f"{path.stem}-set{examples.seed}") if several else path, rows
+            )
+    if arguments.process_index == 0:
+        write_json(arguments.result_path, summarize(arguments, runs, started))
+        print(f"result: {arguments.result_path}")
+
+
+def summarize(arguments: Arguments, runs: list[dict[str, Any]], started: float) -> dict[str, Any]:
+    """Return the content of the result JSON: one run as it is, several with their mean."""
+    if len(runs) == 1:
+        outcome = runs[0]
+    else:
+        metrics = [run["metric"] for run in runs if "metric" in run]
+        mean = {
+            name: sum(metric[name] for metric in metrics) / len(metrics)
+            for name in (metrics[0] if metrics else {})
+        }
+        outcome = {"metric": mean, "runs": runs}
+    versions = {name: importlib.metadata.version(name) for name in VERSIONS}
+    return {
+        "task": get_task(arguments.task_name).name,
+        "model": arguments.model_name,
+        "trainer": arguments.trainer,
+        **outcome,
+        "seconds": round(time.perf_counter() - started, 3),
+        "settings": changed_settings(arguments),
+        "versions": {"python": platform.python_version(), **versions},
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command line; returns the exit code: 0, 2 for bad input, 130 after an interrupt."""
+    if not argv:
+        print(USAGE)
+        return 2
+    try:
+        run_experiment(parse_arguments(argv))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (Interrupted, KeyboardInterrupt) as error:
+        print(f"interrupted: {error}" if str(error) else "interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

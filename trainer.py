@@ -1,0 +1,241 @@
+"""Training through transformers.Trainer: the option loss, and the zeroth-order step.
+
+The Trainer's loop is not copied. It calls ``training_step``, then ``optimizer.step()``, the
+scheduler, callbacks, logging, evaluation and checkpoints; ``ZerothOrderTrainer`` puts the forward
+passes into ``training_step`` and leaves the rest to it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import (
+    ProgressCallback,
+    Trainer,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.optimization import get_scheduler
+
+from hizoo import HiZOO
+from scoring import EncodedExample, Loss, collate
+from utils import InputError
+
+SMOOTHING_SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+}
+
+
+@dataclass(frozen=True)
+class SmoothingSchedule:
+    """Hessian smoothing α over the steps of a run: ``value`` times a factor that falls from 1 to 0.
+
+    ``parse`` reads ``--hessian_smooth_type``: ``constant1e-8``, ``linear1e-6``, ``cosine1e-6``.
+    """
+
+    kind: str
+    value: float
+
+    @classmethod
+    def parse(cls, text: str) -> SmoothingSchedule:
+        """Read a schedule.
+
+        Raises:
+            InputError: it is none, or its number is not in [0, 1).
+        """
+        match = re.fullmatch(rf"({'|'.join(SMOOTHING_SCHEDULES)})(.+)", text)
+        try:
+            value = float(match[2]) if match else math.nan
+        except ValueError:
+            value = math.nan
+        if not match or not 0 <= value < 1:
+            kinds = ", ".join(f"{kind}<number>" for kind in SMOOTHING_SCHEDULES)
+            raise InputError(
+                f"--hessian_smooth_type {text}: give one of {kinds}, the number from 0 (MeZO) to "
+                "below 1, as in constant1e-8"
+            )
+        return cls(match[1], value)
+
+    def at(self, step: int, max_steps: int) -> float:
+        """Return α at a step, counted from 0."""
+        return self.value * SMOOTHING_SCHEDULES[self.kind](min(1.0, step / max(1, max_steps)))
+
+
+class OptionLossTrainer(Trainer):
+    """First-order training on the options' loss; examples are ``scoring.EncodedExample``.
+
+    Args:
+        option_loss: ``scoring.classification_loss`` or ``scoring.language_model_loss``.
+        share_prompt: whether an example's options share their prompt's tokens.
+        decay_step: the learning rate stays constant until this step and decays from there on, with
+            the scheduler ``linear`` or ``cosine``; 0: the scheduler's own start.
+        **kwargs: of ``transformers.Trainer``.
+    """
+
+    def __init__(
+        self, *, option_loss: Loss, share_prompt: bool = True, decay_step: int = 0, **kwargs: Any
+    ) -> None:
+        self.option_loss = option_loss
+        self.share_prompt = share_prompt
+        self.decay_step = decay_step
+        super().__init__(data_collator=self.collate, **kwargs)
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(LossProgress)
+
+    def collate(self, examples: list[EncodedExample]) -> dict[str, Tensor]:
+        """Make a batch; ``input_ids`` comes first, where accelerate looks for the batch's size."""
+        return collate(examples, share_prompt=self.share_prompt)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the option loss of a batch."""
+        loss = self.option_loss(model, inputs)
+        return (loss, {}) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """Return the loss of a dev batch; predictions are ``scoring.predict``'s."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Create the Trainer's scheduler, or one that is constant until ``decay_step``."""
+        if self.lr_scheduler is not None or not self.decay_step:
+            return super().create_scheduler(num_training_steps, optimizer)
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        self.lr_scheduler = get_scheduler(
+            "warmup_stable_decay",
+            optimizer=optimizer or self.optimizer,
+            num_warmup_steps=warmup,
+            num_training_steps=num_training_steps,
+            scheduler_specific_kwargs={
+                "num_decay_steps": num_training_steps - self.decay_step,
+                "decay_type": self.args.lr_scheduler_type.value,
+            },
+        )
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+
+class ZerothOrderTrainer(OptionLossTrainer):
+    """HiZOO, or MeZO with a smoothing of 0: forward passes in ``training_step``, no gradient.
+
+    Under ``torchrun`` every process runs its own part of the batch; the losses are averaged and the
+    noise is the same everywhere, so the processes keep the same weights without exchanging them.
+    """
+
+    def __init__(self, *, smoothing: SmoothingSchedule, zo_eps: float, **kwargs: Any) -> None:
+        self.smoothing = smoothing
+        self.zo_eps = zo_eps
+        super().__init__(**kwargs)
+        # Nothing has a gradient that could be clipped.
+        self.args.max_grad_norm = 0.0
+        self.accelerator.ddp_handler = None
+
+    def create_optimizer(self, model: nn.Module | None = None) -> HiZOO:
+        """Create the optimizer; biases and layer norms do not decay."""
+        if self.optimizer is None:
+            decaying = set(self.get_decay_parameter_names(self.model))
+            trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+            groups = [
+                {
+                    "params": [p for n, p in trained if (n in decaying) == decays],
+                    "weight_decay": self.args.weight_decay if decays else 0.0,
+                }
+                for decays in (True, False)
+            ]
+            self.optimizer = HiZOO(
+                [group for group in groups if group["params"]],
+                lr=self.args.learning_rate,
+                eps=self.zo_eps,
+                hessian_smooth=self.smoothing.at(0, 1),
+                seed=self.args.seed,
+            )
+        return self.optimizer
+
+    @property
+    def hizoo(self) -> HiZOO:
+        """The optimizer itself, without accelerate's wrapper."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Run the forward passes of one batch; the Trainer then calls ``optimizer.step()``."""
+        # The perturbed losses must differ by the perturbation alone, not by dropout.
+        model.eval()
+        inputs = self._prepare_inputs(inputs)
+        smooth = self.smoothing.at(self.state.global_step, self.state.max_steps)
+        for group in self.hizoo.param_groups:
+            group["hessian_smooth"] = smooth
+
+        def batch_loss() -> Tensor:
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(self.model, inputs)
+            return self.accelerator.reduce(loss, "mean")
+
+        loss = self.hizoo.estimate(batch_loss) / self.current_gradient_accumulation_steps
+        return torch.tensor(loss, device=self.args.device)
+
+    def _wrap_model(
+        self, model: nn.Module, training: bool = True, dataloader: Any = None
+    ) -> nn.Module:
+        # Without gradients there is nothing for DistributedDataParallel to exchange.
+        return model
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
+        """No gradient, no norm: the log shows the projected gradient instead."""
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the optimizer's scalars beside the training loss."""
+        if "loss" in logs:
+            logs["projected_gradient"] = self.hizoo.projected_gradient
+            logs["curvature"] = self.hizoo.curvature
+            logs["skipped_steps"] = self.hizoo.skipped_steps
+        super().log(logs, start_time)
+
+
+class LossProgress(ProgressCallback):
+    """The Trainer's progress bar, with the loss in it instead of a line for every log entry."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the training loss in the bar, and each dev loss in a line of its own."""
+        if not state.is_world_process_zero or self.training_bar is None or not logs:
+            return
+        if "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.4f}")
+        if "eval_loss" in logs:
+            tqdm.write(f"step {state.global_step}: dev loss {float(logs['eval_loss']):.4f}")
