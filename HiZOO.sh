@@ -20,7 +20,6 @@ if [ -z "${MODEL:-}" ]; then
     LR=${LR:-5e-5}
     STEPS=${STEPS:-300}
     EVAL_STEPS=${EVAL_STEPS:-100}
-    DEV=${DEV:-200}
     HESSIAN_SMOOTH_TYPE=${HESSIAN_SMOOTH_TYPE:-constant1e-6}
     EXTRA_ARGS+=(--eval_before_training --per_device_eval_batch_size 64)
 fi
@@ -50,13 +49,17 @@ case $MODE in
         ;;
 esac
 
+DEFAULT_DEV=500
+if [ "$MODEL" = "$HERE/data/tiny-opt" ]; then
+    DEFAULT_DEV=200
+fi
 OBJECTIVE=(--train_as_classification)
 case $(printf %s "$TASK" | tr '[:upper:]' '[:lower:]') in
-    cb) DEV=${DEV:-100} ;; # CB and Copa have fewer than 500 training examples.
-    copa) DEV=${DEV:-100} OBJECTIVE=() ;;
+    cb) DEFAULT_DEV=100 ;; # CB and Copa have fewer than 500 training examples.
+    copa) DEFAULT_DEV=100 OBJECTIVE=() ;;
     record | squad | drop) OBJECTIVE=() ;;
 esac
-DEV=${DEV:-500}
+DEV=${DEV:-$DEFAULT_DEV}
 
 case " $* " in *" --load_"*) ;; *)
     if [ "${CUDA_VISIBLE_DEVICES-all}" ] && command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then

@@ -12,7 +12,7 @@ demo: .venv/demo-installed
 test: .venv/test-installed
 	$(VENV_PATH) ruff check .
 	$(VENV_PATH) ruff format --check .
-	$(VENV_PATH) python -m pytest -q
+	$(VENV_PATH) python -m pytest -q -n 2
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
