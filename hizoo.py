@@ -8,15 +8,15 @@ One file, torch only: copy it into your project.
 
 When to use it: fine-tuning a model whose gradients or Adam states do not fit in memory, or whose
 objective has no gradient. When not: training from scratch. A step sees one random direction, so it
-needs many more steps than backpropagation, and a start that is already good (a pre-trained model and
-a prompt that says what is asked).
+needs many more steps than backpropagation, and a start that is good already (a pre-trained model
+and a prompt that says what is asked).
 
 Sources: HiZOO, Zhao et al., ICLR 2025 (arXiv 2402.15173); MeZO, which is HiZOO with
 ``hessian_smooth=0``, Malladi et al., NeurIPS 2023 (arXiv 2305.17333); the factorised curvature of
 HiZOO-L after Adafactor, Shazeer and Stern, 2018 (arXiv 1804.04235).
 
-One step, for parameters θ, diagonal curvature h (starts at 1), learning rate η, perturbation scale μ,
-smoothing α, weight decay λ, and u ~ N(0, I) drawn from the step's seed:
+One step, for parameters θ, diagonal curvature h (starts at 1), learning rate η, perturbation scale
+μ, smoothing α, weight decay λ, and u ~ N(0, I) drawn from the step's seed:
 
     l0 = L(θ)     l+ = L(θ + μ u/√h)     l- = L(θ - μ u/√h)
     g  = (l+ - l-) / 2μ                   projected gradient, a scalar
@@ -24,9 +24,9 @@ smoothing α, weight decay λ, and u ~ N(0, I) drawn from the step's seed:
     h  <- (1-α) h + α c h u²              elementwise
     θ  <- θ - η (g u/√h + λ θ)            with the new h
 
-The noise u is never stored. It is a function of (seed, step, parameter, tile) and is drawn again, tile
-by tile, whenever it is needed: three times a step, once for each shift and once for the update, which
-also takes the last shift back. No global random state is read or changed.
+The noise u is never stored. It is a function of (seed, step, parameter, tile) and is drawn again,
+tile by tile, whenever it is needed: three times a step, once for each perturbed forward pass and
+once for the update. No global random state is read or changed.
 """
 
 from __future__ import annotations
@@ -46,15 +46,18 @@ from torch import Tensor
 # A tile is what is drawn, scaled and added at once. On a CPU core it has to stay in the cache; on
 # another device it has to be large enough that launching its kernels costs little.
 CPU_TILE_ELEMENTS = 1 << 16
-DEVICE_TILE_ELEMENTS = 1 << 22
+DEVICE_TILE_ELEMENTS = 1 << 21
 # Neighbouring tiles go to a worker together, so that handing them out costs little.
 PACKET_ELEMENTS = 1 << 20
 MAX_WORKERS = 32
 MASK_32, MASK_64 = (1 << 32) - 1, (1 << 64) - 1
 
 
+# ------------------------------------------------------------------------- noise from seeds
+
+
 def mix_seed(*numbers: int) -> int:
-    """Hash whole numbers into one 64-bit seed (splitmix64's finaliser, folded over ``numbers``)."""
+    """Hash whole numbers into one 64-bit seed (splitmix64's finaliser, folded over them)."""
     state = 0
     for number in numbers:
         state = (state + number + 0x9E3779B97F4A7C15) & MASK_64
@@ -76,51 +79,50 @@ def tile_seed(stream: int, tile: int) -> int:
     return (stream & ~MASK_32 & MASK_64) | (low ^ (low >> 16))
 
 
-@dataclass(frozen=True)
-class TileGrid:
-    """How a parameter, seen as a matrix of ``rows`` x ``columns``, is cut into contiguous tiles.
-
-    A tile is some whole rows, or a part of one row where a row alone is larger than a tile.
-    """
-
-    rows: int
-    columns: int
-    tile_elements: int
-
-    @property
-    def rows_per_tile(self) -> int:
-        return max(1, self.tile_elements // max(1, self.columns))
-
-    @property
-    def tiles_per_row(self) -> int:
-        return max(1, math.ceil(self.columns / self.tile_elements))
-
-    def __len__(self) -> int:
-        return math.ceil(self.rows / self.rows_per_tile) * self.tiles_per_row
-
-    def __getitem__(self, tile: int) -> tuple[slice, slice]:
-        """Rows and columns of a tile."""
-        block, part = divmod(tile, self.tiles_per_row)
-        first_row = block * self.rows_per_tile
-        rows = slice(first_row, min(self.rows, first_row + self.rows_per_tile))
-        if self.tiles_per_row == 1:
-            return rows, slice(0, self.columns)
-        first_column = part * self.tile_elements
-        return rows, slice(first_column, min(self.columns, first_column + self.tile_elements))
-
-
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """A parameter's place in the optimizer: its group, its tiles, and the number of its first tile."""
+    """A parameter's place in the optimizer, and how it is cut into contiguous tiles.
+
+    It is seen as a matrix of ``rows`` x ``columns``; vectors have one row. A tile is ``height``
+    whole rows, or ``width`` numbers of one row where a row alone is larger than a tile.
+    ``first_tile`` counts the tiles of all parameters before.
+    """
 
     parameter: Tensor
     group: dict[str, Any]
-    grid: TileGrid
     first_tile: int
+    rows: int
+    columns: int
+    height: int
+    width: int
+
+    @classmethod
+    def cut(cls, parameter: Tensor, group: dict[str, Any], first_tile: int) -> Slot:
+        """Choose the tiles of a parameter."""
+        size = CPU_TILE_ELEMENTS if parameter.device.type == "cpu" else DEVICE_TILE_ELEMENTS
+        rows = parameter.shape[0] if parameter.dim() > 1 else 1
+        columns = parameter.numel() // max(1, rows)
+        height = max(1, min(rows, size // max(1, columns)))
+        return cls(parameter, group, first_tile, rows, columns, height, min(columns, size))
+
+    def __len__(self) -> int:
+        """Return the number of tiles."""
+        if not self.width:
+            return 0
+        return math.ceil(self.rows / self.height) * math.ceil(self.columns / self.width)
+
+    def place(self, tile: int) -> tuple[slice, slice]:
+        """Return the rows and columns of a tile."""
+        block, part = divmod(tile, math.ceil(self.columns / self.width))
+        row, column = block * self.height, part * self.width
+        return (
+            slice(row, min(self.rows, row + self.height)),
+            slice(column, min(self.columns, column + self.width)),
+        )
 
     def matrix(self, tensor: Tensor) -> Tensor:
-        """``tensor``, of the parameter's shape, as the matrix that the grid cuts; no copy."""
-        return tensor.detach().view(self.grid.rows, self.grid.columns)
+        """Return ``tensor``, of the parameter's shape, as the matrix that is cut; no copy."""
+        return tensor.detach().view(self.rows, self.columns)
 
 
 Packet = list[tuple[Slot, range]]
@@ -128,22 +130,19 @@ Packet = list[tuple[Slot, range]]
 
 def cut_into_packets(slots: Sequence[Slot]) -> list[Packet]:
     """Cut the tiles of ``slots`` into packets of about ``PACKET_ELEMENTS`` numbers, in order."""
-    packets: list[Packet] = [[]]
-    room = PACKET_ELEMENTS
+    packets: list[Packet] = []
+    room = 0
     for slot in slots:
-        if not slot.parameter.numel():
-            continue
-        per_tile = min(slot.grid.tile_elements, slot.grid.rows_per_tile * slot.grid.columns)
-        first = 0
-        while first < len(slot.grid):
+        per_tile, first = slot.height * slot.width, 0
+        while first < len(slot):
             if room <= 0:
                 packets.append([])
                 room = PACKET_ELEMENTS
-            last = min(len(slot.grid), first + max(1, room // per_tile))
+            last = min(len(slot), first + max(1, room // per_tile))
             packets[-1].append((slot, range(first, last)))
             room -= (last - first) * per_tile
             first = last
-    return [packet for packet in packets if packet]
+    return packets
 
 
 class Scratch(threading.local):
@@ -153,8 +152,9 @@ class Scratch(threading.local):
         self.buffers: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
         self.generators: dict[torch.device, torch.Generator] = {}
 
-    def buffer(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """An uninitialised tensor of the shape and device of ``like``."""
+    def buffer(self, name: str, like: Tensor) -> Tensor:
+        """An uninitialised tensor of ``like``'s shape and device, in the dtype of arithmetic."""
+        dtype = compute_dtype(like.dtype)
         key = (name, like.device, dtype)
         flat = self.buffers.get(key)
         if flat is None or flat.numel() < like.numel():
@@ -172,73 +172,213 @@ class Scratch(threading.local):
 SCRATCH = Scratch()
 
 
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of noise and arithmetic for weights of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 @functools.lru_cache(maxsize=1)
 def worker_threads(count: int) -> ThreadPoolExecutor:
-    """The threads that share the tiles of CPU parameters; each computes on its own core."""
+    """The threads that share the tiles of CPU parameters; each computes on one core."""
     return ThreadPoolExecutor(count, "hizoo", initializer=torch.set_num_threads, initargs=(1,))
 
 
-def run_packets(function: Callable[[Packet], Any], packets: Sequence[Packet]) -> Iterator[Any]:
-    """Apply ``function`` to every packet, CPU packets on all cores; yields results in order."""
-    on_cpu = [packet for packet in packets if packet[0][0].parameter.device.type == "cpu"]
+def run_packets(function: Callable[[Packet], Any], slots: Sequence[Slot]) -> Iterator[Any]:
+    """Apply ``function`` to all tiles of ``slots``, packet by packet, on all cores if on the CPU.
+
+    Yields the results in the order of the packets, whatever the number of threads.
+    """
+    packets = cut_into_packets(slots)
     workers = min(MAX_WORKERS, torch.get_num_threads(), os.cpu_count() or 1)
-    if len(on_cpu) < len(packets) or len(packets) < 2 or workers < 2:
+    on_cpu = all(slot.parameter.device.type == "cpu" for slot in slots)
+    if not on_cpu or workers < 2 or len(packets) < 2:
         return map(function, packets)
     return worker_threads(workers).map(function, packets)
 
 
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype of noise and arithmetic for weights of ``tensor``'s dtype."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+# --------------------------------------------------------------------------- arithmetic on tiles
 
 
-def inverse_root(hessian_minus_one: Tensor) -> Tensor:
-    """1/√h of one tile, in a buffer that the next call overwrites."""
-    root = SCRATCH.buffer("root", hessian_minus_one, compute_dtype(hessian_minus_one))
-    return torch.add(hessian_minus_one, 1, out=root).rsqrt_()
+def shift(target: Tensor, source: Tensor, noise: Tensor, root: Tensor | None, scale: float) -> None:
+    """Write ``source`` + ``scale`` u/√h into ``target``, half precision rounded once, at the end.
 
-
-def add_scaled_(target: Tensor, noise: Tensor, root: Tensor | None, scale: float) -> None:
-    """Add ``scale`` u/√h to a tile in place; ``root`` None means h = 1."""
-    if root is None:
+    ``root`` holds 1/√h; None means h = 1.
+    """
+    if target is not source or target.dtype != noise.dtype:
+        moved = torch.mul(noise, scale, out=SCRATCH.buffer("value", target))
+        target.copy_((moved if root is None else moved.mul_(root)).add_(source))
+    elif root is None:
         target.add_(noise, alpha=scale)
     else:
         target.addcmul_(noise, root, value=scale)
 
 
-def _check_not_negative(**values: float) -> None:
-    for name, value in values.items():
-        if not (value >= 0 and math.isfinite(value)):
-            raise ValueError(f"{name} must be a finite number of at least 0, not {value!r}")
+def add_rounding_stochastically(target: Tensor, change: Tensor, seed: int) -> None:
+    """Add ``change``, in float32, to a tile of half-precision numbers, right on average.
+
+    The tile moves by whole units in its last place: ``change`` in those units, rounded up with the
+    probability of its fraction. So a change far below one unit is neither lost nor biased, for
+    normal and subnormal numbers.
+    """
+    information = torch.finfo(target.dtype)
+    value = SCRATCH.buffer("value", target).copy_(target)
+    exponents = SCRATCH.buffer("unit", target)
+    torch.bitwise_and(value.view(torch.int32), 0x7F800000, out=exponents.view(torch.int32))
+    unit = exponents.clamp_(min=information.smallest_normal).mul_(information.eps)
+    generator = SCRATCH.generator(target.device, seed)
+    moves = SCRATCH.buffer("dither", target).uniform_(generator=generator)
+    moves.addcdiv_(change, unit).floor_()
+    target.copy_(value.addcmul_(moves, unit))
+
+
+def descend(
+    target: Tensor, direction: Tensor, root: Tensor | None, scale: float, decay: float, seed: int
+) -> None:
+    """Add ``scale`` u/√h + ``decay`` θ to a tile of weights; may overwrite ``direction``.
+
+    Half precision rounds stochastically, from ``seed``.
+    """
+    if target.dtype != direction.dtype:
+        change = direction.mul_(scale) if root is None else direction.mul_(scale).mul_(root)
+        add_rounding_stochastically(target, change.add_(target, alpha=decay), seed)
+        return
+    if decay:
+        target.mul_(1 + decay)
+    shift(target, target, direction, root, scale)
+
+
+class FullHessian:
+    """h of one parameter, an entry for each weight, kept as h - 1 in ``state``.
+
+    h starts at 1 and changes by as little as α = 1e-10 a step: near 1, float32 would swallow
+    changes below 6e-8, and bfloat16 those below 4e-3. Near 0 their digits are finer.
+    """
+
+    def __init__(self, slot: Slot, state: dict[str, Any]) -> None:
+        self.offset = slot.matrix(state["hessian_minus_one"])
+
+    @staticmethod
+    def start(slot: Slot, dtype: torch.dtype) -> dict[str, Any]:
+        """State of h = 1."""
+        return {"hessian_minus_one": torch.zeros_like(slot.parameter, dtype=dtype)}
+
+    def tile(self, place: tuple[slice, slice]) -> Tensor:
+        """Return h of one tile, in a buffer that the next call overwrites."""
+        offset = self.offset[place]
+        buffer = SCRATCH.buffer("root", offset)
+        if offset.dtype == buffer.dtype:
+            return torch.add(offset, 1, out=buffer)
+        return buffer.copy_(offset).add_(1)
+
+    def inverse_root(self, place: tuple[slice, slice], like: Tensor) -> Tensor:
+        """1/√h of one tile of weights ``like``, in the same buffer."""
+        return self.tile(place).rsqrt_()
+
+    def update(self, place: tuple[slice, slice], growth: Tensor, seed: int) -> None:
+        """Multiply h by 1 + growth, where growth is α c u² - α."""
+        offset, hessian = self.offset[place], self.tile(place)
+        if offset.dtype == hessian.dtype:
+            offset.addcmul_(growth, hessian)
+        else:
+            add_rounding_stochastically(offset, growth.mul_(hessian), seed)
+            # Rounded down to 0, h would make the next perturbation infinite.
+            offset.clamp_(min=torch.finfo(offset.dtype).eps - 1)
+
+    def mean_and_max(self) -> tuple[float, float]:
+        """Mean and maximum of h."""
+        return 1 + self.offset.mean(dtype=torch.float32).item(), 1 + self.offset.max().item()
+
+
+class LowRankHessian:
+    """h of one matrix as h_ij = r_i k_j / mean(r): HiZOO-L, after Adafactor (arXiv 1804.04235).
+
+    r and k are float64 vectors; a matrix of h's is never formed, only tiles of it.
+    """
+
+    def __init__(self, slot: Slot, state: dict[str, Any]) -> None:
+        self.rows, self.columns = state["hessian_rows"], state["hessian_columns"]
+        self.row_factors = self.rows / self.rows.mean()
+
+    @staticmethod
+    def start(slot: Slot, dtype: torch.dtype) -> dict[str, Any]:
+        """State of h = 1."""
+        one = torch.ones((), dtype=torch.float64, device=slot.parameter.device)
+        return {
+            "hessian_rows": one.repeat(slot.rows),
+            "hessian_columns": one.repeat(slot.columns),
+        }
+
+    def inverse_root(self, place: tuple[slice, slice], like: Tensor) -> Tensor:
+        """1/√h of one tile of weights ``like``, in a buffer that the next call overwrites."""
+        root = SCRATCH.buffer("root", like)
+        rows, columns = self.row_factors[place[0]].rsqrt(), self.columns[place[1]].rsqrt()
+        return torch.mul(rows.to(root.dtype).unsqueeze(1), columns.to(root.dtype), out=root)
+
+    def averaged(
+        self, smooth: float, curvatures: list[float], moments: list[tuple[Tensor, Tensor]]
+    ) -> dict[str, Any]:
+        """State after a step, from the row and column means of h u² of every direction."""
+        rows, columns = (1 - smooth) * self.rows, (1 - smooth) * self.columns
+        for curvature, (of_rows, of_columns) in zip(curvatures, moments, strict=True):
+            rows += smooth * curvature * of_rows
+            columns += smooth * curvature * of_columns
+        return {"hessian_rows": rows, "hessian_columns": columns}
+
+    def mean_and_max(self) -> tuple[float, float]:
+        """Mean and maximum of h."""
+        largest = self.row_factors.max() * self.columns.max()
+        return self.columns.mean().item(), largest.item()
+
+
+Hessian = FullHessian | LowRankHessian
+
+
+def inverse_root(
+    hessian: Hessian | None, place: tuple[slice, slice], like: Tensor
+) -> Tensor | None:
+    """Return 1/√h of one tile of weights ``like``; None where h is 1."""
+    return None if hessian is None else hessian.inverse_root(place, like)
+
+
+# ------------------------------------------------------------------------------ the optimizer
+
+
+HESSIANS = ("full", "lowrank")
+# Number of the stream that stochastic rounding draws from; those of u are numbered from 0.
+ROUNDING = -1
 
 
 class HiZOO(torch.optim.Optimizer):
-    """Zeroth-order optimizer with a diagonal curvature estimate (module docstring: the mathematics).
+    """Zeroth-order optimizer with a diagonal curvature estimate; mathematics: module docstring.
 
-    ``step(closure)`` does a whole step. ``estimate(closure)`` runs the forward passes alone and may be
-    called several times before one ``step()``: the estimates share the noise, and their losses are
-    averaged (gradient accumulation). Between ``estimate`` and ``step`` the parameters are shifted;
-    ``restore()`` takes the shift back.
+    ``step(closure)`` does a whole step. ``estimate(closure)`` runs the forward passes alone and may
+    be called several times before one ``step()``: the estimates share the noise, and their losses
+    are averaged (gradient accumulation). In between the parameters may be shifted; ``restore()``
+    takes the shift back.
 
     Args:
-        params: tensors or parameter groups. ``lr``, ``eps``, ``hessian_smooth`` and ``weight_decay``
+        params: tensors or parameter groups. ``lr``, ``eps``, ``hessian_smooth``, ``weight_decay``
             may differ between groups, and may change between steps (schedulers).
-        lr: learning rate η, per unit of the projected gradient. Published runs: 1e-7 to 1e-6 for all
-            parameters of a large model.
-        eps: perturbation scale μ, in units of the weights. 0 is refused.
+        lr: learning rate η, per unit of the projected gradient. Published runs: 1e-7 to 1e-6 for
+            all parameters of a large model.
+        eps: perturbation scale μ, in units of the weights; larger than 0.
         hessian_smooth: smoothing α of h, from 0 (MeZO: two forward passes a step) to below 1.
         weight_decay: decoupled weight decay λ, multiplied by ``lr``.
-        num_samples: number of directions u a step, averaged (n-SPSA, MeZO paper, appendix A).
+        hessian: "full", an entry for each weight, or "lowrank" (HiZOO-L): a vector for the rows and
+            one for the columns of each matrix.
+        hessian_dtype: of the full h; None: that of the weights, bfloat16 for float16.
+        num_samples: directions u a step, averaged (n-SPSA, MeZO paper, section 2).
+        layers: None shifts the weights in place and back, which rounds: by up to a unit in the
+            last place a step. ``layerwise.LayerwiseWeights(model)`` leaves them as they are and
+            perturbs one module at a time, with scratch memory for the largest; for half precision.
         seed: the noise is a function of it and of the step's number.
 
-    State: ``hessian_minus_one`` per parameter, h - 1 in the parameter's shape. In float32, h itself
-    could not take in changes below 6e-8, which is all that α = 1e-10 ever makes; h - 1 can. Without it
-    (MeZO) h is 1. The step's number is in ``param_groups``; so ``state_dict()`` resumes exactly.
+    State, by parameter: ``hessian_minus_one``, or ``hessian_rows`` and ``hessian_columns``; nothing
+    without curvature. The step's number is in ``param_groups``: ``state_dict()`` resumes exactly.
 
     Attributes:
         projected_gradient: g of the last step (first group's μ; mean over the directions).
         curvature: c of the last step (likewise), 0 without curvature.
-        skipped_steps: how many steps changed nothing since a loss was not finite.
 
     Raises:
         ValueError: an argument out of range, or a parameter that is not contiguous.
@@ -252,11 +392,24 @@ class HiZOO(torch.optim.Optimizer):
         hessian_smooth: float = 1e-8,
         weight_decay: float = 0.0,
         *,
+        hessian: str = "full",
+        hessian_dtype: torch.dtype | None = None,
         num_samples: int = 1,
+        layers: Any = None,
         seed: int = 0,
     ) -> None:
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, not {num_samples!r}")
+        if hessian not in HESSIANS:
+            raise ValueError(f"hessian must be one of {', '.join(HESSIANS)}, not {hessian!r}")
+        self.num_samples = num_samples
+        self.hessian = hessian
+        self.hessian_dtype = hessian_dtype
+        self.layers = layers
+        self.projected_gradient = math.nan
+        self.curvature = 0.0
+        self._slots: list[Slot] = []
+        self._forget_estimates()
         defaults = {
             "lr": lr,
             "eps": eps,
@@ -265,21 +418,21 @@ class HiZOO(torch.optim.Optimizer):
             "seed": seed,
             "step": 0,
             "skipped_steps": 0,
+            "skipped_in_a_row": 0,
         }
-        self.num_samples = num_samples
-        self.projected_gradient = math.nan
-        self.curvature = 0.0
-        self._slots: list[Slot] = []
-        self._forget_estimates()
         super().__init__(params, defaults)
+        if layers and set(layers.uses) != {slot.parameter for slot in self._slots}:
+            raise ValueError("layers must hold exactly the parameters that the optimizer has")
 
     # ---- public interface
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group, with its own ``lr``, ``eps``, ``hessian_smooth``, ``weight_decay``."""
+        """Add a group of parameters, with its own ``lr``, ``eps`` and so on; before training."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        _check_not_negative(lr=group["lr"], eps=group["eps"], weight_decay=group["weight_decay"])
+        for name in ("lr", "eps", "weight_decay"):
+            if not (group[name] >= 0 and math.isfinite(group[name])):
+                raise ValueError(f"{name} must be at least 0 and finite, not {group[name]!r}")
         if group["eps"] == 0:
             raise ValueError("eps must be larger than 0, not 0")
         if not 0 <= group["hessian_smooth"] < 1:
@@ -288,27 +441,32 @@ class HiZOO(torch.optim.Optimizer):
 
     @property
     def skipped_steps(self) -> int:
+        """How many steps changed nothing since a loss was not finite.
+
+        Those at the end of the run so far are in ``param_groups[0]["skipped_in_a_row"]``.
+        """
         return self.param_groups[0]["skipped_steps"]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> float | None:
         """Apply the estimates made since the last step; with ``closure``, make one first.
 
-        Returns the loss of ``closure``, None without. A step in which a loss was not finite takes the
-        shift back, changes nothing else and counts in ``skipped_steps``.
+        Returns the loss of ``closure``, None without. A step in which a loss was not finite takes
+        the shift back, changes nothing else and counts in ``skipped_steps``.
         """
         loss = None if closure is None else self.estimate(closure)
         if not self._estimates:
             raise RuntimeError("step() needs a closure, or estimate(closure) before it")
         differences = torch.tensor(self._estimates, dtype=torch.float64).mean(dim=0).tolist()
-        if all(math.isfinite(value) for pair in differences for value in pair):
-            self._apply(differences)
-        else:
+        skipped = not all(math.isfinite(value) for pair in differences for value in pair)
+        if skipped:
             self.restore()
-            for group in self.param_groups:
-                group["skipped_steps"] += 1
+        else:
+            self._apply(differences)
         for group in self.param_groups:
             group["step"] += 1
+            group["skipped_steps"] += skipped
+            group["skipped_in_a_row"] = group["skipped_in_a_row"] + 1 if skipped else 0
         self._forget_estimates()
         return loss
 
@@ -316,158 +474,245 @@ class HiZOO(torch.optim.Optimizer):
     def estimate(self, closure: Callable[[], Any]) -> float:
         """Run the forward passes of one batch: 2 a direction, and one unperturbed if α > 0.
 
-        ``closure`` returns the loss of the batch, a number or a tensor of one, and must give the same
-        loss for the same weights (no dropout). Returns the unperturbed loss, or without it the mean of
-        the perturbed ones. If ``closure`` raises, the weights come back and the step starts anew.
+        ``closure`` returns the loss of the batch, a number or a tensor of one, and must give the
+        same loss for the same weights (no dropout). Returns the unperturbed loss, or without it the
+        mean of the perturbed ones. If ``closure`` raises, the weights come back and the step starts
+        anew.
         """
         with_curvature = any(group["hessian_smooth"] > 0 for group in self.param_groups)
         points = [(draw, sign) for draw in range(self.num_samples) for sign in (1, -1)]
         order = [None, *points] if with_curvature else points
-        # Every other batch goes backwards, from where the one before it ended.
+        self._start_hessians()
         if len(self._estimates) % 2:
+            # Every other batch goes backwards, from where the one before it ended.
             order.reverse()
         losses = {}
         try:
             for point in order:
-                self._move_to(point)
-                losses[point] = float(closure())
+                losses[point] = self._loss_at(point, closure)
         except BaseException:
             self.restore()
             self._forget_estimates()
             raise
         center = losses.get(None, sum(losses.values()) / len(losses))
+        pairs = [(losses[draw, 1], losses[draw, -1]) for draw in range(self.num_samples)]
         self._estimates.append(
             [
-                (
-                    losses[draw, 1] - losses[draw, -1],
-                    losses[draw, 1] + losses[draw, -1] - 2 * center if with_curvature else 0.0,
-                )
-                for draw in range(self.num_samples)
+                (plus - minus, plus + minus - 2 * center if with_curvature else 0.0)
+                for plus, minus in pairs
             ]
         )
         return center
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Take the shift back that ``estimate`` left on the parameters."""
+        """Take back the shift that ``estimate`` may have left on the parameters."""
         self._move_to(None)
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's state, as of the last whole step; takes a shift back first."""
+        """Return the state as of the last whole step; takes a shift back first."""
         self.restore()
         self._forget_estimates()
         return super().state_dict()
 
-    # ---- noise and passes over the parameters
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a ``state_dict()``; h keeps the dtype it was saved in."""
+        super().load_state_dict(state_dict)
+        saved = (number for group in state_dict["param_groups"] for number in group["params"])
+        # torch casts a state to its parameter's dtype: h would lose digits, or its range.
+        for slot, number in zip(self._slots, saved, strict=True):
+            device = slot.parameter.device
+            state = state_dict["state"].get(number, {})
+            self.state[slot.parameter] = {k: v.to(device, copy=True) for k, v in state.items()}
+        self._slots = list(self._number_tiles())
+
+    def hessian_mean_and_max(self) -> tuple[float, float]:
+        """Return the mean and the maximum of h over all parameters; reads all of h."""
+        total, largest, count = 0.0, 0.0, 0
+        for slot in self._slots:
+            hessian, size = self._hessian(slot), slot.parameter.numel()
+            if size:
+                mean, maximum = hessian.mean_and_max() if hessian else (1.0, 1.0)
+                total, largest, count = total + mean * size, max(largest, maximum), count + size
+        return total / count, largest
+
+    # ---- the points that losses are taken at
 
     def _forget_estimates(self) -> None:
         self._estimates: list[list[tuple[float, float]]] = []
+        # The direction's number and its sign if the parameters are shifted in place.
         self._point: tuple[int, int] | None = None
+        self._moments: dict[tuple[Slot, int], tuple[Tensor, Tensor]] = {}
 
     def _number_tiles(self) -> Iterator[Slot]:
         first_tile = 0
         for group in self.param_groups:
             for parameter in group["params"]:
                 if not parameter.is_contiguous():
-                    raise ValueError(
-                        f"a parameter of shape {tuple(parameter.shape)} is not contiguous"
-                    )
-                rows = parameter.shape[0] if parameter.dim() > 1 else 1
-                columns = parameter.numel() // rows if rows else 0
-                on_cpu = parameter.device.type == "cpu"
-                size = CPU_TILE_ELEMENTS if on_cpu else DEVICE_TILE_ELEMENTS
-                grid = TileGrid(rows, columns, size)
-                yield Slot(parameter, group, grid, first_tile)
-                first_tile += len(grid)
+                    raise ValueError(f"parameter of shape {tuple(parameter.shape)} not contiguous")
+                slot = Slot.cut(parameter, group, first_tile)
+                yield slot
+                first_tile += len(slot)
 
-    def _stream(self, draw: int) -> int:
-        group = self.param_groups[0]
-        return mix_seed(group["seed"], group["step"], draw)
+    def _loss_at(self, point: tuple[int, int] | None, closure: Callable[[], Any]) -> float:
+        """The loss at θ ± μ u/√h, or at θ itself for None."""
+        if self.layers is None:
+            self._move_to(point)
+            return float(closure())
+        if point is None:
+            return float(closure())
+        with self.layers.replaced(functools.partial(self._perturb, dict([point]))):
+            return float(closure())
 
     def _move_to(self, point: tuple[int, int] | None) -> None:
-        """Shift the parameters from the point they are at, θ ± μ u/√h or θ itself, to ``point``."""
+        """Shift the parameters in place from the point they are at to ``point``."""
         scales: dict[int, int] = {}
         if self._point:
             scales[self._point[0]] = -self._point[1]
         if point:
             scales[point[0]] = scales.get(point[0], 0) + point[1]
-        if any(scales.values()):
-            shift = functools.partial(self._shift_packet, scales)
-            for _ in run_packets(shift, cut_into_packets(self._slots)):
-                pass
+        self._perturb({draw: scale for draw, scale in scales.items() if scale}, None)
         self._point = point
 
-    def _apply(self, differences: list[list[float]]) -> None:
-        """Update h and θ with (l+ - l-, l+ + l- - 2 l0) of each direction; takes the shift back."""
-        for slot in self._slots:
-            state = self.state[slot.parameter]
-            if slot.group["hessian_smooth"] > 0 and not state:
-                state["hessian_minus_one"] = torch.zeros_like(slot.parameter)
-        samples, eps = len(differences), self.param_groups[0]["eps"]
-        self.projected_gradient = sum(first for first, _ in differences) / samples / (2 * eps)
-        self.curvature = sum(abs(second) for _, second in differences) / samples / (2 * eps**2)
-        update = functools.partial(self._update_packet, differences)
-        for _ in run_packets(update, cut_into_packets(self._slots)):
-            pass
-        self._point = None
+    def _perturb(self, scales: dict[int, int], outputs: dict[Tensor, Tensor] | None) -> None:
+        """Write θ + scale μ u/√h into ``outputs``, or in place for all parameters.
+
+        On the way, the row and column means of h u² are taken for a low-rank h, which needs them
+        once for every direction, before the update.
+        """
+        if not scales:
+            return
+        function = functools.partial(self._perturb_packet, scales, outputs)
+        slots = self._slots
+        if outputs is not None:
+            slots = [slot for slot in slots if slot.parameter in outputs]
+        new: dict[tuple[Slot, int], tuple[Tensor, Tensor]] = {}
+        for sums in run_packets(function, slots):
+            for slot, draw, (rows, columns), of_rows, of_columns in sums:
+                if (slot, draw) not in new:
+                    state = self.state[slot.parameter]
+                    new[slot, draw] = (
+                        torch.zeros_like(state["hessian_rows"]),
+                        torch.zeros_like(state["hessian_columns"]),
+                    )
+                new[slot, draw][0][rows] += of_rows / slot.columns
+                new[slot, draw][1][columns] += of_columns / slot.rows
+        self._moments |= new
+
+    def _perturb_packet(
+        self, scales: dict[int, int], outputs: dict[Tensor, Tensor] | None, packet: Packet
+    ) -> list[tuple[Slot, int, tuple[slice, slice], Tensor, Tensor]]:
+        sums = []
+        for slot, tiles in packet:
+            weights = slot.matrix(slot.parameter)
+            written = weights if outputs is None else slot.matrix(outputs[slot.parameter])
+            hessian = self._hessian(slot)
+            arriving = list(scales)[-1]
+            measure = isinstance(hessian, LowRankHessian) and (slot, arriving) not in self._moments
+            for tile in tiles:
+                place = slot.place(tile)
+                source = weights[place]
+                target = source if outputs is None else written[place]
+                root = inverse_root(hessian, place, source)
+                for draw, scale in scales.items():
+                    noise = self._noise(slot, self._stream(draw), tile, source)
+                    shift(target, source, noise, root, scale * slot.group["eps"])
+                if measure:
+                    squares = noise.div_(root).square_()
+                    sums.append((slot, arriving, place, squares.sum(1), squares.sum(0)))
+        return sums
+
+    def _stream(self, draw: int) -> int:
+        group = self.param_groups[0]
+        return mix_seed(group["seed"], group["step"], draw)
 
     def _noise(self, slot: Slot, stream: int, tile: int, like: Tensor) -> Tensor:
-        """N(0, 1) numbers of one tile, in a buffer that the next call overwrites."""
-        noise = SCRATCH.buffer("noise", like, compute_dtype(like))
+        """Draw u of one tile, N(0, 1), in a buffer that the next call overwrites."""
+        noise = SCRATCH.buffer("noise", like)
         seed = tile_seed(stream, slot.first_tile + tile)
         return noise.normal_(generator=SCRATCH.generator(like.device, seed))
 
-    def _shift_packet(self, scales: dict[int, int], packet: Packet) -> None:
-        """Add ``scale`` μ u/√h to the tiles of a packet, for every draw of u and its scale."""
-        streams = {draw: self._stream(draw) for draw in scales}
-        for slot, tiles in packet:
-            weights = slot.matrix(slot.parameter)
-            hessian = self.state[slot.parameter].get("hessian_minus_one")
-            for tile in tiles:
-                place = slot.grid[tile]
-                target = weights[place]
-                root = None if hessian is None else inverse_root(slot.matrix(hessian)[place])
-                for draw, scale in scales.items():
-                    noise = self._noise(slot, streams[draw], tile, target)
-                    add_scaled_(target, noise, root, scale * slot.group["eps"])
+    # ---- the update
 
-    def _update_packet(self, differences: list[list[float]], packet: Packet) -> None:
-        """Take the shift back and update h and θ in the tiles of a packet."""
-        samples = len(differences)
-        streams = [self._stream(draw) for draw in range(samples)]
+    def _hessian(self, slot: Slot) -> Hessian | None:
+        """Return h of a parameter; None as long as it is 1."""
+        state = self.state.get(slot.parameter)
+        if not state:
+            return None
+        return (LowRankHessian if "hessian_rows" in state else FullHessian)(slot, state)
+
+    def _start_hessians(self) -> None:
+        for slot in self._slots:
+            if slot.group["hessian_smooth"] == 0 or self.state.get(slot.parameter):
+                continue
+            dtype = self.hessian_dtype
+            if dtype is None:
+                dtype = slot.parameter.dtype
+                dtype = torch.bfloat16 if dtype == torch.float16 else dtype
+            low_rank = self.hessian == "lowrank" and slot.parameter.dim() > 1
+            kind = LowRankHessian if low_rank else FullHessian
+            self.state[slot.parameter] = kind.start(slot, dtype)
+
+    def _apply(self, differences: list[list[float]]) -> None:
+        """Take the shift back and update h and θ, in one pass over the noise.
+
+        ``differences`` holds (l+ - l-, l+ + l- - 2 l0) of every direction.
+        """
+        gradients, curvatures = scalars(differences, self.param_groups[0]["eps"])
+        self.projected_gradient, self.curvature = sum(gradients), sum(curvatures)
+        shifted_with = {slot: self._hessian(slot) for slot in self._slots}
+        for slot, hessian in shifted_with.items():
+            smooth = slot.group["hessian_smooth"]
+            if isinstance(hessian, LowRankHessian) and smooth > 0:
+                _, curvatures = scalars(differences, slot.group["eps"])
+                moments = [self._moments[slot, draw] for draw in range(self.num_samples)]
+                self.state[slot.parameter] = hessian.averaged(smooth, curvatures, moments)
+        update = functools.partial(self._update_packet, differences, shifted_with)
+        for _ in run_packets(update, self._slots):
+            pass
+        self._point = None
+
+    def _update_packet(
+        self,
+        differences: list[list[float]],
+        shifted_with: dict[Slot, Hessian | None],
+        packet: Packet,
+    ) -> None:
+        streams = [self._stream(draw) for draw in range(self.num_samples)]
+        rounding = self._stream(ROUNDING)
         shifted_draw, shifted_sign = self._point or (None, 0)
         for slot, tiles in packet:
-            lr, eps, smooth, decay = (
-                float(slot.group[name]) for name in ("lr", "eps", "hessian_smooth", "weight_decay")
-            )
-            gradients = [first / (2 * eps) / samples for first, _ in differences]
-            curvatures = [abs(second) / (2 * eps**2) / samples for _, second in differences]
-            weights = slot.matrix(slot.parameter)
-            hessian = self.state[slot.parameter].get("hessian_minus_one")
+            group, weights, hessian = slot.group, slot.matrix(slot.parameter), self._hessian(slot)
+            gradients, curvatures = scalars(differences, group["eps"])
+            smooth, lr = group["hessian_smooth"], float(group["lr"])
+            full = hessian if isinstance(hessian, FullHessian) and smooth > 0 else None
             for tile in tiles:
-                place = slot.grid[tile]
+                place, number = slot.place(tile), slot.first_tile + tile
                 target = weights[place]
-                offset = None if hessian is None else slot.matrix(hessian)[place]
-                root = None if offset is None else inverse_root(offset)
-                growth = SCRATCH.buffer("growth", target, compute_dtype(target)).fill_(-smooth)
-                direction = SCRATCH.buffer("direction", target, compute_dtype(target))
+                growth = SCRATCH.buffer("growth", target).fill_(-smooth) if full else None
+                direction, scale = SCRATCH.buffer("direction", target), -lr
                 for draw, stream in enumerate(streams):
                     noise = self._noise(slot, stream, tile, target)
                     if draw == shifted_draw:
-                        add_scaled_(target, noise, root, -shifted_sign * eps)
-                    if offset is not None:
+                        root = inverse_root(shifted_with[slot], place, target)
+                        shift(target, target, noise, root, -shifted_sign * group["eps"])
+                    if full:
                         growth.addcmul_(noise, noise, value=smooth * curvatures[draw])
-                    if samples > 1 and draw == 0:
-                        torch.mul(noise, gradients[draw], out=direction)
-                    elif samples > 1:
+                    if len(streams) == 1:
+                        direction, scale = noise, -lr * gradients[0]
+                    elif draw == 0:
+                        torch.mul(noise, gradients[0], out=direction)
+                    else:
                         direction.add_(noise, alpha=gradients[draw])
-                if offset is not None and smooth > 0:
-                    # h <- h (1 - α + α c u²), with h - 1 in store: in float32 h would swallow it.
-                    offset.addcmul_(growth, torch.add(offset, 1, out=root))
-                    root = inverse_root(offset)
-                if decay:
-                    target.mul_(1 - lr * decay)
-                if samples == 1:
-                    add_scaled_(target, noise, root, -lr * gradients[0])
-                else:
-                    add_scaled_(target, direction, root, -lr)
+                if full:
+                    full.update(place, growth, tile_seed(rounding, ~number))
+                root = inverse_root(hessian, place, target)
+                seed = tile_seed(rounding, number)
+                descend(target, direction, root, scale, -lr * group["weight_decay"], seed)
+
+
+def scalars(differences: list[list[float]], eps: float) -> tuple[list[float], list[float]]:
+    """Return g and c of every direction, divided by the number of directions."""
+    samples = len(differences)
+    gradients = [first / (2 * eps) / samples for first, _ in differences]
+    return gradients, [abs(second) / (2 * eps**2) / samples for _, second in differences]

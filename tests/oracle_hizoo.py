@@ -1,7 +1,7 @@
 """The textbook HiZOO step in float64: no tiles, no threads, nothing in place, nothing clever.
 
-It reads its noise from the optimizer under test, so that both see the same directions, and follows the
-five lines of the module docstring of ``hizoo.py`` word for word.
+It reads its noise from the optimizer under test, so that both see the same directions, and follows
+the five lines of the module docstring of ``hizoo.py`` word for word.
 """
 
 from __future__ import annotations
@@ -15,16 +15,14 @@ from torch import Tensor
 from hizoo import HiZOO, tile_seed
 
 
-def read_noise(
-    optimizer: HiZOO, draw: int = 0, dtype: torch.dtype = torch.float32
-) -> list[Tensor]:
+def read_noise(optimizer: HiZOO, draw: int = 0, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """u of the optimizer's coming step as whole float64 tensors, one per parameter."""
     stream = optimizer._stream(draw)
     noise = []
     for slot in optimizer._slots:
-        whole = torch.empty(slot.grid.rows, slot.grid.columns, dtype=dtype)
-        for tile in range(len(slot.grid)):
-            place = slot.grid[tile]
+        whole = torch.empty(slot.rows, slot.columns, dtype=dtype)
+        for tile in range(len(slot)):
+            place = slot.place(tile)
             generator = torch.Generator().manual_seed(tile_seed(stream, slot.first_tile + tile))
             whole[place] = torch.randn(whole[place].shape, generator=generator, dtype=dtype)
         noise.append(whole.double().view(slot.parameter.shape))
@@ -62,18 +60,19 @@ class OracleHiZOO:
         gradients, curvatures = [], []
         center = mean_loss(self.parameters)
         for direction in directions:
-            shift = [
-                self.eps * u / h**0.5 for u, h in zip(direction, self.hessians, strict=True)
-            ]
+            shift = [self.eps * u / h**0.5 for u, h in zip(direction, self.hessians, strict=True)]
             plus = mean_loss([p + z for p, z in zip(self.parameters, shift, strict=True)])
             minus = mean_loss([p - z for p, z in zip(self.parameters, shift, strict=True)])
             gradients.append((plus - minus) / (2 * self.eps))
             curvatures.append(abs(plus + minus - 2 * center) / (2 * self.eps**2))
         alpha, samples = self.hessian_smooth, len(directions)
         for i, (parameter, hessian) in enumerate(zip(self.parameters, self.hessians, strict=True)):
-            measured = sum(c * hessian * u[i] ** 2 for c, u in zip(curvatures, directions, strict=True))
+            squares = [u[i] ** 2 for u in directions]
+            measured = sum(c * hessian * s for c, s in zip(curvatures, squares, strict=True))
             hessian = (1 - alpha) * hessian + alpha * measured / samples
-            estimate = sum(g * u[i] / hessian**0.5 for g, u in zip(gradients, directions, strict=True))
+            estimate = sum(
+                g * u[i] / hessian**0.5 for g, u in zip(gradients, directions, strict=True)
+            )
             self.parameters[i] = parameter - self.lr[i] * (
                 estimate / samples + self.weight_decay[i] * parameter
             )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from oracle_hizoo import OracleHiZOO, read_noise
 from torch import Tensor, nn
 
 import hizoo
-from hizoo import HiZOO, TileGrid, tile_seed
+from hizoo import HiZOO
 
 SHAPES = [(37, 19), (50,), (3, 4, 5), (), (1, 700)]
 
@@ -43,13 +41,16 @@ def make_loss(batch: int = 0):
 
 
 def largest_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    return max((a.double() - b.double()).abs().max().item() for a, b in zip(ours, theirs, strict=True))
+    return max(
+        (a.double() - b.double()).abs().max().item() for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("smooth", [0.0, 1e-6, 1e-2])
 @pytest.mark.parametrize(
-    "decay, groups, batches, samples", [(0.0, 1, 1, 1), (0.1, 2, 1, 1), (0.1, 2, 3, 1), (0.1, 2, 2, 3)]
+    "decay, groups, batches, samples",
+    [(0.0, 1, 1, 1), (0.1, 2, 1, 1), (0.1, 2, 3, 1), (0.1, 2, 2, 3)],
 )
 def test_fifty_steps_follow_the_oracle(dtype, smooth, decay, groups, batches, samples) -> None:
     parameters = make_parameters(dtype)

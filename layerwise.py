@@ -1,0 +1,106 @@
+"""Running a model's modules with other weights, and giving their own back, bit for bit.
+
+HiZOO (hizoo.py) uses it for half precision, where shifting weights in place and back does not
+return: they drift by rounding. Torch only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Weights = dict[nn.Parameter, Tensor]
+
+
+class LayerwiseWeights:
+    """Lets each module of a model run with other weights than its own, kept in scratch memory.
+
+    As a module's forward begins, its trainable weights are written into scratch memory and swapped
+    in; as it ends, also by an exception, they are swapped out. Scratch is as large as the largest
+    module's weights. Weights that several modules share are written once and kept until the end of
+    the evaluation, and so are those of a module that runs again (in generation, for every token).
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.owners: list[tuple[nn.Module, list[nn.Parameter]]] = []
+        for part in module.modules():
+            trained = [p for p in part._parameters.values() if p is not None and p.requires_grad]
+            if trained:
+                self.owners.append((part, trained))
+        self.uses = Counter(parameter for _, owned in self.owners for parameter in owned)
+        self.names = {parameter: name for name, parameter in module.named_parameters()}
+        self.free: list[torch.UntypedStorage] = []
+
+    @contextlib.contextmanager
+    def replaced(self, write: Callable[[Weights], None]) -> Iterator[None]:
+        """Evaluate with the weights that ``write`` puts into the tensors it is given.
+
+        Raises:
+            RuntimeError: the module of a parameter did not run, so that its own weights counted.
+        """
+        own: Weights = {}
+        kept: Weights = {}
+        depth: Counter[nn.Parameter] = Counter()
+        finished: set[nn.Parameter] = set()
+
+        def enter(parameters: list[nn.Parameter], *_: Any) -> None:
+            entering = [p for p in parameters if p not in own]
+            fresh = {p: self._borrow(p) for p in entering if p not in kept}
+            if fresh:
+                write(fresh)
+            for parameter in entering:
+                own[parameter] = parameter.data
+                parameter.data = fresh[parameter] if parameter in fresh else kept[parameter]
+            depth.update(parameters)
+
+        def leave(parameters: list[nn.Parameter], *_: Any) -> None:
+            for parameter in parameters:
+                depth[parameter] -= 1
+                if depth[parameter] or parameter not in own:
+                    continue
+                used, parameter.data = parameter.data, own.pop(parameter)
+                if self.uses[parameter] > 1 or parameter in finished:
+                    kept[parameter] = used
+                else:
+                    self.free.append(used.untyped_storage())
+                finished.add(parameter)
+
+        with contextlib.ExitStack() as hooks:
+            for part, parameters in self.owners:
+                before = functools.partial(enter, parameters)
+                after = functools.partial(leave, parameters)
+                hooks.callback(part.register_forward_pre_hook(before, prepend=True).remove)
+                hooks.callback(part.register_forward_hook(after, always_call=True).remove)
+            try:
+                yield
+            finally:
+                for parameter, data in own.items():
+                    parameter.data = data
+                self.free += [tensor.untyped_storage() for tensor in kept.values()]
+        missed = [self.names[parameter] for parameter in self.uses if parameter not in finished]
+        if missed:
+            raise RuntimeError(
+                f"{missed[0]} was not perturbed: the forward of its module did not run; perturb "
+                "this model in place"
+            )
+
+    def _borrow(self, parameter: nn.Parameter) -> Tensor:
+        """Scratch of a parameter's shape, in the smallest free piece that is large enough."""
+        size = parameter.numel() * parameter.element_size()
+        pieces = [piece for piece in self.free if piece.device == parameter.device]
+        pieces.sort(key=torch.UntypedStorage.nbytes)
+        piece = next((piece for piece in pieces if piece.nbytes() >= size), None)
+        # Where none is, the largest piece makes room for a larger one.
+        taken = piece or (pieces[-1] if pieces else None)
+        self.free = [free for free in self.free if free is not taken]
+        if piece is None:
+            piece = torch.UntypedStorage(size, device=parameter.device)
+        return torch.empty(0, dtype=parameter.dtype, device=parameter.device).set_(
+            piece, 0, parameter.shape
+        )
