@@ -17,10 +17,10 @@ if [ -z "${MODEL:-}" ]; then
     # The bundled model has a thousandth of the parameters and learns in far fewer steps.
     MODEL=$HERE/data/tiny-opt
     DATA_DIR=${DATA_DIR:-$HERE/data/samples}
-    LR=${LR:-5e-5}
-    STEPS=${STEPS:-300}
+    LR=${LR:-1e-4}
+    STEPS=${STEPS:-400}
     EVAL_STEPS=${EVAL_STEPS:-100}
-    HESSIAN_SMOOTH_TYPE=${HESSIAN_SMOOTH_TYPE:-constant1e-6}
+    HESSIAN_SMOOTH_TYPE=${HESSIAN_SMOOTH_TYPE:-constant1e-5}
     EXTRA_ARGS+=(--eval_before_training --per_device_eval_batch_size 64)
 fi
 BS=${BS:-16}
