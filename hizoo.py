@@ -225,8 +225,10 @@ def add_rounding_stochastically(target: Tensor, change: Tensor, seed: int) -> No
     exponents = SCRATCH.buffer("unit", target)
     torch.bitwise_and(value.view(torch.int32), 0x7F800000, out=exponents.view(torch.int32))
     unit = exponents.clamp_(min=information.smallest_normal).mul_(information.eps)
-    generator = SCRATCH.generator(target.device, seed)
-    moves = SCRATCH.buffer("dither", target).uniform_(generator=generator)
+    moves = SCRATCH.buffer("dither", target)
+    # Behind a change this large the number's own last place is lost, and their ratio overflows.
+    torch.maximum(unit, torch.abs(change, out=moves).mul_(2**-24), out=unit)
+    moves.uniform_(generator=SCRATCH.generator(target.device, seed))
     moves.addcdiv_(change, unit).floor_()
     target.copy_(value.addcmul_(moves, unit))
 
@@ -522,8 +524,8 @@ class HiZOO(torch.optim.Optimizer):
         # torch casts a state to its parameter's dtype: h would lose digits, or its range.
         for slot, number in zip(self._slots, saved, strict=True):
             device = slot.parameter.device
-            state = state_dict["state"].get(number, {})
-            self.state[slot.parameter] = {k: v.to(device, copy=True) for k, v in state.items()}
+            for name, tensor in state_dict["state"].get(number, {}).items():
+                self.state[slot.parameter][name] = tensor.to(device, copy=True)
         self._slots = list(self._number_tiles())
 
     def hessian_mean_and_max(self) -> tuple[float, float]:

@@ -41,11 +41,23 @@ class OracleHiZOO:
     hessian_smooth: float
     lr: Sequence[float]
     weight_decay: Sequence[float]
+    low_rank: bool = False
     hessians: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.parameters = [parameter.detach().double().clone() for parameter in self.parameters]
         self.hessians = [torch.ones_like(parameter) for parameter in self.parameters]
+        matrices = [p.reshape(p.shape[0], -1) if p.dim() > 1 else None for p in self.parameters]
+        self.rows = [None if m is None else torch.ones_like(m[:, 0]) for m in matrices]
+        self.columns = [None if m is None else torch.ones_like(m[0]) for m in matrices]
+
+    def _average_low_rank(self, i: int, measured: Tensor) -> Tensor:
+        """h of HiZOO-L: moving averages of row and column means, as an outer product."""
+        alpha, matrix = self.hessian_smooth, measured.reshape(measured.shape[0], -1)
+        self.rows[i] = (1 - alpha) * self.rows[i] + alpha * matrix.mean(dim=1)
+        self.columns[i] = (1 - alpha) * self.columns[i] + alpha * matrix.mean(dim=0)
+        outer = torch.outer(self.rows[i], self.columns[i]) / self.rows[i].mean()
+        return outer.reshape(measured.shape)
 
     def step(
         self,
@@ -69,7 +81,10 @@ class OracleHiZOO:
         for i, (parameter, hessian) in enumerate(zip(self.parameters, self.hessians, strict=True)):
             squares = [u[i] ** 2 for u in directions]
             measured = sum(c * hessian * s for c, s in zip(curvatures, squares, strict=True))
-            hessian = (1 - alpha) * hessian + alpha * measured / samples
+            if self.low_rank and parameter.dim() > 1:
+                hessian = self._average_low_rank(i, measured / samples)
+            else:
+                hessian = (1 - alpha) * hessian + alpha * measured / samples
             estimate = sum(
                 g * u[i] / hessian**0.5 for g, u in zip(gradients, directions, strict=True)
             )

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import math
+
 import pytest
 import torch
 from oracle_hizoo import OracleHiZOO, read_noise
 from torch import Tensor, nn
 
 import hizoo
-from hizoo import HiZOO
+from hizoo import HiZOO, tile_seed
+from layerwise import LayerwiseWeights
 
 SHAPES = [(37, 19), (50,), (3, 4, 5), (), (1, 700)]
 
@@ -47,12 +52,17 @@ def largest_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("hessian", ["full", "lowrank"])
 @pytest.mark.parametrize("smooth", [0.0, 1e-6, 1e-2])
 @pytest.mark.parametrize(
     "decay, groups, batches, samples",
     [(0.0, 1, 1, 1), (0.1, 2, 1, 1), (0.1, 2, 3, 1), (0.1, 2, 2, 3)],
 )
-def test_fifty_steps_follow_the_oracle(dtype, smooth, decay, groups, batches, samples) -> None:
+def test_fifty_steps_follow_the_oracle(
+    dtype, hessian, smooth, decay, groups, batches, samples
+) -> None:
+    if hessian == "lowrank" and smooth == 0:
+        return  # the same as full: no curvature at all
     parameters = make_parameters(dtype)
     first, rest = parameters[:2], parameters[2:]
     if groups == 2:
@@ -66,9 +76,15 @@ def test_fifty_steps_follow_the_oracle(dtype, smooth, decay, groups, batches, sa
     # float32 rounds the shifted weights: a larger shift keeps the second difference's digits.
     eps = 1e-3 if dtype == torch.float64 else 1e-2
     optimizer = HiZOO(
-        groups_of_parameters, lr=1e-4, eps=eps, hessian_smooth=smooth, num_samples=samples, seed=5
+        groups_of_parameters,
+        lr=1e-4,
+        eps=eps,
+        hessian_smooth=smooth,
+        hessian=hessian,
+        num_samples=samples,
+        seed=5,
     )
-    oracle = OracleHiZOO(parameters, eps, smooth, lr, weight_decay)
+    oracle = OracleHiZOO(parameters, eps, smooth, lr, weight_decay, hessian == "lowrank")
     losses = [make_loss(batch) for batch in range(batches)]
     start = [parameter.detach().clone() for parameter in parameters]
     for _ in range(50):
@@ -81,9 +97,301 @@ def test_fifty_steps_follow_the_oracle(dtype, smooth, decay, groups, batches, sa
     relative_bound = 1e-8 if dtype == torch.float64 else 2e-3
     assert moved > 1e-3
     assert largest_difference(parameters, oracle.parameters) < relative_bound * moved
-    for parameter, hessian in zip(parameters, oracle.hessians, strict=True):
-        offset = optimizer.state[parameter].get("hessian_minus_one", torch.zeros(()))
-        change = (hessian - 1).abs().max().item()
+    for parameter, expected in zip(parameters, oracle.hessians, strict=True):
+        change = (expected - 1).abs().max().item()
         assert (change > 0) == (smooth > 0)
-        error = (offset.double() - (hessian - 1)).abs().max().item()
+        error = (whole_hessian_offset(optimizer, parameter) - (expected - 1)).abs().max().item()
         assert error <= (1e-6 if dtype == torch.float64 else 5e-3) * change
+
+
+def whole_hessian_offset(optimizer: HiZOO, parameter: nn.Parameter) -> Tensor:
+    """h - 1 of one parameter in float64, in its shape."""
+    state = optimizer.state[parameter]
+    if "hessian_rows" in state:
+        rows = state["hessian_rows"]
+        return torch.outer(rows, state["hessian_columns"]).div(rows.mean()).view_as(parameter) - 1
+    return state.get("hessian_minus_one", torch.zeros_like(parameter)).double()
+
+
+def quadratic_model(dtype: torch.dtype) -> nn.Sequential:
+    torch.manual_seed(7)
+    return nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 3)).to(dtype)
+
+
+def model_loss(model: nn.Module, batch: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(batch)
+    dtype = next(model.parameters()).dtype
+    inputs = torch.randn(8, 6, generator=generator).to(dtype)
+    return model(inputs).float().square().mean()
+
+
+MODES = [
+    {"dtype": dtype, "hessian": hessian, "layerwise": layerwise, "num_samples": samples}
+    for dtype in (torch.float32, torch.float16, torch.bfloat16)
+    for hessian in ("full", "lowrank", "mezo")
+    for layerwise in (False, True)
+    for samples in (1, 2)
+]
+
+
+def make_optimizer(model: nn.Module, mode: dict, **settings) -> HiZOO:
+    mezo = mode["hessian"] == "mezo"
+    return HiZOO(
+        model.parameters(),
+        hessian="full" if mezo else mode["hessian"],
+        hessian_smooth=0.0 if mezo else 1e-3,
+        num_samples=mode["num_samples"],
+        layers=LayerwiseWeights(model) if mode["layerwise"] else None,
+        **{"lr": 1e-3, **settings},
+    )
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: "-".join(map(str, mode.values())))
+def test_state_dict_resumes_bit_for_bit(mode) -> None:
+    model = quadratic_model(mode["dtype"])
+    optimizer = make_optimizer(model, mode)
+    for batch in range(3):
+        optimizer.step(lambda batch=batch: model_loss(model, batch))
+    weights, saved = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    resumed = quadratic_model(mode["dtype"])
+    resumed.load_state_dict(weights)
+    resumed_optimizer = make_optimizer(resumed, mode, seed=99)
+    resumed_optimizer.load_state_dict(saved)
+    for batch in range(3, 6):
+        optimizer.step(lambda batch=batch: model_loss(model, batch))
+        resumed_optimizer.step(lambda batch=batch: model_loss(resumed, batch))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+        assert not torch.equal(tensor, weights[name]), name
+    for ours, theirs in zip(
+        optimizer.state.values(), resumed_optimizer.state.values(), strict=True
+    ):
+        for name in ours:
+            assert ours[name].dtype == theirs[name].dtype
+            assert torch.equal(ours[name], theirs[name])
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: "-".join(map(str, mode.values())))
+def test_losses_are_those_of_the_perturbed_weights(mode) -> None:
+    model = quadratic_model(mode["dtype"])
+    optimizer = make_optimizer(model, mode)
+    optimizer.step(lambda: model_loss(model))
+    before = copy.deepcopy(model.state_dict())
+    seen = []
+
+    def closure() -> Tensor:
+        loss = model_loss(model)
+        seen.append(loss.item())
+        return loss
+
+    noise = [read_noise(optimizer, draw) for draw in range(mode["num_samples"])]
+    optimizer.estimate(closure)
+    optimizer.restore()
+    expected = [] if mode["hessian"] == "mezo" else [model_loss(model).item()]
+    for of_draw in noise:
+        for sign in (1, -1):
+            shifted = quadratic_model(mode["dtype"])
+            for own, other, u in zip(
+                model.parameters(), shifted.parameters(), of_draw, strict=True
+            ):
+                h = 1 + whole_hessian_offset(optimizer, own)
+                other.data = (own.detach().double() + sign * 1e-3 * u / h**0.5).to(own.dtype)
+            expected.append(model_loss(shifted).item())
+    # In place, half precision does not come back exactly: that is what layerwise.py is for.
+    tolerance = 1e-6 if mode["layerwise"] or mode["dtype"] == torch.float32 else 2e-2
+    assert seen == pytest.approx(expected, rel=tolerance)
+    assert len(set(seen)) == len(seen)
+    if mode["layerwise"]:
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_learning_rate_zero_leaves_the_model_untouched(dtype) -> None:
+    model = quadratic_model(dtype)
+    before = copy.deepcopy(model.state_dict())
+    optimizer = make_optimizer(
+        model, {"hessian": "full", "num_samples": 1, "layerwise": True}, lr=0.0, weight_decay=0.1
+    )
+    for batch in range(200):
+        optimizer.step(lambda batch=batch: model_loss(model, batch))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert optimizer.hessian_mean_and_max()[1] > 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", ["normal", "subnormal"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_small_updates_of_half_precision_are_right_on_average(dtype, scale, sign) -> None:
+    information = torch.finfo(dtype)
+    smallest = information.smallest_normal * information.eps
+    start = (
+        1.25 if scale == "normal" else 200 * smallest if dtype == torch.float16 else 40 * smallest
+    )
+    unit = information.eps if scale == "normal" else smallest
+    numbers = torch.full((2000,), start, dtype=dtype)
+    change = torch.full((2000,), sign * 1e-3 * unit)
+    for step in range(10_000):
+        hizoo.add_rounding_stochastically(numbers, change.clone(), tile_seed(1, step))
+    moved = (numbers.double() - start).mean().item() / unit
+    assert moved == pytest.approx(sign * 10, abs=0.5)
+    assert numbers.double().sub(start).div(unit).std() < 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("smooth", [1e-10, 1e-8, 1e-6, 1e-4, 1e-2])
+def test_hessian_moves_by_what_the_oracle_accumulates(dtype, smooth, monkeypatch) -> None:
+    """α c h u² is added for α = 1e-10 too, where h in half precision would stand still."""
+    monkeypatch.setattr(hizoo, "CPU_TILE_ELEMENTS", 4096)
+    parameter = nn.Parameter(torch.zeros(3000, dtype=dtype))
+    optimizer = HiZOO([parameter], lr=0.0, eps=1e-3, hessian_smooth=smooth)
+    curvature, hessian = 1.5, torch.ones(3000, dtype=torch.float64)
+    for _ in range(1000):
+        (noise,) = read_noise(optimizer)
+        hessian *= 1 - smooth + smooth * curvature * noise.square()
+        losses = iter([0.0, curvature * 1e-6, curvature * 1e-6])
+        optimizer.step(lambda losses=losses: next(losses))
+    state = optimizer.state[parameter]["hessian_minus_one"]
+    assert state.dtype == (torch.bfloat16 if dtype == torch.float16 else dtype)
+    expected = (hessian - 1).mean().item()
+    assert state.double().mean().item() == pytest.approx(expected, rel=0.02)
+    mean, largest = optimizer.hessian_mean_and_max()
+    assert mean == pytest.approx(1 + expected, rel=0.02)
+    assert largest == pytest.approx(hessian.max().item(), rel=0.1)
+
+
+def test_low_rank_hessian_is_under_one_percent_of_opt_13b() -> None:
+    hidden, layers = 5120, 40
+    shapes = [(50272, hidden), (2050, hidden)]
+    shapes += [(hidden, hidden)] * 4 * layers + [
+        (4 * hidden, hidden),
+        (hidden, 4 * hidden),
+    ] * layers
+    weights = h = 0
+    for shape in shapes:
+        parameter = nn.Parameter(torch.empty(shape, device="meta", dtype=torch.float16))
+        slot = hizoo.Slot.cut(parameter, {}, 0)
+        state = hizoo.LowRankHessian.start(slot, torch.bfloat16)
+        weights += parameter.numel() * parameter.element_size()
+        h += sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    vectors = layers * (9 * hidden + 4 * hidden) * 2
+    assert h + vectors < 0.01 * (weights + vectors)
+
+
+def test_a_loss_that_is_not_finite_changes_nothing() -> None:
+    model = quadratic_model(torch.float32)
+    optimizer = HiZOO(model.parameters(), lr=1e-3, hessian_smooth=1e-2)
+    optimizer.step(lambda: model_loss(model))
+    before = copy.deepcopy(model.state_dict())
+    state = copy.deepcopy([tensors["hessian_minus_one"] for tensors in optimizer.state.values()])
+    for bad in (math.nan, math.inf, -math.inf):
+        for position in range(3):
+            losses = [1.0, 1.1, 0.9]
+            losses[position] = bad
+            values = iter(losses)
+            optimizer.step(lambda values=values: next(values))
+    assert optimizer.skipped_steps == 9
+    assert optimizer.param_groups[0]["skipped_in_a_row"] == 9
+    assert optimizer.param_groups[0]["step"] == 10
+    for name, tensor in model.state_dict().items():
+        assert torch.allclose(tensor, before[name], rtol=0, atol=1e-6), name
+    for tensors, saved in zip(optimizer.state.values(), state, strict=True):
+        assert torch.equal(tensors["hessian_minus_one"], saved)
+    optimizer.step(lambda: model_loss(model))
+    assert optimizer.param_groups[0]["skipped_in_a_row"] == 0
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+@pytest.mark.parametrize("failing_call", [0, 1, 2])
+def test_weights_come_back_when_the_loss_raises(layerwise, failing_call) -> None:
+    model = quadratic_model(torch.float32)
+    before = copy.deepcopy(model.state_dict())
+    mode = {"hessian": "full", "num_samples": 1, "layerwise": layerwise}
+    optimizer = make_optimizer(model, mode)
+    calls = []
+
+    def fail(*_) -> None:
+        calls.append(None)
+        if len(calls) == failing_call + 1:
+            raise RuntimeError("out of memory")
+
+    handle = model[2].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step(lambda: model_loss(model))
+    handle.remove()
+    assert all(not part._forward_hooks and not part._forward_pre_hooks for part in model.modules())
+    tolerance = 0 if layerwise else 1e-6
+    for name, tensor in model.state_dict().items():
+        assert torch.allclose(tensor, before[name], rtol=0, atol=tolerance), name
+    optimizer.step(lambda: model_loss(model))
+    assert not torch.equal(model[0].weight, before["0.weight"])
+
+
+def test_noise_is_a_function_of_seed_step_parameter_and_tile_alone(monkeypatch) -> None:
+    results = []
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        torch.manual_seed(threads)
+        random_state = torch.get_rng_state()
+        parameters = make_parameters()
+        optimizer = HiZOO(parameters, lr=1e-3, hessian_smooth=1e-2, hessian="lowrank", seed=3)
+        for batch in range(4):
+            optimizer.step(functools.partial(make_loss(batch), parameters))
+        assert torch.equal(torch.get_rng_state(), random_state)
+        results.append([parameter.detach().clone() for parameter in parameters])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_tiles_of_a_step_have_seeds_of_their_own() -> None:
+    stream = hizoo.mix_seed(0, 1, 2)
+    seeds = [tile_seed(stream, tile) & 0xFFFFFFFF for tile in range(-50_000, 50_000)]
+    assert len(set(seeds)) == len(seeds)
+    assert hizoo.mix_seed(0, 1) != hizoo.mix_seed(1, 0)
+
+
+def test_noise_is_standard_normal() -> None:
+    parameter = nn.Parameter(torch.zeros(300, 700))
+    (noise,) = read_noise(HiZOO([parameter]))
+    assert noise.mean().item() == pytest.approx(0, abs=0.01)
+    assert noise.square().mean().item() == pytest.approx(1, abs=0.02)
+    assert noise.pow(4).mean().item() == pytest.approx(3, abs=0.1)
+    neighbours = (noise.flatten()[:-64] * noise.flatten()[64:]).mean().item()
+    assert neighbours == pytest.approx(0, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"lr": -1.0}, "lr must be at least 0 and finite, not -1.0"),
+        ({"lr": math.nan}, "lr must be at least 0"),
+        ({"eps": 0}, "eps must be larger than 0"),
+        ({"eps": math.inf}, "eps must be at least 0 and finite"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
+        ({"hessian_smooth": 1.0}, r"hessian_smooth must be in \[0, 1\), not 1.0"),
+        ({"hessian_smooth": -1e-3}, "hessian_smooth must be in"),
+        ({"num_samples": 0}, "num_samples must be at least 1, not 0"),
+        ({"hessian": "diagonal"}, "hessian must be one of full, lowrank, not 'diagonal'"),
+    ],
+)
+def test_bad_arguments_are_refused_with_their_value(settings, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        HiZOO([nn.Parameter(torch.zeros(3))], **settings)
+
+
+def test_parameters_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="not contiguous"):
+        HiZOO([nn.Parameter(torch.zeros(3, 4).t())])
+    model = quadratic_model(torch.float32)
+    with pytest.raises(ValueError, match="layers must hold exactly the parameters"):
+        HiZOO([model[0].weight], layers=LayerwiseWeights(model))
+    with pytest.raises(RuntimeError, match="needs a closure"):
+        HiZOO(model.parameters()).step()
+
+
+def test_closure_runs_twice_for_mezo_and_three_times_for_hizoo() -> None:
+    model = quadratic_model(torch.float32)
+    for smooth, samples, expected in [(0.0, 1, 2), (1e-8, 1, 3), (0.0, 4, 8), (1e-8, 4, 9)]:
+        calls = []
+        optimizer = HiZOO(model.parameters(), hessian_smooth=smooth, num_samples=samples)
+        optimizer.step(lambda calls=calls: (calls.append(None), model_loss(model))[1])
+        assert len(calls) == expected
