@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+import torch
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
+from transformers.optimization import get_scheduler
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
 from tasks import get_task
 from trainer import SmoothingSchedule
-from utils import InputError, first_line
+from utils import InputError, one_line
 
 USAGE = """\
 python run.py --task_name TASK --model_name MODEL [arguments]
@@ -139,14 +145,17 @@ class Arguments(TrainingArguments):
         "Step until which the learning rate stays constant before it decays to 0 at max_steps; "
         "needs the scheduler linear or cosine. 0: the scheduler's own course.",
     )
-    lr_scheduler_type: SchedulerType | str = argument(
+    lr_scheduler_type: SchedulerType | str = argument(  # noqa: RUF009 - an immutable default
         "constant",
         "Learning-rate schedule of transformers, per step: constant (MeZO, HiZOO), linear, "
         "cosine, …; with warmup_steps constant means constant_with_warmup.",
         "--zo_lr_scheduler_type",
     )
-    eval_strategy: IntervalStrategy | str = argument(
+    eval_strategy: IntervalStrategy | str = argument(  # noqa: RUF009 - an immutable default
         "no", "When the dev loss is computed: no, steps or epoch.", "--evaluation_strategy"
+    )
+    logging_steps: float = argument(
+        10, "Steps between two entries of the log, and of the loss in the progress bar."
     )
     overwrite_output_dir: bool = argument(
         False,
@@ -184,11 +193,17 @@ class Arguments(TrainingArguments):
     max_new_tokens: int = argument(50, "Tokens generated at most.")
     eos_token: str = argument("\\n", "Text whose last token ends the generation; \\n is a newline.")
 
+    # Names of the arguments on the command line whose value is not the default.
+    given: frozenset[str] = field(default=frozenset(), init=False)
+
     def __post_init__(self) -> None:
         if self.tag is None:
             self.tag = default_tag(self)
         if self.output_dir is None:
             self.output_dir = str(Path("result") / self.tag)
+        if not torch.accelerator.is_available():
+            # Without it, processes that torchrun starts on CPUs would not find one another.
+            self.use_cpu = True
         super().__post_init__()
         # Batches of encoded examples have no columns that a model's forward could name.
         self.remove_unused_columns = False
@@ -244,7 +259,11 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     try:
         arguments = parser.parse_dict(vars(namespace))[0]
     except (ValueError, ImportError, RuntimeError) as error:
-        raise InputError(first_line(error)) from error
+        raise InputError(one_line(error)) from error
+    defaults = vars(parser.parse_args([]))
+    arguments.given = frozenset(
+        name for name, value in vars(namespace).items() if value != defaults[name]
+    )
     check(arguments)
     return arguments
 
@@ -273,16 +292,26 @@ def check(arguments: Arguments) -> None:
         ("per_device_train_batch_size", 1),
         ("per_device_eval_batch_size", 1),
         ("top_k", 1),
+        ("seed", 0),
+        ("gradient_accumulation_steps", 1),
     ):
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise InputError(f"--{name} {value}: must be at least {least}")
-    for name in ("zo_eps", "temperature", "top_p"):
+    for name in ("zo_eps", "temperature", "top_p", "num_train_epochs", "save_steps"):
         if not 0 < getattr(arguments, name) < float("inf"):
             raise InputError(f"--{name} {getattr(arguments, name)}: must be larger than 0")
     for name in ("learning_rate", "weight_decay"):
         if not 0 <= getattr(arguments, name) < float("inf"):
             raise InputError(f"--{name} {getattr(arguments, name)}: must be at least 0")
+    if arguments.top_p > 1:
+        raise InputError(f"--top_p {arguments.top_p}: must be at most 1")
+    if arguments.max_steps < 1 and arguments.max_steps != -1:
+        raise InputError(
+            f"--max_steps {arguments.max_steps}: must be at least 1, or -1 for --num_train_epochs"
+        )
+    if not arguments.eos_token:
+        raise InputError("--eos_token '': give the text that ends an answer, as in \\n")
     for first, second in (
         ("load_float16", "load_bfloat16"),
         ("sfc", "icl_sfc"),
@@ -323,6 +352,10 @@ def check(arguments: Arguments) -> None:
         )
     if 0 < arguments.max_steps <= arguments.decay_step:
         raise InputError(f"--decay_step {arguments.decay_step}: must be below --max_steps")
+    if arguments.eval_strategy == IntervalStrategy.STEPS and not arguments.eval_steps > 0:
+        raise InputError(f"--eval_steps {arguments.eval_steps}: must be larger than 0")
+    _check_scheduler(arguments)
+    _check_report_targets(arguments)
     _refuse(arguments, "label_smoothing_factor", "the options' losses have none")
     if arguments.trainer == "zo":
         _refuse(arguments, "optim", "--trainer zo has its own optimizer")
@@ -330,6 +363,32 @@ def check(arguments: Arguments) -> None:
         _refuse(arguments, "gradient_checkpointing", "--trainer zo has no backward pass")
         if arguments.fp16:
             raise InputError("--fp16 scales gradients, --trainer zo has none: use --load_float16")
+
+
+def _check_scheduler(arguments: Arguments) -> None:
+    """Make the scheduler for a dummy: some need ``--lr_scheduler_kwargs``."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    name, steps = arguments.lr_scheduler_type, max(1, arguments.max_steps)
+    options = arguments.lr_scheduler_kwargs or {}
+    warmup = arguments.get_warmup_steps(steps)
+    try:
+        get_scheduler(name, optimizer, warmup, steps, scheduler_specific_kwargs=dict(options))
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"--lr_scheduler_type {getattr(name, 'value', name)}: {one_line(error)}; give it in "
+            "--lr_scheduler_kwargs '{\"name\": value}', or take constant, linear or cosine"
+        ) from error
+
+
+def _check_report_targets(arguments: Arguments) -> None:
+    for target in arguments.report_to or ():
+        if target not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(INTEGRATION_TO_CALLBACK)
+            raise InputError(f"--report_to {target}: choose from none, all, {known}")
+        if target not in get_available_reporting_integrations():
+            raise InputError(
+                f"--report_to {target}: it is not installed; pip install {target}, or leave it out"
+            )
 
 
 def _given(arguments: Arguments, name: str) -> bool:
@@ -346,19 +405,50 @@ def _refuse(arguments: Arguments, name: str, reason: str) -> None:
         raise InputError(f"--{name}{shown}: {reason}; leave it out")
 
 
+# What belongs to an experiment, whether it was given or not.
+EXAMPLES = ("num_train", "num_dev", "num_train_sets", "train_set_seed")
+WEIGHTS = ("load_float16", "load_bfloat16")
+EVALUATION = ("num_eval", "max_length", "sfc", "icl_sfc", "load_int8", "per_device_eval_batch_size")
+GENERATION = (
+    *("sampling", "temperature", "num_beams", "top_k", "top_p"),
+    *("max_new_tokens", "eos_token"),
+)
+TRAINING = (
+    *("train_as_classification", "only_train_option", "seed", "learning_rate", "weight_decay"),
+    *("lr_scheduler_type", "warmup_steps", "decay_step", "per_device_train_batch_size"),
+    "gradient_accumulation_steps",
+)
+OF_TRAINER = {"none": (), "regular": ("optim",), "zo": ("zo_eps", "hessian_smooth_type")}
+
+
 def changed_settings(arguments: Arguments) -> dict[str, Any]:
-    """Return the experiment's arguments, and those of the Trainer that are not at their default."""
-    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
-    values = arguments.to_dict()
+    """Return what the user gave and what belongs to the experiment; no secrets."""
+    names = {*arguments.given, *EXAMPLES, *WEIGHTS, *EVALUATION, *OF_TRAINER[arguments.trainer]}
+    if arguments.trainer != "none":
+        names |= {*TRAINING, "max_steps" if arguments.max_steps > 0 else "num_train_epochs"}
+    if get_task(arguments.task_name).generation:
+        names |= {*GENERATION}
+    return _plain_values(arguments, names - {"hub_token"})
+
+
+def settings_of_a_checkpoint(arguments: Arguments) -> dict[str, Any]:
+    """Return what decides the course of a training run, whatever its length and its folders."""
+    names = {*EXAMPLES, *WEIGHTS, *TRAINING, *OF_TRAINER[arguments.trainer]}
+    # Every set has a folder of its own, whatever their number.
+    names.remove("num_train_sets")
     return {
-        field.name: values[field.name]
-        for field in dataclasses.fields(arguments)
-        if field.name in values
-        and (field.name not in inherited or values[field.name] != _default(field))
+        "trainer": arguments.trainer,
+        "task_name": get_task(arguments.task_name).name,
+        "model_name": Path(arguments.model_name).name,
+        **_plain_values(arguments, names),
     }
 
 
-def _default(field: dataclasses.Field) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
+def _plain_values(arguments: Arguments, names: Collection[str]) -> dict[str, Any]:
+    """Return the values as JSON has them, in the order of the fields."""
+    values = {
+        field.name: getattr(arguments, field.name)
+        for field in dataclasses.fields(arguments)
+        if field.name in names
+    }
+    return {name: getattr(value, "value", value) for name, value in values.items()}

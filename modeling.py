@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,12 +18,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from utils import InputError, first_line
+from utils import InputError, first_line, read_trainer_state
 
 logger = logging.getLogger(__name__)
 
 # What MeZO and HiZOO use; a model with fewer positions uses all of them.
 DEFAULT_MAX_LENGTH = 2048
+
+# What transformers raises where a model is missing, damaged or of another kind.
+LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError)
 
 
 def choose_dtype(load_float16: bool, load_bfloat16: bool) -> torch.dtype:
@@ -73,7 +76,9 @@ def load_model(
             quantization_config=BitsAndBytesConfig(load_in_8bit=True) if load_int8 else None,
             trust_remote_code=trust_remote_code,
         ).eval()
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (*LOADING_ERRORS, RuntimeError) as error:
         raise _loading_error(name, error) from error
 
 
@@ -90,8 +95,18 @@ def load_config_and_tokenizer(
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except LOADING_ERRORS as error:
         raise _loading_error(name, error) from error
+    if any(kind.endswith("ForMaskedLM") for kind in config.architectures or ()):
+        raise InputError(
+            f"--model_name {name}: {config.architectures[0]} is no causal language model; give one "
+            "that reads from left to right, as OPT, Llama or GPT-2"
+        )
+    if not tokenizer.encode("a text", add_special_tokens=False):
+        raise InputError(
+            f"--model_name {name}: no tokenizer there; put tokenizer.json and "
+            "tokenizer_config.json beside the weights"
+        )
     return config, tokenizer
 
 
@@ -121,17 +136,27 @@ def check_checkpoint(checkpoint: str, model: PreTrainedModel) -> None:
         InputError: the folder holds no checkpoint of a training run, or one of another model.
     """
     folder = Path(checkpoint)
-    if not (folder / "trainer_state.json").is_file():
-        raise InputError(f"{checkpoint} is no checkpoint: trainer_state.json is missing")
+    if read_trainer_state(folder) is None:
+        raise InputError(
+            f"{checkpoint} is no whole checkpoint: trainer_state.json is missing or cut off; give "
+            "another one"
+        )
     shapes = saved_shapes(folder)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name, shape in shapes.items():
-        if expected.get(name) != shape:
+    # Weights that are tied to others are not saved a second time.
+    unsaved = expected.keys() & tied_weights(model)
+    for name in sorted(shapes.keys() | expected.keys() - unsaved):
+        if expected.get(name) != shapes.get(name):
             raise InputError(
-                f"{checkpoint} is a checkpoint of another model: {name} is {shape} there and "
-                f"{expected.get(name, 'missing')} in this model; "
-                "give its own checkpoint, or --overwrite_output_dir to start anew"
+                f"{checkpoint} is a checkpoint of another model: {name} is "
+                f"{shapes.get(name, 'missing')} there and {expected.get(name, 'missing')} in this "
+                "model; give its own checkpoint, or --overwrite_output_dir to start anew"
             )
+
+
+def tied_weights(model: PreTrainedModel) -> set[str]:
+    """Return the names of the weights that are the same tensor as another weight."""
+    return set(getattr(model, "all_tied_weights_keys", None) or ())
 
 
 def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -145,9 +170,15 @@ def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     for file in files:
         if not (folder / file).is_file():
             raise InputError(f"{folder} is no whole checkpoint: {file} is missing")
-        with safe_open(folder / file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
-                shapes[name] = tuple(tensors.get_slice(name).get_shape())
+        try:
+            with safe_open(folder / file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                    shapes[name] = tuple(tensors.get_slice(name).get_shape())
+        except SafetensorError as error:
+            raise InputError(
+                f"{folder} is no whole checkpoint: {file} is damaged ({first_line(error)}); delete "
+                "this folder to go on from the one before"
+            ) from error
     return shapes
 
 

@@ -5,6 +5,7 @@ python run.py --task_name SST2 --model_name facebook/opt-125m --trainer zo ...
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import platform
 import sys
@@ -15,9 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from transformers import PreTrainedModel
 
-from arguments import USAGE, Arguments, changed_settings, parse_arguments
+from arguments import (
+    USAGE,
+    Arguments,
+    changed_settings,
+    parse_arguments,
+    settings_of_a_checkpoint,
+)
 from modeling import (
     check_checkpoint,
     choose_dtype,
@@ -45,7 +53,9 @@ from tasks import (
 from trainer import OptionLossTrainer, SmoothingSchedule, ZerothOrderTrainer
 from utils import (
     InputError,
+    RunSettings,
     SaveOnInterrupt,
+    check_writable,
     last_whole_checkpoint,
     remove_checkpoints,
     write_json,
@@ -179,20 +189,35 @@ class Experiment:
     def find_checkpoint(self, output_dir: Path, model: PreTrainedModel) -> Path | None:
         """Return the checkpoint to go on from, checked against the model; None to start anew."""
         arguments = self.arguments
-        if arguments.resume_from_checkpoint not in (None, "True", "False"):
-            checkpoint = Path(arguments.resume_from_checkpoint)
-        elif arguments.overwrite_output_dir or arguments.resume_from_checkpoint == "False":
+        wanted = arguments.resume_from_checkpoint
+        if wanted is not None and wanted.lower() not in ("true", "false"):
+            checkpoint = Path(wanted)
+        elif arguments.overwrite_output_dir or (wanted and wanted.lower() == "false"):
             checkpoint = None
         else:
             checkpoint = last_whole_checkpoint(output_dir)
-            if checkpoint is None and arguments.resume_from_checkpoint == "True":
+            if checkpoint is None and wanted:
                 raise InputError(f"--resume_from_checkpoint: no whole checkpoint in {output_dir}")
         if checkpoint:
             check_checkpoint(str(checkpoint), model)
+            self.check_settings(checkpoint)
             self.say(f"going on from {checkpoint}")
         elif arguments.overwrite_output_dir and arguments.process_index == 0:
             remove_checkpoints(output_dir)
         return checkpoint
+
+    def check_settings(self, checkpoint: Path) -> None:
+        """Refuse to go on with a run under other settings than it was started with.
+
+        The state of optimizer and scheduler would bring the old ones back, without a word.
+        """
+        now = settings_of_a_checkpoint(self.arguments)
+        for name, then in RunSettings.read(checkpoint).items():
+            if name in now and now[name] != then:
+                raise InputError(
+                    f"{checkpoint} comes from a run with --{name} {then}, not {now[name]}: give "
+                    "another --output_dir, or --overwrite_output_dir to start anew"
+                )
 
     def train(
         self,
@@ -202,7 +227,7 @@ class Experiment:
         checkpoint: Path | None,
     ) -> dict[str, Any]:
         """Train ``model`` in place; returns steps and seconds."""
-        arguments = self.arguments
+        arguments = copy.copy(self.arguments)
         arguments.output_dir = str(output_dir)
         encode = self.encoder.options
         option_loss = classification_loss
@@ -226,6 +251,7 @@ class Experiment:
             )
         else:
             trainer = OptionLossTrainer(**shared)
+        trainer.add_callback(RunSettings(settings_of_a_checkpoint(arguments)))
         interrupt = SaveOnInterrupt()
         if arguments.save_on_interrupt:
             trainer.add_callback(interrupt)
@@ -306,6 +332,11 @@ def prepare(arguments: Arguments) -> tuple[Experiment, list[ExampleSet]]:
     task = get_task(arguments.task_name)
     config, tokenizer = load_config_and_tokenizer(arguments.model_name, arguments.trust_remote_code)
     max_length = choose_max_length(arguments.max_length, config)
+    check_writable("--result_file", arguments.result_path)
+    if arguments.predictions_file:
+        check_writable("--predictions_file", Path(arguments.predictions_file))
+    if arguments.trainer != "none":
+        check_writable("--output_dir", Path(arguments.output_dir), is_folder=True)
     if task.generation and arguments.max_new_tokens >= max_length:
         raise InputError(
             f"--max_new_tokens {arguments.max_new_tokens} leaves no room for a prompt in "
@@ -333,9 +364,9 @@ def run_experiment(arguments: Arguments) -> None:
     transformers.set_seed(arguments.seed)
     experiment, example_sets = prepare(arguments)
     runs = []
+    several = len(example_sets) > 1
+    output_dir = Path(arguments.output_dir)
     for examples in example_sets:
-        several = len(example_sets) > 1
-        output_dir = Path(arguments.tag if not arguments.output_dir else arguments.output_dir)
         result, rows = experiment.run(
             examples, output_dir / f"set{examples.seed}" if several else output_dir
         )
@@ -350,17 +381,19 @@ def run_experiment(arguments: Arguments) -> None:
         print(f"result: {arguments.result_path}")
 
 
+def mean_metrics(runs: list[dict[str, Any]], kind: str) -> dict[str, float]:
+    """Return the mean over the runs of each metric of one kind."""
+    return {name: sum(run[kind][name] for run in runs) / len(runs) for name in runs[0][kind]}
+
+
 def summarize(arguments: Arguments, runs: list[dict[str, Any]], started: float) -> dict[str, Any]:
     """Return the content of the result JSON: one run as it is, several with their mean."""
     if len(runs) == 1:
         outcome = runs[0]
     else:
-        metrics = [run["metric"] for run in runs if "metric" in run]
-        mean = {
-            name: sum(metric[name] for metric in metrics) / len(metrics)
-            for name in (metrics[0] if metrics else {})
-        }
-        outcome = {"metric": mean, "runs": runs}
+        kinds = ("metric_before_training", "dev_metric", "metric")
+        outcome = {kind: mean_metrics(runs, kind) for kind in kinds if kind in runs[0]}
+        outcome["runs"] = runs
     versions = {name: importlib.metadata.version(name) for name in VERSIONS}
     return {
         "task": get_task(arguments.task_name).name,
@@ -373,11 +406,20 @@ def summarize(arguments: Arguments, runs: list[dict[str, Any]], started: float) 
     }
 
 
+def leave_out_loading_bars() -> None:
+    """Show no bar for reading and writing weight files; downloads and our own bars stay."""
+    downloads_are_shown = not are_progress_bars_disabled()
+    transformers.utils.logging.disable_progress_bar()
+    if downloads_are_shown:
+        enable_progress_bars()
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command line; returns the exit code: 0, 2 for bad input, 130 after an interrupt."""
     if not argv:
         print(USAGE)
         return 2
+    leave_out_loading_bars()
     try:
         run_experiment(parse_arguments(argv))
     except InputError as error:

@@ -1,15 +1,16 @@
 """Samples to tokens, and tokens to option log-probabilities, losses and generated text.
 
 The score of an option is the mean log-probability of its tokens; the largest wins (DESIGN of the
-prompts: templates.py). An example becomes one sequence: the tokens that all its options share, once,
-and behind them a branch for each option's own tokens. An attention mask lets a branch see the shared
-tokens and itself, and position ids continue from the shared tokens, so that every log-probability is
-the one that the option gets when it is scored alone. Logits are made only where a scored token is
-predicted.
+prompts: templates.py). An example becomes one sequence: the tokens that all its options share,
+once, and behind them a branch for each option's own tokens. An attention mask lets a branch see
+the shared tokens and itself, and position ids continue from the shared tokens, so that every
+log-probability is the one that the option gets when it is scored alone. Logits are made only where
+a scored token is predicted.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -201,8 +202,8 @@ def collate(
         (rows, 1, length, length), True where a query (third dimension) sees a key, if there are
         branches. ``read_rows``, ``read_columns``, ``targets``: (scored tokens,): where each is
         predicted, and which it is. ``read_options``: (scored tokens,): its option's number in the
-        batch. ``option_examples``: (options,): the example of each option. ``correct``: (examples,):
-        the number within its example of the correct option.
+        batch. ``option_examples``: (options,): the example of each option. ``correct``:
+        (examples,): the number within its example of the correct option.
     """
     sequences, reads, option_examples = [], [], []
     for number, example in enumerate(examples):
@@ -272,14 +273,12 @@ def token_log_probabilities(model: nn.Module, batch: dict[str, Tensor]) -> Tenso
     return -nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
 
-def model_mask(model: nn.Module, mask: Tensor) -> Tensor | dict[str, Tensor]:
-    """Return ``mask`` as the model takes it: additive if 4-D, for each kind of layer it has."""
+def model_mask(model: nn.Module, mask: Tensor) -> Tensor:
+    """Return ``mask`` as every layer of the model takes it: additive if it is 4-D."""
     if mask.dim() == 2:
         return mask
     additive = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device)
-    additive.masked_fill_(~mask, torch.finfo(model.dtype).min)
-    layer_types = getattr(model.config, "layer_types", None)
-    return {kind: additive for kind in set(layer_types)} if layer_types else additive
+    return additive.masked_fill_(~mask, torch.finfo(model.dtype).min)
 
 
 def option_sums(token_log_probabilities: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -315,20 +314,31 @@ Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 def can_share_prompt(model: PreTrainedModel, length: int) -> bool:
     """Tell whether the options of an example may share their prompt's tokens in one sequence.
 
-    It takes attention that reads a 4-D mask. Where a window slides over the keys, the mask would
-    have to slide with it: texts that are longer than the window go one option at a time.
+    It takes attention that reads a 4-D mask, and nothing else that mixes tokens: a recurrent layer
+    or a convolution would carry one option into the next. Where a window slides over the keys, the
+    mask would have to slide with it: texts that are longer than the window go one option at a time.
     """
     reason = None
-    window = getattr(model.config, "sliding_window", None)
-    if model.config._attn_implementation not in ("sdpa", "eager"):
-        reason = f"attention implementation {model.config._attn_implementation}"
-    elif not getattr(model, "_supports_sdpa", False):
+    config = model.config.get_text_config(decoder=True)
+    window = getattr(config, "sliding_window", None)
+    layers = set(getattr(config, "layer_types", None) or ())
+    other_layers = layers - {"full_attention", "sliding_attention"}
+    if config._attn_implementation not in ("sdpa", "eager"):
+        reason = f"attention implementation {config._attn_implementation}"
+    elif not getattr(model, "_supports_attention_backend", False):
         reason = f"{type(model).__name__} does not take a 4-D attention mask"
-    elif window is not None and window < length:
-        reason = f"its sliding window of {window} tokens is shorter than {length} tokens"
+    elif other_layers:
+        reason = f"it has layers of type {', '.join(sorted(other_layers))}"
+    elif window and window < length:
+        reason = f"its sliding window of {window} tokens is shorter than the longest text"
     if reason:
-        logger.warning("scoring every option in a sequence of its own: %s", reason)
+        _warn_once(reason)
     return reason is None
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    logger.warning("scoring every option in a sequence of its own: %s", reason)
 
 
 # ------------------------------------------------------------------------------------ evaluation

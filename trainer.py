@@ -26,6 +26,7 @@ from transformers import (
 from transformers.optimization import get_scheduler
 
 from hizoo import HiZOO
+from modeling import tied_weights
 from scoring import EncodedExample, Loss, collate
 from utils import InputError
 
@@ -88,6 +89,14 @@ class OptionLossTrainer(Trainer):
         self.option_loss = option_loss
         self.share_prompt = share_prompt
         self.decay_step = decay_step
+        arguments = kwargs["args"]
+        if arguments.n_gpu > 1:
+            # DataParallel would cut a batch's tensors apart, and multiplies the batch size.
+            arguments._n_gpu = 1
+        if arguments.load_best_model_at_end and arguments.save_total_limit == 1:
+            # With 1 the Trainer deletes the last checkpoint at the end, from which an interrupted
+            # run goes on. Until then it keeps 2 as well, the best and the last.
+            arguments.save_total_limit = 2
         super().__init__(data_collator=self.collate, **kwargs)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(LossProgress)
@@ -118,6 +127,12 @@ class OptionLossTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs).detach(), None, None
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # Tied weights are saved once and arrive with the tensor they are tied to.
+        tied = tied_weights(self.model)
+        load_result.missing_keys[:] = [key for key in load_result.missing_keys if key not in tied]
+        super()._issue_warnings_after_load(load_result)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None

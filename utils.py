@@ -13,7 +13,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 
 class InputError(ValueError):
@@ -23,6 +25,32 @@ class InputError(ValueError):
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, or its type's name if it has none."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def one_line(error: Exception) -> str:
+    """Return an error's whole message in one line, or its type's name if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def check_writable(option: str, path: Path, is_folder: bool = False) -> None:
+    """Check that a file, or files in a folder, can be written; leaves nothing behind.
+
+    Raises:
+        InputError: something else is in the place, or it cannot be written to.
+    """
+    folder = path if is_folder else path.parent
+    if not is_folder and path.is_dir():
+        raise InputError(f"{option} {path}: this is a folder; give the name of a file")
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not existing.is_dir():
+        raise InputError(f"{option} {path}: {existing} is a file, no folder; give another place")
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{option} {path}: cannot write there ({error.strerror}); give another place"
+        ) from error
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -70,18 +98,40 @@ def last_whole_checkpoint(output_dir: str | Path) -> Path | None:
     written has none, or one that cannot be read.
     """
     for folder in reversed(checkpoints(output_dir)):
-        try:
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return folder
+        if read_trainer_state(folder) is not None:
+            return folder
     return None
+
+
+def read_trainer_state(checkpoint: str | Path) -> dict[str, Any] | None:
+    """Return the state that the Trainer wrote into a checkpoint, None if it is missing or cut."""
+    try:
+        return json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def remove_checkpoints(output_dir: str | Path) -> None:
     """Delete the checkpoints of an earlier run in ``output_dir``, and nothing else."""
     for folder in checkpoints(output_dir):
         shutil.rmtree(folder)
+
+
+class RunSettings(TrainerCallback, ExportableState):
+    """Writes what a run was started with into ``trainer_state.json`` of its checkpoints."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self.settings = dict(settings)
+
+    def state(self) -> dict[str, Any]:
+        """Return what the Trainer saves."""
+        return {"args": {"settings": self.settings}, "attributes": {}}
+
+    @staticmethod
+    def read(checkpoint: str | Path) -> dict[str, Any]:
+        """Return the settings in a checkpoint; none if another program wrote it."""
+        saved = (read_trainer_state(checkpoint) or {}).get("stateful_callbacks", {})
+        return saved.get("RunSettings", {}).get("args", {}).get("settings", {})
 
 
 class SaveOnInterrupt(TrainerCallback):
@@ -110,7 +160,9 @@ class SaveOnInterrupt(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Ask the Trainer for a checkpoint and an end, once a signal has arrived."""
-        if self.received:
+        if self._received_anywhere(args):
+            # The losses since the last log entry are not in the checkpoint.
+            control.should_log = True
             control.should_save = True
             control.should_training_stop = True
 
@@ -120,6 +172,16 @@ class SaveOnInterrupt(TrainerCallback):
         """Give the signals back to whoever had them."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def _received_anywhere(self, args: TrainingArguments) -> str | None:
+        """Return the signal; processes that train together stop after the same step."""
+        if args.world_size > 1:
+            number = signal.Signals[self.received] if self.received else 0
+            shared = torch.tensor(int(number), device=args.device)
+            torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
+            if shared.item():
+                self.received = signal.Signals(int(shared.item())).name
+        return self.received
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name

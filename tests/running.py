@@ -1,0 +1,111 @@
+"""Runs of run.py on the bundled model, in this process or in one of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+import run
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "data" / "tiny-opt"
+SAMPLES = ROOT / "data" / "samples"
+
+
+def command(task: str = "SST2", **arguments: Any) -> list[str]:
+    """Arguments of run.py; a value of None leaves the name out, True gives it alone."""
+    values = {"task_name": task, "model_name": MODEL, "data_dir": SAMPLES, "num_eval": 6}
+    line = []
+    for name, value in (values | arguments).items():
+        if value is not None:
+            line += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return line
+
+
+def training(folder: Path, task: str = "SST2", **arguments: Any) -> list[str]:
+    """Arguments of a short HiZOO run that writes below ``folder`` only."""
+    values: dict[str, Any] = {
+        "trainer": "zo",
+        "train_as_classification": True,
+        "num_train": 12,
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-4,
+        "logging_steps": 1,
+        "save_steps": 3,
+        "hessian_smooth_type": "constant1e-2",
+        "output_dir": folder / "out",
+        "result_file": folder / "result.json",
+        "no_eval": True,
+    }
+    return command(task, **(values | arguments))
+
+
+def finish(argv: list[str]) -> dict[str, Any]:
+    """Run to the end in this process; return the result JSON."""
+    assert run.main(argv) == 0
+    return json.loads(Path(argv[argv.index("--result_file") + 1]).read_text())
+
+
+def start(
+    argv: list[str], folder: Path, *launcher: str, script: Path = ROOT / "run.py"
+) -> subprocess.Popen:
+    """Start run.py in a process of its own, with ``folder`` as its working directory."""
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(script), *argv],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def trainer_state(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "trainer_state.json").read_text())
+
+
+def log_of(folder: Path, name: str) -> list[float]:
+    """The values that a checkpoint's log has for ``name``, in order."""
+    return [row[name] for row in trainer_state(folder)["log_history"] if name in row]
+
+
+def assert_same_checkpoint(first: Path, second: Path) -> None:
+    """Weights, h, scheduler and every logged number are the same, bit for bit."""
+    assert_same_tensors(weights(first), weights(second))
+    states = [torch.load(folder / "optimizer.pt", weights_only=True) for folder in (first, second)]
+    assert states[0]["param_groups"] == states[1]["param_groups"]
+    assert states[0]["state"].keys() == states[1]["state"].keys()
+    for key, state in states[0]["state"].items():
+        assert_same_tensors(state, states[1]["state"][key])
+    schedulers = [
+        torch.load(folder / "scheduler.pt", weights_only=True) for folder in (first, second)
+    ]
+    assert schedulers[0] == schedulers[1]
+    for name in ("loss", "learning_rate", "projected_gradient", "curvature", "eval_loss", "step"):
+        assert log_of(first, name) == log_of(second, name), name
+
+
+def assert_same_tensors(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def contents(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every path below ``folder``, with size and time of change."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+    }

@@ -1,0 +1,236 @@
+"""bash HiZOO.sh: what it passes to run.py, and whole runs on the bundled model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from running import MODEL, ROOT, SAMPLES
+
+import run
+
+TASKS = ["SST2", "RTE", "CB", "BoolQ", "WSC", "WIC", "MultiRC", "Copa", "ReCoRD", "SQuAD", "DROP"]
+VARIABLES = (
+    *("MODEL", "TASK", "MODE", "BS", "LR", "EPS", "SEED", "TRAIN", "DEV", "EVAL", "STEPS"),
+    *("EVAL_STEPS", "WARMUP_STEP", "DECAY_STEP", "ZO_LR_SCHEDULER_TYPE", "WEIGHT_DECAY"),
+    *("HESSIAN_SMOOTH_TYPE", "DATA_DIR"),
+)
+
+
+def run_script(
+    folder: Path, *arguments: str, python: str | None = None, script: Path | None = None, **env: str
+) -> subprocess.CompletedProcess:
+    """Run HiZOO.sh in ``folder``; ``python`` is a script that stands in for Python."""
+    commands = folder / ".commands"
+    commands.mkdir(exist_ok=True)
+    stand_in = commands / "python"
+    stand_in.write_text(python or f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    stand_in.chmod(0o755)
+    clean = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    clean |= {"PATH": f"{commands}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        ["bash", str(script or ROOT / "HiZOO.sh"), *arguments],
+        cwd=folder,
+        env=clean | env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def passed_arguments(folder: Path, *arguments: str, **env: str) -> list[str]:
+    """What run.py would get."""
+    printer = '#!/bin/sh\nfor argument in "$@"; do printf "%s\\n" "$argument"; done\n'
+    done = run_script(folder, *arguments, python=printer, **env)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == str(ROOT / "run.py")
+    return lines[1:]
+
+
+def value_of(argv: list[str], name: str) -> str:
+    """The value that wins: the last one."""
+    return argv[len(argv) - argv[::-1].index(f"--{name}")]
+
+
+def test_end_to_end_on_the_bundled_model(tmp_path: Path) -> None:
+    folder = tmp_path / "with a space"
+    folder.mkdir()
+    small = {"STEPS": "4", "EVAL_STEPS": "2", "TRAIN": "16", "DEV": "8", "EVAL": "12", "BS": "4"}
+    done = run_script(folder, **small)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        "zero-shot accuracy",
+        "step 2",
+        "step 4",
+        "checkpoint",
+        "dev accuracy",
+        "test accuracy",
+        "result",
+    ]
+    result_file = folder / lines[-1].removeprefix("result: ")
+    result = json.loads(result_file.read_text())
+    assert result["steps"] == 4 and result["task"] == "SST2"
+    assert lines[0] == (
+        f"zero-shot accuracy: {result['metric_before_training']['accuracy']:.4f} (12 examples)"
+    )
+    assert lines[-2] == f"test accuracy: {result['metric']['accuracy']:.4f} (12 examples)"
+    checkpoint = folder / lines[3].removeprefix("checkpoint: ")
+    assert (checkpoint / "model.safetensors").is_file()
+    assert "4/4" in done.stderr and "missing keys" not in done.stderr
+    assert sorted(entry.name for entry in folder.iterdir()) == [".commands", "result"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_trains(
+    tmp_path: Path, task: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = {"STEPS": "2", "EVAL_STEPS": "1", "TRAIN": "4", "DEV": "2", "EVAL": "3", "BS": "2"}
+    argv = passed_arguments(tmp_path, "--max_new_tokens", "4", TASK=task, **small)
+    monkeypatch.chdir(tmp_path)
+    assert run.main(argv) == 0
+    out = capsys.readouterr().out
+    metric = "f1" if task in ("SQuAD", "DROP") else "accuracy"
+    assert f"zero-shot {metric}: " in out and f"test {metric}: " in out
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_objective_and_dev_examples_of_a_task(tmp_path: Path, task: str) -> None:
+    for spelling in (task, task.lower(), task.upper()):
+        argv = passed_arguments(tmp_path, TASK=spelling, MODEL="facebook/opt-13b")
+        generated_or_choice = task in ("Copa", "ReCoRD", "SQuAD", "DROP")
+        assert ("--train_as_classification" in argv) is not generated_or_choice
+        assert value_of(argv, "num_dev") == ("100" if task in ("CB", "Copa") else "500")
+        assert value_of(argv, "task_name") == spelling
+
+
+def test_line_of_the_paper(tmp_path: Path) -> None:
+    argv = passed_arguments(
+        tmp_path,
+        MODEL="facebook/opt-13b",
+        TASK="CB",
+        MODE="ft",
+        LR="1e-6",
+        EPS="1e-3",
+        HESSIAN_SMOOTH_TYPE="constant1e-10",
+    )
+    expected = {
+        "model_name": "facebook/opt-13b",
+        "task_name": "CB",
+        "trainer": "zo",
+        "learning_rate": "1e-6",
+        "zo_eps": "1e-3",
+        "hessian_smooth_type": "constant1e-10",
+        "max_steps": "20000",
+        "per_device_train_batch_size": "16",
+        "num_train": "1000",
+        "num_dev": "100",
+        "num_eval": "1000",
+        "eval_steps": "2000",
+        "seed": "0",
+    }
+    assert {name: value_of(argv, name) for name in expected} == expected
+    assert "--data_dir" not in argv and "--load_float16" not in argv
+    assert "--load_best_model_at_end" in argv and "--eval_before_training" not in argv
+
+
+def test_line_of_the_paper_with_local_model_and_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = tmp_path / "my models" / "an opt", tmp_path / "my data"
+    shutil.copytree(MODEL, model)
+    shutil.copytree(SAMPLES / "cb", data / "CB")
+    argv = passed_arguments(
+        tmp_path,
+        *("--max_steps", "2", "--eval_steps", "1", "--save_steps", "1", "--num_eval", "4"),
+        *("--num_dev", "4", "--num_train", "8", "--per_device_train_batch_size", "2"),
+        MODEL=str(model),
+        TASK="CB",
+        MODE="ft",
+        LR="1e-6",
+        EPS="1e-3",
+        HESSIAN_SMOOTH_TYPE="constant1e-10",
+        DATA_DIR=str(data),
+    )
+    monkeypatch.chdir(tmp_path)
+    assert run.main(argv) == 0
+    (result_file,) = (tmp_path / "result").glob("CB-an opt-*.json")
+    result = json.loads(result_file.read_text())
+    assert result["steps"] == 2 and result["settings"]["hessian_smooth_type"] == "constant1e-10"
+
+
+def test_every_variable_reaches_run_py(tmp_path: Path) -> None:
+    values = {
+        "TASK": ("RTE", "task_name"),
+        "MODEL": ("a/b", "model_name"),
+        "BS": ("3", "per_device_train_batch_size"),
+        "LR": ("7e-7", "learning_rate"),
+        "EPS": ("2e-3", "zo_eps"),
+        "SEED": ("5", "seed"),
+        "TRAIN": ("11", "num_train"),
+        "DEV": ("12", "num_dev"),
+        "EVAL": ("13", "num_eval"),
+        "STEPS": ("14", "max_steps"),
+        "EVAL_STEPS": ("2", "eval_steps"),
+        "WARMUP_STEP": ("3", "warmup_step"),
+        "DECAY_STEP": ("6", "decay_step"),
+        "ZO_LR_SCHEDULER_TYPE": ("cosine", "zo_lr_scheduler_type"),
+        "WEIGHT_DECAY": ("0.1", "weight_decay"),
+        "HESSIAN_SMOOTH_TYPE": ("linear1e-6", "hessian_smooth_type"),
+        "DATA_DIR": ("some where", "data_dir"),
+    }
+    env = {name: value for name, (value, _) in values.items()}
+    argv = passed_arguments(tmp_path, **env)
+    for value, option in values.values():
+        assert value_of(argv, option) == value
+    assert value_of(argv, "train_set_seed") == "5" and value_of(argv, "save_steps") == "2"
+
+
+def test_further_arguments_win(tmp_path: Path) -> None:
+    argv = passed_arguments(tmp_path, "--learning_rate", "3", "--tag", "my tag", LR="1e-6")
+    assert value_of(argv, "learning_rate") == "3" and value_of(argv, "tag") == "my tag"
+
+
+def test_nothing_set_is_the_bundled_model_and_data(tmp_path: Path) -> None:
+    argv = passed_arguments(tmp_path)
+    assert value_of(argv, "model_name") == str(MODEL)
+    assert value_of(argv, "data_dir") == str(SAMPLES)
+    assert value_of(argv, "task_name") == "SST2" and "--eval_before_training" in argv
+
+
+@pytest.mark.parametrize("mode", ["prefix", "lora", "nothing"])
+def test_other_modes_are_refused(tmp_path: Path, mode: str) -> None:
+    done = run_script(tmp_path, MODE=mode)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: MODE={mode}") and done.stderr.count("\n") == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == [".commands"]
+
+
+def test_float16_only_where_a_gpu_is(tmp_path: Path) -> None:
+    commands = tmp_path / ".commands"
+    commands.mkdir()
+    (commands / "nvidia-smi").write_text("#!/bin/sh\necho GPU 0\n")
+    (commands / "nvidia-smi").chmod(0o755)
+    assert "--load_float16" in passed_arguments(tmp_path, CUDA_VISIBLE_DEVICES="0")
+    argv = passed_arguments(tmp_path, "--load_bfloat16", CUDA_VISIBLE_DEVICES="0")
+    assert "--load_float16" not in argv
+    assert "--load_float16" not in passed_arguments(tmp_path, CUDA_VISIBLE_DEVICES="")
+    (commands / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    assert "--load_float16" not in passed_arguments(tmp_path, CUDA_VISIBLE_DEVICES="0")
+
+
+def test_repository_in_a_folder_with_spaces(tmp_path: Path) -> None:
+    repository = tmp_path / "a copy of it"
+    repository.mkdir()
+    shutil.copy(ROOT / "HiZOO.sh", repository)
+    printer = '#!/bin/sh\nfor argument in "$@"; do printf "%s\\n" "$argument"; done\n'
+    done = run_script(tmp_path, python=printer, script=repository / "HiZOO.sh")
+    lines = done.stdout.splitlines()
+    assert lines[0] == str(repository / "run.py")
+    assert value_of(lines, "model_name") == str(repository / "data" / "tiny-opt")

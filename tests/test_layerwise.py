@@ -1,0 +1,163 @@
+"""Perturbing a model module by module: exact weights, the right losses, little scratch memory."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny_models import FAMILIES, tiny_model
+from torch import nn
+
+from hizoo import HiZOO
+from layerwise import LayerwiseWeights
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+TOKENS = torch.tensor([[2, 9, 17, 30, 5, 8], [2, 11, 40, 7, 21, 3]])
+
+
+def loss_of(model: nn.Module) -> float:
+    return model(TOKENS, labels=TOKENS, use_cache=False).loss.item()
+
+
+def bits_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return copy.deepcopy(model.state_dict())
+
+
+def assert_bits_equal(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_runs_with_exactly_the_perturbed_weights(family, dtype) -> None:
+    model = tiny_model(family).to(dtype)
+    shifted = copy.deepcopy(model)
+    before = bits_of(model)
+    settings = {"lr": 0.0, "eps": 1e-2, "hessian_smooth": 0.0, "seed": 4}
+    optimizer = HiZOO(model.parameters(), layers=LayerwiseWeights(model), **settings)
+    seen = []
+    optimizer.estimate(lambda: seen.append(loss_of(model)) or seen[-1])
+    assert_bits_equal(model, before)
+    # The first shift in place, from the untouched weights, rounds as the scratch weights do.
+    reference = HiZOO(shifted.parameters(), **settings)
+    for sign, loss in zip((1, -1), seen, strict=True):
+        shifted.load_state_dict(before)
+        reference._point = None
+        reference._move_to((0, sign))
+        assert loss_of(shifted) == loss
+    assert seen[0] != seen[1]
+    optimizer.step()
+    assert_bits_equal(model, before)
+
+
+def test_tied_weights_get_the_same_noise_wherever_they_are_used() -> None:
+    model = tiny_model("opt")
+    assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
+    layers = LayerwiseWeights(model)
+    seen = []
+    for part in (model.model.decoder.embed_tokens, model.lm_head):
+        part.register_forward_hook(lambda part, *_: seen.append(part.weight.detach().clone()))
+
+    def write(fresh: dict[nn.Parameter, torch.Tensor]) -> None:
+        for parameter, scratch in fresh.items():
+            scratch.copy_(parameter.detach() + torch.randn_like(parameter))
+
+    with layers.replaced(write):
+        loss_of(model)
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[0], model.lm_head.weight)
+
+
+def test_generation_draws_no_noise_for_every_token(monkeypatch) -> None:
+    model = tiny_model("llama", tie_word_embeddings=False).to(torch.bfloat16)
+    before = bits_of(model)
+    optimizer = HiZOO(model.parameters(), hessian_smooth=0.0, layers=LayerwiseWeights(model))
+    drawn = []
+    draw = HiZOO._noise
+    monkeypatch.setattr(
+        HiZOO, "_noise", lambda *arguments: (drawn.append(None), draw(*arguments))[1]
+    )
+
+    def generated(count: int) -> list[torch.Tensor]:
+        drawn.clear()
+        texts = []
+
+        def closure() -> float:
+            text = model.generate(
+                TOKENS, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0
+            )
+            texts.append(text)
+            return float(text.float().mean())
+
+        optimizer.estimate(closure)
+        optimizer._forget_estimates()
+        return texts
+
+    texts = generated(2)
+    few = len(drawn)
+    generated(12)
+    assert len(drawn) == few
+    assert_bits_equal(model, before)
+    assert all(text.shape[1] == TOKENS.shape[1] + 2 for text in texts)
+
+
+def test_a_parameter_whose_module_does_not_run_is_an_error() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used = nn.Linear(3, 3)
+            self.forgotten = nn.Linear(3, 3)
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return self.used(inputs)
+
+    model = Unused()
+    before = bits_of(model)
+    optimizer = HiZOO(model.parameters(), layers=LayerwiseWeights(model))
+    with pytest.raises(RuntimeError, match=r"forgotten\.weight was not perturbed"):
+        optimizer.step(lambda: model(torch.ones(2, 3)).sum())
+    assert_bits_equal(model, before)
+
+
+def test_an_exception_inside_a_module_brings_the_weights_back() -> None:
+    model = tiny_model("opt")
+    before = bits_of(model)
+    optimizer = HiZOO(model.parameters(), layers=LayerwiseWeights(model))
+
+    def fail(*_) -> None:
+        raise MemoryError("inside")
+
+    last = list(model.modules())[-1]
+    last.forward = fail
+    with pytest.raises(MemoryError, match="inside"):
+        optimizer.step(lambda: loss_of(model))
+    del last.forward
+    assert_bits_equal(model, before)
+    optimizer.step(lambda: loss_of(model))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_scratch_is_the_largest_module_and_a_tied_embedding(tied) -> None:
+    model = tiny_model("opt", tie_word_embeddings=tied)
+    layers = LayerwiseWeights(model)
+    optimizer = HiZOO(model.parameters(), layers=layers)
+    for _ in range(3):
+        optimizer.step(lambda: loss_of(model))
+    largest = max(sum(p.numel() * 4 for p in owned) for _, owned in layers.owners)
+    embedding = model.lm_head.weight.numel() * 4
+    scratch = sum(piece.nbytes() for piece in layers.free)
+    assert scratch <= largest + (embedding if tied else 0)
+
+
+def test_frozen_weights_are_left_alone() -> None:
+    model = tiny_model("opt")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("layers.1" in name)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    layers = LayerwiseWeights(model)
+    before = bits_of(model)
+    HiZOO(trained, lr=1e-2, layers=layers).step(lambda: loss_of(model))
+    changed = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
+    assert changed and all("layers.1" in name for name in changed)

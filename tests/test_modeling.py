@@ -1,0 +1,91 @@
+"""Loading models: dtype, lengths, and checkpoints that belong to a model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from running import MODEL
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from modeling import (
+    check_checkpoint,
+    choose_dtype,
+    choose_max_length,
+    load_config_and_tokenizer,
+    load_model,
+    saved_shapes,
+    tied_weights,
+)
+from utils import InputError
+
+
+def test_dtype() -> None:
+    assert choose_dtype(False, False) == torch.float32
+    assert choose_dtype(True, False) == torch.float16
+    assert choose_dtype(False, True) == torch.bfloat16
+    with pytest.raises(InputError, match="exclude each other"):
+        choose_dtype(True, True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_model_is_loaded_in_its_dtype_for_evaluation(dtype: torch.dtype) -> None:
+    model = load_model(str(MODEL), dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert not model.training
+
+
+def test_tokenizer_is_the_models_own() -> None:
+    config, tokenizer = load_config_and_tokenizer(str(MODEL))
+    assert config.model_type == "opt"
+    assert tokenizer.encode("It was")[0] == config.bos_token_id
+
+
+@pytest.mark.parametrize(
+    ("positions", "requested", "length"),
+    [(1024, None, 1024), (4096, None, 2048), (None, None, 2048), (4096, 4096, 4096), (8, 2, 2)],
+)
+def test_max_length(positions: int | None, requested: int | None, length: int) -> None:
+    config = SimpleNamespace(max_position_embeddings=positions)
+    assert choose_max_length(requested, config) == length
+
+
+@pytest.mark.parametrize("requested", [-1, 0, 1, 1025])
+def test_bad_max_length(requested: int) -> None:
+    with pytest.raises(InputError, match=f"--max_length {requested}: "):
+        choose_max_length(requested, SimpleNamespace(max_position_embeddings=1024))
+
+
+def as_checkpoint(folder: Path) -> Path:
+    shutil.copytree(MODEL, folder)
+    (folder / "trainer_state.json").write_text("{}")
+    return folder
+
+
+def test_checkpoint_of_the_model_itself(tmp_path: Path) -> None:
+    model = load_model(str(MODEL), torch.float32)
+    assert tied_weights(model) == {"lm_head.weight"}
+    check_checkpoint(str(as_checkpoint(tmp_path / "checkpoint-1")), model)
+
+
+def test_checkpoint_in_several_files(tmp_path: Path) -> None:
+    model = load_model(str(MODEL), torch.float32)
+    model.save_pretrained(tmp_path, max_shard_size="1MB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    (tmp_path / "trainer_state.json").write_text("{}")
+    check_checkpoint(str(tmp_path), model)
+    next(tmp_path.glob("model-*.safetensors")).unlink()
+    with pytest.raises(InputError, match=r"is no whole checkpoint: model-.* is missing"):
+        saved_shapes(tmp_path)
+
+
+@pytest.mark.parametrize("layers", [2, 4])
+def test_checkpoint_with_fewer_or_more_layers(tmp_path: Path, layers: int) -> None:
+    config = AutoConfig.from_pretrained(MODEL)
+    config.num_hidden_layers = layers
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(InputError, match="is a checkpoint of another model"):
+        check_checkpoint(str(as_checkpoint(tmp_path / "checkpoint-1")), model)

@@ -1,0 +1,222 @@
+"""Evaluation through run.py: zero-shot, in context, generation, and what is written about it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from running import MODEL, SAMPLES, command, contents, finish, start, training
+
+import run
+import tasks
+
+
+def evaluation(folder: Path, task: str = "SST2", **arguments: Any) -> list[str]:
+    """Arguments of an evaluation that writes below ``folder`` only."""
+    files = {"result_file": folder / "result.json", "predictions_file": folder / "rows.jsonl"}
+    return command(task, **(files | arguments))
+
+
+def rows_of(folder: Path, name: str = "rows.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def validation_column(name: str) -> list[Any]:
+    lines = (SAMPLES / "sst2/validation.jsonl").read_text().splitlines()
+    return [json.loads(line)[name] for line in lines]
+
+
+@pytest.fixture
+def shown_demonstrations(monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]]]:
+    """Ids of the demonstrations of every eval example, one list a call of ``predict``."""
+    calls = []
+    predict = run.predict
+
+    def record(model: Any, encoder: Any, samples: Any, demonstrations: Any, *rest: Any) -> Any:
+        calls.append([[sample.id for sample in shown] for shown in demonstrations])
+        return predict(model, encoder, samples, demonstrations, *rest)
+
+    monkeypatch.setattr(run, "predict", record)
+    return calls
+
+
+def permutation(count: int, k: int, seed: int) -> list[int]:
+    return np.random.RandomState(seed).permutation(count)[:k].tolist()
+
+
+def test_zero_shot_result_and_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], shown_demonstrations: list
+) -> None:
+    result = finish(evaluation(tmp_path, num_eval=20))
+    assert result["task"] == "SST2" and result["trainer"] == "none"
+    assert result["model"] == str(MODEL)
+    rows = rows_of(tmp_path)
+    assert [row["id"] for row in rows] == permutation(500, 20, seed=0)
+    assert all(list(row) == ["id", "prediction", "correct", "scores"] for row in rows)
+    for row in rows:
+        assert row["prediction"] == int(row["scores"][1] > row["scores"][0])
+    gold = validation_column("label")
+    assert [row["correct"] for row in rows] == [
+        row["prediction"] == gold[row["id"]] for row in rows
+    ]
+    accuracy = sum(row["correct"] for row in rows) / 20
+    assert result["metric"] == {"accuracy": pytest.approx(accuracy)}
+    assert shown_demonstrations == [[[]] * 20]
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == f"zero-shot accuracy: {accuracy:.4f} (20 examples)"
+    assert out[1] == f"result: {tmp_path / 'result.json'}"
+    assert set(result["versions"]) == {"python", "torch", "transformers", "accelerate", "numpy"}
+    assert result["seconds"] > 0
+
+
+def test_in_context_set_of_its_own_for_each_example(
+    tmp_path: Path, shown_demonstrations: list
+) -> None:
+    finish(evaluation(tmp_path, num_train=3))
+    seeds = np.random.RandomState(0).randint(0, 10000, 6)
+    assert shown_demonstrations == [[permutation(1600, 3, seed) for seed in seeds]]
+    assert [row["id"] for row in rows_of(tmp_path)] == permutation(500, 6, seed=0)
+
+
+def test_in_context_with_train_set_seed(tmp_path: Path, shown_demonstrations: list) -> None:
+    result = finish(evaluation(tmp_path, num_train=3, train_set_seed=7))
+    assert shown_demonstrations == [[permutation(1600, 3, seed=7)] * 6]
+    assert [row["id"] for row in rows_of(tmp_path)] == permutation(500, 6, seed=7)
+    assert result["train_set_seed"] == 7
+
+
+def test_in_context_with_two_sets(tmp_path: Path, shown_demonstrations: list) -> None:
+    result = finish(evaluation(tmp_path, num_train=3, num_train_sets=2))
+    assert shown_demonstrations == [[permutation(1600, 3, seed)] * 6 for seed in (0, 1)]
+    accuracies = []
+    for seed in (0, 1):
+        rows = rows_of(tmp_path, f"rows-set{seed}.jsonl")
+        assert [row["id"] for row in rows] == permutation(500, 6, seed)
+        accuracies.append(sum(row["correct"] for row in rows) / 6)
+    assert [one["metric"]["accuracy"] for one in result["runs"]] == pytest.approx(accuracies)
+    assert [one["train_set_seed"] for one in result["runs"]] == [0, 1]
+    assert result["metric"]["accuracy"] == pytest.approx(sum(accuracies) / 2)
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_calibration_changes_the_scores(tmp_path: Path) -> None:
+    scores = {}
+    for name in ("none", "sfc", "icl_sfc"):
+        extra = {} if name == "none" else {name: True}
+        finish(evaluation(tmp_path / name, num_train=2, train_set_seed=0, **extra))
+        scores[name] = [row["scores"] for row in rows_of(tmp_path / name)]
+    assert scores["none"] != scores["sfc"] != scores["icl_sfc"] != scores["none"]
+    # The prompt without demonstrations is one text: every example loses the same two numbers.
+    # (Its options have one token: the mean that is scored without calibration is the sum.)
+    differences = np.array(scores["none"]) - np.array(scores["sfc"])
+    assert np.ptp(differences, axis=0) == pytest.approx([0, 0], abs=1e-4)
+    assert np.abs(differences).min() > 0.01
+
+
+def test_verbose_shows_prompts_options_and_scores(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finish(evaluation(tmp_path, verbose=True))
+    out = capsys.readouterr().out
+    rows = rows_of(tmp_path)
+    sentences = validation_column("sentence")
+    for row in rows[:3]:
+        assert f"{sentences[row['id']].strip()} It was" in out
+        assert f"  ' great': {row['scores'][1]:.4f}" in out
+    assert out.count("--- example") == 3
+
+
+@pytest.mark.parametrize("task", ["SQuAD", "DROP"])
+def test_generation_rows_and_f1(
+    tmp_path: Path, task: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = finish(evaluation(tmp_path, task, max_new_tokens=8, verbose=True))
+    rows = rows_of(tmp_path)
+    assert all(isinstance(row["prediction"], str) and row["scores"] is None for row in rows)
+    _, samples = tasks.load_samples(tasks.get_task(task), str(SAMPLES))
+    drawn = [samples[index] for index in permutation(200, 6, seed=0)]
+    expected = tasks.get_task(task).score([row["prediction"] for row in rows], drawn)
+    assert result["metric"] == expected and set(expected) == {"f1", "em"}
+    out = capsys.readouterr().out
+    assert out.startswith(f"zero-shot f1: {expected['f1']:.4f}, em {expected['em']:.4f} (6 ")
+    assert "generated: " in out
+    assert result["settings"]["max_new_tokens"] == 8
+
+
+@pytest.mark.parametrize("task", ["SQuAD", "DROP", "ReCoRD", "Copa"])
+def test_language_model_training(tmp_path: Path, task: str) -> None:
+    arguments = {"max_steps": 2, "save_strategy": "no", "no_eval": None, "num_dev": 4}
+    arguments |= {"eval_strategy": "steps", "eval_steps": 1, "max_new_tokens": 6}
+    argv = training(tmp_path, task, train_as_classification=None, **arguments)
+    result = finish([*argv, "--predictions_file", str(tmp_path / "rows.jsonl")])
+    metric = "f1" if task in ("SQuAD", "DROP") else "accuracy"
+    assert 0 <= result["metric"][metric] <= 1 and 0 <= result["dev_metric"][metric] <= 1
+    assert len(rows_of(tmp_path)) == 6
+    assert result["steps"] == 2 and result["checkpoint"] is None
+
+
+def test_zero_shot_before_training_is_the_zero_shot_run(tmp_path: Path) -> None:
+    trained = finish(training(tmp_path / "a", eval_before_training=True, no_eval=None))
+    alone = finish(evaluation(tmp_path / "b", train_set_seed=0))
+    assert trained["metric_before_training"] == alone["metric"]
+
+
+def test_result_holds_the_experiment_and_nothing_else(tmp_path: Path) -> None:
+    argv = training(tmp_path, num_dev=4, hub_token="hf_secret", no_eval=None, max_steps=2)
+    result = finish(argv)
+    assert list(result)[:3] == ["task", "model", "trainer"]
+    assert {"metric", "dev_metric", "steps", "train_seconds", "seconds", "versions"} <= set(result)
+    assert result["steps"] == 2 and result["train_seconds"] > 0
+    assert "hf_secret" not in (tmp_path / "result.json").read_text()
+    settings = result["settings"]
+    expected = {
+        *("task_name", "model_name", "data_dir", "trainer", "train_as_classification"),
+        *("only_train_option", "num_train", "num_dev", "num_train_sets", "train_set_seed"),
+        *("num_eval", "max_length", "sfc", "icl_sfc", "load_float16", "load_bfloat16"),
+        *("load_int8", "per_device_eval_batch_size", "per_device_train_batch_size", "seed"),
+        *("learning_rate", "weight_decay", "lr_scheduler_type", "warmup_steps", "decay_step"),
+        *("gradient_accumulation_steps", "max_steps", "zo_eps", "hessian_smooth_type"),
+        *("logging_steps", "save_steps", "output_dir", "result_file"),
+    }
+    assert set(settings) == expected
+    assert settings["output_dir"] == str(tmp_path / "out")
+    assert settings["lr_scheduler_type"] == "constant" and settings["weight_decay"] == 0
+
+
+def test_given_trainer_arguments_are_in_the_result(tmp_path: Path) -> None:
+    result = finish(training(tmp_path, max_steps=2, adam_beta1=0.5, dataloader_drop_last=True))
+    assert result["settings"]["adam_beta1"] == 0.5
+    assert result["settings"]["dataloader_drop_last"] is True
+    assert "max_grad_norm" not in result["settings"]
+
+
+def test_default_files_are_named_after_the_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run.main(command(num_eval=2)) == 0
+    assert list(contents(tmp_path)) == ["result", "result/SST2-tiny-opt-none-0-shot-seed42.json"]
+    assert run.main(command(num_eval=2, tag="mine")) == 0
+    assert (tmp_path / "result/mine.json").is_file()
+
+
+def test_unknown_model_offline_is_refused_at_once(tmp_path: Path) -> None:
+    argv = ["--task_name", "SST2", "--model_name", "nobody/nothing", "--data_dir", str(SAMPLES)]
+    process = start(argv, tmp_path)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, len(err.splitlines())) == (2, "", 1)
+    assert err.startswith("error: --model_name nobody/nothing: ")
+    assert contents(tmp_path) == {}
+
+
+def test_no_arguments_print_what_to_type(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run.main([]) == 2
+    out, err = capfd.readouterr()
+    assert out.startswith("python run.py --task_name TASK --model_name MODEL") and err == ""
+    assert contents(tmp_path) == {}

@@ -1,0 +1,610 @@
+"""Scoring against the obvious way: one option, one sequence, no padding, every logit.
+
+The oracle below shares no code with scoring.py beyond the templates: it writes the text out, sends
+it through the model as ``model(input_ids)`` and reads the log-probabilities off.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import (
+    FAMILIES,
+    OTHER_FAMILIES,
+    tiny_model,
+    tiny_tokenizer,
+    tokenizer_without_start,
+)
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import scoring
+from scoring import EncodedExample, EncodedOption, Encoder, GenerationSettings, Prediction
+from tasks import Sample, Task, get_task, load_samples
+from utils import InputError
+
+SAMPLES_DIR = Path(__file__).parent.parent / "data" / "samples"
+# Largest differences seen: 2.1e-6 for means, 3.9e-5 for sums (of about -100, in float32).
+TOLERANCE = 1e-5
+SUM_TOLERANCE = 1e-4
+
+model_of = functools.cache(tiny_model)
+samples_of = functools.cache(lambda task: load_samples(get_task(task), str(SAMPLES_DIR)))
+TOKENIZERS = {
+    "start": functools.cache(tiny_tokenizer),
+    "no start": functools.cache(tokenizer_without_start),
+}
+
+
+# ------------------------------------------------------------------------------------- the oracle
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """The rules of scoring, one after the other."""
+
+    model: PreTrainedModel
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int = 1024
+
+    def tokens(
+        self, sample: Sample, shown: Sequence[Sample], candidate: Any, content_free: bool = False
+    ) -> tuple[list[int], int]:
+        """Return the tokens of a whole text, and how many at its end are scored."""
+        if content_free:
+            prompt = self.task.content_free_prompt(sample)
+            option = self.task.content_free_option(sample, candidate)
+        else:
+            prompt, option = self.task.prompt(sample), self.task.option(sample, candidate)
+        text = ""
+        for other in shown:
+            answered = self.task.prompt(other) + self.task.option(other, other.correct[0])
+            text += answered.strip() + "\n\n"
+        text = (text + (prompt + option).strip(" ")).lstrip(" \n")
+        with_option = self.tokenizer((prompt + option).strip(" "))["input_ids"]
+        scored = len(with_option) - len(self.tokenizer(prompt.strip(" "))["input_ids"])
+        tokens = self.tokenizer(text)["input_ids"]
+        if scored == len(tokens):
+            tokens = [self.tokenizer.eos_token_id, *tokens]
+        while len(tokens) > self.max_length:
+            del tokens[1]
+        return tokens, min(scored, len(tokens) - 1)
+
+    def log_probabilities(self, *text: Any, everything: bool = False, **how: Any) -> Tensor:
+        """Return the log-probability of every scored token; of every token after the first."""
+        tokens, scored = self.tokens(*text, **how)
+        return log_probabilities(self.model, tokens, len(tokens) - 1 if everything else scored)
+
+    @torch.no_grad()
+    def predict(
+        self,
+        samples: Sequence[Sample],
+        demonstrations: Sequence[Sequence[Sample]],
+        calibration: str | None = None,
+    ) -> list[Prediction]:
+        predictions = []
+        for sample, shown in zip(samples, demonstrations, strict=True):
+            scores = []
+            for candidate in sample.candidates:
+                values = self.log_probabilities(sample, shown, candidate)
+                if calibration is None:
+                    scores.append(values.mean().item())
+                else:
+                    before = shown if calibration == "icl_sfc" else []
+                    prior = self.log_probabilities(sample, before, candidate, content_free=True)
+                    scores.append((values.sum() - prior.sum()).item())
+            predictions.append(Prediction(sample.candidates[scores.index(max(scores))], (*scores,)))
+        return predictions
+
+
+def log_probabilities(model: PreTrainedModel, tokens: Sequence[int], scored: int) -> Tensor:
+    """Return the log-probabilities of the last ``scored`` tokens."""
+    logits = model(input_ids=torch.tensor([tokens])).logits[0]
+    table = torch.log_softmax(logits.float(), dim=-1)
+    return torch.stack([table[i - 1, tokens[i]] for i in range(len(tokens))[-scored:]])
+
+
+def assert_equal_predictions(
+    found: Sequence[Prediction], expected: Sequence[Prediction], tolerance: float = TOLERANCE
+) -> None:
+    assert [prediction.answer for prediction in found] == [
+        prediction.answer for prediction in expected
+    ]
+    for one, other in zip(found, expected, strict=True):
+        assert one.scores == pytest.approx(other.scores, abs=tolerance, rel=0)
+
+
+def assert_same_as_oracle(
+    model: PreTrainedModel, task: str, number: int, max_length: int = 1024
+) -> None:
+    samples, shown = draw(task, number, 0)
+    encoder = Encoder(get_task(task), tiny_tokenizer(), max_length)
+    oracle = Oracle(model, get_task(task), tiny_tokenizer(), max_length)
+    found = scoring.predict(model, encoder, samples, shown, 2)
+    assert_equal_predictions(found, oracle.predict(samples, shown))
+
+
+def encode(task: str, number: int, demonstrations: int) -> list[EncodedExample]:
+    encoder = Encoder(get_task(task), tiny_tokenizer(), 1024)
+    return [
+        encoder.options(*pair) for pair in zip(*draw(task, number, demonstrations), strict=True)
+    ]
+
+
+def draw(task: str, number: int, demonstrations: int) -> tuple[list[Sample], list[list[Sample]]]:
+    """Return validation samples, and for each its own training samples."""
+    train, validation = samples_of(task)
+    starts = range(0, number * demonstrations, max(1, demonstrations))
+    shown = [train[start : start + demonstrations] for start in starts] or [[]] * number
+    return validation[:number], shown
+
+
+# --------------------------------------------------------------------------- scores and predictions
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("task", "demonstrations", "max_length", "calibration", "tokenizer"),
+    [
+        ("SST2", 0, 1024, None, "start"),
+        ("SST2", 3, 1024, "icl_sfc", "start"),
+        ("CB", 3, 1024, None, "start"),
+        ("CB", 0, 1024, "sfc", "no start"),  # an empty prompt and no start token
+        ("Copa", 0, 1024, None, "start"),
+        ("Copa", 3, 60, None, "start"),  # choices of different length: cut at different places
+        ("Copa", 3, 7, None, "no start"),  # the cut reaches into the option
+        ("Copa", 2, 1024, "icl_sfc", "no start"),
+        ("ReCoRD", 0, 1024, None, "start"),
+        ("ReCoRD", 2, 200, None, "no start"),
+        ("ReCoRD", 0, 1024, "sfc", "start"),
+        ("MultiRC", 0, 40, None, "start"),
+        ("BoolQ", 1, 1024, "icl_sfc", "no start"),
+    ],
+)
+def test_predictions_are_the_oracles(
+    family: str,
+    task: str,
+    demonstrations: int,
+    max_length: int,
+    calibration: str | None,
+    tokenizer: str,
+) -> None:
+    samples, shown = draw(task, 5, demonstrations)
+    model = model_of(family)
+    tokens = TOKENIZERS[tokenizer]()
+    oracle = Oracle(model, get_task(task), tokens, max_length)
+    encoder = Encoder(get_task(task), tokens, max_length)
+    found = scoring.predict(model, encoder, samples, shown, 3, calibration)
+    assert scoring.can_share_prompt(model, max_length)
+    expected = oracle.predict(samples, shown, calibration)
+    assert_equal_predictions(found, expected, SUM_TOLERANCE if calibration else TOLERANCE)
+    assert not model.get_output_embeddings()._forward_pre_hooks
+
+
+@pytest.mark.parametrize("family", OTHER_FAMILIES)
+@pytest.mark.parametrize("task", ["Copa", "ReCoRD"])
+def test_models_that_cannot_share_a_prompt_score_as_the_oracle(family: str, task: str) -> None:
+    assert not scoring.can_share_prompt(model_of(family), 100)
+    assert_same_as_oracle(model_of(family), task, 5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sharing_the_prompt_changes_no_score(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = encode("ReCoRD", 4, 1) + encode("Copa", 4, 2) + encode("CB", 4, 0)
+    packed = scoring.score_options(model_of(family), examples, 5, "")
+    monkeypatch.setattr(scoring, "can_share_prompt", lambda *_: False)
+    alone = scoring.score_options(model_of(family), examples, 5, "")
+    for one, other in zip(packed, alone, strict=True):
+        assert [total for total, _ in one] == pytest.approx(
+            [total for total, _ in other], abs=SUM_TOLERANCE, rel=0
+        )
+        assert [count for _, count in one] == [count for _, count in other]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_options_without_a_common_token(family: str) -> None:
+    options = [((5, 6, 7), 1), ((8, 9), 1), ((10, 11, 12, 13, 14), 3), ((5, 20), 1)]
+    example = EncodedExample(tuple(EncodedOption(*option) for option in options))
+    ((first, *others),) = scoring.score_options(model_of(family), [example], 1, "")
+    for (total, count), (tokens, scored) in zip([first, *others], options, strict=True):
+        values = log_probabilities(model_of(family), tokens, scored)
+        assert (total, count) == (pytest.approx(values.sum().item(), abs=SUM_TOLERANCE), scored)
+
+
+def test_padding_changes_no_score() -> None:
+    """Neither its length (in batches of 1 there is none) nor the token that stands for it."""
+    samples = encode("SST2", 6, 0) + encode("Copa", 2, 3)
+    for family in ("opt", "bloom", "llama"):
+        alone, padded = (scoring.score_options(model_of(family), samples, n, "") for n in (1, 8))
+        for one, other in zip(alone, padded, strict=True):
+            totals = [total for total, _ in one]
+            assert totals == pytest.approx([t for t, _ in other], abs=SUM_TOLERANCE, rel=0)
+        batches = [scoring.collate(samples, token, family != "bloom") for token in (0, 77)]
+        values = [scoring.token_log_probabilities(model_of(family), batch) for batch in batches]
+        assert torch.equal(*values)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_scores_are_close_to_float32(family: str) -> None:
+    samples, shown = draw("Copa", 6, 1)
+    encoder = Encoder(get_task("Copa"), tiny_tokenizer(), 1024)
+    full = scoring.predict(model_of(family), encoder, samples, shown, 4)
+    half = scoring.predict(tiny_model(family).bfloat16(), encoder, samples, shown, 4)
+    for one, other in zip(full, half, strict=True):  # a score that is not finite is not close
+        assert one.scores == pytest.approx(other.scores, abs=0.1, rel=0)
+
+
+def test_logits_are_made_only_where_a_scored_token_is_predicted() -> None:
+    seen: list[int] = []
+    model = tiny_model("opt")
+    model.lm_head.register_forward_hook(lambda *call: seen.append(call[2].numel() // 1536))
+    batch = scoring.collate(encode("Copa", 3, 2))
+    scoring.token_log_probabilities(model, batch)
+    assert seen == [len(batch["targets"])]
+    with pytest.raises(IndexError):
+        scoring.token_log_probabilities(model, {**batch, "read_rows": batch["read_rows"] + 3})
+    assert not model.lm_head._forward_pre_hooks  # not even after an error
+
+
+def test_generation_tasks_have_no_calibration() -> None:
+    samples, shown = draw("SQuAD", 1, 0)
+    encoder = Encoder(get_task("SQuAD"), tiny_tokenizer(), 1024)
+    with pytest.raises(InputError, match="--sfc: SQuAD has no options to calibrate"):
+        scoring.predict(model_of("opt"), encoder, samples, shown, 1, "sfc")
+
+
+# --------------------------------------------------------------------------- who may share a prompt
+
+
+WINDOWED = {
+    "mistral": {"sliding_window": 24},
+    "gemma2": {"sliding_window": 24},
+    "qwen2": {"sliding_window": 24, "use_sliding_window": True},
+}
+
+
+@pytest.mark.parametrize("family", WINDOWED)
+def test_texts_longer_than_a_sliding_window(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(family, **WINDOWED[family])
+    assert scoring.can_share_prompt(model, 24)
+    assert not scoring.can_share_prompt(model, 25)
+    assert_same_as_oracle(model, "ReCoRD", 3)
+    monkeypatch.setattr(scoring, "can_share_prompt", lambda *_: True)
+    with pytest.raises(AssertionError):  # the window matters in these texts
+        assert_same_as_oracle(model, "ReCoRD", 3)
+
+
+@pytest.mark.parametrize("family", WINDOWED)
+@pytest.mark.parametrize("max_length", [12, 24])
+def test_texts_within_a_sliding_window_share_their_prompt(family: str, max_length: int) -> None:
+    model = tiny_model(family, **WINDOWED[family])
+    assert scoring.can_share_prompt(model, max_length)
+    assert_same_as_oracle(model, "Copa", 6, max_length)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("layer_types", [None, ["full_attention", "full_attention"]])
+def test_a_configuration_with_layer_types_that_the_model_does_not_read(
+    attention: str, layer_types: list[str] | None
+) -> None:
+    kinds = {"layer_types": layer_types} if layer_types else {}
+    model = tiny_model("mistral", attn_implementation=attention, **kinds)
+    assert scoring.can_share_prompt(model, 1024)
+    assert_same_as_oracle(model, "Copa", 3)
+
+
+def test_each_reason_not_to_share_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    scoring._warn_once.cache_clear()
+    windowed = tiny_model("mistral", sliding_window=24)
+    flash = tiny_model("opt")
+    flash.config._attn_implementation = "flash_attention_2"
+    with caplog.at_level(logging.WARNING):
+        for length in (25, 26, 1000):
+            for model in (windowed, model_of("bloom"), model_of("lfm2"), flash):
+                assert not scoring.can_share_prompt(model, length)
+    prefix = "scoring every option in a sequence of its own: "
+    assert [record.message.removeprefix(prefix) for record in caplog.records] == [
+        "its sliding window of 24 tokens is shorter than the longest text",
+        "BloomForCausalLM does not take a 4-D attention mask",
+        "it has layers of type conv",
+        "attention implementation flash_attention_2",
+    ]
+
+
+# ----------------------------------------------------------------------------------------- losses
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_classification_loss_of_examples_with_different_numbers_of_options(
+    family: str, share: bool
+) -> None:
+    model = tiny_model(family)
+    losses, examples = [], []
+    for task in ("CB", "Copa", "ReCoRD"):
+        oracle = Oracle(model, get_task(task), tiny_tokenizer())
+        for sample in draw(task, 2, 0)[0]:
+            values = [oracle.log_probabilities(sample, [], c).mean() for c in sample.candidates]
+            correct = values[sample.candidates.index(sample.correct[0])]
+            losses.append(torch.stack(values).logsumexp(0) - correct)
+        examples += encode(task, 2, 0)
+    found = scoring.classification_loss(model, scoring.collate(examples, share_prompt=share))
+    assert_same_loss_and_gradient(model, found, torch.stack(losses).mean())
+
+
+@pytest.mark.parametrize("only_option", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_language_model_loss(family: str, only_option: bool) -> None:
+    model, samples = tiny_model(family), draw("SQuAD", 4, 0)[0]
+    oracle = Oracle(model, get_task("SQuAD"), tiny_tokenizer(), 60)
+    values = [
+        oracle.log_probabilities(sample, [], sample.correct[0], everything=not only_option)
+        for sample in samples
+    ]
+    expected = -torch.cat(values).mean()
+    encoder = Encoder(get_task("SQuAD"), tiny_tokenizer(), 60)
+    examples = [encoder.correct_option(sample, only_option) for sample in samples]
+    found = scoring.language_model_loss(model, scoring.collate(examples))
+    assert_same_loss_and_gradient(model, found, expected)
+
+
+def assert_same_loss_and_gradient(model: PreTrainedModel, found: Tensor, expected: Tensor) -> None:
+    assert found.item() == pytest.approx(expected.item(), abs=TOLERANCE, rel=0)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for one, other in zip(
+        torch.autograd.grad(found, parameters, allow_unused=True),
+        torch.autograd.grad(expected, parameters, allow_unused=True),
+        strict=True,
+    ):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert (one - other).abs().max() < 1e-5 + 1e-4 * other.abs().max()
+
+
+# ------------------------------------------------------------------------------------- generation
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_generation_is_the_argmax_loop(family: str) -> None:
+    model, tokenizer = newline_writing_model(family), tiny_tokenizer()
+    samples = draw("SQuAD", 8, 0)[0]
+    shown = [draw("SQuAD", 2, 1)[1][0] * (index % 3) for index in range(8)]
+    encoder = Encoder(get_task("SQuAD"), tokenizer, 300, 12)
+    written = [
+        argmax_loop(model, encoder.prompt(s, d), 12) for s, d in zip(samples, shown, strict=True)
+    ]
+    assert any(len(tokens) < 12 for tokens in written)  # the newline stops it
+    expected = [tokenizer.decode(t, skip_special_tokens=True).strip() for t in written]
+    assert len(set(expected)) > 4
+    for batch_size in (1, 5):
+        settings = GenerationSettings(max_new_tokens=12)
+        found = scoring.predict(model, encoder, samples, shown, batch_size, generation=settings)
+        assert [prediction.answer for prediction in found] == expected
+        assert all(prediction.scores is None for prediction in found)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        GenerationSettings(max_new_tokens=5, num_beams=2),
+        GenerationSettings(max_new_tokens=5, sampling=True, temperature=0.7, top_k=20, top_p=0.9),
+        GenerationSettings(max_new_tokens=5, sampling=True),
+        GenerationSettings(max_new_tokens=5, eos_token="."),
+    ],
+    ids=["beams", "sampling", "default sampling", "full stop"],
+)
+def test_every_way_of_generating_runs(family: str, settings: GenerationSettings) -> None:
+    tokenizer = tokenizer_without_start()
+    prompts = [tuple(tokenizer.encode(text)) for text in ("Yes", "It was a film . It was", "No no")]
+    texts = scoring.generate(model_of(family), tokenizer, prompts, settings, 2, "")
+    assert len(texts) == 3
+    assert all(text and text == text.strip() for text in texts)
+
+
+def newline_writing_model(family: str) -> PreTrainedModel:
+    """Return a model that now and then writes a newline."""
+    model = tiny_model(family)
+    (newline,) = tiny_tokenizer().encode("\n", add_special_tokens=False)
+
+    def raise_newline(_: Any, __: Any, logits: Tensor) -> Tensor:
+        return logits + 3.5 * torch.nn.functional.one_hot(torch.tensor(newline), logits.shape[-1])
+
+    model.get_output_embeddings().register_forward_hook(raise_newline)
+    return model
+
+
+@torch.no_grad()
+def argmax_loop(model: PreTrainedModel, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+    tokenizer, tokens = tiny_tokenizer(), list(prompt)
+    stops = (tokenizer.eos_token_id, tokenizer.encode("\n")[-1])
+    for _ in range(max_new_tokens):
+        tokens.append(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax().item())
+        if tokens[-1] in stops:
+            break
+    return tokens[len(prompt) :]
+
+
+# --------------------------------------------------------------------------------- text to tokens
+
+
+def sst2(sentence: str, label: int) -> Sample:
+    return get_task("SST2").sample({"sentence": sentence, "label": label}, 0)
+
+
+def copa(premise: str, choices: tuple[str, str], question: str, label: int) -> Sample:
+    row = {"premise": premise, "question": question, "label": label}
+    return get_task("Copa").sample({**row, "choice1": choices[0], "choice2": choices[1]}, 0)
+
+
+def squad(title: str, context: str, question: str, answer: str) -> Sample:
+    row = {"title": title, "context": context, "question": question, "answers": {"text": [answer]}}
+    return get_task("SQuAD").sample(row, 0)
+
+
+WRITTEN_OUT: list[tuple[str, Sample, list[Sample], str, list[str]]] = [
+    (
+        "SST2",
+        sst2("the film is charming . ", 1),
+        [sst2("quite ridiculous . ", 0), sst2(" clever and honest ", 1)],
+        "quite ridiculous . It was terrible\n\nclever and honest It was great\n\n"
+        "the film is charming . It was",
+        [" terrible", " great"],
+    ),
+    (
+        "Copa",
+        copa("Vera heard a joke.", ("She laughed.", "I left the town."), "effect", 0),
+        [
+            copa("The hat was gone.", ("Tom took it.", "It was red."), "cause", 0),
+            copa("It was late.", ("I was early.", "I went home."), "effect", 1),
+        ],
+        "The hat was gone because tom took it.\n\nIt was late so I went home.\n\n"
+        "Vera heard a joke so",
+        [" she laughed.", " I left the town."],
+    ),
+    (
+        "SQuAD",
+        squad("Hexley", "Hexley is a town.", " What is Hexley? ", "a town"),
+        [squad("Quarn", "It is red.", "Which colour?", "red"), squad("A", "B.", "C?", "B")],
+        "Title: Quarn\nContext: It is red.\nQuestion: Which colour?\nAnswer: red\n\n"
+        "Title: A\nContext: B.\nQuestion: C?\nAnswer: B\n\n"
+        "Title: Hexley\nContext: Hexley is a town.\nQuestion: What is Hexley?\nAnswer:",
+        [" a town\n"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("task", "sample", "shown", "before", "options"), WRITTEN_OUT)
+@pytest.mark.parametrize("start", ["</s>", ""])
+def test_the_whole_text_and_the_scored_span(
+    task: str, sample: Sample, shown: list[Sample], before: str, options: list[str], start: str
+) -> None:
+    tokenizer = TOKENIZERS["start" if start else "no start"]()
+    encoder = Encoder(get_task(task), tokenizer, 1024, 10)
+    candidates = sample.candidates or sample.correct
+    example = encoder.options(sample, shown, candidates)
+    assert [tokenizer.decode(option.tokens) for option in example.options] == [
+        start + before + option for option in options
+    ]
+    spans = [option.tokens[option.targets.start :] for option in example.options]
+    assert [tokenizer.decode(span) for span in spans] == options
+    assert tokenizer.decode(encoder.prompt(sample, shown)) == start + before
+    # A cut takes tokens on the left, after the first, and a generated text needs room.
+    short = Encoder(get_task(task), tokenizer, 20, 10)
+    for option, cut in zip(
+        example.options, short.options(sample, shown, candidates).options, strict=True
+    ):
+        assert cut == EncodedOption((option.tokens[0], *option.tokens[-19:]), option.scored)
+    whole = encoder.prompt(sample, shown)
+    assert short.prompt(sample, shown) == (whole[0], *whole[-9:])
+
+
+def test_the_correct_option() -> None:
+    task, sample = get_task("SST2"), sst2("the film is charming . ", 1)
+    encoder = Encoder(task, tiny_tokenizer(), 1024)
+    example = encoder.options(sample)
+    assert [example.correct, len(example.options)] == [1, 2]
+    assert encoder.correct_option(sample) == EncodedExample((example.options[1],))
+    (everything,) = encoder.correct_option(sample, only_option=False).options
+    assert everything.tokens == example.options[1].tokens
+    assert everything.targets == range(1, len(everything.tokens))
+
+
+def test_content_free_prompts() -> None:
+    tokenizer = tiny_tokenizer()
+    shown = [sst2("quite ridiculous . ", 0)]
+
+    def texts(task: str, sample: Sample, shown: Sequence[Sample] = ()) -> list[tuple[str, str]]:
+        options = Encoder(get_task(task), tokenizer, 1024).options(sample, shown, content_free=True)
+        return [
+            (tokenizer.decode(o.tokens), tokenizer.decode(o.tokens[o.targets.start :]))
+            for o in options.options
+        ]
+
+    assert texts("SST2", shown[0]) == [
+        ("</s>It was terrible", " terrible"),
+        ("</s>It was great", " great"),
+    ]
+    assert texts("SST2", shown[0], shown)[1] == (
+        "</s>quite ridiculous . It was terrible\n\nIt was great",
+        " great",
+    )
+    (cb,) = draw("CB", 1, 0)[0]
+    assert texts("CB", cb) == [("</s>" + word, word) for word in ("Yes", "No", "Maybe")]
+
+
+def test_a_text_without_a_start_gets_one_where_nothing_precedes_the_option() -> None:
+    encoder = Encoder(get_task("CB"), tokenizer_without_start(), 1024)
+    (cb,) = draw("CB", 1, 0)[0]
+    end = encoder.tokenizer.eos_token_id
+    for option in encoder.options(cb, content_free=True).options:
+        assert option.tokens[0] == end and len(option.targets) == len(option.tokens) - 1
+    assert end not in encoder.options(cb).options[0].tokens
+
+
+# ----------------------------------------------------------------------------- tokens to batches
+
+
+@pytest.mark.parametrize(
+    ("sequences", "length"),
+    [([[1, 2, 3], [1, 2, 4]], 2), ([[1, 2], [1, 2, 3]], 2), ([[1], [2]], 0), ([[], [1]], 0)],
+)
+def test_common_prefix_length(sequences: list[list[int]], length: int) -> None:
+    assert scoring.common_prefix_length(sequences) == length
+
+
+BRANCHING = EncodedExample(
+    (EncodedOption((2, 10, 11, 20, 21), 2), EncodedOption((2, 10, 11, 30, 31, 32), 3)), correct=1
+)
+SINGLE_TOKENS = EncodedExample((EncodedOption((2, 7, 8), 1), EncodedOption((2, 7, 9), 1)))
+
+
+def test_pack() -> None:
+    (packed,) = scoring.pack(BRANCHING)
+    assert packed == scoring.PackedSequence(
+        tokens=(2, 10, 11, 20, 30, 31),
+        positions=(0, 1, 2, 3, 3, 4),
+        branches=(0, 0, 0, 1, 2, 2),
+        reads=((0, 2, 20), (0, 3, 21), (1, 2, 30), (1, 4, 31), (1, 5, 32)),
+    )
+    assert scoring.pack(BRANCHING, share_prompt=False)[1] == scoring.PackedSequence(
+        (2, 10, 11, 30, 31), (0, 1, 2, 3, 4), (0,) * 5, ((1, 2, 30), (1, 3, 31), (1, 4, 32))
+    )
+    assert scoring.pack(SINGLE_TOKENS) == [
+        scoring.PackedSequence((2, 7), (0, 1), (0, 0), ((0, 1, 8), (1, 1, 9)))
+    ]
+
+
+def test_collate() -> None:
+    batch = scoring.collate([SINGLE_TOKENS, BRANCHING], pad_token=1)
+    mask = batch.pop("attention_mask")
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+        "input_ids": [[1, 1, 1, 1, 2, 7], [2, 10, 11, 20, 30, 31]],
+        "position_ids": [[0, 0, 0, 0, 0, 1], [0, 1, 2, 3, 3, 4]],
+        "read_rows": [0, 0, 1, 1, 1, 1, 1],
+        "read_columns": [5, 5, 2, 3, 2, 4, 5],
+        "targets": [8, 9, 20, 21, 30, 31, 32],
+        "read_options": [0, 1, 2, 2, 3, 3, 3],
+        "option_examples": [0, 0, 1, 1],
+        "correct": [0, 1],
+    }
+    assert mask.dtype == torch.bool and mask.shape == (2, 1, 6, 6)
+    drawn = ["".join(".x"[seen] for seen in row) for row in mask.flatten(0, 2).tolist()]
+    assert drawn[:6] == ["x.....", ".x....", "..x...", "...x..", "....x.", "....xx"]
+    assert drawn[6:] == ["x.....", "xx....", "xxx...", "xxxx..", "xxx.x.", "xxx.xx"]
+    plain = scoring.collate([SINGLE_TOKENS, BRANCHING], share_prompt=False)["attention_mask"]
+    assert plain.tolist() == [[0, 0, 0, 1, 1]] * 2 + [[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]
+
+
+def test_batches_hold_the_longest_first_and_every_item_once() -> None:
+    lengths = [3, 9, 1, 7, 5]
+    batches = scoring.batches_by_length(range(5), lengths.__getitem__, 2, "")
+    assert list(batches) == [[1, 3], [4, 0], [2]]

@@ -1,0 +1,499 @@
+"""Training through run.py: resuming, accumulation, schedules, dev loss, both trainers."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import (
+    ROOT,
+    assert_same_checkpoint,
+    assert_same_tensors,
+    contents,
+    finish,
+    log_of,
+    start,
+    training,
+    weights,
+)
+from transformers import AutoModelForCausalLM, get_scheduler
+
+import run
+import trainer as trainer_module
+from trainer import OptionLossTrainer, SmoothingSchedule, ZerothOrderTrainer
+from utils import InputError
+
+RESUMED = {
+    "hizoo": {},
+    "mezo": {"hessian_smooth_type": "constant0"},
+    "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+    "ends_of_epochs": {"num_train": 9, "max_steps": 8},
+    "epochs_not_steps": {"max_steps": None, "num_train_epochs": 2},
+    "schedules": {
+        "lr_scheduler_type": "linear",
+        "warmup_step": 2,
+        "decay_step": 4,
+        "hessian_smooth_type": "cosine1e-2",
+        "weight_decay": 0.1,
+    },
+    "dev_loss": {"num_dev": 8, "eval_strategy": "steps", "eval_steps": 3},
+    "language_model_loss": {"train_as_classification": None},
+    "regular": {"trainer": "regular", "hessian_smooth_type": None},
+}
+
+
+@pytest.mark.parametrize("arguments", RESUMED.values(), ids=RESUMED)
+def test_resumed_run_equals_uninterrupted_one(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    finish(training(whole, **arguments))
+    shutil.copytree(whole / "out" / "checkpoint-3", parted / "out" / "checkpoint-3")
+    torch.manual_seed(12345)  # whatever state the process is in
+    result = finish(training(parted, **arguments))
+    assert result["resumed_from"] == str(parted / "out" / "checkpoint-3")
+    last = f"checkpoint-{result['steps']}"
+    assert int(last.split("-")[1]) >= 6
+    if arguments.get("trainer") == "regular":
+        assert_same_tensors(weights(whole / "out" / last), weights(parted / "out" / last))
+    else:
+        assert_same_checkpoint(whole / "out" / last, parted / "out" / last)
+
+
+def test_training_changes_the_weights_from_step_to_step(tmp_path: Path) -> None:
+    """What the comparisons above compare is no constant."""
+    finish(training(tmp_path))
+    first, second = weights(tmp_path / "out/checkpoint-3"), weights(tmp_path / "out/checkpoint-6")
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    losses = log_of(tmp_path / "out/checkpoint-6", "loss")
+    assert len(losses) == len(set(losses)) == 6
+    state = torch.load(tmp_path / "out/checkpoint-6/optimizer.pt", weights_only=True)
+    tensors = [tensor for h in state["state"].values() for tensor in h.values()]
+    assert any(tensor.std() > 1e-4 for tensor in tensors if tensor.numel() > 1)
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_half_written_checkpoint_falls_back_to_the_one_before(tmp_path: Path, damage: str) -> None:
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    finish(training(whole))
+    shutil.copytree(whole, parted)
+    state = parted / "out/checkpoint-6/trainer_state.json"
+    if damage == "missing":
+        state.unlink()
+    else:
+        state.write_text(state.read_text()[:200])
+    result = finish(training(parted))
+    assert result["resumed_from"] == str(parted / "out/checkpoint-3")
+    assert_same_checkpoint(whole / "out/checkpoint-6", parted / "out/checkpoint-6")
+
+
+LONG = {"max_steps": 30, "save_steps": 6}
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("long")
+    finish(training(folder, **LONG))
+    return folder / "out/checkpoint-30"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda n: n.name)
+def test_interrupted_process_goes_on(tmp_path: Path, long_run: Path, number: int) -> None:
+    argv = training(tmp_path, save_on_interrupt=True, **LONG)
+    process = start(argv, tmp_path)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "out/checkpoint-6/trainer_state.json").is_file():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert not (tmp_path / "result.json").exists()
+    if number == signal.SIGTERM:
+        assert process.returncode == 130
+        assert errors.splitlines()[-1].startswith("interrupted: SIGTERM: stopped after step ")
+    result = finish(argv)
+    step = int(result["resumed_from"].split("-")[-1])
+    assert 6 <= step < 30
+    assert_same_checkpoint(long_run, tmp_path / "out/checkpoint-30")
+
+
+def test_interrupt_keeps_its_checkpoint_beside_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = {
+        "max_steps": 8,
+        "num_dev": 8,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_steps": 2,
+        "save_total_limit": 1,
+        "load_best_model_at_end": True,
+        "save_on_interrupt": True,
+    }
+    step = ZerothOrderTrainer.training_step
+
+    def step_with_signal(self: ZerothOrderTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.state.global_step == 4:
+            signal.raise_signal(signal.SIGUSR1)
+        return step(self, *args, **kwargs)
+
+    before = signal.getsignal(signal.SIGUSR1)
+    with monkeypatch.context() as patched:
+        patched.setattr(ZerothOrderTrainer, "training_step", step_with_signal)
+        assert run.main(training(tmp_path, **arguments)) == 130
+    assert signal.getsignal(signal.SIGUSR1) is before
+    assert "SIGUSR1: stopped after step 5" in capsys.readouterr().err
+    assert (tmp_path / "out/checkpoint-5/trainer_state.json").is_file()
+    assert log_of(tmp_path / "out/checkpoint-5", "loss")[4:]  # the interrupted step is logged
+    result = finish(training(tmp_path, **arguments))
+    assert result["resumed_from"].endswith("checkpoint-5")
+
+
+def test_finished_run_reports_again_without_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = {
+        "num_dev": 8,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "save_total_limit": 1,
+        "load_best_model_at_end": True,
+        "no_eval": None,
+    }
+    # Every evaluation is worse than the one before: the best checkpoint is not the last.
+    losses = itertools.count()
+    evaluate = OptionLossTrainer.evaluate
+
+    def evaluate_worse(self: OptionLossTrainer, *args: Any, **kwargs: Any) -> dict[str, float]:
+        return evaluate(self, *args, **kwargs) | {"eval_loss": float(next(losses))}
+
+    monkeypatch.setattr(OptionLossTrainer, "evaluate", evaluate_worse)
+    first = finish(training(tmp_path, **arguments))
+    assert first["checkpoint"].endswith("checkpoint-3")
+    written = contents(tmp_path / "out")
+    second = finish(training(tmp_path, **arguments))
+    assert second["resumed_from"].endswith("checkpoint-6")
+    assert contents(tmp_path / "out") == written
+    for name in ("metric", "dev_metric", "steps", "checkpoint"):
+        assert second[name] == first[name], name
+
+
+def test_overwrite_output_dir_starts_anew(tmp_path: Path) -> None:
+    finish(training(tmp_path, max_steps=3))
+    (tmp_path / "out/notes.txt").write_text("mine")
+    (tmp_path / "out/checkpoint-99").mkdir()
+    result = finish(training(tmp_path, max_steps=3, learning_rate=2e-4, overwrite_output_dir=True))
+    assert result["resumed_from"] is None and result["steps"] == 3
+    assert not (tmp_path / "out/checkpoint-99").exists()
+    assert (tmp_path / "out/notes.txt").read_text() == "mine"
+
+
+def test_resume_from_checkpoint_argument(tmp_path: Path) -> None:
+    finish(training(tmp_path))
+    named = tmp_path / "out/checkpoint-3"
+    assert finish(training(tmp_path, resume_from_checkpoint=named))["resumed_from"] == str(named)
+    assert finish(training(tmp_path, resume_from_checkpoint="False"))["resumed_from"] is None
+    assert finish(training(tmp_path, resume_from_checkpoint="true"))["resumed_from"]
+
+
+def test_more_steps_go_on_from_a_finished_run(tmp_path: Path) -> None:
+    finish(training(tmp_path / "short", max_steps=3))
+    finish(training(tmp_path / "long"))
+    finish(training(tmp_path / "short", max_steps=6))
+    assert_same_checkpoint(tmp_path / "long/out/checkpoint-6", tmp_path / "short/out/checkpoint-6")
+
+
+# ---------------------------------------------------------------------------------- the step
+
+
+@pytest.mark.parametrize("smoothing", ["constant1e-2", "constant0"])
+def test_accumulation_of_2_x_4_equals_a_batch_of_8(tmp_path: Path, smoothing: str) -> None:
+    shared = {"num_train": 16, "max_steps": 2, "save_steps": 1, "hessian_smooth_type": smoothing}
+    finish(training(tmp_path / "one", per_device_train_batch_size=8, **shared))
+    finish(training(tmp_path / "two", gradient_accumulation_steps=2, **shared))
+    for step in (1, 2):
+        one, two = (tmp_path / name / f"out/checkpoint-{step}" for name in ("one", "two"))
+        assert log_of(one, "loss") == pytest.approx(log_of(two, "loss"), abs=2e-6)
+        # A gradient is a difference of losses over 2 μ: their rounding grows by 1 / 2e-3.
+        gradients = log_of(one, "projected_gradient"), log_of(two, "projected_gradient")
+        assert gradients[0] == pytest.approx(gradients[1], abs=2e-3)
+        for name, tensor in weights(one).items():
+            torch.testing.assert_close(tensor, weights(two)[name], atol=3e-6, rtol=0)
+
+
+def test_learning_rate_of_0_returns_every_weight(tmp_path: Path) -> None:
+    finish(training(tmp_path, learning_rate=0, hessian_smooth_type="constant0"))
+    start_weights = dict(AutoModelForCausalLM.from_pretrained(ROOT / "data/tiny-opt").state_dict())
+    for name, tensor in weights(tmp_path / "out/checkpoint-6").items():
+        torch.testing.assert_close(tensor, start_weights[name], atol=1e-6, rtol=0)
+
+
+SCHEDULES = {
+    "constant": ({}, "constant", 0, {}),
+    "warmup": (
+        {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 3},
+        "constant_with_warmup",
+        3,
+        {},
+    ),
+    "alias": ({"zo_lr_scheduler_type": "linear", "warmup_step": 2}, "linear", 2, {}),
+    "cosine": ({"lr_scheduler_type": "cosine"}, "cosine", 0, {}),
+    "decay_step": (
+        {"lr_scheduler_type": "linear", "warmup_step": 2, "decay_step": 5},
+        "warmup_stable_decay",
+        2,
+        {"num_decay_steps": 3, "decay_type": "linear"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SCHEDULES.values(), ids=SCHEDULES)
+def test_logged_learning_rates_are_those_of_transformers(tmp_path: Path, case: tuple) -> None:
+    arguments, name, warmup, options = case
+    finish(training(tmp_path, max_steps=8, save_steps=8, **arguments))
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e-4)
+    schedule = get_scheduler(name, optimizer, warmup, 8, scheduler_specific_kwargs=options)
+    expected = []
+    for _ in range(8):
+        expected.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    logged = log_of(tmp_path / "out/checkpoint-8", "learning_rate")
+    assert logged == pytest.approx(expected) or logged == pytest.approx(
+        [*expected[1:], schedule.get_last_lr()[0]]
+    )
+
+
+def test_decay_step_keeps_the_rate_until_then(tmp_path: Path) -> None:
+    arguments = {"lr_scheduler_type": "linear", "decay_step": 4, "max_steps": 8, "save_steps": 8}
+    finish(training(tmp_path, **arguments))
+    rates = log_of(tmp_path / "out/checkpoint-8", "learning_rate")
+    assert rates[:4] == pytest.approx([1e-4] * 4)
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates[4:]))
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("constant1e-8", [1e-8, 1e-8, 1e-8, 1e-8, 1e-8]),
+        ("constant0", [0, 0, 0, 0, 0]),
+        ("linear1e-6", [1e-6, 0.75e-6, 0.5e-6, 0.25e-6, 0]),
+        ("cosine1e-6", [1e-6, 0.853553e-6, 0.5e-6, 0.146447e-6, 0]),
+    ],
+)
+def test_smoothing_schedule_by_hand(text: str, values: list[float]) -> None:
+    schedule = SmoothingSchedule.parse(text)
+    at = [schedule.at(step, 4) for step in range(5)]
+    assert at == pytest.approx(values, rel=1e-5, abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "1e-8", "constant", "constant-1", "constant1", "linearnan", "exp1e-8", "cosinex"]
+)
+def test_bad_smoothing_lists_what_is_allowed(text: str) -> None:
+    with pytest.raises(InputError, match="constant<number>, linear<number>, cosine<number>"):
+        SmoothingSchedule.parse(text)
+
+
+def test_smoothing_of_every_step_reaches_the_optimizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    class Recorder(trainer_module.HiZOO):
+        def step(self, closure: Any = None) -> Any:
+            seen.append([group["hessian_smooth"] for group in self.param_groups])
+            return super().step(closure)
+
+    monkeypatch.setattr(trainer_module, "HiZOO", Recorder)
+    finish(training(tmp_path, max_steps=4, hessian_smooth_type="cosine1e-2"))
+    expected = [1e-2 * 0.5 * (1 + math.cos(math.pi * step / 4)) for step in range(4)]
+    assert [alphas[0] for alphas in seen] == pytest.approx(expected)
+    assert all(len(set(alphas)) == 1 for alphas in seen)
+
+
+# ----------------------------------------------------------------------- dev loss and best model
+
+
+def test_best_model_is_loaded_reported_and_saved(tmp_path: Path) -> None:
+    result = finish(
+        training(
+            tmp_path,
+            num_dev=8,
+            eval_strategy="steps",
+            eval_steps=2,
+            save_steps=2,
+            save_total_limit=2,
+            load_best_model_at_end=True,
+            learning_rate=0.01,
+            save_model=True,
+            no_eval=None,
+            predictions_file=tmp_path / "predictions.jsonl",
+        )
+    )
+    losses = log_of(tmp_path / "out/checkpoint-6", "eval_loss")
+    assert len(losses) == 3
+    best = 2 * (1 + losses.index(min(losses)))
+    assert result["checkpoint"].endswith(f"checkpoint-{best}")
+    assert_same_tensors(weights(tmp_path / "out"), weights(Path(result["checkpoint"])))
+    assert len(list((tmp_path / "out").glob("checkpoint-*"))) <= 2
+    again = [
+        *("--task_name", "SST2", "--model_name", str(tmp_path / "out"), "--train_set_seed", "0"),
+        *("--data_dir", str(ROOT / "data/samples"), "--num_eval", "6"),
+        *("--result_file", str(tmp_path / "again.json")),
+        *("--predictions_file", str(tmp_path / "again.jsonl")),
+    ]
+    assert finish(again)["metric"] == result["metric"]
+    rows = [
+        [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        for name in ("predictions.jsonl", "again.jsonl")
+    ]
+    for trained, loaded in zip(*rows, strict=True):
+        assert trained["scores"] == pytest.approx(loaded["scores"], abs=1e-5)
+        assert (trained["id"], trained["prediction"]) == (loaded["id"], loaded["prediction"])
+
+
+def test_tensorboard_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    finish(training(tmp_path, report_to="tensorboard"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    logged = [event.value for event in events.Scalars("train/loss")]
+    assert logged == pytest.approx(log_of(tmp_path / "out/checkpoint-6", "loss"), rel=1e-5)
+    assert "train/projected_gradient" in events.Tags()["scalars"]
+
+
+def test_no_warnings_and_no_bars_of_files(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    finish(
+        training(
+            tmp_path,
+            num_dev=4,
+            eval_strategy="steps",
+            eval_steps=3,
+            load_best_model_at_end=True,
+            no_eval=None,
+        )
+    )
+    out, err = capfd.readouterr()
+    for noise in ("missing keys", "model shards", "Loading weights", "Warning"):
+        assert noise not in out + err
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    lines = out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        "step 3",
+        "step 6",
+        "checkpoint",
+        "dev accuracy",
+        "test accuracy",
+        "result",
+    ]
+    assert "6/6" in err and "loss=" in err
+
+
+# --------------------------------------------------------------------------- first-order training
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"train_as_classification": True},
+        {"train_as_classification": None},
+        {"train_as_classification": None, "only_train_option": "False"},
+    ],
+    ids=["options", "language_model", "whole_text"],
+)
+def test_regular_training_lowers_the_loss(tmp_path: Path, objective: dict[str, Any]) -> None:
+    arguments = {"max_steps": 12, "per_device_train_batch_size": 12, "learning_rate": 1e-3}
+    finish(
+        training(
+            tmp_path,
+            trainer="regular",
+            hessian_smooth_type=None,
+            save_steps=12,
+            **arguments,
+            **objective,
+        )
+    )
+    losses = log_of(tmp_path / "out/checkpoint-12", "loss")
+    assert losses[-1] < 0.7 * losses[0]
+    assert log_of(tmp_path / "out/checkpoint-12", "grad_norm")[0] > 0
+
+
+def test_option_and_whole_text_losses_differ(tmp_path: Path) -> None:
+    first = {}
+    for only_option in ("True", "False"):
+        folder = tmp_path / only_option
+        finish(training(folder, train_as_classification=None, only_train_option=only_option))
+        first[only_option] = log_of(folder / "out/checkpoint-3", "loss")[0]
+    assert abs(first["True"] - first["False"]) > 0.01
+
+
+def test_each_set_starts_from_the_pre_trained_weights(tmp_path: Path) -> None:
+    shared = {"max_steps": 3, "no_eval": None}
+    both = finish(training(tmp_path / "both", num_train_sets=2, **shared))
+    single = {}
+    for seed in (0, 1):
+        single[seed] = finish(training(tmp_path / str(seed), train_set_seed=seed, **shared))
+        assert_same_checkpoint(
+            tmp_path / "both/out" / f"set{seed}" / "checkpoint-3",
+            tmp_path / str(seed) / "out/checkpoint-3",
+        )
+    accuracies = [single[seed]["metric"]["accuracy"] for seed in (0, 1)]
+    assert [r["metric"]["accuracy"] for r in both["runs"]] == accuracies
+    assert both["metric"]["accuracy"] == pytest.approx(sum(accuracies) / 2)
+    assert sorted(path.name for path in (tmp_path / "both/out").iterdir()) == ["set0", "set1"]
+
+
+# --------------------------------------------------------------------------------- two processes
+
+
+# Runs run.py and saves the weights that each process ends with.
+DRIVER = """
+import os, sys
+import torch
+import run
+from trainer import ZerothOrderTrainer
+train = ZerothOrderTrainer.train
+def train_and_save(self, **arguments):
+    train(self, **arguments)
+    torch.save(self.model.state_dict(), f"rank{os.environ['RANK']}.pt")
+ZerothOrderTrainer.train = train_and_save
+sys.exit(run.main(sys.argv[1:]))
+"""
+
+
+def test_two_processes_keep_the_same_weights(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER)
+    # A small α: the curvature is a difference of losses over 2 μ², which magnifies rounding most.
+    shared = {"hessian_smooth_type": "constant1e-4", "save_on_interrupt": True, "no_eval": None}
+    argv = training(tmp_path, per_device_train_batch_size=2, **shared)
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port))
+    process = start(argv, tmp_path, *launcher, script=driver)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert out.count("test accuracy") == 1
+    assert json.loads((tmp_path / "result.json").read_text())["steps"] == 6
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert_same_tensors(*ranks)
+    # Two halves of a batch of four are one batch of four, up to the rounding of the losses.
+    finish(training(tmp_path / "one", **shared))
+    one, two = (folder / "out/checkpoint-6" for folder in (tmp_path / "one", tmp_path))
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(tensor, weights(two)[name], atol=2e-6, rtol=0)
+    assert log_of(two, "loss") == pytest.approx(log_of(one, "loss"), abs=1e-4)

@@ -1,0 +1,162 @@
+"""Files that are whole or absent, checkpoints on disk, signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from transformers import TrainerControl
+
+import utils
+from utils import (
+    InputError,
+    RunSettings,
+    SaveOnInterrupt,
+    check_writable,
+    checkpoints,
+    last_whole_checkpoint,
+    remove_checkpoints,
+    write_json,
+    write_json_lines,
+    write_text_atomically,
+)
+
+
+def test_text_is_written_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "file.txt"
+    write_text_atomically(path, "grüße\n")
+    assert path.read_text(encoding="utf-8") == "grüße\n"
+    assert [entry.name for entry in path.parent.iterdir()] == ["file.txt"]
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_failing_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def fail(*arguments: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(utils.os, failing, fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_text_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_reader_never_sees_half_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever ends the process before the rename, the path holds what it held."""
+    path = tmp_path / "file.txt"
+    seen = []
+    replace = os.replace
+
+    def look(source: str, target: Path) -> None:
+        seen.append(path.exists())
+        assert Path(source).read_text() == "x" * 100_000
+        replace(source, target)
+
+    monkeypatch.setattr(utils.os, "replace", look)
+    write_text_atomically(path, "x" * 100_000)
+    assert seen == [False] and path.stat().st_size == 100_000
+
+
+def test_file_mode_is_that_of_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    write_text_atomically(tmp_path / "written", "")
+    modes = {(tmp_path / name).stat().st_mode for name in ("plain", "written")}
+    assert len(modes) == 1
+
+
+def test_json_and_json_lines(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"ü": [1, None]})
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == (
+        '{\n  "ü": [\n    1,\n    null\n  ]\n}\n'
+    )
+    write_json_lines(tmp_path / "b.jsonl", [{"id": 1}, {"id": 2}])
+    assert (tmp_path / "b.jsonl").read_text() == '{"id": 1}\n{"id": 2}\n'
+
+
+def make_checkpoint(folder: Path, state: str | None = "{}") -> Path:
+    folder.mkdir()
+    if state is not None:
+        (folder / "trainer_state.json").write_text(state)
+    return folder
+
+
+def test_checkpoints_are_ordered_by_step(tmp_path: Path) -> None:
+    for name in ("checkpoint-100", "checkpoint-20", "checkpoint-3", "checkpoint-x", "other"):
+        make_checkpoint(tmp_path / name)
+    (tmp_path / "checkpoint-7").touch()
+    names = [folder.name for folder in checkpoints(tmp_path)]
+    assert names == ["checkpoint-3", "checkpoint-20", "checkpoint-100"]
+    assert checkpoints(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize("state", [None, "", '{"global_step": 1'])
+def test_half_written_checkpoint_is_passed_over(tmp_path: Path, state: str | None) -> None:
+    assert last_whole_checkpoint(tmp_path) is None
+    whole = make_checkpoint(tmp_path / "checkpoint-1")
+    make_checkpoint(tmp_path / "checkpoint-2", state)
+    assert last_whole_checkpoint(tmp_path) == whole
+
+
+def test_only_checkpoints_are_removed(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "checkpoint-1")
+    make_checkpoint(tmp_path / "checkpoint-best")
+    (tmp_path / "file").touch()
+    remove_checkpoints(tmp_path)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint-best", "file"]
+
+
+def test_run_settings_of_a_checkpoint(tmp_path: Path) -> None:
+    saved = {"stateful_callbacks": {"RunSettings": RunSettings({"seed": 3}).state()}}
+    assert RunSettings.read(make_checkpoint(tmp_path / "a", json.dumps(saved))) == {"seed": 3}
+    assert RunSettings.read(make_checkpoint(tmp_path / "b")) == {}
+
+
+def test_check_writable_leaves_nothing_behind(tmp_path: Path) -> None:
+    check_writable("--result_file", tmp_path / "new" / "file.json")
+    check_writable("--output_dir", tmp_path / "new" / "folder", is_folder=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check_writable_refuses(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"--result_file .*is a file, no folder"):
+        check_writable("--result_file", tmp_path / "file" / "x.json")
+    with pytest.raises(InputError, match=r"--output_dir .*is a file, no folder"):
+        check_writable("--output_dir", tmp_path / "file", is_folder=True)
+    with pytest.raises(InputError, match="this is a folder"):
+        check_writable("--result_file", tmp_path)
+
+
+def test_check_writable_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**arguments: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(utils.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(InputError, match=r"cannot write there \(Permission denied\)"):
+        check_writable("--result_file", tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"])
+def test_signal_saves_logs_and_stops(name: str) -> None:
+    number = signal.Signals[name]
+    before = signal.getsignal(number)
+    callback, control = SaveOnInterrupt(), TrainerControl()
+    arguments = SimpleNamespace(world_size=1)
+    callback.on_train_begin(arguments, None, control)
+    callback.on_step_end(arguments, None, control)
+    assert not control.should_save and not control.should_training_stop
+    signal.raise_signal(number)
+    callback.on_step_end(arguments, None, control)
+    callback.on_train_end(arguments, None, control)
+    assert callback.received == name
+    assert control.should_save and control.should_log and control.should_training_stop
+    assert signal.getsignal(number) is before
