@@ -135,6 +135,26 @@ class Arguments(TrainingArguments):
         "cosine<number>, which fall to 0 over max_steps. constant0 is MeZO. HiZOO paper: 1e-10 to "
         "1e-4.",
     )
+    hessian: Literal["full", "lowrank"] = argument(
+        "full",
+        "full: an entry of h for each weight. lowrank: HiZOO-L, a row and a column vector for each "
+        "matrix (Adafactor's factorisation, arXiv 1804.04235).",
+    )
+    hessian_dtype: Literal["auto", "float32", "bfloat16"] = argument(
+        "auto", "dtype of the full h; auto: that of the weights, bfloat16 for float16."
+    )
+    zo_perturbation: Literal["auto", "inplace", "layerwise"] = argument(
+        "auto",
+        "inplace: shift the weights and back, which rounds. layerwise: perturb one module at a "
+        "time in scratch memory, the weights stay as they are. auto: inplace for float32, "
+        "layerwise for half precision.",
+    )
+    zo_num_samples: int = argument(
+        1, "Directions a step, averaged: n-SPSA (MeZO paper, arXiv 2305.17333, section 2)."
+    )
+    max_skipped_steps: int = argument(
+        50, "Steps in a row without a finite loss, after which the run stops with a checkpoint."
+    )
     warmup_steps: float = argument(
         0,
         "Steps over which the learning rate rises from 0; below 1: a fraction of max_steps.",
@@ -294,6 +314,8 @@ def check(arguments: Arguments) -> None:
         ("top_k", 1),
         ("seed", 0),
         ("gradient_accumulation_steps", 1),
+        ("zo_num_samples", 1),
+        ("max_skipped_steps", 1),
     ):
         value = getattr(arguments, name)
         if value is not None and value < least:
@@ -358,6 +380,8 @@ def check(arguments: Arguments) -> None:
     _check_report_targets(arguments)
     _refuse(arguments, "label_smoothing_factor", "the options' losses have none")
     if arguments.trainer == "zo":
+        if arguments.hessian == "lowrank":
+            _refuse(arguments, "hessian_dtype", "the vectors of --hessian lowrank are float64")
         _refuse(arguments, "optim", "--trainer zo has its own optimizer")
         _refuse(arguments, "max_grad_norm", "--trainer zo has no gradient to clip")
         _refuse(arguments, "gradient_checkpointing", "--trainer zo has no backward pass")
@@ -418,7 +442,11 @@ TRAINING = (
     *("lr_scheduler_type", "warmup_steps", "decay_step", "per_device_train_batch_size"),
     "gradient_accumulation_steps",
 )
-OF_TRAINER = {"none": (), "regular": ("optim",), "zo": ("zo_eps", "hessian_smooth_type")}
+ZEROTH_ORDER = (
+    *("zo_eps", "hessian_smooth_type", "hessian", "hessian_dtype", "zo_perturbation"),
+    "zo_num_samples",
+)
+OF_TRAINER = {"none": (), "regular": ("optim",), "zo": ZEROTH_ORDER}
 
 
 def changed_settings(arguments: Arguments) -> dict[str, Any]:

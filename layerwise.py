@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 Weights = dict[nn.Parameter, Tensor]
+# Bytes: a module's weights lie in one piece of scratch, each as a tensor of its own would.
+ALIGNMENT = 64
 
 
 class LayerwiseWeights:
@@ -51,7 +53,7 @@ class LayerwiseWeights:
 
         def enter(parameters: list[nn.Parameter], *_: Any) -> None:
             entering = [p for p in parameters if p not in own]
-            fresh = {p: self._borrow(p) for p in entering if p not in kept}
+            fresh = self._borrow([p for p in entering if p not in kept])
             if fresh:
                 write(fresh)
             for parameter in entering:
@@ -60,16 +62,16 @@ class LayerwiseWeights:
             depth.update(parameters)
 
         def leave(parameters: list[nn.Parameter], *_: Any) -> None:
-            for parameter in parameters:
-                depth[parameter] -= 1
-                if depth[parameter] or parameter not in own:
-                    continue
-                used, parameter.data = parameter.data, own.pop(parameter)
-                if self.uses[parameter] > 1 or parameter in finished:
-                    kept[parameter] = used
-                else:
-                    self.free.append(used.untyped_storage())
-                finished.add(parameter)
+            depth.subtract(parameters)
+            leaving = [p for p in parameters if p in own and not depth[p]]
+            used = {p: p.data for p in leaving if p not in kept}
+            for parameter in leaving:
+                parameter.data = own.pop(parameter)
+            if any(self.uses[p] > 1 or p in finished for p in used):
+                kept.update(used)
+            else:
+                self._give_back(used)
+            finished.update(leaving)
 
         with contextlib.ExitStack() as hooks:
             for part, parameters in self.owners:
@@ -82,7 +84,7 @@ class LayerwiseWeights:
             finally:
                 for parameter, data in own.items():
                     parameter.data = data
-                self.free += [tensor.untyped_storage() for tensor in kept.values()]
+                self._give_back(kept)
         missed = [self.names[parameter] for parameter in self.uses if parameter not in finished]
         if missed:
             raise RuntimeError(
@@ -90,17 +92,27 @@ class LayerwiseWeights:
                 "this model in place"
             )
 
-    def _borrow(self, parameter: nn.Parameter) -> Tensor:
-        """Scratch of a parameter's shape, in the smallest free piece that is large enough."""
-        size = parameter.numel() * parameter.element_size()
-        pieces = [piece for piece in self.free if piece.device == parameter.device]
+    def _borrow(self, parameters: list[nn.Parameter]) -> Weights:
+        """Scratch for a module's parameters, in the smallest free piece that is large enough."""
+        if not parameters:
+            return {}
+        sizes = [-(-p.numel() * p.element_size() // ALIGNMENT) * ALIGNMENT for p in parameters]
+        device = parameters[0].device
+        pieces = [piece for piece in self.free if piece.device == device]
         pieces.sort(key=torch.UntypedStorage.nbytes)
-        piece = next((piece for piece in pieces if piece.nbytes() >= size), None)
+        piece = next((piece for piece in pieces if piece.nbytes() >= sum(sizes)), None)
         # Where none is, the largest piece makes room for a larger one.
         taken = piece or (pieces[-1] if pieces else None)
         self.free = [free for free in self.free if free is not taken]
-        if piece is None:
-            piece = torch.UntypedStorage(size, device=parameter.device)
-        return torch.empty(0, dtype=parameter.dtype, device=parameter.device).set_(
-            piece, 0, parameter.shape
-        )
+        piece = piece or torch.UntypedStorage(sum(sizes), device=device)
+        weights, start = {}, 0
+        for parameter, size in zip(parameters, sizes, strict=True):
+            empty = torch.empty(0, dtype=parameter.dtype, device=device)
+            offset = start // parameter.element_size()
+            weights[parameter] = empty.set_(piece, offset, parameter.shape)
+            start += size
+        return weights
+
+    def _give_back(self, weights: Weights) -> None:
+        pieces = [tensor.untyped_storage() for tensor in weights.values()]
+        self.free += {piece.data_ptr(): piece for piece in pieces}.values()

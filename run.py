@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from transformers import PreTrainedModel
@@ -50,7 +51,12 @@ from tasks import (
     permutation_subset,
     sample_train_dev,
 )
-from trainer import OptionLossTrainer, SmoothingSchedule, ZerothOrderTrainer
+from trainer import (
+    OptionLossTrainer,
+    SmoothingSchedule,
+    ZerothOrderSettings,
+    ZerothOrderTrainer,
+)
 from utils import (
     InputError,
     RunSettings,
@@ -82,6 +88,24 @@ class ExampleSet:
 
 class Interrupted(Exception):
     """A signal ended the training after a checkpoint was saved."""
+
+
+class Diverged(Exception):
+    """Too many steps in a row had no finite loss; a checkpoint was saved."""
+
+
+def zeroth_order_settings(arguments: Arguments) -> ZerothOrderSettings:
+    """Return what the arguments say about the zeroth-order step."""
+    dtype = arguments.hessian_dtype
+    return ZerothOrderSettings(
+        smoothing=SmoothingSchedule.parse(arguments.hessian_smooth_type),
+        eps=arguments.zo_eps,
+        hessian=arguments.hessian,
+        hessian_dtype=None if dtype == "auto" else getattr(torch, dtype),
+        perturbation=arguments.zo_perturbation,
+        num_samples=arguments.zo_num_samples,
+        max_skipped_steps=arguments.max_skipped_steps,
+    )
 
 
 def draw_example_sets(
@@ -245,9 +269,8 @@ class Experiment:
             "decay_step": arguments.decay_step,
         }
         if arguments.trainer == "zo":
-            smoothing = SmoothingSchedule.parse(arguments.hessian_smooth_type)
             trainer: OptionLossTrainer = ZerothOrderTrainer(
-                smoothing=smoothing, zo_eps=arguments.zo_eps, **shared
+                settings=zeroth_order_settings(arguments), **shared
             )
         else:
             trainer = OptionLossTrainer(**shared)
@@ -261,6 +284,12 @@ class Experiment:
             raise Interrupted(
                 f"{interrupt.received}: stopped after step {trainer.state.global_step}, checkpoint "
                 f"in {last_whole_checkpoint(output_dir)}; the same command goes on from there"
+            )
+        if trainer.diverged:
+            raise Diverged(
+                f"no finite loss in {arguments.max_skipped_steps} steps in a row: stopped after "
+                f"step {trainer.state.global_step}, checkpoint in "
+                f"{last_whole_checkpoint(output_dir)}; lower --learning_rate or --zo_eps"
             )
         if arguments.save_model:
             trainer.save_model(str(output_dir))
@@ -415,7 +444,10 @@ def leave_out_loading_bars() -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command line; returns the exit code: 0, 2 for bad input, 130 after an interrupt."""
+    """Run the command line; returns the exit code.
+
+    0: done. 1: the losses were not finite any more. 2: bad input. 130: interrupted.
+    """
     if not argv:
         print(USAGE)
         return 2
@@ -428,6 +460,9 @@ def main(argv: Sequence[str]) -> int:
     except (Interrupted, KeyboardInterrupt) as error:
         print(f"interrupted: {error}" if str(error) else "interrupted", file=sys.stderr)
         return 130
+    except Diverged as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

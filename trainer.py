@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import (
     ProgressCallback,
     Trainer,
+    TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
@@ -26,6 +27,7 @@ from transformers import (
 from transformers.optimization import get_scheduler
 
 from hizoo import HiZOO
+from layerwise import LayerwiseWeights
 from modeling import tied_weights
 from scoring import EncodedExample, Loss, collate
 from utils import InputError
@@ -72,6 +74,29 @@ class SmoothingSchedule:
         return self.value * SMOOTHING_SCHEDULES[self.kind](min(1.0, step / max(1, max_steps)))
 
 
+@dataclass(frozen=True)
+class ZerothOrderSettings:
+    """What ``--trainer zo`` is told, beside the Trainer's own arguments; see ``hizoo.HiZOO``.
+
+    Attributes:
+        smoothing: α over the steps.
+        eps: perturbation scale μ.
+        hessian: "full" or "lowrank".
+        hessian_dtype: of the full h; None: that of the weights, bfloat16 for float16.
+        perturbation: "inplace", "layerwise" or "auto": layerwise where weights are half precision.
+        num_samples: directions a step.
+        max_skipped_steps: steps in a row without a finite loss, after which the run stops.
+    """
+
+    smoothing: SmoothingSchedule
+    eps: float = 1e-3
+    hessian: str = "full"
+    hessian_dtype: torch.dtype | None = None
+    perturbation: str = "auto"
+    num_samples: int = 1
+    max_skipped_steps: int = 50
+
+
 class OptionLossTrainer(Trainer):
     """First-order training on the options' loss; examples are ``scoring.EncodedExample``.
 
@@ -82,6 +107,8 @@ class OptionLossTrainer(Trainer):
             the scheduler ``linear`` or ``cosine``; 0: the scheduler's own start.
         **kwargs: of ``transformers.Trainer``.
     """
+
+    diverged = False
 
     def __init__(
         self, *, option_loss: Loss, share_prompt: bool = True, decay_step: int = 0, **kwargs: Any
@@ -162,13 +189,13 @@ class ZerothOrderTrainer(OptionLossTrainer):
     noise is the same everywhere, so the processes keep the same weights without exchanging them.
     """
 
-    def __init__(self, *, smoothing: SmoothingSchedule, zo_eps: float, **kwargs: Any) -> None:
-        self.smoothing = smoothing
-        self.zo_eps = zo_eps
+    def __init__(self, *, settings: ZerothOrderSettings, **kwargs: Any) -> None:
+        self.settings = settings
         super().__init__(**kwargs)
         # Nothing has a gradient that could be clipped.
         self.args.max_grad_norm = 0.0
-        self.accelerator.ddp_handler = None
+        self.finite_losses = StopWithoutFiniteLoss(settings.max_skipped_steps)
+        self.add_callback(self.finite_losses)
 
     def create_optimizer(self, model: nn.Module | None = None) -> HiZOO:
         """Create the optimizer; biases and layer norms do not decay."""
@@ -182,14 +209,27 @@ class ZerothOrderTrainer(OptionLossTrainer):
                 }
                 for decays in (True, False)
             ]
+            settings = self.settings
+            layerwise = settings.perturbation == "layerwise"
+            if settings.perturbation == "auto":
+                layerwise = any(p.element_size() < 4 for _, p in trained)
             self.optimizer = HiZOO(
                 [group for group in groups if group["params"]],
                 lr=self.args.learning_rate,
-                eps=self.zo_eps,
-                hessian_smooth=self.smoothing.at(0, 1),
+                eps=settings.eps,
+                hessian_smooth=settings.smoothing.at(0, 1),
+                hessian=settings.hessian,
+                hessian_dtype=settings.hessian_dtype,
+                num_samples=settings.num_samples,
+                layers=LayerwiseWeights(self.model) if layerwise else None,
                 seed=self.args.seed,
             )
         return self.optimizer
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the run was stopped since its losses were not finite any more."""
+        return self.finite_losses.stopped
 
     @property
     def hizoo(self) -> HiZOO:
@@ -206,7 +246,7 @@ class ZerothOrderTrainer(OptionLossTrainer):
         # The perturbed losses must differ by the perturbation alone, not by dropout.
         model.eval()
         inputs = self._prepare_inputs(inputs)
-        smooth = self.smoothing.at(self.state.global_step, self.state.max_steps)
+        smooth = self.settings.smoothing.at(self.state.global_step, self.state.max_steps)
         for group in self.hizoo.param_groups:
             group["hessian_smooth"] = smooth
 
@@ -232,8 +272,36 @@ class ZerothOrderTrainer(OptionLossTrainer):
         if "loss" in logs:
             logs["projected_gradient"] = self.hizoo.projected_gradient
             logs["curvature"] = self.hizoo.curvature
+            logs["hessian_mean"], logs["hessian_max"] = self.hizoo.hessian_mean_and_max()
             logs["skipped_steps"] = self.hizoo.skipped_steps
         super().log(logs, start_time)
+
+
+class StopWithoutFiniteLoss(TrainerCallback):
+    """Saves a checkpoint and stops when too many steps in a row had a loss that is not finite.
+
+    Attributes:
+        stopped: whether it did.
+    """
+
+    def __init__(self, max_skipped_steps: int) -> None:
+        self.max_skipped_steps = max_skipped_steps
+        self.stopped = False
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: torch.optim.Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Look at the optimizer's count."""
+        if optimizer.param_groups[0]["skipped_in_a_row"] >= self.max_skipped_steps:
+            self.stopped = True
+            control.should_log = True
+            control.should_save = True
+            control.should_training_stop = True
 
 
 class LossProgress(ProgressCallback):
@@ -251,6 +319,13 @@ class LossProgress(ProgressCallback):
         if not state.is_world_process_zero or self.training_bar is None or not logs:
             return
         if "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.4f}")
+            shown = {"loss": f"{float(logs['loss']):.4f}"}
+            if "curvature" in logs:
+                shown["g"] = f"{logs['projected_gradient']:.3g}"
+                shown["c"] = f"{logs['curvature']:.3g}"
+                shown["h"] = f"{logs['hessian_mean']:.4g}"
+            if logs.get("skipped_steps"):
+                shown["skipped"] = f"{logs['skipped_steps']}"
+            self.training_bar.set_postfix(shown)
         if "eval_loss" in logs:
             tqdm.write(f"step {state.global_step}: dev loss {float(logs['eval_loss']):.4f}")

@@ -1,9 +1,9 @@
 """What a HiZOO step costs beside its forward passes: seconds, ratios and memory, in one run.
 
-    python benchmarks/step.py                         OPT-125m's shape, 16 examples of SST-2's length
+    python benchmarks/step.py
     python benchmarks/step.py --model opt-1.3b --device cuda
 
-Every row is measured in one process after the other on the machine that it runs on, with random
+The first is OPT-125m's shape with 16 examples of SST-2's length, on the CPU. Every row is measured in one process after the other on the machine that it runs on, with random
 weights. "draw" only draws the numbers of a pass, with the same tiles and threads. "textbook" is the
 plain float32 step: whole-parameter noise drawn four times, and a new tensor for every operation.
 """

@@ -1,0 +1,142 @@
+"""The zeroth-order arguments of run.py: every mode trains, resumes exactly, and logs its scalars."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import assert_same_checkpoint, finish, log_of, training, weights
+
+import run
+from trainer import ZerothOrderTrainer
+
+MODES = {
+    "bfloat16": {"load_bfloat16": True},
+    "float16_accumulation": {"load_float16": True, "gradient_accumulation_steps": 2},
+    "float16_in_place": {"load_float16": True, "zo_perturbation": "inplace"},
+    "float32_layerwise": {"zo_perturbation": "layerwise"},
+    "lowrank": {"hessian": "lowrank"},
+    "lowrank_bfloat16": {"hessian": "lowrank", "load_bfloat16": True},
+    "bfloat16_hessian": {"hessian_dtype": "bfloat16"},
+    "three_directions": {"zo_num_samples": 3},
+    "mezo_bfloat16": {"load_bfloat16": True, "hessian_smooth_type": "constant0"},
+}
+
+
+@pytest.fixture
+def optimizers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The optimizers that runs create."""
+    made = []
+    create = ZerothOrderTrainer.create_optimizer
+
+    def remember(self: ZerothOrderTrainer, model: Any = None) -> Any:
+        made.append(create(self, model))
+        return made[-1]
+
+    monkeypatch.setattr(ZerothOrderTrainer, "create_optimizer", remember)
+    return made
+
+
+@pytest.mark.parametrize("arguments", MODES.values(), ids=MODES)
+def test_every_mode_resumes_bit_for_bit(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    few = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2}
+    finish(training(whole, **few, **arguments))
+    shutil.copytree(whole / "out/checkpoint-2", parted / "out/checkpoint-2")
+    finish(training(parted, **few, **arguments))
+    assert_same_checkpoint(whole / "out/checkpoint-4", parted / "out/checkpoint-4")
+    before, after = weights(whole / "out/checkpoint-2"), weights(whole / "out/checkpoint-4")
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    "arguments, layerwise",
+    [
+        ({}, False),
+        ({"load_bfloat16": True}, True),
+        ({"load_float16": True}, True),
+        ({"load_float16": True, "zo_perturbation": "inplace"}, False),
+        ({"zo_perturbation": "layerwise"}, True),
+    ],
+)
+def test_auto_perturbs_half_precision_layer_by_layer(
+    tmp_path: Path, optimizers: list[Any], arguments: dict[str, Any], layerwise: bool
+) -> None:
+    finish(training(tmp_path, max_steps=1, save_strategy="no", **arguments))
+    assert (optimizers[-1].layers is not None) == layerwise
+
+
+def test_hessian_arguments_reach_the_optimizer(tmp_path: Path, optimizers: list[Any]) -> None:
+    once = {"max_steps": 1, "save_strategy": "no"}
+    finish(training(tmp_path, load_float16=True, hessian_dtype="float32", **once))
+    dtypes = {t["hessian_minus_one"].dtype for t in optimizers[-1].state.values()}
+    assert dtypes == {torch.float32}
+    finish(training(tmp_path, load_float16=True, **once))
+    dtypes = {t["hessian_minus_one"].dtype for t in optimizers[-1].state.values()}
+    assert dtypes == {torch.bfloat16}
+    finish(training(tmp_path, hessian="lowrank", zo_num_samples=2, **once))
+    names = {name for state in optimizers[-1].state.values() for name in state}
+    assert names == {"hessian_rows", "hessian_columns", "hessian_minus_one"}
+    assert optimizers[-1].num_samples == 2
+
+
+def test_log_shows_the_optimizers_scalars(tmp_path: Path) -> None:
+    finish(training(tmp_path))
+    folder = tmp_path / "out/checkpoint-6"
+    gradients, curvatures = log_of(folder, "projected_gradient"), log_of(folder, "curvature")
+    assert len(set(gradients)) == 6 and len(set(curvatures)) == 6
+    assert all(curvature > 0 for curvature in curvatures)
+    means, largest = log_of(folder, "hessian_mean"), log_of(folder, "hessian_max")
+    assert all(most > mean > 0 for mean, most in zip(means, largest, strict=True))
+    assert len(set(means)) == 6
+    assert log_of(folder, "skipped_steps") == [0] * 6
+
+
+def test_losses_that_are_not_finite_stop_the_run_with_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = ZerothOrderTrainer.compute_loss
+
+    def fails_after_two_steps(self: ZerothOrderTrainer, *arguments: Any, **settings: Any) -> Any:
+        loss = real(self, *arguments, **settings)
+        return loss * float("nan") if self.state.global_step >= 2 else loss
+
+    monkeypatch.setattr(ZerothOrderTrainer, "compute_loss", fails_after_two_steps)
+    argv = training(tmp_path, max_steps=20, save_steps=2, max_skipped_steps=3)
+    assert run.main(argv) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[-1].startswith(
+        "stopped: no finite loss in 3 steps in a row: stopped after step 5"
+    )
+    assert "--learning_rate" in errors[-1]
+    assert not (tmp_path / "result.json").exists()
+    skipped = log_of(tmp_path / "out/checkpoint-5", "skipped_steps")
+    assert skipped[-1] == 3
+    before, after = weights(tmp_path / "out/checkpoint-2"), weights(tmp_path / "out/checkpoint-5")
+    assert all(torch.allclose(before[n], after[n], rtol=0, atol=1e-6) for n in before)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"hessian": "diagonal"}, "--hessian"),
+        ({"hessian_dtype": "float8"}, "--hessian_dtype"),
+        ({"zo_perturbation": "sideways"}, "--zo_perturbation"),
+        ({"zo_num_samples": 0}, "--zo_num_samples 0: must be at least 1"),
+        ({"max_skipped_steps": 0}, "--max_skipped_steps 0: must be at least 1"),
+        ({"hessian": "lowrank", "hessian_dtype": "bfloat16"}, "--hessian_dtype bfloat16"),
+    ],
+)
+def test_bad_values_are_refused(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: dict[str, Any],
+    message: str,
+) -> None:
+    assert run.main(training(tmp_path, **arguments)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+    assert list(tmp_path.iterdir()) == []
