@@ -3,9 +3,9 @@
     python benchmarks/step.py
     python benchmarks/step.py --model opt-1.3b --device cuda
 
-The first is OPT-125m's shape with 16 examples of SST-2's length, on the CPU. Every row is measured in one process after the other on the machine that it runs on, with random
-weights. "draw" only draws the numbers of a pass, with the same tiles and threads. "textbook" is the
-plain float32 step: whole-parameter noise drawn four times, and a new tensor for every operation.
+The first is OPT-125m's shape with 16 examples of SST-2's length, on the CPU; weights are random.
+"draw" only draws the numbers of a pass, with the same tiles and threads. "textbook" is the step as
+it is usually written: whole-parameter noise drawn four times, and a new tensor for every operation.
 """
 
 from __future__ import annotations
@@ -125,10 +125,16 @@ def draw_only(optimizer: HiZOO) -> None:
 
 
 class TextbookHiZOO:
-    """The step as it is usually written: whole parameters, new tensors, four draws of the noise."""
+    """The step as it is usually written: whole parameters, new tensors, four draws of the noise.
 
-    def __init__(self, parameters: list[Tensor], eps: float, smooth: float, lr: float) -> None:
+    h is kept in the weights' dtype. A step's noise is that of ``seed`` and the step's number.
+    """
+
+    def __init__(
+        self, parameters: list[Tensor], eps: float, smooth: float, lr: float, seed: int = 0
+    ) -> None:
         self.parameters, self.eps, self.smooth, self.lr = parameters, eps, smooth, lr
+        self.seed, self.steps = seed, 0
         self.hessians = [torch.ones_like(parameter) for parameter in parameters]
 
     @torch.no_grad()
@@ -142,7 +148,7 @@ class TextbookHiZOO:
         self._shift(1.0)
         gradient = (plus - minus) / (2 * self.eps)
         curvature = abs(plus + minus - 2 * center) / (2 * self.eps**2)
-        torch.manual_seed(0)
+        self._reset()
         for i, parameter in enumerate(self.parameters):
             noise = torch.randn_like(parameter)
             hessian = self.hessians[i]
@@ -150,12 +156,16 @@ class TextbookHiZOO:
             hessian = (1 - self.smooth) * hessian + self.smooth * measured
             self.hessians[i] = hessian
             parameter.data = parameter.data - self.lr * gradient * noise / torch.sqrt(hessian)
+        self.steps += 1
 
     def _shift(self, scale: float) -> None:
-        torch.manual_seed(0)
+        self._reset()
         for parameter, hessian in zip(self.parameters, self.hessians, strict=True):
             noise = torch.randn_like(parameter)
             parameter.data = parameter.data + scale * self.eps * noise / torch.sqrt(hessian)
+
+    def _reset(self) -> None:
+        torch.manual_seed(1_000_003 * self.seed + self.steps)
 
 
 def measure(arguments: argparse.Namespace, dtype_name: str) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The zeroth-order arguments of run.py: every mode trains, resumes exactly, and logs its scalars."""
+"""The zeroth-order arguments of run.py: each mode trains, resumes exactly, logs its scalars."""
 
 from __future__ import annotations
 

@@ -1,0 +1,166 @@
+"""What half precision does to a zeroth-order run: drift at learning rate 0, and accuracy.
+
+    python benchmarks/precision.py
+    python benchmarks/precision.py --plot precision.png
+
+Drift is the root mean square of how far the weights moved, over theirs, after steps that should not
+move them at all. Accuracy is that of the bundled demo (data/tiny-opt, SST2) after the same steps
+with the textbook step (shifts in place, nearest rounding, h in the weights' dtype) and with HiZOO.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import torch
+from step import TextbookHiZOO
+from torch import Tensor, nn
+
+from hizoo import HiZOO
+from layerwise import LayerwiseWeights
+from modeling import load_config_and_tokenizer, load_model
+from scoring import Encoder, classification_loss, collate, predict
+from tasks import Sample, get_task, load_samples, permutation_subset, sample_train_dev
+
+MODEL, SAMPLES = str(ROOT / "data" / "tiny-opt"), str(ROOT / "data" / "samples")
+DTYPES = ("float32", "float16", "bfloat16")
+# The settings of HiZOO.sh's bundled default.
+LEARNING_RATE, EPS, SMOOTHING, BATCH = 1e-4, 1e-3, 1e-5, 16
+
+Step = Callable[[Callable[[], Tensor]], Any]
+
+
+def textbook_step(model: nn.Module, lr: float, seed: int) -> Step:
+    """The step as it is usually written."""
+    return TextbookHiZOO(list(model.parameters()), EPS, SMOOTHING, lr, seed).step
+
+
+def hizoo_step(model: nn.Module, lr: float, seed: int) -> Step:
+    """HiZOO as run.py uses it: layer by layer where the weights are half precision."""
+    half = next(model.parameters()).element_size() < 4
+    layers = LayerwiseWeights(model) if half else None
+    optimizer = HiZOO(model.parameters(), lr, EPS, SMOOTHING, layers=layers, seed=seed)
+    return optimizer.step
+
+
+KINDS = {"textbook": textbook_step, "HiZOO": hizoo_step}
+
+
+def drift(kind: str, dtype: str, steps: int) -> float:
+    """Move of the weights after steps with learning rate 0, relative to their size."""
+    torch.manual_seed(0)
+    model = nn.Linear(256, 256).to(getattr(torch, dtype))
+    nn.init.normal_(model.weight, std=0.02)
+    before = model.weight.detach().double()
+    inputs = torch.randn(4, 256, dtype=before.dtype).to(model.weight.dtype)
+    step = KINDS[kind](model, 0.0, 0)
+    for _ in range(steps):
+        step(lambda: model(inputs).float().square().mean())
+    moved = model.weight.detach().double() - before
+    return (moved.square().mean() / before.square().mean()).sqrt().item()
+
+
+def accuracy(kind: str, dtype: str, seed: int, steps: int, data: dict[str, Any]) -> float:
+    """Test accuracy of the demo after ``steps`` steps."""
+    encoder: Encoder = data["encoder"]
+    model = load_model(MODEL, getattr(torch, dtype))
+    chosen, _ = sample_train_dev(data["train"], 1000, 0, seed)
+    examples = [encoder.options(sample) for sample in chosen]
+    order = torch.Generator().manual_seed(seed)
+    step = KINDS[kind](model, LEARNING_RATE, seed)
+    for _ in range(steps):
+        drawn = torch.randint(len(examples), (BATCH,), generator=order).tolist()
+        batch = collate([examples[index] for index in drawn])
+        step(lambda batch=batch: classification_loss(model, batch))
+    validation: list[Sample] = data["validation"]
+    answers = predict(model, encoder, validation, [[]] * len(validation), 64)
+    task = encoder.task
+    return task.score([prediction.answer for prediction in answers], validation)["accuracy"]
+
+
+def load_data() -> dict[str, Any]:
+    """The bundled SST2 samples and their encoder."""
+    task = get_task("SST2")
+    _, tokenizer = load_config_and_tokenizer(MODEL)
+    train, validation = load_samples(task, SAMPLES)
+    validation = permutation_subset(validation, len(validation), 0)
+    return {"encoder": Encoder(task, tokenizer, 1024), "train": train, "validation": validation}
+
+
+def plot(drifts: dict[str, Any], accuracies: dict[str, Any], path: Path) -> None:
+    """Draw both measurements as one picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
+    colors = {"textbook": "tab:orange", "HiZOO": "tab:blue"}
+    for shift, kind in enumerate(KINDS):
+        positions = [place + 0.36 * shift - 0.18 for place in range(len(DTYPES))]
+        values = [max(drifts[kind][dtype], 1e-9) for dtype in DTYPES]
+        left.bar(positions, values, 0.34, label=kind, color=colors[kind])
+        means = [statistics.mean(accuracies[kind][dtype]) for dtype in DTYPES]
+        right.bar(positions, means, 0.34, label=kind, color=colors[kind])
+        for place, dtype in zip(positions, DTYPES, strict=True):
+            values = accuracies[kind][dtype]
+            right.plot([place] * len(values), values, "k.", markersize=6)
+    left.set_yscale("log")
+    left.set_ylim(1e-9, 1)
+    left.set_ylabel("drift, relative to the weights (none: at the bottom)")
+    left.set_title("learning rate 0")
+    right.set_ylim(0.4, 1.02)
+    right.set_ylabel("test accuracy (dots: seeds)")
+    right.set_title("bundled SST2 demo")
+    for axes in (left, right):
+        axes.set_xticks(range(len(DTYPES)), DTYPES)
+        axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Measure, print both tables, and write JSON and a plot if asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=400, help="steps of the demo")
+    parser.add_argument("--drift_steps", type=int, default=200, help="steps at learning rate 0")
+    parser.add_argument("--long_steps", type=int, default=20000, help="the same, float32 HiZOO")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the demo")
+    parser.add_argument("--plot", type=Path, help="PNG file to draw")
+    parser.add_argument("--json", type=Path, help="file to write the numbers to")
+    arguments = parser.parse_args()
+    drifts: dict[str, dict[str, float]] = {kind: {} for kind in KINDS}
+    for kind in KINDS:
+        for dtype in DTYPES:
+            drifts[kind][dtype] = drift(kind, dtype, arguments.drift_steps)
+            print(f"drift    {kind:9s} {dtype:9s} {drifts[kind][dtype]:.2e}", flush=True)
+    long = drift("HiZOO", "float32", arguments.long_steps)
+    print(f"drift    HiZOO     float32   {long:.2e} after {arguments.long_steps} steps", flush=True)
+    data = load_data()
+    accuracies: dict[str, dict[str, list[float]]] = {kind: {} for kind in KINDS}
+    for kind in KINDS:
+        for dtype in DTYPES:
+            values = [
+                accuracy(kind, dtype, seed, arguments.steps, data) for seed in arguments.seeds
+            ]
+            accuracies[kind][dtype] = values
+            shown = " ".join(f"{value:.3f}" for value in values)
+            print(f"accuracy {kind:9s} {dtype:9s} {shown}", flush=True)
+    if arguments.json:
+        values = {"drift": drifts, "float32_long": long, "accuracy": accuracies}
+        arguments.json.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    if arguments.plot:
+        plot(drifts, accuracies, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()
