@@ -27,6 +27,7 @@ from arguments import (
     parse_arguments,
     settings_of_a_checkpoint,
 )
+from encoding import Encoder
 from modeling import (
     check_checkpoint,
     choose_dtype,
@@ -35,7 +36,6 @@ from modeling import (
     load_model,
 )
 from scoring import (
-    Encoder,
     GenerationSettings,
     Prediction,
     can_share_prompt,

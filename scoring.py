@@ -1,4 +1,4 @@
-"""Samples to tokens, and tokens to option log-probabilities, losses and generated text.
+"""Tokens to option log-probabilities, losses, predictions and generated text.
 
 The score of an option is the mean log-probability of its tokens; the largest wins (DESIGN of the
 prompts: templates.py). An example becomes one sequence: the tokens that all its options share,
@@ -17,37 +17,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from tasks import Sample, Task
+from encoding import EncodedExample, EncodedOption, Encoder
+from tasks import Sample
 from utils import InputError
 
 logger = logging.getLogger(__name__)
 
-DEMONSTRATION_SEPARATOR = "\n\n"
-
-
-@dataclass(frozen=True)
-class EncodedOption:
-    """Tokens of demonstrations, prompt and option; the last ``scored`` of them are the option's."""
-
-    tokens: tuple[int, ...]
-    scored: int
-
-    @property
-    def targets(self) -> range:
-        """Indices of the scored tokens. The first token of a text is never predicted."""
-        return range(max(1, len(self.tokens) - self.scored), len(self.tokens))
-
-
-@dataclass(frozen=True)
-class EncodedExample:
-    """All options of an example, in the task's order, and the index of the correct one."""
-
-    options: tuple[EncodedOption, ...]
-    correct: int = 0
+# Tokens that texts must share for reading them once to be worth a forward pass of its own.
+SHORTEST_PREFIX = 16
 
 
 @dataclass(frozen=True)
@@ -65,92 +47,6 @@ class PackedSequence:
     positions: tuple[int, ...]
     branches: tuple[int, ...]
     reads: tuple[tuple[int, int, int], ...]
-
-
-# ------------------------------------------------------------------------------- text to tokens
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """Turns samples into tokens.
-
-    Attributes:
-        max_length: tokens of a whole text at most, with those to be generated; a longer text loses
-            tokens on the left, after its first.
-        max_new_tokens: room that a prompt for generation leaves.
-    """
-
-    task: Task
-    tokenizer: PreTrainedTokenizerBase
-    max_length: int
-    max_new_tokens: int = 0
-
-    def options(
-        self,
-        sample: Sample,
-        demonstrations: Sequence[Sample] = (),
-        candidates: Sequence[Any] | None = None,
-        content_free: bool = False,
-    ) -> EncodedExample:
-        """Encode every candidate behind the prompt, or behind the content-free prompt of SFC."""
-        task = self.task
-        prompt_of = task.content_free_prompt if content_free else task.prompt
-        option_of = task.content_free_option if content_free else task.option
-        candidates = sample.candidates if candidates is None else candidates
-        prompt = prompt_of(sample)
-        before = self._demonstrations(demonstrations)
-        prompt_length = len(self._tokens(prompt.strip(" ")))
-        encoded = []
-        for candidate in candidates:
-            text = (prompt + option_of(sample, candidate)).strip(" ")
-            # Where the tokenizer merges an option into its prompt, its last token is still scored.
-            scored = max(1, len(self._tokens(text)) - prompt_length)
-            tokens = self._tokens(self._whole_text(before, text))
-            if len(tokens) <= scored:
-                # No start-of-text token of its own, and no prompt: something has to come first.
-                tokens = [self._start_token(), *tokens]
-            encoded.append(EncodedOption(self._cut(tokens, self.max_length), scored))
-        correct = next((i for i, c in enumerate(candidates) if c in sample.correct), 0)
-        return EncodedExample(tuple(encoded), correct)
-
-    def correct_option(self, sample: Sample, only_option: bool = True) -> EncodedExample:
-        """Encode the correct answer alone, for language-model training.
-
-        With ``only_option`` False every token after the first is trained on, the prompt's too.
-        """
-        (option,) = self.options(sample, candidates=sample.correct[:1]).options
-        scored = option.scored if only_option else len(option.tokens) - 1
-        return EncodedExample((EncodedOption(option.tokens, scored),))
-
-    def prompt(self, sample: Sample, demonstrations: Sequence[Sample] = ()) -> tuple[int, ...]:
-        """Encode the prompt that an answer is generated behind."""
-        text = self._whole_text(
-            self._demonstrations(demonstrations), self.task.prompt(sample).strip(" ")
-        )
-        return self._cut(self._tokens(text), self.max_length - self.max_new_tokens)
-
-    def _demonstrations(self, samples: Sequence[Sample]) -> str:
-        texts = (
-            (self.task.prompt(sample) + self.task.option(sample, sample.correct[0])).strip()
-            for sample in samples
-        )
-        return DEMONSTRATION_SEPARATOR.join(texts).strip()
-
-    def _whole_text(self, demonstrations: str, text: str) -> str:
-        return (demonstrations + DEMONSTRATION_SEPARATOR + text).lstrip().strip(" ")
-
-    def _tokens(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text)
-
-    def _start_token(self) -> int:
-        tokenizer = self.tokenizer
-        token = tokenizer.bos_token_id
-        return tokenizer.eos_token_id if token is None else token
-
-    def _cut(self, tokens: list[int], length: int) -> tuple[int, ...]:
-        if len(tokens) <= length:
-            return tuple(tokens)
-        return (tokens[0], *tokens[len(tokens) - length + 1 :])
 
 
 # ---------------------------------------------------------------------------- tokens to batches
@@ -246,12 +142,55 @@ def attention_mask(branches: Tensor) -> Tensor:
     return ((visible & causal) | itself).unsqueeze(1)
 
 
+def collate_behind(prefix: int, examples: Sequence[EncodedExample]) -> dict[str, Tensor]:
+    """Put what follows the first ``prefix`` tokens of every example into one row, without padding.
+
+    Returns:
+        As ``collate``, for examples that all begin with the same ``prefix`` tokens, which the model
+        has in its cache: ``attention_mask`` (1, 1, length, prefix + length) shows them to every
+        query, and of the rest only the query's own example.
+    """
+    tokens, positions, branches, owners, reads, option_examples = [], [], [], [], [], []
+    for number, example in enumerate(examples):
+        (sequence,) = pack(example)
+        shift = len(tokens) - prefix
+        first_option = len(option_examples)
+        reads += [(first_option + o, i + shift, target) for o, i, target in sequence.reads]
+        option_examples += [number] * len(example.options)
+        tokens += sequence.tokens[prefix:]
+        positions += sequence.positions[prefix:]
+        branches += sequence.branches[prefix:]
+        owners += [number] * (len(tokens) - len(owners))
+    branch, owner = torch.tensor(branches), torch.tensor(owners)
+    own = owner.unsqueeze(1) == owner
+    visible = own & ((branch == 0) | (branch.unsqueeze(1) == branch))
+    cached = torch.ones(len(tokens), prefix, dtype=torch.bool)
+    read_options, columns, targets = torch.tensor(reads).unbind(1)
+    return {
+        "input_ids": torch.tensor([tokens]),
+        "position_ids": torch.tensor([positions]),
+        "attention_mask": torch.cat([cached, visible.tril()], dim=1)[None, None],
+        "read_rows": torch.zeros_like(columns),
+        "read_columns": columns,
+        "targets": targets,
+        "read_options": read_options,
+        "option_examples": torch.tensor(option_examples),
+        "correct": torch.tensor([example.correct for example in examples]),
+    }
+
+
 # --------------------------------------------------------------- batches to log-probabilities
 
 
-def token_log_probabilities(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Return the log-probability of every scored token of a batch, float32, (scored tokens,)."""
-    head = model.get_output_embeddings()
+def token_log_probabilities(
+    model: nn.Module, batch: dict[str, Tensor], cache: DynamicCache | None = None
+) -> Tensor:
+    """Return the log-probability of every scored token of a batch, float32, (scored tokens,).
+
+    ``cache`` holds the keys and values of the tokens that the batch begins behind.
+    """
+    # DistributedDataParallel hides the model's own methods.
+    head = getattr(model, "module", model).get_output_embeddings()
 
     def keep_predicting_positions(_: nn.Module, arguments: tuple[Tensor, ...]) -> Tensor:
         hidden = arguments[0]
@@ -265,7 +204,8 @@ def token_log_probabilities(model: nn.Module, batch: dict[str, Tensor]) -> Tenso
             input_ids=batch["input_ids"],
             position_ids=batch["position_ids"],
             attention_mask=model_mask(model, batch["attention_mask"]),
-            use_cache=False,
+            past_key_values=cache,
+            use_cache=cache is not None,
         ).logits
     finally:
         hook.remove()
@@ -277,8 +217,9 @@ def model_mask(model: nn.Module, mask: Tensor) -> Tensor:
     """Return ``mask`` as every layer of the model takes it: additive if it is 4-D."""
     if mask.dim() == 2:
         return mask
-    additive = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device)
-    return additive.masked_fill_(~mask, torch.finfo(model.dtype).min)
+    dtype = next(model.parameters()).dtype
+    additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return additive.masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 def option_sums(token_log_probabilities: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -352,38 +293,118 @@ class Prediction:
     scores: tuple[float, ...] | None = None
 
 
+@dataclass(frozen=True)
+class ReadPrefix:
+    """Tokens that many texts begin with, and the keys and values that the model made of them."""
+
+    tokens: tuple[int, ...]
+    layers: tuple[tuple[Tensor, Tensor], ...]
+
+    @classmethod
+    def read(cls, model: PreTrainedModel, tokens: Sequence[int]) -> ReadPrefix:
+        """Run the model on the tokens, once."""
+        output = model(
+            input_ids=torch.tensor([tokens], device=model.device),
+            past_key_values=DynamicCache(),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        layers = ((layer.keys, layer.values) for layer in output.past_key_values.layers)
+        return cls(tuple(tokens), tuple(layers))
+
+    def cache(self, rows: int = 1) -> DynamicCache:
+        """Return a new cache that a forward pass of so many rows may extend."""
+        cache = DynamicCache()
+        for number, (keys, values) in enumerate(self.layers):
+            shape = (rows, *keys.shape[1:])
+            cache.update(keys.expand(shape), values.expand(shape), number)
+        return cache
+
+
+def read_shared_prefix(
+    model: PreTrainedModel, texts: Sequence[Sequence[int]], limit: int
+) -> ReadPrefix | None:
+    """Read the tokens that all texts begin with, at most ``limit``; None if it would not pay."""
+    length = min(common_prefix_length(texts), limit)
+    if len(texts) < 2 or length < SHORTEST_PREFIX:
+        return None
+    return ReadPrefix.read(model, texts[0][:length])
+
+
 @torch.no_grad()
 def score_options(
     model: PreTrainedModel, examples: Sequence[EncodedExample], batch_size: int, progress: str
 ) -> list[list[tuple[float, int]]]:
-    """Return (summed log-probability, number of tokens) of every option of every example."""
-    longest = max(len(option.tokens) for example in examples for option in example.options)
-    share = can_share_prompt(model, longest)
-    results: list[list[tuple[float, int]]] = [[] for _ in examples]
+    """Return (summed log-probability, number of tokens) of every option of every example.
+
+    Demonstrations that all examples share are read once; equal examples (content-free prompts) too.
+    """
+    distinct = list(dict.fromkeys(examples))
+    options = [option for example in distinct for option in example.options]
+    share = can_share_prompt(model, max(len(option.tokens) for option in options))
+    prefix = None
+    if share:
+        # What predicts a scored token is not in the prefix.
+        limit = min(option.targets.start - 1 for option in options)
+        prefix = read_shared_prefix(model, [option.tokens[:-1] for option in options], limit)
+    results: dict[EncodedExample, list[tuple[float, int]]] = {}
 
     def length(index: int) -> int:
-        return sum(len(sequence.tokens) for sequence in pack(examples[index], share))
+        return sum(len(sequence.tokens) for sequence in pack(distinct[index], share))
 
-    for indices in batches_by_length(range(len(examples)), length, batch_size, progress):
-        batch = collate([examples[index] for index in indices], share_prompt=share)
+    def score(indices: list[int]) -> None:
+        chosen = [distinct[index] for index in indices]
+        if prefix:
+            batch, cache = collate_behind(len(prefix.tokens), chosen), prefix.cache()
+        else:
+            batch, cache = collate(chosen, share_prompt=share), None
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        sums, lengths = option_sums(token_log_probabilities(model, batch), batch)
+        sums, lengths = option_sums(token_log_probabilities(model, batch, cache), batch)
+        results.update({example: [] for example in chosen})
         owners = batch["option_examples"].tolist()
         for owner, total, count in zip(owners, sums.tolist(), lengths.tolist(), strict=True):
-            results[indices[owner]].append((total, int(count)))
-    return results
+            results[chosen[owner]].append((total, int(count)))
+
+    run_in_batches(score, len(distinct), length, batch_size, progress)
+    return [results[example] for example in examples]
 
 
-def batches_by_length(
-    items: Sequence[int], length: Callable[[int], int], batch_size: int, progress: str
-) -> Iterator[list[int]]:
-    """Yield the items in batches, longest first, so that little is padded; shows a progress bar."""
-    order = sorted(items, key=length, reverse=True)
-    with tqdm(total=len(order), desc=progress, unit="example", leave=False) as bar:
-        for start in range(0, len(order), batch_size):
-            indices = order[start : start + batch_size]
-            yield indices
+def run_in_batches(
+    function: Callable[[list[int]], None],
+    count: int,
+    length: Callable[[int], int],
+    batch_size: int,
+    progress: str,
+) -> None:
+    """Call ``function`` with the numbers below ``count`` in batches, the longest examples first.
+
+    So little is padded. A batch that does not fit into memory is halved until it does. Shows a
+    progress bar with examples per second, in one process.
+    """
+    waiting = sorted(range(count), key=length, reverse=True)
+    with tqdm(
+        total=count, desc=progress, unit="example", leave=False, disable=process_index() > 0
+    ) as bar:
+        while waiting:
+            indices = waiting[:batch_size]
+            try:
+                function(indices)
+            except (RuntimeError, MemoryError) as error:
+                if len(indices) == 1 or not should_reduce_batch_size(error):
+                    raise
+                batch_size = len(indices) // 2
+                logger.warning(
+                    "%s: %d examples at a time, for lack of memory", progress, batch_size
+                )
+                clear_device_cache(garbage_collection=True)
+                continue
+            waiting = waiting[len(indices) :]
             bar.update(len(indices))
+
+
+def process_index() -> int:
+    """Return this process's number among those that ``torchrun`` started, 0 alone."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 @dataclass(frozen=True)
@@ -418,17 +439,24 @@ def generate(
         else {"temperature": None, "top_k": None, "top_p": None}
     )
     texts = [""] * len(prompts)
-    for indices in batches_by_length(
-        range(len(prompts)), lambda index: len(prompts[index]), batch_size, progress
-    ):
-        rows = [prompts[index] for index in indices]
+    pad = stop_tokens[-1]
+    # Beams have rows of their own in the cache, which generate() makes from the first.
+    prefix = None
+    if settings.num_beams == 1 and can_share_prompt(model, max(map(len, prompts))):
+        limit = min(map(len, prompts)) - 1
+        prefix = read_shared_prefix(model, prompts, limit)
+    shared = prefix.tokens if prefix else ()
+
+    def write(indices: list[int]) -> None:
+        rows = [prompts[index][len(shared) :] for index in indices]
         length = max(map(len, rows))
-        pad = stop_tokens[-1]
-        tokens = torch.tensor([[pad] * (length - len(row)) + list(row) for row in rows])
-        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+        # Padding stands between the shared tokens, which the model has read, and the row's own.
+        tokens = [[*shared, *[pad] * (length - len(row)), *row] for row in rows]
+        mask = [[1] * len(shared) + [0] * (length - len(row)) + [1] * len(row) for row in rows]
         output = model.generate(
-            tokens.to(model.device),
-            attention_mask=mask.to(model.device),
+            torch.tensor(tokens, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            past_key_values=prefix.cache(len(rows)) if prefix else None,
             max_new_tokens=settings.max_new_tokens,
             do_sample=settings.sampling,
             num_beams=settings.num_beams,
@@ -436,9 +464,11 @@ def generate(
             pad_token_id=pad,
             **sampling,
         )
-        written = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+        written = tokenizer.batch_decode(output[:, len(tokens[0]) :], skip_special_tokens=True)
         for index, text in zip(indices, written, strict=True):
             texts[index] = text.strip()
+
+    run_in_batches(write, len(prompts), lambda i: len(prompts[i]), batch_size, progress)
     return texts
 
 
@@ -459,20 +489,55 @@ def predict(
         encoder: the task and the tokenizer.
         samples: the examples.
         demonstrations: for every sample, the examples shown before it.
-        batch_size: examples in a forward pass.
+        batch_size: examples in a forward pass, at most.
         calibration: "sfc", "icl_sfc" (content-free prompt behind the demonstrations too) or None.
         generation: settings, for the tasks whose answer is generated.
         progress: what the progress bar says.
     """
-    pairs = list(zip(samples, demonstrations, strict=True))
     model.eval()
-    if encoder.task.generation:
-        if calibration:
-            raise InputError(f"--{calibration}: {encoder.task.name} has no options to calibrate")
-        prompts = [encoder.prompt(sample, shown) for sample, shown in pairs]
-        settings = generation or GenerationSettings()
-        texts = generate(model, encoder.tokenizer, prompts, settings, batch_size, progress)
-        return [Prediction(text) for text in texts]
+    if encoder.task.generation and calibration:
+        raise InputError(f"--{calibration}: {encoder.task.name} has no options to calibrate")
+    pairs = list(zip(samples, demonstrations, strict=True))
+    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    own = pairs[process_index() :: processes]
+    arguments = (model, encoder, own, batch_size)
+    if not own:
+        predictions = []
+    elif encoder.task.generation:
+        predictions = _generated(*arguments, generation or GenerationSettings(), progress)
+    else:
+        predictions = _chosen(*arguments, calibration, progress)
+    if processes == 1:
+        return predictions
+    parts: list[list[Prediction]] = [[] for _ in range(processes)]
+    torch.distributed.all_gather_object(parts, predictions)
+    return [parts[number % processes][number // processes] for number in range(len(pairs))]
+
+
+Pairs = Sequence[tuple[Sample, Sequence[Sample]]]
+
+
+def _generated(
+    model: PreTrainedModel,
+    encoder: Encoder,
+    pairs: Pairs,
+    batch_size: int,
+    settings: GenerationSettings,
+    progress: str,
+) -> list[Prediction]:
+    prompts = [encoder.prompt(sample, shown) for sample, shown in pairs]
+    texts = generate(model, encoder.tokenizer, prompts, settings, batch_size, progress)
+    return [Prediction(text) for text in texts]
+
+
+def _chosen(
+    model: PreTrainedModel,
+    encoder: Encoder,
+    pairs: Pairs,
+    batch_size: int,
+    calibration: str | None,
+    progress: str,
+) -> list[Prediction]:
     encoded = [encoder.options(sample, shown) for sample, shown in pairs]
     scored = score_options(model, encoded, batch_size, progress)
     scores = [[total / count for total, count in options] for options in scored]
@@ -489,5 +554,5 @@ def predict(
     best = [max(range(len(values)), key=values.__getitem__) for values in scores]
     return [
         Prediction(sample.candidates[index], tuple(values))
-        for sample, index, values in zip(samples, best, scores, strict=True)
+        for (sample, _), index, values in zip(pairs, best, scores, strict=True)
     ]

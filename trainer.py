@@ -26,10 +26,11 @@ from transformers import (
 )
 from transformers.optimization import get_scheduler
 
+from encoding import EncodedExample
 from hizoo import HiZOO
 from layerwise import LayerwiseWeights
 from modeling import tied_weights
-from scoring import EncodedExample, Loss, collate
+from scoring import Loss, collate
 from utils import InputError
 
 SMOOTHING_SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -98,7 +99,7 @@ class ZerothOrderSettings:
 
 
 class OptionLossTrainer(Trainer):
-    """First-order training on the options' loss; examples are ``scoring.EncodedExample``.
+    """First-order training on the options' loss; examples are ``encoding.EncodedExample``.
 
     Args:
         option_loss: ``scoring.classification_loss`` or ``scoring.language_model_loss``.

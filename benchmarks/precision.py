@@ -25,10 +25,11 @@ import torch
 from step import TextbookHiZOO
 from torch import Tensor, nn
 
+from encoding import Encoder
 from hizoo import HiZOO
 from layerwise import LayerwiseWeights
 from modeling import load_config_and_tokenizer, load_model
-from scoring import Encoder, classification_loss, collate, predict
+from scoring import classification_loss, collate, predict
 from tasks import Sample, get_task, load_samples, permutation_subset, sample_train_dev
 
 MODEL, SAMPLES = str(ROOT / "data" / "tiny-opt"), str(ROOT / "data" / "samples")

@@ -26,7 +26,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import scoring
-from scoring import EncodedExample, EncodedOption, Encoder, GenerationSettings, Prediction
+from encoding import EncodedExample, EncodedOption, Encoder
+from scoring import GenerationSettings, Prediction
 from tasks import Sample, Task, get_task, load_samples
 from utils import InputError
 
@@ -115,28 +116,31 @@ def log_probabilities(model: PreTrainedModel, tokens: Sequence[int], scored: int
 def assert_equal_predictions(
     found: Sequence[Prediction], expected: Sequence[Prediction], tolerance: float = TOLERANCE
 ) -> None:
-    assert [prediction.answer for prediction in found] == [
-        prediction.answer for prediction in expected
-    ]
     for one, other in zip(found, expected, strict=True):
+        assert one.answer == other.answer
         assert one.scores == pytest.approx(other.scores, abs=tolerance, rel=0)
+
+
+def assert_equal_sums(*results: list[list[tuple[float, int]]]) -> None:
+    found, expected = ([pair for options in result for pair in options] for result in results)
+    assert [count for _, count in found] == [count for _, count in expected]
+    sums = [total for total, _ in expected]
+    assert [total for total, _ in found] == pytest.approx(sums, abs=SUM_TOLERANCE, rel=0)
 
 
 def assert_same_as_oracle(
     model: PreTrainedModel, task: str, number: int, max_length: int = 1024
 ) -> None:
     samples, shown = draw(task, number, 0)
-    encoder = Encoder(get_task(task), tiny_tokenizer(), max_length)
-    oracle = Oracle(model, get_task(task), tiny_tokenizer(), max_length)
-    found = scoring.predict(model, encoder, samples, shown, 2)
-    assert_equal_predictions(found, oracle.predict(samples, shown))
+    setting = (get_task(task), tiny_tokenizer(), max_length)
+    found = scoring.predict(model, Encoder(*setting), samples, shown, 2)
+    assert_equal_predictions(found, Oracle(model, *setting).predict(samples, shown))
 
 
 def encode(task: str, number: int, demonstrations: int) -> list[EncodedExample]:
     encoder = Encoder(get_task(task), tiny_tokenizer(), 1024)
-    return [
-        encoder.options(*pair) for pair in zip(*draw(task, number, demonstrations), strict=True)
-    ]
+    pairs = zip(*draw(task, number, demonstrations), strict=True)
+    return [encoder.options(*pair) for pair in pairs]
 
 
 def draw(task: str, number: int, demonstrations: int) -> tuple[list[Sample], list[list[Sample]]]:
@@ -164,7 +168,7 @@ def draw(task: str, number: int, demonstrations: int) -> tuple[list[Sample], lis
         ("Copa", 2, 1024, "icl_sfc", "no start"),
         ("ReCoRD", 0, 1024, None, "start"),
         ("ReCoRD", 2, 200, None, "no start"),
-        ("ReCoRD", 0, 1024, "sfc", "start"),
+        ("ReCoRD", 1, 1024, "sfc", "start"),
         ("MultiRC", 0, 40, None, "start"),
         ("BoolQ", 1, 1024, "icl_sfc", "no start"),
     ],
@@ -177,11 +181,10 @@ def test_predictions_are_the_oracles(
     calibration: str | None,
     tokenizer: str,
 ) -> None:
-    samples, shown = draw(task, 5, demonstrations)
+    samples, shown = draw(task, 4, demonstrations)
     model = model_of(family)
-    tokens = TOKENIZERS[tokenizer]()
-    oracle = Oracle(model, get_task(task), tokens, max_length)
-    encoder = Encoder(get_task(task), tokens, max_length)
+    setting = (get_task(task), TOKENIZERS[tokenizer](), max_length)
+    oracle, encoder = Oracle(model, *setting), Encoder(*setting)
     found = scoring.predict(model, encoder, samples, shown, 3, calibration)
     assert scoring.can_share_prompt(model, max_length)
     expected = oracle.predict(samples, shown, calibration)
@@ -202,21 +205,16 @@ def test_sharing_the_prompt_changes_no_score(family: str, monkeypatch: pytest.Mo
     packed = scoring.score_options(model_of(family), examples, 5, "")
     monkeypatch.setattr(scoring, "can_share_prompt", lambda *_: False)
     alone = scoring.score_options(model_of(family), examples, 5, "")
-    for one, other in zip(packed, alone, strict=True):
-        assert [total for total, _ in one] == pytest.approx(
-            [total for total, _ in other], abs=SUM_TOLERANCE, rel=0
-        )
-        assert [count for _, count in one] == [count for _, count in other]
+    assert_equal_sums(packed, alone)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_options_without_a_common_token(family: str) -> None:
     options = [((5, 6, 7), 1), ((8, 9), 1), ((10, 11, 12, 13, 14), 3), ((5, 20), 1)]
     example = EncodedExample(tuple(EncodedOption(*option) for option in options))
-    ((first, *others),) = scoring.score_options(model_of(family), [example], 1, "")
-    for (total, count), (tokens, scored) in zip([first, *others], options, strict=True):
-        values = log_probabilities(model_of(family), tokens, scored)
-        assert (total, count) == (pytest.approx(values.sum().item(), abs=SUM_TOLERANCE), scored)
+    found = scoring.score_options(model_of(family), [example], 1, "")
+    values = [log_probabilities(model_of(family), *option) for option in options]
+    assert_equal_sums(found, [[(value.sum().item(), len(value)) for value in values]])
 
 
 def test_padding_changes_no_score() -> None:
@@ -224,9 +222,7 @@ def test_padding_changes_no_score() -> None:
     samples = encode("SST2", 6, 0) + encode("Copa", 2, 3)
     for family in ("opt", "bloom", "llama"):
         alone, padded = (scoring.score_options(model_of(family), samples, n, "") for n in (1, 8))
-        for one, other in zip(alone, padded, strict=True):
-            totals = [total for total, _ in one]
-            assert totals == pytest.approx([t for t, _ in other], abs=SUM_TOLERANCE, rel=0)
+        assert_equal_sums(alone, padded)
         batches = [scoring.collate(samples, token, family != "bloom") for token in (0, 77)]
         values = [scoring.token_log_probabilities(model_of(family), batch) for batch in batches]
         assert torch.equal(*values)
@@ -234,10 +230,9 @@ def test_padding_changes_no_score() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_scores_are_close_to_float32(family: str) -> None:
-    samples, shown = draw("Copa", 6, 1)
-    encoder = Encoder(get_task("Copa"), tiny_tokenizer(), 1024)
-    full = scoring.predict(model_of(family), encoder, samples, shown, 4)
-    half = scoring.predict(tiny_model(family).bfloat16(), encoder, samples, shown, 4)
+    setting = (Encoder(get_task("Copa"), tiny_tokenizer(), 1024), *draw("Copa", 6, 1), 4)
+    full = scoring.predict(model_of(family), *setting)
+    half = scoring.predict(tiny_model(family).bfloat16(), *setting)
     for one, other in zip(full, half, strict=True):  # a score that is not finite is not close
         assert one.scores == pytest.approx(other.scores, abs=0.1, rel=0)
 
@@ -255,10 +250,9 @@ def test_logits_are_made_only_where_a_scored_token_is_predicted() -> None:
 
 
 def test_generation_tasks_have_no_calibration() -> None:
-    samples, shown = draw("SQuAD", 1, 0)
     encoder = Encoder(get_task("SQuAD"), tiny_tokenizer(), 1024)
     with pytest.raises(InputError, match="--sfc: SQuAD has no options to calibrate"):
-        scoring.predict(model_of("opt"), encoder, samples, shown, 1, "sfc")
+        scoring.predict(model_of("opt"), encoder, *draw("SQuAD", 1, 0), 1, "sfc")
 
 
 # --------------------------------------------------------------------------- who may share a prompt
@@ -344,13 +338,13 @@ def test_classification_loss_of_examples_with_different_numbers_of_options(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_language_model_loss(family: str, only_option: bool) -> None:
     model, samples = tiny_model(family), draw("SQuAD", 4, 0)[0]
-    oracle = Oracle(model, get_task("SQuAD"), tiny_tokenizer(), 60)
+    setting = (get_task("SQuAD"), tiny_tokenizer(), 60)
+    oracle, encoder = Oracle(model, *setting), Encoder(*setting)
     values = [
         oracle.log_probabilities(sample, [], sample.correct[0], everything=not only_option)
         for sample in samples
     ]
     expected = -torch.cat(values).mean()
-    encoder = Encoder(get_task("SQuAD"), tiny_tokenizer(), 60)
     examples = [encoder.correct_option(sample, only_option) for sample in samples]
     found = scoring.language_model_loss(model, scoring.collate(examples))
     assert_same_loss_and_gradient(model, found, expected)
@@ -378,14 +372,13 @@ def test_greedy_generation_is_the_argmax_loop(family: str) -> None:
     samples = draw("SQuAD", 8, 0)[0]
     shown = [draw("SQuAD", 2, 1)[1][0] * (index % 3) for index in range(8)]
     encoder = Encoder(get_task("SQuAD"), tokenizer, 300, 12)
-    written = [
-        argmax_loop(model, encoder.prompt(s, d), 12) for s, d in zip(samples, shown, strict=True)
-    ]
+    prompts = [encoder.prompt(*pair) for pair in zip(samples, shown, strict=True)]
+    written = [argmax_loop(model, prompt, 12) for prompt in prompts]
     assert any(len(tokens) < 12 for tokens in written)  # the newline stops it
     expected = [tokenizer.decode(t, skip_special_tokens=True).strip() for t in written]
-    assert len(set(expected)) > 4
+    assert len(set(expected)) > 2
+    settings = GenerationSettings(max_new_tokens=12)
     for batch_size in (1, 5):
-        settings = GenerationSettings(max_new_tokens=12)
         found = scoring.predict(model, encoder, samples, shown, batch_size, generation=settings)
         assert [prediction.answer for prediction in found] == expected
         assert all(prediction.scores is None for prediction in found)
@@ -411,14 +404,15 @@ def test_every_way_of_generating_runs(family: str, settings: GenerationSettings)
 
 
 def newline_writing_model(family: str) -> PreTrainedModel:
-    """Return a model that now and then writes a newline."""
+    """Return a model that writes a newline in the place of every fourth token of the vocabulary."""
     model = tiny_model(family)
-    (newline,) = tiny_tokenizer().encode("\n", add_special_tokens=False)
+    newline = tiny_tokenizer().encode("\n")[-1]
 
-    def raise_newline(_: Any, __: Any, logits: Tensor) -> Tensor:
-        return logits + 3.5 * torch.nn.functional.one_hot(torch.tensor(newline), logits.shape[-1])
+    def write_newlines(_: Any, __: Any, logits: Tensor) -> Tensor:
+        logits[..., newline] += 100 * (logits.argmax(-1) % 4 == 0)
+        return logits
 
-    model.get_output_embeddings().register_forward_hook(raise_newline)
+    model.get_output_embeddings().register_forward_hook(write_newlines)
     return model
 
 
@@ -499,9 +493,8 @@ def test_the_whole_text_and_the_scored_span(
     assert tokenizer.decode(encoder.prompt(sample, shown)) == start + before
     # A cut takes tokens on the left, after the first, and a generated text needs room.
     short = Encoder(get_task(task), tokenizer, 20, 10)
-    for option, cut in zip(
-        example.options, short.options(sample, shown, candidates).options, strict=True
-    ):
+    cuts = short.options(sample, shown, candidates).options
+    for option, cut in zip(example.options, cuts, strict=True):
         assert cut == EncodedOption((option.tokens[0], *option.tokens[-19:]), option.scored)
     whole = encoder.prompt(sample, shown)
     assert short.prompt(sample, shown) == (whole[0], *whole[-9:])
@@ -529,10 +522,7 @@ def test_content_free_prompts() -> None:
             for o in options.options
         ]
 
-    assert texts("SST2", shown[0]) == [
-        ("</s>It was terrible", " terrible"),
-        ("</s>It was great", " great"),
-    ]
+    assert texts("SST2", shown[0])[0] == ("</s>It was terrible", " terrible")
     assert texts("SST2", shown[0], shown)[1] == (
         "</s>quite ridiculous . It was terrible\n\nIt was great",
         " great",
@@ -605,6 +595,6 @@ def test_collate() -> None:
 
 
 def test_batches_hold_the_longest_first_and_every_item_once() -> None:
-    lengths = [3, 9, 1, 7, 5]
-    batches = scoring.batches_by_length(range(5), lengths.__getitem__, 2, "")
-    assert list(batches) == [[1, 3], [4, 0], [2]]
+    lengths, batches = [3, 9, 1, 7, 5], []
+    scoring.run_in_batches(batches.append, 5, lengths.__getitem__, 2, "")
+    assert batches == [[1, 3], [4, 0], [2]]

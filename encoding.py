@@ -1,0 +1,121 @@
+"""Samples to tokens: demonstrations, prompt and option as one text, cut to the model's length.
+
+The rules are MeZO's (Malladi et al. 2023, arXiv 2305.17333), so that published numbers compare: how
+texts are joined and stripped, which tokens are scored, and what is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from tasks import Sample, Task
+
+DEMONSTRATION_SEPARATOR = "\n\n"
+
+
+@dataclass(frozen=True)
+class EncodedOption:
+    """Tokens of demonstrations, prompt and option; the last ``scored`` of them are the option's."""
+
+    tokens: tuple[int, ...]
+    scored: int
+
+    @property
+    def targets(self) -> range:
+        """Indices of the scored tokens. The first token of a text is never predicted."""
+        return range(max(1, len(self.tokens) - self.scored), len(self.tokens))
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """All options of an example, in the task's order, and the index of the correct one."""
+
+    options: tuple[EncodedOption, ...]
+    correct: int = 0
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns samples into tokens.
+
+    Attributes:
+        max_length: tokens of a whole text at most, with those to be generated; a longer text loses
+            tokens on the left, after its first.
+        max_new_tokens: room that a prompt for generation leaves.
+    """
+
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    max_new_tokens: int = 0
+
+    def options(
+        self,
+        sample: Sample,
+        demonstrations: Sequence[Sample] = (),
+        candidates: Sequence[Any] | None = None,
+        content_free: bool = False,
+    ) -> EncodedExample:
+        """Encode every candidate behind the prompt, or behind the content-free prompt of SFC."""
+        task = self.task
+        prompt_of = task.content_free_prompt if content_free else task.prompt
+        option_of = task.content_free_option if content_free else task.option
+        candidates = sample.candidates if candidates is None else candidates
+        prompt = prompt_of(sample)
+        before = self._demonstrations(demonstrations)
+        prompt_length = len(self._tokens(prompt.strip(" ")))
+        encoded = []
+        for candidate in candidates:
+            text = (prompt + option_of(sample, candidate)).strip(" ")
+            # Where the tokenizer merges an option into its prompt, its last token is still scored.
+            scored = max(1, len(self._tokens(text)) - prompt_length)
+            tokens = self._tokens(self._whole_text(before, text))
+            if len(tokens) <= scored:
+                # No start-of-text token of its own, and no prompt: something has to come first.
+                tokens = [self._start_token(), *tokens]
+            encoded.append(EncodedOption(self._cut(tokens, self.max_length), scored))
+        correct = next((i for i, c in enumerate(candidates) if c in sample.correct), 0)
+        return EncodedExample(tuple(encoded), correct)
+
+    def correct_option(self, sample: Sample, only_option: bool = True) -> EncodedExample:
+        """Encode the correct answer alone, for language-model training.
+
+        With ``only_option`` False every token after the first is trained on, the prompt's too.
+        """
+        (option,) = self.options(sample, candidates=sample.correct[:1]).options
+        scored = option.scored if only_option else len(option.tokens) - 1
+        return EncodedExample((EncodedOption(option.tokens, scored),))
+
+    def prompt(self, sample: Sample, demonstrations: Sequence[Sample] = ()) -> tuple[int, ...]:
+        """Encode the prompt that an answer is generated behind."""
+        text = self._whole_text(
+            self._demonstrations(demonstrations), self.task.prompt(sample).strip(" ")
+        )
+        return self._cut(self._tokens(text), self.max_length - self.max_new_tokens)
+
+    def _demonstrations(self, samples: Sequence[Sample]) -> str:
+        texts = (
+            (self.task.prompt(sample) + self.task.option(sample, sample.correct[0])).strip()
+            for sample in samples
+        )
+        return DEMONSTRATION_SEPARATOR.join(texts).strip()
+
+    def _whole_text(self, demonstrations: str, text: str) -> str:
+        return (demonstrations + DEMONSTRATION_SEPARATOR + text).lstrip().strip(" ")
+
+    def _tokens(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text)
+
+    def _start_token(self) -> int:
+        tokenizer = self.tokenizer
+        token = tokenizer.bos_token_id
+        return tokenizer.eos_token_id if token is None else token
+
+    def _cut(self, tokens: list[int], length: int) -> tuple[int, ...]:
+        if len(tokens) <= length:
+            return tuple(tokens)
+        return (tokens[0], *tokens[len(tokens) - length + 1 :])
