@@ -1,0 +1,256 @@
+"""Scoring beside the usual way, one option at a time: examples per second, seconds, memory.
+
+    python benchmarks/scoring.py
+
+OPT-125m's shape with random weights and invented texts of the tasks' lengths, float32, in one run.
+"usual" reads the whole text again for every option and makes logits for the whole vocabulary at
+every position. "bare" is a forward pass of the same tokens without any logits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
+
+import torch
+from step import SHAPES, added_memory, make_model, median_seconds
+from torch import Tensor, nn
+
+import scoring
+from encoding import EncodedExample, EncodedOption
+
+VOCABULARY = 50272
+NEWLINE = 50118  # OPT's
+
+
+def draw(generator: torch.Generator, count: int) -> tuple[int, ...]:
+    """Random tokens."""
+    return tuple(torch.randint(4, VOCABULARY - 200, (count,), generator=generator).tolist())
+
+
+def make_examples(
+    count: int, prompt: tuple[int, int], options: int, own: int, before: int = 0
+) -> list[EncodedExample]:
+    """Examples with prompts of a random length, ``options`` of ``own`` tokens each.
+
+    All begin with the same ``before`` tokens, the demonstrations.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shared = (2, *draw(generator, before))
+    examples = []
+    for _ in range(count):
+        length = int(torch.randint(*prompt, (), generator=generator))
+        text = shared + draw(generator, length)
+        chosen = (EncodedOption(text + draw(generator, own), own) for _ in range(options))
+        examples.append(EncodedExample(tuple(chosen)))
+    return examples
+
+
+@torch.no_grad()
+def usual_scores(model: nn.Module, examples: Sequence[EncodedExample]) -> list[list[float]]:
+    """Mean log-probability of every option: one whole text, all logits, after the other."""
+    scores = []
+    for example in examples:
+        scores.append([])
+        for option in example.options:
+            logits = model(torch.tensor([option.tokens]), use_cache=False).logits[0].float()
+            log_probabilities = logits[:-1].log_softmax(dim=-1)
+            targets = torch.tensor(option.tokens[1:])
+            of_tokens = log_probabilities.gather(1, targets.unsqueeze(1)).squeeze(1)
+            scores[-1].append(of_tokens[-option.scored :].mean().item())
+    return scores
+
+
+def our_scores(
+    model: nn.Module, examples: Sequence[EncodedExample], batch_size: int
+) -> list[list[float]]:
+    """The same by scoring.py."""
+    sums = scoring.score_options(model, examples, batch_size, "scoring")
+    return [[total / count for total, count in options] for options in sums]
+
+
+@torch.no_grad()
+def bare_forward(model: nn.Module, tokens: Tensor, mask: Tensor) -> None:
+    """A forward pass of padded tokens, without logits."""
+    model.get_decoder()(input_ids=tokens, attention_mask=mask, use_cache=False)
+
+
+def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Rows padded on the left, and their mask."""
+    length = max(map(len, rows))
+    tokens = [[1] * (length - len(row)) + list(row) for row in rows]
+    mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(tokens), torch.tensor(mask)
+
+
+def measure_icl(model: nn.Module, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Examples per second behind 32 shared demonstrations of SST2's length."""
+    examples = make_examples(arguments.examples, (20, 31), 2, 1, before=32 * 25)
+    few = examples[: arguments.usual_examples]
+    usual = median_seconds(lambda: usual_scores(model, few), arguments.repeats, "cpu") / len(few)
+    ours = median_seconds(
+        lambda: our_scores(model, examples, arguments.batch), arguments.repeats, "cpu"
+    ) / len(examples)
+    expected, found = usual_scores(model, few), our_scores(model, examples, arguments.batch)
+    difference = largest_difference(expected, found[: len(few)])
+    return {
+        "what": "ICL, 32 shared demonstrations",
+        "usual_examples_per_second": 1 / usual,
+        "ours_examples_per_second": 1 / ours,
+        "times": usual / ours,
+        "largest_difference": difference,
+        "same_predictions": same_predictions(expected, found),
+    }
+
+
+def largest_difference(first: list[list[float]], second: list[list[float]]) -> float:
+    """Largest difference of two lists of options' scores."""
+    pairs = zip(first, second, strict=True)
+    return max(abs(a - b) for x, y in pairs for a, b in zip(x, y, strict=True))
+
+
+def same_predictions(first: list[list[float]], second: list[list[float]]) -> bool:
+    """Whether the best options are the same, as far as the first list goes."""
+    return all(
+        max(range(len(a)), key=a.__getitem__) == max(range(len(b)), key=b.__getitem__)
+        for a, b in zip(first, second, strict=False)
+    )
+
+
+TRAINING = {
+    # what is trained: prompt lengths, options, tokens of an option, loss
+    "SST2": ((20, 31), 2, 1, scoring.classification_loss),
+    "CB": ((60, 91), 3, 1, scoring.classification_loss),
+    "Copa, correct option": ((10, 16), 1, 7, scoring.language_model_loss),
+    "Copa, both options": ((10, 16), 2, 7, scoring.classification_loss),
+    "ReCoRD, correct option": ((200, 261), 1, 30, scoring.language_model_loss),
+    "ReCoRD, 10 options": ((200, 261), 10, 30, scoring.classification_loss),
+}
+
+
+def measure_training(model: nn.Module, task: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of a training loss on 16 examples, beside a bare forward of their distinct tokens."""
+    prompt, options, own, option_loss = TRAINING[task]
+    examples = make_examples(16, prompt, options, own)
+    batch = scoring.collate(examples)
+    # Distinct tokens: the prompts, where options have one token; else all that the batch holds.
+    rows = [scoring.pack(example)[0].tokens for example in examples]
+    bare = median_seconds(lambda: bare_forward(model, *padded(rows)), arguments.repeats, "cpu")
+    whole = [option.tokens for example in examples for option in example.options]
+
+    @torch.no_grad()
+    def loss() -> None:
+        option_loss(model, batch)
+
+    @torch.no_grad()
+    def usual() -> None:
+        tokens, mask = padded(whole)
+        logits = model(tokens, attention_mask=mask, use_cache=False).logits
+        logits[:, :-1].log_softmax(dim=-1)
+
+    ours = median_seconds(loss, arguments.repeats, "cpu")
+    row = {"what": f"training loss, {task}, 16 examples", "bare": bare, "ours": ours}
+    row["over_bare"] = ours / bare
+    if len(whole) * max(map(len, whole)) < 10_000:  # the logits of more take gigabytes
+        row["usual"] = median_seconds(usual, arguments.repeats, "cpu")
+        row["times"] = row["usual"] / ours
+    return row
+
+
+def measure_generation(model: nn.Module, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds for 32 answers of SQuAD's length, in batches and one at a time."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(120, 181, (32,), generator=generator).tolist()
+    prompts = [(2, *draw(generator, length)) for length in lengths]
+    settings = scoring.GenerationSettings(max_new_tokens=20)
+
+    def generate(batch_size: int) -> list[str]:
+        return scoring.generate(model, Numbers(), prompts, settings, batch_size, "answers")
+
+    usual = median_seconds(lambda: generate(1), 1, "cpu")
+    ours = median_seconds(lambda: generate(32), arguments.repeats, "cpu")
+    return {
+        "what": "generation, 32 answers of 20 tokens",
+        "usual": usual,
+        "ours": ours,
+        "times": usual / ours,
+        "same_text": generate(1) == generate(32),
+    }
+
+
+class Numbers:
+    """In place of a tokenizer: a text is its tokens' numbers."""
+
+    eos_token_id = 2
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The newline's token."""
+        return [NEWLINE]
+
+    def batch_decode(self, rows: Tensor, skip_special_tokens: bool = False) -> list[str]:
+        """Numbers up to the first token that ends a text."""
+        texts = []
+        for row in rows.tolist():
+            ends = [i for i, token in enumerate(row) if token in (2, NEWLINE)]
+            texts.append(" ".join(map(str, row[: ends[0]] if ends else row)))
+        return texts
+
+
+def measure_memory(model: nn.Module) -> dict[str, Any]:
+    """Peak memory of a loss on 16 x 512 tokens, beside the forward without any logits."""
+    examples = make_examples(16, (511, 512), 2, 1)
+    batch = scoring.collate(examples)
+    rows = [scoring.pack(example)[0].tokens for example in examples]
+
+    @torch.no_grad()
+    def loss() -> None:
+        scoring.classification_loss(model, batch)
+
+    bare = added_memory(lambda: bare_forward(model, *padded(rows)), "cpu")
+    ours = added_memory(loss, "cpu")
+    logits = 16 * 512 * VOCABULARY * 4 / 2**20
+    return {
+        "what": "peak memory of a loss, 16 x 512 tokens",
+        "bare_mib": bare,
+        "ours_mib": ours,
+        "over_bare": ours / bare if ours and bare else None,
+        "all_logits_mib": logits,
+    }
+
+
+def main() -> None:
+    """Measure, print a line for each goal, and write JSON if asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=SHAPES, default="opt-125m", help="shape of the OPT")
+    parser.add_argument("--examples", type=int, default=64, help="ICL examples for ours")
+    parser.add_argument("--usual_examples", type=int, default=3, help="ICL examples, usual way")
+    parser.add_argument("--batch", type=int, default=16, help="examples in a batch")
+    parser.add_argument("--repeats", type=int, default=3, help="runs behind every median")
+    parser.add_argument("--json", type=Path, help="file to write the rows to")
+    arguments = parser.parse_args()
+    model = make_model(arguments.model, torch.float32, "cpu")
+    measurements: list[Callable[[], dict[str, Any]]] = [
+        lambda: measure_icl(model, arguments),
+        *(lambda task=task: measure_training(model, task, arguments) for task in TRAINING),
+        lambda: measure_generation(model, arguments),
+        lambda: measure_memory(model),
+    ]
+    print(f"{arguments.model}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    rows = []
+    for measurement in measurements:
+        rows.append(measurement())
+        values = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in rows[-1].items()}
+        print(values.pop("what") + ": " + ", ".join(f"{k} {v}" for k, v in values.items()))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
