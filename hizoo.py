@@ -267,18 +267,20 @@ class FullHessian:
     def tile(self, place: tuple[slice, slice]) -> Tensor:
         """Return h of one tile, in a buffer that the next call overwrites."""
         offset = self.offset[place]
-        buffer = SCRATCH.buffer("root", offset)
+        buffer = SCRATCH.buffer("hessian", offset)
         if offset.dtype == buffer.dtype:
             return torch.add(offset, 1, out=buffer)
         return buffer.copy_(offset).add_(1)
 
     def inverse_root(self, place: tuple[slice, slice], like: Tensor) -> Tensor:
-        """1/√h of one tile of weights ``like``, in the same buffer."""
-        return self.tile(place).rsqrt_()
+        """1/√h of one tile of weights ``like``, in a buffer that the next call overwrites."""
+        return torch.rsqrt(self.tile(place), out=SCRATCH.buffer("root", like))
 
-    def update(self, place: tuple[slice, slice], growth: Tensor, seed: int) -> None:
-        """Multiply h by 1 + growth, where growth is α c u² - α."""
-        offset, hessian = self.offset[place], self.tile(place)
+    def update(
+        self, place: tuple[slice, slice], hessian: Tensor, growth: Tensor, seed: int
+    ) -> None:
+        """Multiply h, which ``tile`` gave, by 1 + growth, where growth is α c u² - α."""
+        offset = self.offset[place]
         if offset.dtype == hessian.dtype:
             offset.addcmul_(growth, hessian)
         else:
@@ -688,26 +690,33 @@ class HiZOO(torch.optim.Optimizer):
             gradients, curvatures = scalars(differences, group["eps"])
             smooth, lr = group["hessian_smooth"], float(group["lr"])
             full = hessian if isinstance(hessian, FullHessian) and smooth > 0 else None
+            scale = -lr
+            decay_of_h = weights.new_tensor(-smooth, dtype=compute_dtype(weights.dtype))
             for tile in tiles:
                 place, number = slot.place(tile), slot.first_tile + tile
                 target = weights[place]
-                growth = SCRATCH.buffer("growth", target).fill_(-smooth) if full else None
-                direction, scale = SCRATCH.buffer("direction", target), -lr
+                growth, direction = (SCRATCH.buffer(n, target) for n in ("growth", "direction"))
+                before = full.tile(place) if full else None
                 for draw, stream in enumerate(streams):
                     noise = self._noise(slot, stream, tile, target)
                     if draw == shifted_draw:
-                        root = inverse_root(shifted_with[slot], place, target)
+                        if full:
+                            root = torch.rsqrt(before, out=SCRATCH.buffer("root", target))
+                        else:
+                            root = inverse_root(shifted_with[slot], place, target)
                         shift(target, target, noise, root, -shifted_sign * group["eps"])
                     if full:
-                        growth.addcmul_(noise, noise, value=smooth * curvatures[draw])
-                    if len(streams) == 1:
-                        direction, scale = noise, -lr * gradients[0]
-                    elif draw == 0:
+                        start = growth if draw else decay_of_h
+                        value = smooth * curvatures[draw]
+                        torch.addcmul(start, noise, noise, value=value, out=growth)
+                    if draw == 0 and len(streams) > 1:
                         torch.mul(noise, gradients[0], out=direction)
-                    else:
+                    elif draw:
                         direction.add_(noise, alpha=gradients[draw])
                 if full:
-                    full.update(place, growth, tile_seed(rounding, ~number))
+                    full.update(place, before, growth, tile_seed(rounding, ~number))
+                if len(streams) == 1:
+                    direction, scale = noise, -lr * gradients[0]
                 root = inverse_root(hessian, place, target)
                 seed = tile_seed(rounding, number)
                 descend(target, direction, root, scale, -lr * group["weight_decay"], seed)
