@@ -337,17 +337,18 @@ def score_options(
 ) -> list[list[tuple[float, int]]]:
     """Return (summed log-probability, number of tokens) of every option of every example.
 
-    Demonstrations that all examples share are read once; equal examples (content-free prompts) too.
+    Demonstrations that all examples share are read once; equal options (content-free prompts) too,
+    whichever of them is correct.
     """
-    distinct = list(dict.fromkeys(examples))
+    distinct = list({example.options: example for example in examples}.values())
     options = [option for example in distinct for option in example.options]
     share = can_share_prompt(model, max(len(option.tokens) for option in options))
     prefix = None
-    if share:
+    if share and len(distinct) > 1:
         # What predicts a scored token is not in the prefix.
         limit = min(option.targets.start - 1 for option in options)
         prefix = read_shared_prefix(model, [option.tokens[:-1] for option in options], limit)
-    results: dict[EncodedExample, list[tuple[float, int]]] = {}
+    results: dict[tuple[EncodedOption, ...], list[tuple[float, int]]] = {}
 
     def length(index: int) -> int:
         return sum(len(sequence.tokens) for sequence in pack(distinct[index], share))
@@ -360,13 +361,13 @@ def score_options(
             batch, cache = collate(chosen, share_prompt=share), None
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         sums, lengths = option_sums(token_log_probabilities(model, batch, cache), batch)
-        results.update({example: [] for example in chosen})
+        results.update({example.options: [] for example in chosen})
         owners = batch["option_examples"].tolist()
         for owner, total, count in zip(owners, sums.tolist(), lengths.tolist(), strict=True):
-            results[chosen[owner]].append((total, int(count)))
+            results[chosen[owner].options].append((total, int(count)))
 
     run_in_batches(score, len(distinct), length, batch_size, progress)
-    return [results[example] for example in examples]
+    return [results[example.options] for example in examples]
 
 
 def run_in_batches(
@@ -390,16 +391,23 @@ def run_in_batches(
             try:
                 function(indices)
             except (RuntimeError, MemoryError) as error:
-                if len(indices) == 1 or not should_reduce_batch_size(error):
+                if len(indices) == 1 or not is_lack_of_memory(error):
                     raise
-                batch_size = len(indices) // 2
-                logger.warning(
-                    "%s: %d examples at a time, for lack of memory", progress, batch_size
-                )
-                clear_device_cache(garbage_collection=True)
+            else:
+                waiting = waiting[len(indices) :]
+                bar.update(len(indices))
                 continue
-            waiting = waiting[len(indices) :]
-            bar.update(len(indices))
+            # Only here does the error no longer hold the tensors of the batch that did not fit.
+            batch_size = len(indices) // 2
+            logger.warning("%s: %d examples at a time, for lack of memory", progress, batch_size)
+            clear_device_cache(garbage_collection=True)
+
+
+def is_lack_of_memory(error: Exception) -> bool:
+    """Tell whether a smaller batch might go through."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(
+        error
+    )
 
 
 def process_index() -> int:
@@ -442,7 +450,9 @@ def generate(
     pad = stop_tokens[-1]
     # Beams have rows of their own in the cache, which generate() makes from the first.
     prefix = None
-    if settings.num_beams == 1 and can_share_prompt(model, max(map(len, prompts))):
+    # The new tokens count: a window would see the padding behind the shared tokens, and not those.
+    longest = max(map(len, prompts)) + settings.max_new_tokens
+    if settings.num_beams == 1 and can_share_prompt(model, longest):
         limit = min(map(len, prompts)) - 1
         prefix = read_shared_prefix(model, prompts, limit)
     shared = prefix.tokens if prefix else ()
