@@ -43,13 +43,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# A tile is what is drawn, scaled and added at once. On a CPU core it has to stay in the cache; on
-# another device it has to be large enough that launching its kernels costs little.
-CPU_TILE_ELEMENTS = 1 << 16
+# A tile is what is drawn, scaled and added at once. On a CPU core it has to stay in the cache (the
+# last level: in smaller tiles Python's part of the loop costs more than the memory); on another
+# device it has to be large enough that launching its kernels costs little.
+CPU_TILE_ELEMENTS = 1 << 17
 DEVICE_TILE_ELEMENTS = 1 << 21
 # Neighbouring tiles go to a worker together, so that handing them out costs little.
 PACKET_ELEMENTS = 1 << 20
-MAX_WORKERS = 32
+MAX_WORKERS = 16
 MASK_32, MASK_64 = (1 << 32) - 1, (1 << 64) - 1
 
 
@@ -120,9 +121,13 @@ class Slot:
             slice(column, min(self.columns, column + self.width)),
         )
 
-    def matrix(self, tensor: Tensor) -> Tensor:
-        """Return ``tensor``, of the parameter's shape, as the matrix that is cut; no copy."""
-        return tensor.detach().view(self.rows, self.columns)
+    def views(self, tensor: Tensor, tiles: range) -> Sequence[Tensor]:
+        """Return tiles of ``tensor``, which has the parameter's shape, as views."""
+        matrix = tensor.detach().view(self.rows, self.columns)
+        if self.width < self.columns:
+            return [matrix[self.place(tile)] for tile in tiles]
+        # One call for all tiles: the loops over tiles below cost as much as their arithmetic.
+        return matrix[tiles.start * self.height : tiles.stop * self.height].split(self.height)
 
 
 Packet = list[tuple[Slot, range]]
@@ -161,12 +166,12 @@ class Scratch(threading.local):
             flat = self.buffers[key] = torch.empty(like.numel(), dtype=dtype, device=like.device)
         return flat[: like.numel()].view(like.shape)
 
-    def generator(self, device: torch.device, seed: int) -> torch.Generator:
-        """The thread's generator for ``device``, set to ``seed``."""
+    def generator(self, device: torch.device) -> torch.Generator:
+        """The thread's generator for ``device``, to be seeded."""
         generator = self.generators.get(device)
         if generator is None:
             generator = self.generators[device] = torch.Generator(device)
-        return generator.manual_seed(seed)
+        return generator
 
 
 SCRATCH = Scratch()
@@ -199,6 +204,11 @@ def run_packets(function: Callable[[Packet], Any], slots: Sequence[Slot]) -> Ite
 # --------------------------------------------------------------------------- arithmetic on tiles
 
 
+def draw_noise(noise: Tensor, generator: torch.Generator, seed: int) -> None:
+    """Fill a tile with u ~ N(0, 1)."""
+    noise.normal_(generator=generator.manual_seed(seed))
+
+
 def shift(target: Tensor, source: Tensor, noise: Tensor, root: Tensor | None, scale: float) -> None:
     """Write ``source`` + ``scale`` u/√h into ``target``, half precision rounded once, at the end.
 
@@ -228,7 +238,7 @@ def add_rounding_stochastically(target: Tensor, change: Tensor, seed: int) -> No
     moves = SCRATCH.buffer("dither", target)
     # Behind a change this large the number's own last place is lost, and their ratio overflows.
     torch.maximum(unit, torch.abs(change, out=moves).mul_(2**-24), out=unit)
-    moves.uniform_(generator=SCRATCH.generator(target.device, seed))
+    moves.uniform_(generator=SCRATCH.generator(target.device).manual_seed(seed))
     moves.addcdiv_(change, unit).floor_()
     target.copy_(value.addcmul_(moves, unit))
 
@@ -257,30 +267,32 @@ class FullHessian:
     """
 
     def __init__(self, slot: Slot, state: dict[str, Any]) -> None:
-        self.offset = slot.matrix(state["hessian_minus_one"])
+        self.slot, self.offset = slot, state["hessian_minus_one"]
 
     @staticmethod
     def start(slot: Slot, dtype: torch.dtype) -> dict[str, Any]:
         """State of h = 1."""
         return {"hessian_minus_one": torch.zeros_like(slot.parameter, dtype=dtype)}
 
-    def tile(self, place: tuple[slice, slice]) -> Tensor:
-        """Return h of one tile, in a buffer that the next call overwrites."""
-        offset = self.offset[place]
-        buffer = SCRATCH.buffer("hessian", offset)
-        if offset.dtype == buffer.dtype:
-            return torch.add(offset, 1, out=buffer)
-        return buffer.copy_(offset).add_(1)
+    def views(self, tiles: range) -> Sequence[Tensor]:
+        """Return h - 1 of each tile."""
+        return self.slot.views(self.offset, tiles)
 
-    def inverse_root(self, place: tuple[slice, slice], like: Tensor) -> Tensor:
-        """1/√h of one tile of weights ``like``, in a buffer that the next call overwrites."""
-        return torch.rsqrt(self.tile(place), out=SCRATCH.buffer("root", like))
+    @staticmethod
+    def whole(offset: Tensor, out: Tensor) -> Tensor:
+        """Return h of one tile."""
+        if offset.dtype == out.dtype:
+            return torch.add(offset, 1, out=out)
+        return out.copy_(offset).add_(1)
 
-    def update(
-        self, place: tuple[slice, slice], hessian: Tensor, growth: Tensor, seed: int
-    ) -> None:
-        """Multiply h, which ``tile`` gave, by 1 + growth, where growth is α c u² - α."""
-        offset = self.offset[place]
+    @staticmethod
+    def inverse_root(offset: Tensor, out: Tensor) -> Tensor:
+        """Return 1/√h of one tile."""
+        return FullHessian.whole(offset, out).rsqrt_()
+
+    @staticmethod
+    def grow(offset: Tensor, hessian: Tensor, growth: Tensor, seed: int) -> None:
+        """Multiply h of one tile by 1 + growth, where growth is α c u² - α."""
         if offset.dtype == hessian.dtype:
             offset.addcmul_(growth, hessian)
         else:
@@ -300,6 +312,7 @@ class LowRankHessian:
     """
 
     def __init__(self, slot: Slot, state: dict[str, Any]) -> None:
+        self.slot = slot
         self.rows, self.columns = state["hessian_rows"], state["hessian_columns"]
         self.row_factors = self.rows / self.rows.mean()
 
@@ -312,11 +325,18 @@ class LowRankHessian:
             "hessian_columns": one.repeat(slot.columns),
         }
 
-    def inverse_root(self, place: tuple[slice, slice], like: Tensor) -> Tensor:
-        """1/√h of one tile of weights ``like``, in a buffer that the next call overwrites."""
-        root = SCRATCH.buffer("root", like)
-        rows, columns = self.row_factors[place[0]].rsqrt(), self.columns[place[1]].rsqrt()
-        return torch.mul(rows.to(root.dtype).unsqueeze(1), columns.to(root.dtype), out=root)
+    def views(self, tiles: range) -> Sequence[tuple[Tensor, Tensor]]:
+        """Return 1/√ of the row factors, (rows, 1), and of the column factors of each tile."""
+        dtype = compute_dtype(self.slot.parameter.dtype)
+        rows = self.row_factors.rsqrt().to(dtype).unsqueeze(1)
+        columns = self.columns.rsqrt().to(dtype)
+        places = (self.slot.place(tile) for tile in tiles)
+        return [(rows[place[0]], columns[place[1]]) for place in places]
+
+    @staticmethod
+    def inverse_root(factors: tuple[Tensor, Tensor], out: Tensor) -> Tensor:
+        """Return 1/√h of one tile."""
+        return torch.mul(*factors, out=out)
 
     def averaged(
         self, smooth: float, curvatures: list[float], moments: list[tuple[Tensor, Tensor]]
@@ -337,11 +357,9 @@ class LowRankHessian:
 Hessian = FullHessian | LowRankHessian
 
 
-def inverse_root(
-    hessian: Hessian | None, place: tuple[slice, slice], like: Tensor
-) -> Tensor | None:
-    """Return 1/√h of one tile of weights ``like``; None where h is 1."""
-    return None if hessian is None else hessian.inverse_root(place, like)
+def views_of(hessian: Hessian | None, tiles: range) -> Sequence[Any]:
+    """Return what ``inverse_root`` needs for each tile; None where h is 1."""
+    return [None] * len(tiles) if hessian is None else hessian.views(tiles)
 
 
 # ------------------------------------------------------------------------------ the optimizer
@@ -607,34 +625,34 @@ class HiZOO(torch.optim.Optimizer):
         self, scales: dict[int, int], outputs: dict[Tensor, Tensor] | None, packet: Packet
     ) -> list[tuple[Slot, int, tuple[slice, slice], Tensor, Tensor]]:
         sums = []
+        arriving = list(scales)[-1]
         for slot, tiles in packet:
-            weights = slot.matrix(slot.parameter)
-            written = weights if outputs is None else slot.matrix(outputs[slot.parameter])
-            hessian = self._hessian(slot)
-            arriving = list(scales)[-1]
+            sources = slot.views(slot.parameter, tiles)
+            targets = sources if outputs is None else slot.views(outputs[slot.parameter], tiles)
+            hessian, eps = self._hessian(slot), slot.group["eps"]
+            moves = [(self._stream(draw), scale * eps) for draw, scale in scales.items()]
             measure = isinstance(hessian, LowRankHessian) and (slot, arriving) not in self._moments
-            for tile in tiles:
-                place = slot.place(tile)
-                source = weights[place]
-                target = source if outputs is None else written[place]
-                root = inverse_root(hessian, place, source)
-                for draw, scale in scales.items():
-                    noise = self._noise(slot, self._stream(draw), tile, source)
-                    shift(target, source, noise, root, scale * slot.group["eps"])
+            generator, shape, root = SCRATCH.generator(slot.parameter.device), None, None
+            for tile, source, target, part in zip(
+                tiles, sources, targets, views_of(hessian, tiles), strict=True
+            ):
+                if source.shape != shape:
+                    shape = source.shape
+                    noise, out = (SCRATCH.buffer(name, source) for name in ("noise", "root"))
+                if hessian is not None:
+                    root = hessian.inverse_root(part, out)
+                for stream, scale in moves:
+                    draw_noise(noise, generator, tile_seed(stream, slot.first_tile + tile))
+                    shift(target, source, noise, root, scale)
                 if measure:
                     squares = noise.div_(root).square_()
-                    sums.append((slot, arriving, place, squares.sum(1), squares.sum(0)))
+                    of_tile = (slot.place(tile), squares.sum(1), squares.sum(0))
+                    sums.append((slot, arriving, *of_tile))
         return sums
 
     def _stream(self, draw: int) -> int:
         group = self.param_groups[0]
         return mix_seed(group["seed"], group["step"], draw)
-
-    def _noise(self, slot: Slot, stream: int, tile: int, like: Tensor) -> Tensor:
-        """Draw u of one tile, N(0, 1), in a buffer that the next call overwrites."""
-        noise = SCRATCH.buffer("noise", like)
-        seed = tile_seed(stream, slot.first_tile + tile)
-        return noise.normal_(generator=SCRATCH.generator(like.device, seed))
 
     # ---- the update
 
@@ -686,40 +704,48 @@ class HiZOO(torch.optim.Optimizer):
         rounding = self._stream(ROUNDING)
         shifted_draw, shifted_sign = self._point or (None, 0)
         for slot, tiles in packet:
-            group, weights, hessian = slot.group, slot.matrix(slot.parameter), self._hessian(slot)
+            group, old, hessian = slot.group, shifted_with[slot], self._hessian(slot)
             gradients, curvatures = scalars(differences, group["eps"])
             smooth, lr = group["hessian_smooth"], float(group["lr"])
-            full = hessian if isinstance(hessian, FullHessian) and smooth > 0 else None
-            scale = -lr
-            decay_of_h = weights.new_tensor(-smooth, dtype=compute_dtype(weights.dtype))
-            for tile in tiles:
-                place, number = slot.place(tile), slot.first_tile + tile
-                target = weights[place]
-                growth, direction = (SCRATCH.buffer(n, target) for n in ("growth", "direction"))
-                before = full.tile(place) if full else None
+            back, decay = -shifted_sign * group["eps"], -lr * group["weight_decay"]
+            grows = isinstance(hessian, FullHessian) and smooth > 0
+            targets, shape, root = slot.views(slot.parameter, tiles), None, None
+            less = targets[0].new_tensor(-smooth, dtype=compute_dtype(slot.parameter.dtype))
+            generator = SCRATCH.generator(slot.parameter.device)
+            for tile, target, old_part, part in zip(
+                tiles, targets, views_of(old, tiles), views_of(hessian, tiles), strict=True
+            ):
+                if target.shape != shape:
+                    shape = target.shape
+                    noise, out, whole, growth, direction = (
+                        SCRATCH.buffer(name, target)
+                        for name in ("noise", "root", "hessian", "growth", "direction")
+                    )
+                number = slot.first_tile + tile
+                before = hessian.whole(part, whole) if grows else None
                 for draw, stream in enumerate(streams):
-                    noise = self._noise(slot, stream, tile, target)
+                    draw_noise(noise, generator, tile_seed(stream, number))
                     if draw == shifted_draw:
-                        if full:
-                            root = torch.rsqrt(before, out=SCRATCH.buffer("root", target))
-                        else:
-                            root = inverse_root(shifted_with[slot], place, target)
-                        shift(target, target, noise, root, -shifted_sign * group["eps"])
-                    if full:
-                        start = growth if draw else decay_of_h
-                        value = smooth * curvatures[draw]
+                        if grows:
+                            root = torch.rsqrt(before, out=out)
+                        elif old is not None:
+                            root = old.inverse_root(old_part, out)
+                        shift(target, target, noise, root, back)
+                    if grows:
+                        start, value = growth if draw else less, smooth * curvatures[draw]
                         torch.addcmul(start, noise, noise, value=value, out=growth)
-                    if draw == 0 and len(streams) > 1:
-                        torch.mul(noise, gradients[0], out=direction)
-                    elif draw:
-                        direction.add_(noise, alpha=gradients[draw])
-                if full:
-                    full.update(place, before, growth, tile_seed(rounding, ~number))
-                if len(streams) == 1:
-                    direction, scale = noise, -lr * gradients[0]
-                root = inverse_root(hessian, place, target)
+                    if len(streams) > 1:
+                        added = direction if draw else direction.zero_()
+                        added.add_(noise, alpha=gradients[draw])
+                if grows:
+                    hessian.grow(part, before, growth, tile_seed(rounding, ~number))
+                if hessian is not None:
+                    root = hessian.inverse_root(part, out)
                 seed = tile_seed(rounding, number)
-                descend(target, direction, root, scale, -lr * group["weight_decay"], seed)
+                if len(streams) > 1:
+                    descend(target, direction, root, -lr, decay, seed)
+                else:
+                    descend(target, noise, root, -lr * gradients[0], decay, seed)
 
 
 def scalars(differences: list[list[float]], eps: float) -> tuple[list[float], list[float]]:

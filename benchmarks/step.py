@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
 
-from hizoo import HiZOO, run_packets
+from hizoo import SCRATCH, HiZOO, draw_noise, run_packets, tile_seed
 from layerwise import LayerwiseWeights
 
 SHAPES = {
@@ -116,9 +116,10 @@ def draw_only(optimizer: HiZOO) -> None:
 
     def draw(packet: Any) -> None:
         for slot, tiles in packet:
-            weights = slot.matrix(slot.parameter)
-            for tile in tiles:
-                optimizer._noise(slot, 1, tile, weights[slot.place(tile)])
+            generator = SCRATCH.generator(slot.parameter.device)
+            for tile, weights in zip(tiles, slot.views(slot.parameter, tiles), strict=True):
+                noise = SCRATCH.buffer("noise", weights)
+                draw_noise(noise, generator, tile_seed(1, slot.first_tile + tile))
 
     for _ in run_packets(draw, optimizer._slots):
         pass

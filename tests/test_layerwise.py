@@ -9,6 +9,7 @@ import torch
 from tiny_models import FAMILIES, tiny_model
 from torch import nn
 
+import hizoo
 from hizoo import HiZOO
 from layerwise import LayerwiseWeights
 
@@ -77,9 +78,9 @@ def test_generation_draws_no_noise_for_every_token(monkeypatch) -> None:
     before = bits_of(model)
     optimizer = HiZOO(model.parameters(), hessian_smooth=0.0, layers=LayerwiseWeights(model))
     drawn = []
-    draw = HiZOO._noise
+    draw = hizoo.draw_noise
     monkeypatch.setattr(
-        HiZOO, "_noise", lambda *arguments: (drawn.append(None), draw(*arguments))[1]
+        hizoo, "draw_noise", lambda *arguments: (drawn.append(None), draw(*arguments))[1]
     )
 
     def generated(count: int) -> list[torch.Tensor]:
