@@ -21,6 +21,8 @@ if [ -z "${MODEL:-}" ]; then
     STEPS=${STEPS:-400}
     EVAL_STEPS=${EVAL_STEPS:-100}
     HESSIAN_SMOOTH_TYPE=${HESSIAN_SMOOTH_TYPE:-constant1e-5}
+    # A model this small gains nothing from a second thread, and loses much beside another process.
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     EXTRA_ARGS+=(--eval_before_training --per_device_eval_batch_size 64)
 fi
 BS=${BS:-16}
