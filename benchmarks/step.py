@@ -86,7 +86,10 @@ def median_seconds(function: Callable[[], Any], repeats: int, device: str) -> fl
 
 
 def added_memory(function: Callable[[], Any], device: str) -> float | None:
-    """MiB that a call allocates at its peak, beyond what is there before; None if unknown."""
+    """MiB that a repeated call allocates at its peak; None if unknown.
+
+    What the first call allocates and keeps, an optimizer's state and scratch, does not count.
+    """
     function()
     if device != "cpu":
         torch.cuda.synchronize()
