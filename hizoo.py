@@ -717,9 +717,12 @@ class HiZOO(torch.optim.Optimizer):
             ):
                 if target.shape != shape:
                     shape = target.shape
+                    # With one direction 1/√h is done with when h grows: less to keep in the cache.
+                    names = ("noise", "root", "hessian", "root", "direction")
+                    if len(streams) > 1:
+                        names = ("noise", "root", "hessian", "growth", "direction")
                     noise, out, whole, growth, direction = (
-                        SCRATCH.buffer(name, target)
-                        for name in ("noise", "root", "hessian", "growth", "direction")
+                        SCRATCH.buffer(name, target) for name in names
                     )
                 number = slot.first_tile + tile
                 before = hessian.whole(part, whole) if grows else None
