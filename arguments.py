@@ -11,15 +11,10 @@ from typing import Any, Literal, NoReturn
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
-from transformers.integrations.integration_utils import (
-    INTEGRATION_TO_CALLBACK,
-    get_available_reporting_integrations,
-)
-from transformers.optimization import get_scheduler
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
-from tasks import get_task
-from trainer import SmoothingSchedule
+from checks import TUNING_MODES, check
+from tasks import Task, choose_task
 from utils import InputError, one_line
 
 USAGE = """\
@@ -58,6 +53,19 @@ class Arguments(TrainingArguments):
         "Folder with <task>/train.jsonl and validation.jsonl (or .parquet) in the Hub's schema. "
         "Default: the data sets are loaded from the Hub.",
     )
+    train_file: str | None = argument(
+        None,
+        "Your own training examples (or demonstrations): JSON Lines, CSV or Parquet with prompt, "
+        "answer and, to choose from, options. Excludes --task_name and --data_dir.",
+    )
+    validation_file: str | None = argument(
+        None, "Your own examples to report on, in the columns of --train_file."
+    )
+    metric: Literal["accuracy", "f1", "em"] | None = argument(
+        None,
+        "First metric of your own examples: accuracy for options, f1 or em (exact match) for "
+        "generated answers. Default: accuracy, or f1.",
+    )
     num_train: int = argument(
         0, "Training examples, or demonstrations in context with --trainer none. 0: zero-shot."
     )
@@ -86,7 +94,12 @@ class Arguments(TrainingArguments):
         False, "Load the weights in bfloat16. Default float32. Excludes --load_float16."
     )
     load_int8: bool = argument(
-        False, "Load 8-bit weights with bitsandbytes, for --trainer none. Needs a CUDA GPU."
+        False,
+        "Load 8-bit weights with bitsandbytes, for --trainer none or adapters (--lora, "
+        "--prefix_tuning). Needs a CUDA GPU. Excludes --load_int4.",
+    )
+    load_int4: bool = argument(
+        False, "As --load_int8, with 4-bit weights (NF4). Excludes --load_int8."
     )
     max_length: int | None = argument(
         None,
@@ -110,6 +123,46 @@ class Arguments(TrainingArguments):
         False, "As --sfc, with the demonstrations before the content-free prompt. Excludes --sfc."
     )
 
+    # ---- what is trained
+    lora: bool = argument(
+        False,
+        "Train LoRA matrices on the query and value projections (arXiv 2106.09685) and nothing "
+        "else. Excludes --prefix_tuning, --head_tuning and --linear_probing.",
+    )
+    lora_r: int = argument(8, "Rank of the LoRA matrices (MeZO paper: 8).")
+    lora_alpha: int = argument(16, "Scale of LoRA, divided by its rank (MeZO paper: 16).")
+    prefix_tuning: bool = argument(
+        False,
+        "Train keys and values that stand before every text in every layer (arXiv 2101.00190) and "
+        "nothing else. Excludes --lora, --head_tuning and --linear_probing.",
+    )
+    num_prefix: int = argument(5, "Tokens of the prefix (MeZO paper: 5).")
+    no_reparam: bool = argument(
+        True,
+        "Train the prefix itself; False: a two-layer network that makes it (arXiv 2101.00190).",
+    )
+    prefix_init_by_real_act: bool = argument(
+        True, "Start the prefix from the keys and values of random real tokens; False: of noise."
+    )
+    head_tuning: bool = argument(
+        False,
+        "Train the language-model head and nothing else. Where it is tied, the input embeddings "
+        "change with it unless --untie_emb is given. Excludes --lora, --prefix_tuning and "
+        "--linear_probing.",
+    )
+    untie_emb: bool = argument(
+        False, "Give the language-model head weights of its own, where it shares the embeddings'."
+    )
+    linear_probing: bool = argument(
+        False,
+        "Fit the head's rows of the answers' tokens by logistic regression (scikit-learn) on the "
+        "features before it; needs --trainer regular. Excludes --lora, --prefix_tuning and "
+        "--head_tuning.",
+    )
+    lp_early_stopping: bool = argument(
+        False, "Stop the logistic regression at a tolerance of 1e-2. Default: 1e-4."
+    )
+
     # ---- training
     trainer: Literal["none", "regular", "zo"] = argument(
         "none",
@@ -125,6 +178,16 @@ class Arguments(TrainingArguments):
         False,
         "Train with the cross-entropy over the options' mean log-probabilities. Not for SQuAD and "
         "DROP; published runs leave it out for Copa and ReCoRD too.",
+    )
+    non_diff: bool = argument(
+        False,
+        "Train on an objective without a gradient: minus the mean F1 of the generated text, or "
+        "minus the accuracy where there are options. Needs --trainer zo.",
+    )
+    non_diff_metric: Literal["f1", "em", "accuracy"] | None = argument(
+        None,
+        "The metric of --non_diff: f1 or em for generated text, accuracy for options. Default: f1, "
+        "or accuracy.",
     )
     zo_eps: float = argument(
         1e-3, "Perturbation scale μ in units of the weights (HiZOO and MeZO papers: 1e-3)."
@@ -229,6 +292,11 @@ class Arguments(TrainingArguments):
         self.remove_unused_columns = False
 
     @property
+    def task(self) -> Task:
+        """The task of --task_name, or that of the user's own files."""
+        return choose_task(self.task_name, self.train_file, self.validation_file, self.metric)
+
+    @property
     def calibration(self) -> str | None:
         """The content-free prompt that was asked for: sfc, icl_sfc or None."""
         return "sfc" if self.sfc else "icl_sfc" if self.icl_sfc else None
@@ -242,7 +310,9 @@ class Arguments(TrainingArguments):
 def default_tag(arguments: Arguments) -> str:
     """Name a run after what distinguishes it."""
     model = Path(arguments.model_name or "model").name
-    parts = [arguments.task_name or "task", model, arguments.trainer]
+    own = Path(arguments.train_file or arguments.validation_file or "task").stem
+    parts = [arguments.task_name or own, model, arguments.trainer]
+    parts += [name for name in (*TUNING_MODES, "non_diff") if getattr(arguments, name)]
     if arguments.trainer == "none":
         parts += [f"{arguments.num_train}-shot"]
         parts += [name for name in ("sfc", "icl_sfc") if getattr(arguments, name)]
@@ -288,151 +358,10 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     return arguments
 
 
-def check(arguments: Arguments) -> None:
-    """Refuse values and combinations that would be ignored, or fail later.
-
-    Raises:
-        InputError: names the argument, its value and the way out.
-    """
-    if not arguments.task_name:
-        raise InputError("--task_name is missing: give a task, for instance --task_name SST2")
-    if not arguments.model_name:
-        raise InputError("--model_name is missing: give a Hub id or a local model directory")
-    task = get_task(arguments.task_name)
-    SmoothingSchedule.parse(arguments.hessian_smooth_type)
-    for name, least in (
-        ("num_train", 0),
-        ("num_dev", 0),
-        ("num_eval", 1),
-        ("num_train_sets", 1),
-        ("train_set_seed", 0),
-        ("decay_step", 0),
-        ("max_new_tokens", 1),
-        ("num_beams", 1),
-        ("per_device_train_batch_size", 1),
-        ("per_device_eval_batch_size", 1),
-        ("top_k", 1),
-        ("seed", 0),
-        ("gradient_accumulation_steps", 1),
-        ("zo_num_samples", 1),
-        ("max_skipped_steps", 1),
-    ):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise InputError(f"--{name} {value}: must be at least {least}")
-    for name in ("zo_eps", "temperature", "top_p", "num_train_epochs", "save_steps"):
-        if not 0 < getattr(arguments, name) < float("inf"):
-            raise InputError(f"--{name} {getattr(arguments, name)}: must be larger than 0")
-    for name in ("learning_rate", "weight_decay"):
-        if not 0 <= getattr(arguments, name) < float("inf"):
-            raise InputError(f"--{name} {getattr(arguments, name)}: must be at least 0")
-    if arguments.top_p > 1:
-        raise InputError(f"--top_p {arguments.top_p}: must be at most 1")
-    if arguments.max_steps < 1 and arguments.max_steps != -1:
-        raise InputError(
-            f"--max_steps {arguments.max_steps}: must be at least 1, or -1 for --num_train_epochs"
-        )
-    if not arguments.eos_token:
-        raise InputError("--eos_token '': give the text that ends an answer, as in \\n")
-    for first, second in (
-        ("load_float16", "load_bfloat16"),
-        ("sfc", "icl_sfc"),
-        ("train_set_seed", "num_train_sets"),
-    ):
-        if _given(arguments, first) and _given(arguments, second):
-            raise InputError(f"--{first} and --{second} exclude each other: give one")
-    if arguments.calibration and task.generation:
-        raise InputError(
-            f"--{arguments.calibration}: the answers of {task.name} are generated, there are no "
-            "options to calibrate; leave it out"
-        )
-    if arguments.trainer == "none":
-        _refuse(arguments, "num_dev", "nothing is trained with --trainer none")
-        _refuse(arguments, "train_as_classification", "nothing is trained with --trainer none")
-        _refuse(arguments, "eval_before_training", "nothing is trained with --trainer none")
-        return
-    if arguments.num_train < 1:
-        raise InputError(
-            f"--num_train {arguments.num_train}: training needs at least 1 example, as in "
-            "--num_train 1000"
-        )
-    if arguments.calibration:
-        raise InputError(f"--{arguments.calibration} is for --trainer none: leave it out")
-    if arguments.load_int8:
-        raise InputError("--load_int8: 8-bit weights cannot be trained; use --load_float16")
-    if arguments.train_as_classification and task.generation:
-        raise InputError(f"--train_as_classification: {task.name} has no options; leave it out")
-    if not arguments.num_dev and arguments.eval_strategy != IntervalStrategy.NO:
-        raise InputError(
-            f"--eval_strategy {arguments.eval_strategy.value} needs dev examples: give --num_dev, "
-            "or --eval_strategy no"
-        )
-    if arguments.decay_step and arguments.lr_scheduler_type not in ("linear", "cosine"):
-        raise InputError(
-            f"--decay_step {arguments.decay_step} needs --lr_scheduler_type linear or cosine, not "
-            f"{arguments.lr_scheduler_type.value}"
-        )
-    if 0 < arguments.max_steps <= arguments.decay_step:
-        raise InputError(f"--decay_step {arguments.decay_step}: must be below --max_steps")
-    if arguments.eval_strategy == IntervalStrategy.STEPS and not arguments.eval_steps > 0:
-        raise InputError(f"--eval_steps {arguments.eval_steps}: must be larger than 0")
-    _check_scheduler(arguments)
-    _check_report_targets(arguments)
-    _refuse(arguments, "label_smoothing_factor", "the options' losses have none")
-    if arguments.trainer == "zo":
-        if arguments.hessian == "lowrank":
-            _refuse(arguments, "hessian_dtype", "the vectors of --hessian lowrank are float64")
-        _refuse(arguments, "optim", "--trainer zo has its own optimizer")
-        _refuse(arguments, "max_grad_norm", "--trainer zo has no gradient to clip")
-        _refuse(arguments, "gradient_checkpointing", "--trainer zo has no backward pass")
-        if arguments.fp16:
-            raise InputError("--fp16 scales gradients, --trainer zo has none: use --load_float16")
-
-
-def _check_scheduler(arguments: Arguments) -> None:
-    """Make the scheduler for a dummy: some need ``--lr_scheduler_kwargs``."""
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    name, steps = arguments.lr_scheduler_type, max(1, arguments.max_steps)
-    options = arguments.lr_scheduler_kwargs or {}
-    warmup = arguments.get_warmup_steps(steps)
-    try:
-        get_scheduler(name, optimizer, warmup, steps, scheduler_specific_kwargs=dict(options))
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"--lr_scheduler_type {getattr(name, 'value', name)}: {one_line(error)}; give it in "
-            "--lr_scheduler_kwargs '{\"name\": value}', or take constant, linear or cosine"
-        ) from error
-
-
-def _check_report_targets(arguments: Arguments) -> None:
-    for target in arguments.report_to or ():
-        if target not in INTEGRATION_TO_CALLBACK:
-            known = ", ".join(INTEGRATION_TO_CALLBACK)
-            raise InputError(f"--report_to {target}: choose from none, all, {known}")
-        if target not in get_available_reporting_integrations():
-            raise InputError(
-                f"--report_to {target}: it is not installed; pip install {target}, or leave it out"
-            )
-
-
-def _given(arguments: Arguments, name: str) -> bool:
-    (default,) = (f.default for f in dataclasses.fields(arguments) if f.name == name)
-    value = getattr(arguments, name)
-    # The Trainer's arguments turn a default of None into False.
-    return value != default and not (default is None and value is False)
-
-
-def _refuse(arguments: Arguments, name: str, reason: str) -> None:
-    if _given(arguments, name):
-        value = getattr(arguments, name)
-        shown = "" if value is True else f" {getattr(value, 'value', value)}"
-        raise InputError(f"--{name}{shown}: {reason}; leave it out")
-
-
 # What belongs to an experiment, whether it was given or not.
 EXAMPLES = ("num_train", "num_dev", "num_train_sets", "train_set_seed")
-WEIGHTS = ("load_float16", "load_bfloat16")
-EVALUATION = ("num_eval", "max_length", "sfc", "icl_sfc", "load_int8", "per_device_eval_batch_size")
+WEIGHTS = ("load_float16", "load_bfloat16", "load_int8", "load_int4")
+EVALUATION = ("num_eval", "max_length", "sfc", "icl_sfc", "per_device_eval_batch_size")
 GENERATION = (
     *("sampling", "temperature", "num_beams", "top_k", "top_p"),
     *("max_new_tokens", "eos_token"),
@@ -446,30 +375,42 @@ ZEROTH_ORDER = (
     *("zo_eps", "hessian_smooth_type", "hessian", "hessian_dtype", "zo_perturbation"),
     "zo_num_samples",
 )
-OF_TRAINER = {"none": (), "regular": ("optim",), "zo": ZEROTH_ORDER}
+OF_TRAINER = {"none": (), "regular": ("optim",), "zo": (*ZEROTH_ORDER, "non_diff")}
+TUNING = (*TUNING_MODES, "untie_emb")
 
 
 def changed_settings(arguments: Arguments) -> dict[str, Any]:
     """Return what the user gave and what belongs to the experiment; no secrets."""
     names = {*arguments.given, *EXAMPLES, *WEIGHTS, *EVALUATION, *OF_TRAINER[arguments.trainer]}
     if arguments.trainer != "none":
-        names |= {*TRAINING, "max_steps" if arguments.max_steps > 0 else "num_train_epochs"}
-    if get_task(arguments.task_name).generation:
+        length = "max_steps" if arguments.max_steps > 0 else "num_train_epochs"
+        names |= {length, *_names_of_training(arguments)}
+    if arguments.task.generation:
         names |= {*GENERATION}
     return _plain_values(arguments, names - {"hub_token"})
 
 
 def settings_of_a_checkpoint(arguments: Arguments) -> dict[str, Any]:
     """Return what decides the course of a training run, whatever its length and its folders."""
-    names = {*EXAMPLES, *WEIGHTS, *TRAINING, *OF_TRAINER[arguments.trainer]}
+    names = {*EXAMPLES, *WEIGHTS, *_names_of_training(arguments)}
     # Every set has a folder of its own, whatever their number.
     names.remove("num_train_sets")
     return {
         "trainer": arguments.trainer,
-        "task_name": get_task(arguments.task_name).name,
+        "task_name": arguments.task.name,
         "model_name": Path(arguments.model_name).name,
         **_plain_values(arguments, names),
     }
+
+
+def _names_of_training(arguments: Arguments) -> set[str]:
+    names = {*TRAINING, *TUNING, *OF_TRAINER[arguments.trainer]}
+    for mode, settings in TUNING_MODES.items():
+        if getattr(arguments, mode):
+            names |= {*settings}
+    if arguments.non_diff:
+        names |= {"non_diff_metric", *GENERATION}
+    return names
 
 
 def _plain_values(arguments: Arguments, names: Collection[str]) -> dict[str, Any]:

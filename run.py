@@ -46,7 +46,6 @@ from scoring import (
 from tasks import (
     Sample,
     demonstration_seeds,
-    get_task,
     load_samples,
     permutation_subset,
     sample_train_dev,
@@ -358,7 +357,7 @@ def prepare(arguments: Arguments) -> tuple[Experiment, list[ExampleSet]]:
     Raises:
         InputError: the model, the data or a number does not fit.
     """
-    task = get_task(arguments.task_name)
+    task = arguments.task
     config, tokenizer = load_config_and_tokenizer(arguments.model_name, arguments.trust_remote_code)
     max_length = choose_max_length(arguments.max_length, config)
     check_writable("--result_file", arguments.result_path)
@@ -425,7 +424,7 @@ def summarize(arguments: Arguments, runs: list[dict[str, Any]], started: float) 
         outcome["runs"] = runs
     versions = {name: importlib.metadata.version(name) for name in VERSIONS}
     return {
-        "task": get_task(arguments.task_name).name,
+        "task": arguments.task.name,
         "model": arguments.model_name,
         "trainer": arguments.trainer,
         **outcome,

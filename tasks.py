@@ -308,6 +308,19 @@ def get_task(name: str) -> Task:
     raise InputError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
 
 
+def choose_task(
+    name: str | None, train_file: str | None, validation_file: str | None, metric: str | None
+) -> Task:
+    """Return the named task, or that of the user's own files, which may be one or both.
+
+    Raises:
+        InputError: none is given, or there is no such task.
+    """
+    if not name:
+        raise InputError("--task_name is missing: give a task, for instance --task_name SST2")
+    return get_task(name)
+
+
 # -------------------------------------------------------------------------------------- loading
 
 

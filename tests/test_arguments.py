@@ -171,7 +171,7 @@ def test_missing_arguments(
 def test_report_target_that_is_not_installed(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("arguments.get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr("checks.get_available_reporting_integrations", lambda: ["tensorboard"])
     argv = training(tmp_path, report_to="wandb")
     assert_refused(argv, tmp_path, capfd, ["--report_to wandb", "pip install wandb"])
 

@@ -179,7 +179,8 @@ def test_result_holds_the_experiment_and_nothing_else(tmp_path: Path) -> None:
         *("load_int8", "per_device_eval_batch_size", "per_device_train_batch_size", "seed"),
         *("learning_rate", "weight_decay", "lr_scheduler_type", "warmup_steps", "decay_step"),
         *("gradient_accumulation_steps", "max_steps", "zo_eps", "hessian_smooth_type"),
-        *("hessian", "hessian_dtype", "zo_perturbation", "zo_num_samples"),
+        *("hessian", "hessian_dtype", "zo_perturbation", "zo_num_samples", "load_int4"),
+        *("lora", "prefix_tuning", "head_tuning", "linear_probing", "untie_emb", "non_diff"),
         *("logging_steps", "save_steps", "output_dir", "result_file"),
     }
     assert set(settings) == expected
