@@ -1,14 +1,14 @@
 """The eleven tasks: where their rows come from, what counts as correct, and how rows are drawn.
 
-A twelfth task is one template in templates.py and one entry of ``TASKS``.
+A twelfth task is one template in templates.py and one entry of ``TASKS``; a task of the user's own
+files takes no code.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,12 +17,23 @@ import numpy as np
 
 import metrics
 import templates
+from data_files import (
+    SUFFIXES,
+    PlacedRow,
+    Row,
+    check_answers,
+    check_choice,
+    no_rows,
+    read_table,
+    row_place,
+    shown,
+    typed_answer,
+    typed_choice,
+)
 from templates import Template
-from utils import InputError
+from utils import InputError, first_line
 
 logger = logging.getLogger(__name__)
-
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,7 @@ class Task(ABC):
     Attributes:
         name: as papers write it.
         template: how a row becomes text.
-        hub_path: the data set's id on the Hugging Face Hub.
+        hub_path: the data set's id on the Hugging Face Hub; None for the user's own files.
         hub_config: its configuration there, if it has several.
         text_columns: columns that must hold text.
         answer_columns: the columns that say which answers there are and which is correct.
@@ -58,7 +69,7 @@ class Task(ABC):
 
     name: str
     template: Template
-    hub_path: str
+    hub_path: str | None
     hub_config: str | None
     text_columns: tuple[str, ...]
     answer_columns: tuple[str, ...]
@@ -81,16 +92,13 @@ class Task(ABC):
 
         Raises:
             InputError: a column is missing, a text is not text, or the label or the answers are
-                missing or unknown.
+                missing or unknown. Who knows where the row stands adds that.
         """
-        try:
-            self.check_columns(row)
-            for column in self.text_columns:
-                if not isinstance(row[column], str):
-                    raise InputError(f"{column} is {row[column]!r}: expected a text")
-            candidates, correct = self._answers(row)
-        except InputError as error:
-            raise InputError(f"row {index} (the first is row 0): {error}") from error
+        self.check_columns(row)
+        for column in self.text_columns:
+            if not isinstance(row[column], str):
+                raise InputError(f"{column} is {shown(row[column])}: expected a text")
+        candidates, correct = self._answers(row)
         return Sample(index, {column: row[column] for column in self.columns}, candidates, correct)
 
     def check_columns(self, found: Iterable[str]) -> None:
@@ -128,18 +136,20 @@ class Task(ABC):
     def score(self, predictions: Sequence[Any], samples: Sequence[Sample]) -> dict[str, float]:
         """Return the task's metrics, fractions from 0 to 1, for one prediction per sample.
 
-        Predictions are candidates for ``{"accuracy": ...}``, texts for ``{"f1": ..., "em": ...}``.
+        Predictions are candidates for ``{"accuracy": ...}``, texts for ``{"f1": ..., "em": ...}``,
+        of which ``metric_name`` is the first.
 
         Raises:
             ValueError: no samples, or not as many as predictions.
         """
         golds = [sample.correct for sample in samples]
-        if self.metric_name == "f1":
-            return {
-                "f1": metrics.mean_f1(predictions, golds),
-                "em": metrics.mean_exact_match(predictions, golds),
-            }
-        return {"accuracy": metrics.accuracy(predictions, golds)}
+        if not self.generation:
+            return {"accuracy": metrics.accuracy(predictions, golds)}
+        values = {
+            "f1": metrics.mean_f1(predictions, golds),
+            "em": metrics.mean_exact_match(predictions, golds),
+        }
+        return {self.metric_name: values[self.metric_name], **values}
 
     def _check_calibration(self) -> None:
         if not self.template.supports_calibration:
@@ -197,11 +207,66 @@ class GenerationTask(Task):
         return (), _distinct_texts(texts, f"{column}.{self.answer_field}")
 
 
+@dataclass(frozen=True)
+class OwnTask(Task):
+    """Examples of the user's own files: prompt, answer and, to choose from, options."""
+
+    train_file: Path | None
+    validation_file: Path
+
+    @property
+    def first_file(self) -> Path:
+        """The file whose first row says whether there are options."""
+        return self.train_file or self.validation_file
+
+    def check_columns(self, found: Iterable[str]) -> None:
+        """Raise InputError if a column is missing, or if there are options in some rows only."""
+        found = list(found)
+        if ("options" in found) == self.generation:
+            given, there = ("", "has none") if self.generation else ("no ", "has some")
+            raise InputError(
+                f"{given}options, but the first row of {self.first_file} {there}: give them in "
+                "every row, or in none"
+            )
+        super().check_columns(found)
+
+    def sample_of_cells(self, row: Row, index: int) -> Sample:
+        """Turn a row of CSV, where everything is text, into a ``Sample``; raises as ``sample``."""
+        return self.sample(typed_answer(row) if self.generation else typed_choice(row), index)
+
+
+class OwnChoiceTask(OwnTask):
+    """Options that each row brings along; the answer is one of them, or its number from 0."""
+
+    train_as_classification = True
+
+    def _answers(self, row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        options, answer = check_choice(row)
+        return options, (answer,)
+
+
+@dataclass(frozen=True)
+class OwnAnswerTask(OwnTask):
+    """Free text, compared with an answer or a list of them."""
+
+    metric: str
+
+    generation = True
+
+    @property
+    def metric_name(self) -> str:
+        """The metric that comes first."""
+        return self.metric
+
+    def _answers(self, row: Row) -> tuple[tuple[()], tuple[str, ...]]:
+        return (), check_answers(row)
+
+
 def _pick(known: tuple[Any, ...], value: Any, column: str) -> Any:
     """Return the known value equal to ``value`` (a file may write 1.0 for 1, or 1 for true)."""
     if value not in known:
         expected = " or ".join(repr(candidate) for candidate in known)
-        raise InputError(f"{column} is {value!r}: expected {expected}")
+        raise InputError(f"{column} is {shown(value)}: expected {expected}")
     return known[known.index(value)]
 
 
@@ -209,7 +274,7 @@ def _distinct_texts(values: Any, column: str) -> tuple[str, ...]:
     """Return the texts in order, each once."""
     is_list = isinstance(values, list | tuple) and all(isinstance(value, str) for value in values)
     if not is_list or not values:
-        raise InputError(f"{column} is {values!r}: expected a list of at least one text")
+        raise InputError(f"{column} is {shown(values)}: expected a list of at least one text")
     return tuple(dict.fromkeys(values))
 
 
@@ -314,11 +379,59 @@ def choose_task(
     """Return the named task, or that of the user's own files, which may be one or both.
 
     Raises:
-        InputError: none is given, or there is no such task.
+        InputError: none is given, there is no such task, a file cannot be read, or the metric does
+            not fit.
     """
+    if train_file or validation_file:
+        return _own_task(train_file, validation_file, metric)
     if not name:
-        raise InputError("--task_name is missing: give a task, for instance --task_name SST2")
+        raise InputError(
+            "--task_name is missing: give a task, for instance --task_name SST2, or --train_file "
+            "and --validation_file"
+        )
     return get_task(name)
+
+
+def _own_task(train_file: str | None, validation_file: str | None, metric: str | None) -> OwnTask:
+    if not validation_file:
+        raise InputError(
+            f"--train_file {train_file} needs --validation_file: give the examples to report on"
+        )
+    train = _own_file("--train_file", train_file) if train_file else None
+    validation = _own_file("--validation_file", validation_file)
+    first = train or validation
+    generation = "options" not in read_table(first, ()).columns
+    fitting = ("f1", "em") if generation else ("accuracy",)
+    if metric is not None and metric not in fitting:
+        kind = "generated" if generation else "chosen from options"
+        raise InputError(
+            f"--metric {metric}: the answers in {first} are {kind}; give {' or '.join(fitting)}"
+        )
+    shared = {
+        "name": first.stem,
+        "hub_path": None,
+        "hub_config": None,
+        "text_columns": ("prompt",),
+        "train_file": train,
+        "validation_file": validation,
+    }
+    if generation:
+        shared |= {"template": templates.OwnAnswerTemplate(), "answer_columns": ("answer",)}
+        return OwnAnswerTask(metric=metric or "f1", **shared)
+    shared |= {"template": templates.OwnTemplate(), "answer_columns": ("options", "answer")}
+    return OwnChoiceTask(**shared)
+
+
+def _own_file(option: str, name: str) -> Path:
+    path = Path(name)
+    if path.suffix.lower() not in SUFFIXES:
+        kind = f"files of kind {path.suffix}" if path.suffix else "files without a suffix"
+        raise InputError(f"{option} {name}: {kind} are not read; give {', '.join(SUFFIXES)}")
+    try:
+        with path.open("rb"):
+            return path
+    except OSError as error:
+        raise InputError(f"{option} {name}: cannot be read ({error.strerror})") from error
 
 
 # -------------------------------------------------------------------------------------- loading
@@ -327,23 +440,23 @@ def choose_task(
 def load_samples(task: Task, data_dir: str | None) -> tuple[list[Sample], list[Sample]]:
     """Return all train and all validation samples.
 
-    Without ``data_dir`` they come from the Hub or its local cache. With it, they come from
-    ``DIR/<task>/train.jsonl`` and ``validation.jsonl`` (or ``.parquet``; ``.jsonl`` wins where both
-    lie there) in the Hub's schema; the task folder's name may be in any case. The Hub's test splits
-    have no labels and are never used.
+    Those of the user's own files come from there; without a training file there are none. Others
+    come from the Hub or its local cache, or with ``data_dir`` from ``DIR/<task>/train.jsonl`` and
+    ``validation.jsonl`` (or ``.parquet``; ``.jsonl`` wins where both lie there) in the Hub's
+    schema; the task folder's name may be in any case. The Hub's test splits have no labels and are
+    never used.
 
     Raises:
         InputError: files are missing, empty or malformed, or the Hub cannot be reached.
     """
+    if isinstance(task, OwnTask):
+        train = _load_file(task, task.train_file) if task.train_file else []
+        return train, _load_file(task, task.validation_file)
     if data_dir is None:
-        train, validation = _read_hub(task)
-        hub_id = _hub_id(task)
-        return (
-            _to_samples(task, train, f"{hub_id} train"),
-            _to_samples(task, validation, f"{hub_id} validation"),
-        )
+        return _load_hub(task)
     folder = _task_folder(task, Path(data_dir))
-    train, validation = (_load_file(task, folder, split) for split in ("train", "validation"))
+    files = (_split_file(folder, split) for split in ("train", "validation"))
+    train, validation = (_load_file(task, path) for path in files)
     return train, validation
 
 
@@ -358,59 +471,36 @@ def _task_folder(task: Task, data_dir: Path) -> Path:
     raise InputError(f"--data_dir {data_dir}: no folder for {task.name}; folders found: {found}")
 
 
-def _load_file(task: Task, folder: Path, split: str) -> list[Sample]:
-    for suffix, read in ((".jsonl", _read_jsonl), (".parquet", _read_parquet)):
+def _split_file(folder: Path, split: str) -> Path:
+    for suffix in (".jsonl", ".parquet"):
         path = folder / f"{split}{suffix}"
         if path.is_file():
-            return _to_samples(task, read(task, path), str(path))
+            return path
     raise InputError(f"{folder}: neither {split}.jsonl nor {split}.parquet is there")
 
 
-def _to_samples(task: Task, rows: Sequence[Row], source: str) -> list[Sample]:
-    if not rows:
-        raise InputError(f"{source} has no rows: give at least one example")
-    try:
-        return [task.sample(row, index) for index, row in enumerate(rows)]
-    except InputError as error:
-        raise InputError(f"{source}, {error}") from error
+def _load_file(task: Task, path: Path) -> list[Sample]:
+    table = read_table(path, task.columns)
+    _check_source(task, table.columns, table.place)
+    cells = isinstance(task, OwnTask) and path.suffix.lower() == ".csv"
+    return _to_samples(task.sample_of_cells if cells else task.sample, table.rows, path)
 
 
-# Files are read with json and pyarrow, the reader inside datasets, and not with load_dataset: that
-# takes a second more for 700 rows (its import and its conversion) and writes a copy into a cache.
+def _to_samples(
+    make: Callable[[Row, int], Sample], rows: Iterable[PlacedRow], source: object
+) -> list[Sample]:
+    samples = []
+    for index, (place, row) in enumerate(rows):
+        try:
+            samples.append(make(row, index))
+        except InputError as error:
+            raise InputError(f"{place}: {error}") from error
+    if not samples:
+        raise no_rows(source)
+    return samples
 
 
-def _read_jsonl(task: Task, path: Path) -> list[Row]:
-    rows = []
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise InputError(f"{path}:{number}: not JSON ({error})") from error
-                if not isinstance(row, dict):
-                    raise InputError(f"{path}:{number}: expected a JSON object, one on each line")
-                rows.append(row)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from error
-    return rows
-
-
-def _read_parquet(task: Task, path: Path) -> list[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            _check_source(task, file.schema_arrow.names, path)
-            return file.read(columns=list(task.columns)).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise InputError(f"{path}: not a Parquet file ({_first_line(error)})") from error
-
-
-def _read_hub(task: Task) -> tuple[list[Row], list[Row]]:
+def _load_hub(task: Task) -> tuple[list[Sample], list[Sample]]:
     import datasets  # takes a second to import, and runs with --data_dir do without it
 
     hub_id = _hub_id(task)
@@ -420,12 +510,17 @@ def _read_hub(task: Task) -> tuple[list[Row], list[Row]]:
         )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise InputError(
-            f"cannot load {hub_id} from the Hub ({_first_line(error)}): "
+            f"cannot load {hub_id} from the Hub ({first_line(error)}): "
             f"give the files with --data_dir DIR, in DIR/{task.name}"
         ) from error
-    for split in splits:
+    loaded = []
+    for name, split in zip(("train", "validation"), splits, strict=True):
         _check_source(task, split.column_names, hub_id)
-    train, validation = (split.select_columns(list(task.columns)).to_list() for split in splits)
+        source = f"{hub_id} {name}"
+        rows = enumerate(split.select_columns(list(task.columns)).to_list())
+        placed = (PlacedRow(row_place(source, index), row) for index, row in rows)
+        loaded.append(_to_samples(task.sample, placed, source))
+    train, validation = loaded
     return train, validation
 
 
@@ -440,10 +535,6 @@ def _hub_id(task: Task) -> str:
     return f"{task.hub_path} ({task.hub_config})" if task.hub_config else task.hub_path
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
 # ------------------------------------------------------------------------------------- sampling
 
 
@@ -454,10 +545,12 @@ def permutation_subset(samples: Sequence[Sample], k: int, seed: int) -> list[Sam
     (Malladi et al. 2023, arXiv 2305.17333), so that a seed means the same rows there and here.
 
     Raises:
-        InputError: k is negative.
+        InputError: k is negative, or there is nothing to draw from.
     """
     if k < 0:
         raise InputError(f"cannot draw {k} examples: give 0 or more")
+    if k and not samples:
+        raise _no_train_file(k)
     order = np.random.RandomState(seed).permutation(len(samples))[:k]
     return [samples[index] for index in order]
 
@@ -471,13 +564,16 @@ def sample_train_dev(
     shorter.
 
     Raises:
-        InputError: a number is negative, or dev would leave no training example.
+        InputError: a number is negative, dev would leave no training example, or there is nothing
+            to draw from.
     """
     if num_train < 0 or num_dev < 0:
         raise InputError(
             f"cannot draw {num_train} train and {num_dev} dev examples: give 0 or more"
         )
     wanted, available = num_train + num_dev, len(samples)
+    if num_train and not samples:
+        raise _no_train_file(num_train)
     if wanted > available:
         if num_dev >= available:
             raise InputError(
@@ -493,6 +589,11 @@ def sample_train_dev(
     drawn = permutation_subset(samples, wanted, seed)
     split = len(drawn) - num_dev
     return drawn[:split], drawn[split:]
+
+
+def _no_train_file(num_train: int) -> InputError:
+    # Files and splits without examples are refused, so this is the user's own data without one.
+    return InputError(f"--num_train {num_train} needs --train_file: give examples to draw from")
 
 
 def demonstration_seeds(num_eval: int) -> list[int]:

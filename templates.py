@@ -1,4 +1,4 @@
-"""Prompts and verbalizers of the eleven tasks: plain text, no tokens and no model.
+"""Prompts and verbalizers of the tasks: plain text, no tokens and no model.
 
 The whole text of an example is ``prompt(row) + option(row, candidate)``. Prompts are part of what
 published numbers measure, so every space and newline counts; the tests spell each out.
@@ -195,3 +195,27 @@ class DROPTemplate(AnswerTemplate):
 
     def prompt(self, row: Row) -> str:
         return f"Passage: {row['passage']}\nQuestion: {row['question']}\nAnswer:"
+
+
+class OwnTemplate(Template):
+    """Rows of the user's own files: the prompt as it is, and an option a space behind it.
+
+    A prompt that ends in a space or a new line, or an option that begins with one, gets no other.
+    The content-free prompt is empty.
+    """
+
+    def prompt(self, row: Row) -> str:
+        return row["prompt"]
+
+    def option(self, row: Row, candidate: str) -> str:
+        apart = row["prompt"][-1:].isspace() or candidate[:1].isspace()
+        return candidate if apart else f" {candidate}"
+
+
+class OwnAnswerTemplate(OwnTemplate):
+    """As ``OwnTemplate``, with an answer that is generated: a newline ends it."""
+
+    supports_calibration = False
+
+    def option(self, row: Row, candidate: str) -> str:
+        return super().option(row, candidate) + "\n"
