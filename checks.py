@@ -113,6 +113,9 @@ def _check_tuning_mode(arguments: Arguments) -> None:
             f"--{quantised}: quantised weights cannot be trained themselves; add --lora or "
             "--prefix_tuning, or use --load_float16"
         )
+    if arguments.prefix_tuning:
+        # It recomputes layers without the keys and values of the prefix.
+        _refuse(arguments, "gradient_checkpointing", "it leaves the prefix of --prefix_tuning out")
     if quantised:
         _refuse(arguments, "untie_emb", f"the head of --{quantised} is quantised")
 

@@ -32,10 +32,14 @@ class EncodedOption:
 
 @dataclass(frozen=True)
 class EncodedExample:
-    """All options of an example, in the task's order, and the index of the correct one."""
+    """All options of an example, in the task's order, and the indices of the correct ones.
+
+    ``correct`` is trained on; evaluation counts ``also_correct`` too.
+    """
 
     options: tuple[EncodedOption, ...]
     correct: int = 0
+    also_correct: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,8 @@ class Encoder:
                 # No start-of-text token of its own, and no prompt: something has to come first.
                 tokens = [self._start_token(), *tokens]
             encoded.append(EncodedOption(self._cut(tokens, self.max_length), scored))
-        correct = next((i for i, c in enumerate(candidates) if c in sample.correct), 0)
-        return EncodedExample(tuple(encoded), correct)
+        right = [index for index, c in enumerate(candidates) if c in sample.correct] or [0]
+        return EncodedExample(tuple(encoded), right[0], tuple(right[1:]))
 
     def correct_option(self, sample: Sample, only_option: bool = True) -> EncodedExample:
         """Encode the correct answer alone, for language-model training.

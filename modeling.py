@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -18,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from adapters import adapter_file
 from utils import InputError, first_line, read_trainer_state
 
 logger = logging.getLogger(__name__)
@@ -45,7 +48,7 @@ def choose_dtype(load_float16: bool, load_bfloat16: bool) -> torch.dtype:
 def load_model(
     name: str,
     dtype: torch.dtype,
-    load_int8: bool = False,
+    quantised_bits: int | None = None,
     auto_device: bool = True,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
@@ -54,7 +57,7 @@ def load_model(
     Args:
         name: a Hub id or a local directory.
         dtype: of the weights.
-        load_int8: 8-bit weights by bitsandbytes; needs a GPU.
+        quantised_bits: 8 or 4 (NF4) bits a weight, by bitsandbytes; needs a GPU.
         auto_device: spread the model over the GPUs there are, if any. Otherwise, and in a run of
             several processes, the caller places it.
         trust_remote_code: run code that comes with the model.
@@ -62,10 +65,7 @@ def load_model(
     Raises:
         InputError: there is no such model, or it is no causal language model.
     """
-    if load_int8 and not torch.cuda.is_available():
-        raise InputError(
-            "--load_int8 needs a CUDA GPU (bitsandbytes): leave it out on this machine"
-        )
+    quantisation = quantisation_of(quantised_bits, dtype) if quantised_bits else None
     several_processes = int(os.environ.get("WORLD_SIZE", "1")) > 1
     spread = auto_device and torch.cuda.is_available() and not several_processes
     try:
@@ -73,13 +73,34 @@ def load_model(
             name,
             dtype=dtype,
             device_map="auto" if spread else None,
-            quantization_config=BitsAndBytesConfig(load_in_8bit=True) if load_int8 else None,
+            quantization_config=quantisation,
             trust_remote_code=trust_remote_code,
         ).eval()
     except torch.OutOfMemoryError:
         raise
     except (*LOADING_ERRORS, RuntimeError) as error:
         raise _loading_error(name, error) from error
+
+
+def quantisation_of(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Return what bitsandbytes is told for 8-bit or 4-bit (NF4) weights.
+
+    Raises:
+        InputError: there is no CUDA GPU, or no bitsandbytes.
+    """
+    if not torch.cuda.is_available():
+        raise InputError(
+            f"--load_int{bits} needs a CUDA GPU (bitsandbytes): leave it out on this machine"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(
+            f"--load_int{bits} needs bitsandbytes: pip install bitsandbytes, or leave it out"
+        )
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+    )
 
 
 def load_config_and_tokenizer(
@@ -129,7 +150,7 @@ def choose_max_length(requested: int | None, config: object) -> int:
     return requested
 
 
-def check_checkpoint(checkpoint: str, model: PreTrainedModel) -> None:
+def check_checkpoint(checkpoint: str, model: PreTrainedModel | PeftModel) -> None:
     """Check that a checkpoint's weights have the names and shapes of ``model``'s.
 
     Raises:
@@ -141,10 +162,14 @@ def check_checkpoint(checkpoint: str, model: PreTrainedModel) -> None:
             f"{checkpoint} is no whole checkpoint: trainer_state.json is missing or cut off; give "
             "another one"
         )
-    shapes = saved_shapes(folder)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    # Weights that are tied to others are not saved a second time.
-    unsaved = expected.keys() & tied_weights(model)
+    if isinstance(model, PeftModel):
+        file, tensors = adapter_file(model)
+        shapes, unsaved = shapes_in(folder / file), set()
+    else:
+        tensors, shapes = model.state_dict(), saved_shapes(folder)
+        # Weights that are tied to others are not saved a second time.
+        unsaved = tensors.keys() & tied_weights(model)
+    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in sorted(shapes.keys() | expected.keys() - unsaved):
         if expected.get(name) != shapes.get(name):
             raise InputError(
@@ -166,20 +191,25 @@ def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     else:
         files = ["model.safetensors"]
-    shapes = {}
-    for file in files:
-        if not (folder / file).is_file():
-            raise InputError(f"{folder} is no whole checkpoint: {file} is missing")
-        try:
-            with safe_open(folder / file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
-                    shapes[name] = tuple(tensors.get_slice(name).get_shape())
-        except SafetensorError as error:
-            raise InputError(
-                f"{folder} is no whole checkpoint: {file} is damaged ({first_line(error)}); delete "
-                "this folder to go on from the one before"
-            ) from error
-    return shapes
+    return {name: shape for file in files for name, shape in shapes_in(folder / file).items()}
+
+
+def shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of the tensors in a safetensors file of a checkpoint."""
+    folder = file.parent
+    if not file.is_file():
+        raise InputError(f"{folder} is no whole checkpoint: {file.name} is missing")
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {
+                name: tuple(tensors.get_slice(name).get_shape())
+                for name in tensors.keys()  # noqa: SIM118 - safe_open is no mapping
+            }
+    except SafetensorError as error:
+        raise InputError(
+            f"{folder} is no whole checkpoint: {file.name} is damaged ({first_line(error)}); "
+            "delete this folder to go on from the one before"
+        ) from error
 
 
 def _loading_error(name: str, error: Exception) -> InputError:

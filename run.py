@@ -6,11 +6,13 @@ python run.py --task_name SST2 --model_name facebook/opt-125m --trainer zo ...
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import importlib.metadata
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,10 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
-from transformers import PreTrainedModel
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from adapters import add_lora, add_prefix, without_adapter
 from arguments import (
     USAGE,
     Arguments,
@@ -35,14 +39,17 @@ from modeling import (
     load_config_and_tokenizer,
     load_model,
 )
-from scoring import (
-    GenerationSettings,
-    Prediction,
-    can_share_prompt,
+from objectives import (
+    GenerationExample,
+    NegativeTextMetric,
+    Objective,
     classification_loss,
+    collate_generation,
     language_model_loss,
-    predict,
+    negative_accuracy,
 )
+from probing import fit_head, freeze_all_but_head, head_is_tied, untie_head
+from scoring import GenerationSettings, Prediction, can_share_prompt, collate, predict
 from tasks import (
     Sample,
     demonstration_seeds,
@@ -51,7 +58,7 @@ from tasks import (
     sample_train_dev,
 )
 from trainer import (
-    OptionLossTrainer,
+    ObjectiveTrainer,
     SmoothingSchedule,
     ZerothOrderSettings,
     ZerothOrderTrainer,
@@ -67,7 +74,7 @@ from utils import (
     write_json_lines,
 )
 
-VERSIONS = ("torch", "transformers", "accelerate", "numpy")
+VERSIONS = ("torch", "transformers", "accelerate", "peft", "numpy")
 SHOWN_EXAMPLES = 3
 
 
@@ -148,12 +155,35 @@ class Experiment:
         model = load_model(
             arguments.model_name,
             choose_dtype(arguments.load_float16, arguments.load_bfloat16),
-            arguments.load_int8,
+            8 if arguments.load_int8 else 4 if arguments.load_int4 else None,
             not arguments.no_auto_device,
             arguments.trust_remote_code,
         )
         if getattr(model, "hf_device_map", None) is None:
             model.to(arguments.device)
+        return model
+
+    def choose_trained_weights(self, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
+        """Return the model with what is trained: an adapter, the head, or all of its weights."""
+        arguments = self.arguments
+        # Whatever ran before, a run's adapter starts from the same random numbers.
+        transformers.set_seed(arguments.seed)
+        if arguments.untie_emb:
+            untie_head(model)
+        if arguments.lora:
+            model = add_lora(model, arguments.lora_r, arguments.lora_alpha)
+        elif arguments.prefix_tuning:
+            tokens = random_tokens(self.encoder.tokenizer, arguments.num_prefix, arguments.seed)
+            model = add_prefix(
+                model,
+                arguments.num_prefix,
+                reparameterise=not arguments.no_reparam,
+                tokens=tokens if arguments.prefix_init_by_real_act else None,
+            )
+        elif arguments.head_tuning:
+            if head_is_tied(model):
+                self.say("the head is tied: the input embeddings are trained with it (--untie_emb)")
+            freeze_all_but_head(model)
         return model
 
     def evaluate(
@@ -189,12 +219,20 @@ class Experiment:
             if arguments.num_train:
                 name = f"in-context {self.encoder.task.metric_name}"
         else:
-            checkpoint = self.find_checkpoint(output_dir, model)
+            model = self.choose_trained_weights(model)
+            checkpoint = None
+            if not arguments.linear_probing:
+                checkpoint = self.find_checkpoint(output_dir, model)
             if arguments.eval_before_training:
                 result["metric_before_training"], _ = self.evaluate(
-                    model, examples.evaluation, examples.demonstrations, name
+                    without_adapter(model), examples.evaluation, examples.demonstrations, name
                 )
-            result |= self.train(model, examples, output_dir, checkpoint)
+            trained = [p.numel() for p in model.parameters() if p.requires_grad]
+            result["trained_parameters"] = sum(trained)
+            if arguments.linear_probing:
+                result |= self.probe(model, examples, output_dir)
+            else:
+                result |= self.train(model, examples, output_dir, checkpoint)
             name = f"test {self.encoder.task.metric_name}"
             if arguments.no_eval:
                 return result, []
@@ -252,27 +290,23 @@ class Experiment:
         """Train ``model`` in place; returns steps and seconds."""
         arguments = copy.copy(self.arguments)
         arguments.output_dir = str(output_dir)
-        encode = self.encoder.options
-        option_loss = classification_loss
-        if not arguments.train_as_classification:
-            option_loss = language_model_loss
-            encode = self.encode_correct_option
+        objective, encode, make_batch = self.choose_objective(model)
         shared = {
             "model": model,
             "args": arguments,
             "train_dataset": [encode(sample) for sample in examples.train],
             "eval_dataset": [encode(sample) for sample in examples.dev] or None,
             "processing_class": self.encoder.tokenizer,
-            "option_loss": option_loss,
-            "share_prompt": can_share_prompt(model, self.encoder.max_length),
+            "objective": objective,
+            "data_collator": make_batch,
             "decay_step": arguments.decay_step,
         }
         if arguments.trainer == "zo":
-            trainer: OptionLossTrainer = ZerothOrderTrainer(
+            trainer: ObjectiveTrainer = ZerothOrderTrainer(
                 settings=zeroth_order_settings(arguments), **shared
             )
         else:
-            trainer = OptionLossTrainer(**shared)
+            trainer = ObjectiveTrainer(**shared)
         trainer.add_callback(RunSettings(settings_of_a_checkpoint(arguments)))
         interrupt = SaveOnInterrupt()
         if arguments.save_on_interrupt:
@@ -303,9 +337,52 @@ class Experiment:
             "checkpoint": str(best) if best else None,
         }
 
-    def encode_correct_option(self, sample: Sample) -> Any:
-        """Encode for the language-model loss, on the option's tokens or on all."""
-        return self.encoder.correct_option(sample, self.arguments.only_train_option)
+    def choose_objective(
+        self, model: PreTrainedModel | PeftModel
+    ) -> tuple[Objective, Callable[[Sample], Any], Callable[[list[Any]], dict[str, Any]]]:
+        """Return what becomes small, how a sample is encoded for it, and how a batch is made."""
+        arguments, encoder = self.arguments, self.encoder
+        share = can_share_prompt(model, encoder.max_length)
+        packed = functools.partial(collate, share_prompt=share)
+        if arguments.train_as_classification:
+            return classification_loss, encoder.options, packed
+        if not arguments.non_diff:
+            encode = functools.partial(
+                encoder.correct_option, only_option=arguments.only_train_option
+            )
+            return language_model_loss, encode, packed
+        if not encoder.task.generation:
+            return negative_accuracy, encoder.options, packed
+        metric = arguments.non_diff_metric or "f1"
+        objective = NegativeTextMetric(metric, encoder.tokenizer, self.generation)
+        return objective, self.encode_for_generation, collate_generation
+
+    def encode_for_generation(self, sample: Sample) -> GenerationExample:
+        """Encode the prompt that an answer is generated behind."""
+        return GenerationExample(self.encoder.prompt(sample), sample.correct)
+
+    def probe(
+        self, model: PreTrainedModel, examples: ExampleSet, output_dir: Path
+    ) -> dict[str, Any]:
+        """Fit the head of ``model`` by logistic regression; returns what it was fitted to."""
+        arguments = self.arguments
+        started = time.perf_counter()
+        fitted = fit_head(
+            model,
+            self.encoder.tokenizer,
+            [self.encoder.correct_option(sample) for sample in examples.train],
+            arguments.per_device_eval_batch_size,
+            arguments.lp_early_stopping,
+        )
+        if arguments.save_model and arguments.process_index == 0:
+            model.save_pretrained(output_dir)
+            self.encoder.tokenizer.save_pretrained(output_dir)
+            self.say(f"model: {output_dir}")
+        return {
+            "linear_probe": dataclasses.asdict(fitted),
+            "trained_parameters": fitted.tokens * model.get_output_embeddings().weight.shape[1],
+            "train_seconds": round(time.perf_counter() - started, 3),
+        }
 
     def show(self, examples: ExampleSet, predictions: list[Prediction]) -> None:
         """Print the first prompts with their options and scores."""
@@ -326,6 +403,14 @@ class Experiment:
         """Print a line, from one process only."""
         if self.arguments.process_index == 0:
             print(line, flush=True)
+
+
+def random_tokens(tokenizer: PreTrainedTokenizerBase, number: int, seed: int) -> torch.Tensor:
+    """Return tokens of the vocabulary, (number,), none of them special, drawn from a seed."""
+    special = set(tokenizer.all_special_ids)
+    ordinary = [token for token in range(len(tokenizer)) if token not in special]
+    generator = torch.Generator().manual_seed(seed)
+    return torch.tensor(ordinary)[torch.randint(len(ordinary), (number,), generator=generator)]
 
 
 def describe(metrics: dict[str, float]) -> str:
@@ -360,6 +445,14 @@ def prepare(arguments: Arguments) -> tuple[Experiment, list[ExampleSet]]:
     task = arguments.task
     config, tokenizer = load_config_and_tokenizer(arguments.model_name, arguments.trust_remote_code)
     max_length = choose_max_length(arguments.max_length, config)
+    if arguments.prefix_tuning:
+        # The prefix takes positions of its own before every text.
+        max_length -= arguments.num_prefix
+        if max_length < 2:
+            raise InputError(
+                f"--num_prefix {arguments.num_prefix} leaves no room for a text in --max_length "
+                f"{max_length + arguments.num_prefix}"
+            )
     check_writable("--result_file", arguments.result_path)
     if arguments.predictions_file:
         check_writable("--predictions_file", Path(arguments.predictions_file))
@@ -367,8 +460,8 @@ def prepare(arguments: Arguments) -> tuple[Experiment, list[ExampleSet]]:
         check_writable("--output_dir", Path(arguments.output_dir), is_folder=True)
     if task.generation and arguments.max_new_tokens >= max_length:
         raise InputError(
-            f"--max_new_tokens {arguments.max_new_tokens} leaves no room for a prompt in "
-            f"--max_length {max_length}"
+            f"--max_new_tokens {arguments.max_new_tokens} leaves no room for a prompt in a text of "
+            f"{max_length} tokens (--max_length)"
         )
     train, validation = load_samples(task, arguments.data_dir)
     generation = GenerationSettings(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from adapters import KeysAndValues, prefix_length, prefix_of, without_adapter
 from encoding import EncodedExample, EncodedOption, Encoder
 from tasks import Sample
 from utils import InputError
@@ -99,12 +100,15 @@ def collate(
         branches. ``read_rows``, ``read_columns``, ``targets``: (scored tokens,): where each is
         predicted, and which it is. ``read_options``: (scored tokens,): its option's number in the
         batch. ``option_examples``: (options,): the example of each option. ``correct``:
-        (examples,): the number within its example of the correct option.
+        (examples,): the number within its example of the correct option. ``acceptable``: (options,)
+        of bool: whether an option counts as right; several of an example may.
     """
-    sequences, reads, option_examples = [], [], []
+    sequences, reads, option_examples, acceptable = [], [], [], []
     for number, example in enumerate(examples):
         first_option = len(option_examples)
         option_examples += [number] * len(example.options)
+        right = {example.correct, *example.also_correct}
+        acceptable += [option in right for option in range(len(example.options))]
         for sequence in pack(example, share_prompt):
             row = len(sequences)
             sequences.append(sequence)
@@ -127,6 +131,7 @@ def collate(
         "read_options": read_options,
         "option_examples": torch.tensor(option_examples),
         "correct": torch.tensor([example.correct for example in examples]),
+        "acceptable": torch.tensor(acceptable),
     }
 
 
@@ -142,13 +147,16 @@ def attention_mask(branches: Tensor) -> Tensor:
     return ((visible & causal) | itself).unsqueeze(1)
 
 
-def collate_behind(prefix: int, examples: Sequence[EncodedExample]) -> dict[str, Tensor]:
+def collate_behind(
+    prefix: int, examples: Sequence[EncodedExample], virtual_tokens: int = 0
+) -> dict[str, Tensor]:
     """Put what follows the first ``prefix`` tokens of every example into one row, without padding.
 
     Returns:
-        As ``collate``, for examples that all begin with the same ``prefix`` tokens, which the model
-        has in its cache: ``attention_mask`` (1, 1, length, prefix + length) shows them to every
-        query, and of the rest only the query's own example.
+        As ``collate``, without what is correct, for examples that all begin with the same
+        ``prefix`` tokens, which the model has in its cache behind ``virtual_tokens`` of
+        prefix-tuning. ``attention_mask`` (1, 1, length, virtual_tokens + prefix + length) shows
+        these to every query, and of the rest only the query's own example.
     """
     tokens, positions, branches, owners, reads, option_examples = [], [], [], [], [], []
     for number, example in enumerate(examples):
@@ -158,13 +166,13 @@ def collate_behind(prefix: int, examples: Sequence[EncodedExample]) -> dict[str,
         reads += [(first_option + o, i + shift, target) for o, i, target in sequence.reads]
         option_examples += [number] * len(example.options)
         tokens += sequence.tokens[prefix:]
-        positions += sequence.positions[prefix:]
+        positions += (virtual_tokens + position for position in sequence.positions[prefix:])
         branches += sequence.branches[prefix:]
         owners += [number] * (len(tokens) - len(owners))
     branch, owner = torch.tensor(branches), torch.tensor(owners)
     own = owner.unsqueeze(1) == owner
     visible = own & ((branch == 0) | (branch.unsqueeze(1) == branch))
-    cached = torch.ones(len(tokens), prefix, dtype=torch.bool)
+    cached = torch.ones(len(tokens), virtual_tokens + prefix, dtype=torch.bool)
     read_options, columns, targets = torch.tensor(reads).unbind(1)
     return {
         "input_ids": torch.tensor([tokens]),
@@ -175,7 +183,6 @@ def collate_behind(prefix: int, examples: Sequence[EncodedExample]) -> dict[str,
         "targets": targets,
         "read_options": read_options,
         "option_examples": torch.tensor(option_examples),
-        "correct": torch.tensor([example.correct for example in examples]),
     }
 
 
@@ -231,35 +238,17 @@ def option_sums(token_log_probabilities: Tensor, batch: dict[str, Tensor]) -> tu
     return sums, zeros.index_add(0, options, torch.ones_like(token_log_probabilities))
 
 
-def language_model_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Return the mean negative log-probability of the batch's scored tokens."""
-    return -token_log_probabilities(model, batch).mean()
-
-
-def classification_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Return the cross-entropy over the options' mean log-probabilities, averaged over examples."""
-    sums, lengths = option_sums(token_log_probabilities(model, batch), batch)
-    examples = batch["option_examples"].to(sums.device)
-    correct = batch["correct"].to(sums.device)
-    counts = torch.bincount(examples, minlength=len(correct))
-    first = counts.cumsum(0) - counts
-    scores = sums.new_full((len(correct), int(counts.max())), -torch.inf)
-    within = torch.arange(len(examples), device=sums.device) - first[examples]
-    scores = scores.index_put((examples, within), sums / lengths)
-    return nn.functional.cross_entropy(scores, correct)
-
-
-Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
-
-
 def can_share_prompt(model: PreTrainedModel, length: int) -> bool:
     """Tell whether the options of an example may share their prompt's tokens in one sequence.
 
-    It takes attention that reads a 4-D mask, and nothing else that mixes tokens: a recurrent layer
-    or a convolution would carry one option into the next. Where a window slides over the keys, the
-    mask would have to slide with it: texts that are longer than the window go one option at a time.
+    ``length`` is that of the longest text. It takes attention that reads a 4-D mask, and nothing
+    else that mixes tokens: a recurrent layer or a convolution would carry one option into the next.
+    Where a window slides over the keys, the mask would have to slide with it: texts that are longer
+    than the window go one option at a time.
     """
     reason = None
+    length += prefix_length(model)
+    model = without_adapter(model)
     config = model.config.get_text_config(decoder=True)
     window = getattr(config, "sliding_window", None)
     layers = set(getattr(config, "layer_types", None) or ())
@@ -295,30 +284,47 @@ class Prediction:
 
 @dataclass(frozen=True)
 class ReadPrefix:
-    """Tokens that many texts begin with, and the keys and values that the model made of them."""
+    """What every text begins with, and its keys and values, (1, heads, tokens, head size) each.
+
+    Attributes:
+        tokens: the texts' first tokens, which the model has read.
+        layers: keys and values of each layer: those of prefix-tuning, then those of ``tokens``.
+    """
 
     tokens: tuple[int, ...]
-    layers: tuple[tuple[Tensor, Tensor], ...]
+    layers: KeysAndValues
 
     @classmethod
     def read(cls, model: PreTrainedModel, tokens: Sequence[int]) -> ReadPrefix:
         """Run the model on the tokens, once."""
-        output = model(
-            input_ids=torch.tensor([tokens], device=model.device),
-            past_key_values=DynamicCache(),
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        layers = ((layer.keys, layer.values) for layer in output.past_key_values.layers)
-        return cls(tuple(tokens), tuple(layers))
+        layers = prefix_of(model)
+        if tokens:
+            output = without_adapter(model)(
+                input_ids=torch.tensor([tokens], device=model.device),
+                past_key_values=cache_of(layers),
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            layers = tuple((layer.keys, layer.values) for layer in output.past_key_values.layers)
+        return cls(tuple(tokens), layers)
+
+    @property
+    def virtual_tokens(self) -> int:
+        """How many positions prefix-tuning takes before the tokens."""
+        return self.layers[0][0].shape[2] - len(self.tokens)
 
     def cache(self, rows: int = 1) -> DynamicCache:
         """Return a new cache that a forward pass of so many rows may extend."""
-        cache = DynamicCache()
-        for number, (keys, values) in enumerate(self.layers):
-            shape = (rows, *keys.shape[1:])
-            cache.update(keys.expand(shape), values.expand(shape), number)
-        return cache
+        return cache_of(self.layers, rows)
+
+
+def cache_of(layers: KeysAndValues, rows: int = 1) -> DynamicCache:
+    """Return a cache with the same keys and values in every row."""
+    cache = DynamicCache()
+    for number, (keys, values) in enumerate(layers):
+        shape = (rows, *keys.shape[1:])
+        cache.update(keys.expand(shape), values.expand(shape), number)
+    return cache
 
 
 def read_shared_prefix(
@@ -356,7 +362,8 @@ def score_options(
     def score(indices: list[int]) -> None:
         chosen = [distinct[index] for index in indices]
         if prefix:
-            batch, cache = collate_behind(len(prefix.tokens), chosen), prefix.cache()
+            batch = collate_behind(len(prefix.tokens), chosen, prefix.virtual_tokens)
+            cache = prefix.cache()
         else:
             batch, cache = collate(chosen, share_prompt=share), None
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
@@ -375,17 +382,16 @@ def run_in_batches(
     count: int,
     length: Callable[[int], int],
     batch_size: int,
-    progress: str,
+    progress: str | None,
 ) -> None:
     """Call ``function`` with the numbers below ``count`` in batches, the longest examples first.
 
     So little is padded. A batch that does not fit into memory is halved until it does. Shows a
-    progress bar with examples per second, in one process.
+    progress bar with examples per second, in one process, unless ``progress`` is None.
     """
     waiting = sorted(range(count), key=length, reverse=True)
-    with tqdm(
-        total=count, desc=progress, unit="example", leave=False, disable=process_index() > 0
-    ) as bar:
+    hidden = progress is None or process_index() > 0
+    with tqdm(total=count, desc=progress, unit="example", leave=False, disable=hidden) as bar:
         while waiting:
             indices = waiting[:batch_size]
             try:
@@ -399,7 +405,9 @@ def run_in_batches(
                 continue
             # Only here does the error no longer hold the tensors of the batch that did not fit.
             batch_size = len(indices) // 2
-            logger.warning("%s: %d examples at a time, for lack of memory", progress, batch_size)
+            logger.warning(
+                "%s: %d examples at a time, for lack of memory", progress or "loss", batch_size
+            )
             clear_device_cache(garbage_collection=True)
 
 
@@ -435,7 +443,7 @@ def generate(
     prompts: Sequence[tuple[int, ...]],
     settings: GenerationSettings,
     batch_size: int,
-    progress: str,
+    progress: str | None,
 ) -> list[str]:
     """Return the text that the model writes behind every prompt, without spaces at its ends."""
     stop_tokens = [tokenizer.encode(settings.eos_token, add_special_tokens=False)[-1]]
@@ -449,24 +457,26 @@ def generate(
     texts = [""] * len(prompts)
     pad = stop_tokens[-1]
     # Beams have rows of their own in the cache, which generate() makes from the first.
-    prefix = None
+    prefix = ReadPrefix.read(model, ()) if prefix_length(model) else None
     # The new tokens count: a window would see the padding behind the shared tokens, and not those.
     longest = max(map(len, prompts)) + settings.max_new_tokens
     if settings.num_beams == 1 and can_share_prompt(model, longest):
         limit = min(map(len, prompts)) - 1
-        prefix = read_shared_prefix(model, prompts, limit)
+        prefix = read_shared_prefix(model, prompts, limit) or prefix
     shared = prefix.tokens if prefix else ()
+    # What stands for the tokens of prefix-tuning is never looked at: they are in the cache.
+    cached = (*[pad] * (prefix.virtual_tokens if prefix else 0), *shared)
 
     def write(indices: list[int]) -> None:
         rows = [prompts[index][len(shared) :] for index in indices]
         length = max(map(len, rows))
         # Padding stands between the shared tokens, which the model has read, and the row's own.
-        tokens = [[*shared, *[pad] * (length - len(row)), *row] for row in rows]
-        mask = [[1] * len(shared) + [0] * (length - len(row)) + [1] * len(row) for row in rows]
-        output = model.generate(
+        tokens = [[*cached, *[pad] * (length - len(row)), *row] for row in rows]
+        mask = [[1] * len(cached) + [0] * (length - len(row)) + [1] * len(row) for row in rows]
+        output = without_adapter(model).generate(
             torch.tensor(tokens, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),
-            past_key_values=prefix.cache(len(rows)) if prefix else None,
+            past_key_values=prefix.cache(len(rows) * settings.num_beams) if prefix else None,
             max_new_tokens=settings.max_new_tokens,
             do_sample=settings.sampling,
             num_beams=settings.num_beams,

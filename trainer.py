@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,13 +26,13 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.optimization import get_scheduler
+from transformers.trainer_utils import TrainOutput
 
-from encoding import EncodedExample
 from hizoo import HiZOO
 from layerwise import LayerwiseWeights
 from modeling import tied_weights
-from scoring import Loss, collate
-from utils import InputError
+from objectives import Objective
+from utils import InputError, read_trainer_state
 
 SMOOTHING_SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
@@ -98,12 +99,11 @@ class ZerothOrderSettings:
     max_skipped_steps: int = 50
 
 
-class OptionLossTrainer(Trainer):
-    """First-order training on the options' loss; examples are ``encoding.EncodedExample``.
+class ObjectiveTrainer(Trainer):
+    """First-order training on an objective; ``data_collator`` makes the batches that it takes.
 
     Args:
-        option_loss: ``scoring.classification_loss`` or ``scoring.language_model_loss``.
-        share_prompt: whether an example's options share their prompt's tokens.
+        objective: what becomes small, one of objectives.py.
         decay_step: the learning rate stays constant until this step and decays from there on, with
             the scheduler ``linear`` or ``cosine``; 0: the scheduler's own start.
         **kwargs: of ``transformers.Trainer``.
@@ -111,11 +111,8 @@ class OptionLossTrainer(Trainer):
 
     diverged = False
 
-    def __init__(
-        self, *, option_loss: Loss, share_prompt: bool = True, decay_step: int = 0, **kwargs: Any
-    ) -> None:
-        self.option_loss = option_loss
-        self.share_prompt = share_prompt
+    def __init__(self, *, objective: Objective, decay_step: int = 0, **kwargs: Any) -> None:
+        self.objective = objective
         self.decay_step = decay_step
         arguments = kwargs["args"]
         if arguments.n_gpu > 1:
@@ -125,13 +122,23 @@ class OptionLossTrainer(Trainer):
             # With 1 the Trainer deletes the last checkpoint at the end, from which an interrupted
             # run goes on. Until then it keeps 2 as well, the best and the last.
             arguments.save_total_limit = 2
-        super().__init__(data_collator=self.collate, **kwargs)
+        super().__init__(**kwargs)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(LossProgress)
 
-    def collate(self, examples: list[EncodedExample]) -> dict[str, Tensor]:
-        """Make a batch; ``input_ids`` comes first, where accelerate looks for the batch's size."""
-        return collate(examples, share_prompt=self.share_prompt)
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
+        """Train; a checkpoint that has reached ``max_steps`` already is loaded and left at that."""
+        saved = read_trainer_state(resume_from_checkpoint) if resume_from_checkpoint else None
+        if not saved or not 0 < self.args.max_steps <= saved["global_step"]:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        # The Trainer would go one step further.
+        state_file = Path(resume_from_checkpoint) / "trainer_state.json"
+        self.state = TrainerState.load_from_json(str(state_file))
+        best = self.state.best_model_checkpoint
+        if self.args.load_best_model_at_end and best and Path(best).is_dir():
+            resume_from_checkpoint = best
+        self._load_from_checkpoint(resume_from_checkpoint, self.model)
+        return TrainOutput(self.state.global_step, math.nan, {})
 
     def compute_loss(
         self,
@@ -140,8 +147,8 @@ class OptionLossTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the option loss of a batch."""
-        loss = self.option_loss(model, inputs)
+        """Return the objective of a batch."""
+        loss = self.objective(model, inputs)
         return (loss, {}) if return_outputs else loss
 
     def prediction_step(
@@ -183,7 +190,7 @@ class OptionLossTrainer(Trainer):
         return self.lr_scheduler
 
 
-class ZerothOrderTrainer(OptionLossTrainer):
+class ZerothOrderTrainer(ObjectiveTrainer):
     """HiZOO, or MeZO with a smoothing of 0: forward passes in ``training_step``, no gradient.
 
     Under ``torchrun`` every process runs its own part of the batch; the losses are averaged and the

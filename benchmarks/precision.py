@@ -29,7 +29,8 @@ from encoding import Encoder
 from hizoo import HiZOO
 from layerwise import LayerwiseWeights
 from modeling import load_config_and_tokenizer, load_model
-from scoring import classification_loss, collate, predict
+from objectives import classification_loss
+from scoring import collate, predict
 from tasks import Sample, get_task, load_samples, permutation_subset, sample_train_dev
 
 MODEL, SAMPLES = str(ROOT / "data" / "tiny-opt"), str(ROOT / "data" / "samples")

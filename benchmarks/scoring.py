@@ -23,6 +23,7 @@ import torch
 from step import SHAPES, added_memory, make_model, median_seconds
 from torch import Tensor, nn
 
+import objectives
 import scoring
 from encoding import EncodedExample, EncodedOption
 
@@ -126,12 +127,12 @@ def same_predictions(first: list[list[float]], second: list[list[float]]) -> boo
 
 TRAINING = {
     # what is trained: prompt lengths, options, tokens of an option, loss
-    "SST2": ((20, 31), 2, 1, scoring.classification_loss),
-    "CB": ((60, 91), 3, 1, scoring.classification_loss),
-    "Copa, correct option": ((10, 16), 1, 7, scoring.language_model_loss),
-    "Copa, both options": ((10, 16), 2, 7, scoring.classification_loss),
-    "ReCoRD, correct option": ((200, 261), 1, 30, scoring.language_model_loss),
-    "ReCoRD, 10 options": ((200, 261), 10, 30, scoring.classification_loss),
+    "SST2": ((20, 31), 2, 1, objectives.classification_loss),
+    "CB": ((60, 91), 3, 1, objectives.classification_loss),
+    "Copa, correct option": ((10, 16), 1, 7, objectives.language_model_loss),
+    "Copa, both options": ((10, 16), 2, 7, objectives.classification_loss),
+    "ReCoRD, correct option": ((200, 261), 1, 30, objectives.language_model_loss),
+    "ReCoRD, 10 options": ((200, 261), 10, 30, objectives.classification_loss),
 }
 
 
@@ -211,7 +212,7 @@ def measure_memory(model: nn.Module) -> dict[str, Any]:
 
     @torch.no_grad()
     def loss() -> None:
-        scoring.classification_loss(model, batch)
+        objectives.classification_loss(model, batch)
 
     bare = added_memory(lambda: bare_forward(model, *padded(rows)), "cpu")
     ours = added_memory(loss, "cpu")

@@ -341,12 +341,12 @@ def test_scores_after_lack_of_memory(share: bool, monkeypatch: pytest.MonkeyPatc
 DRIVER = """
 import json, os, sys
 import run, trainer
-train = trainer.OptionLossTrainer.train
+train = trainer.ObjectiveTrainer.train
 def train_and_note(self, **arguments):
     train(self, **arguments)
     with open(f"rank{os.environ['RANK']}.json", "w") as file:
         json.dump(self.state.log_history, file)
-trainer.OptionLossTrainer.train = train_and_note
+trainer.ObjectiveTrainer.train = train_and_note
 for line in json.loads(sys.argv[1]):
     if code := run.main(line):
         sys.exit(code)

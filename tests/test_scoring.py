@@ -25,6 +25,7 @@ from tiny_models import (
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import objectives
 import scoring
 from encoding import EncodedExample, EncodedOption, Encoder
 from scoring import GenerationSettings, Prediction
@@ -330,7 +331,7 @@ def test_classification_loss_of_examples_with_different_numbers_of_options(
             correct = values[sample.candidates.index(sample.correct[0])]
             losses.append(torch.stack(values).logsumexp(0) - correct)
         examples += encode(task, 2, 0)
-    found = scoring.classification_loss(model, scoring.collate(examples, share_prompt=share))
+    found = objectives.classification_loss(model, scoring.collate(examples, share_prompt=share))
     assert_same_loss_and_gradient(model, found, torch.stack(losses).mean())
 
 
@@ -346,7 +347,7 @@ def test_language_model_loss(family: str, only_option: bool) -> None:
     ]
     expected = -torch.cat(values).mean()
     examples = [encoder.correct_option(sample, only_option) for sample in samples]
-    found = scoring.language_model_loss(model, scoring.collate(examples))
+    found = objectives.language_model_loss(model, scoring.collate(examples))
     assert_same_loss_and_gradient(model, found, expected)
 
 

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, get_scheduler
 
 import run
 import trainer as trainer_module
-from trainer import OptionLossTrainer, SmoothingSchedule, ZerothOrderTrainer
+from trainer import ObjectiveTrainer, SmoothingSchedule, ZerothOrderTrainer
 from utils import InputError
 
 RESUMED = {
@@ -169,12 +169,12 @@ def test_finished_run_reports_again_without_training(
     }
     # Every evaluation is worse than the one before: the best checkpoint is not the last.
     losses = itertools.count()
-    evaluate = OptionLossTrainer.evaluate
+    evaluate = ObjectiveTrainer.evaluate
 
-    def evaluate_worse(self: OptionLossTrainer, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate_worse(self: ObjectiveTrainer, *args: Any, **kwargs: Any) -> dict[str, float]:
         return evaluate(self, *args, **kwargs) | {"eval_loss": float(next(losses))}
 
-    monkeypatch.setattr(OptionLossTrainer, "evaluate", evaluate_worse)
+    monkeypatch.setattr(ObjectiveTrainer, "evaluate", evaluate_worse)
     first = finish(training(tmp_path, **arguments))
     assert first["checkpoint"].endswith("checkpoint-3")
     written = contents(tmp_path / "out")

@@ -1,0 +1,223 @@
+"""Adapters: LoRA and prefix-tuning, with peft's modules and saved in peft's format.
+
+The model's own weights stay as they are; only the adapter's are trained, get an h and are saved.
+They are float32 whatever the model's dtype.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PeftModelForCausalLM,
+    PrefixTuningConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from utils import InputError
+
+# The query and value projections, or the one layer that holds them where a family has fused them.
+PROJECTIONS = (
+    ("q_proj", "v_proj"),
+    ("query", "value"),
+    ("query_key_value",),
+    ("qkv_proj",),
+    ("c_attn",),
+    ("Wqkv",),
+)
+# Hidden size of the network that makes the prefix (Li and Liang 2021, arXiv 2101.00190, 512).
+REPARAMETERISATION_SIZE = 512
+PROMPT_ENCODER_FILE = "prompt_encoder.safetensors"
+
+KeysAndValues = tuple[tuple[Tensor, Tensor], ...]
+
+
+def add_lora(model: PreTrainedModel, rank: int, alpha: int) -> PeftModel:
+    """Add LoRA (Hu et al. 2021, arXiv 2106.09685) to the query and value projections.
+
+    The second matrix starts at 0, so the model's predictions are at first what they were.
+
+    Raises:
+        InputError: the model has no such projections.
+    """
+    layers = {
+        name.rpartition(".")[2]: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+    }
+    targets = next((names for names in PROJECTIONS if layers.keys() >= set(names)), None)
+    if targets is None:
+        raise InputError(
+            f"--lora: {type(model).__name__} has no query and value projections that are known "
+            f"(its layers are {', '.join(sorted(layers))}); train another model, or without --lora"
+        )
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=list(targets),
+        fan_in_fan_out=isinstance(layers[targets[0]], Conv1D),
+    )
+    with without_future_warnings():
+        return get_peft_model(model, config)
+
+
+@contextlib.contextmanager
+def without_future_warnings() -> Iterator[None]:
+    """Keep what peft and transformers still have to settle between them from the user."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+class PrefixTunedModel(PeftModelForCausalLM):
+    """A causal language model behind a trained prefix: keys and values in every layer.
+
+    Beside what peft's model does, it takes 4-D attention masks and position ids, which stand for
+    the text alone: the prefix comes before position 0 of the text. ``past_key_values`` of a caller
+    have to hold the prefix already. Checkpoints also hold the network that makes the prefix, if
+    there is one: peft's own file has the finished prefix only.
+    """
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the model; arguments and result are those of the model without prefix."""
+        if past_key_values is None:
+            length = self.active_peft_config.num_virtual_tokens
+            past_key_values = self.get_prompt(batch_size=len(input_ids))
+            if attention_mask is not None:
+                # 1 shows a token in a 2-D mask; a 4-D mask is added to the attention's scores.
+                shown = 1 if attention_mask.dim() == 2 else 0
+                attention_mask = nn.functional.pad(attention_mask, (length, 0), value=shown)
+            if position_ids is not None:
+                position_ids = position_ids + length
+        return self.get_base_model()(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save the adapter for ``PeftModel.from_pretrained``, and what a resumed run needs."""
+        super().save_pretrained(save_directory, **kwargs)
+        if self.active_peft_config.prefix_projection and kwargs.get("is_main_process", True):
+            save_file(self._prompt_encoder.state_dict(), Path(save_directory) / PROMPT_ENCODER_FILE)
+
+    def load_adapter(self, model_id: str, adapter_name: str, **kwargs: Any) -> Any:
+        """Load a checkpoint's prefix, or the network that makes it."""
+        if self.active_peft_config.prefix_projection:
+            tensors = load_file(Path(model_id) / PROMPT_ENCODER_FILE)
+            return self._prompt_encoder.load_state_dict(tensors)
+        return super().load_adapter(model_id, adapter_name, **kwargs)
+
+    @property
+    def _prompt_encoder(self) -> nn.Module:
+        return self.prompt_encoder[self.active_adapter]
+
+
+def add_prefix(
+    model: PreTrainedModel,
+    num_tokens: int,
+    reparameterise: bool,
+    tokens: Tensor | None,
+) -> PrefixTunedModel:
+    """Add a prefix (Li and Liang 2021, arXiv 2101.00190) of keys and values to every layer.
+
+    Args:
+        model: the model, whose own weights stay as they are.
+        num_tokens: length of the prefix.
+        reparameterise: train a two-layer network that makes the prefix, not the prefix itself.
+        tokens: (num_tokens,), whose keys and values the prefix starts from; None: from noise.
+
+    Raises:
+        InputError: a layer of the model has no keys and values.
+    """
+    activations = None if tokens is None else keys_and_values(model, tokens)
+    config = PrefixTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=num_tokens,
+        prefix_projection=reparameterise,
+        encoder_hidden_size=REPARAMETERISATION_SIZE,
+    )
+    with without_future_warnings():
+        adapted = PrefixTunedModel(model, config)
+    if activations is not None:
+        start_from(adapted._prompt_encoder, activations)
+    return adapted
+
+
+@torch.no_grad()
+def keys_and_values(model: PreTrainedModel, tokens: Tensor) -> KeysAndValues:
+    """Return the keys and values of a text in every layer, (1, heads, tokens, head size) each."""
+    cache = DynamicCache()
+    try:
+        model(input_ids=tokens.unsqueeze(0).to(model.device), past_key_values=cache, use_cache=True)
+        return tuple((layer.keys, layer.values) for layer in cache.layers)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise InputError(
+            f"--prefix_tuning: {type(model).__name__} has layers without keys and values that a "
+            "prefix could stand in; use --lora"
+        ) from error
+
+
+@torch.no_grad()
+def start_from(encoder: nn.Module, activations: KeysAndValues) -> None:
+    """Set peft's prefix encoder so that the prefix is ``activations``."""
+    # (tokens, heads, head size) of keys, then of values, layer by layer.
+    parts = [part[0].transpose(0, 1) for layer in activations for part in layer]
+    target = torch.stack(parts, dim=1).flatten(1)
+    if not encoder.prefix_projection:
+        encoder.embedding.weight.copy_(target)
+        return
+    # The network's last layer is solved for: there are far fewer tokens than hidden units.
+    first, activation, last = encoder.transform
+    hidden = activation(first(encoder.embedding.weight)).double()
+    missing = target.double() - last.bias.double() - hidden @ last.weight.double().T
+    last.weight.add_(torch.linalg.lstsq(hidden, missing).solution.T)
+
+
+def prefix_of(model: nn.Module) -> KeysAndValues:
+    """Return the keys and values of a model's prefix, (1, heads, tokens, head size); or ()."""
+    if not isinstance(model, PrefixTunedModel):
+        return ()
+    return tuple((layer.keys, layer.values) for layer in model.get_prompt(batch_size=1).layers)
+
+
+def prefix_length(model: nn.Module) -> int:
+    """Return how many tokens stand before every text: 0 without prefix-tuning."""
+    if not isinstance(model, PrefixTunedModel):
+        return 0
+    return model.active_peft_config.num_virtual_tokens
+
+
+def adapter_file(model: PeftModel) -> tuple[str, dict[str, Tensor]]:
+    """Return the file of a checkpoint that a run goes on from, and the tensors that it holds."""
+    if isinstance(model, PrefixTunedModel) and model.active_peft_config.prefix_projection:
+        return PROMPT_ENCODER_FILE, model.prompt_encoder[model.active_adapter].state_dict()
+    return SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict(model)
+
+
+def without_adapter(model: nn.Module) -> PreTrainedModel:
+    """Return the causal language model that an adapter, if any, was added to."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model

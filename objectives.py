@@ -1,0 +1,99 @@
+"""What training makes small: the options' losses, and metrics that have no gradient.
+
+Every objective takes a model and a batch and returns a scalar.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+import metrics
+from scoring import GenerationSettings, generate, option_sums, token_log_probabilities
+
+Objective = Callable[[nn.Module, dict[str, Any]], Tensor]
+
+
+def language_model_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Return the mean negative log-probability of the batch's scored tokens."""
+    return -token_log_probabilities(model, batch).mean()
+
+
+def classification_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Return the cross-entropy over the options' mean log-probabilities, averaged over examples."""
+    scores = option_scores(model, batch)
+    return nn.functional.cross_entropy(scores, batch["correct"].to(scores.device))
+
+
+def negative_accuracy(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Return minus the fraction of examples whose best option is acceptable; no gradient."""
+    with torch.no_grad():
+        scores = option_scores(model, batch)
+    acceptable = by_example(batch["acceptable"].to(scores.device), batch, False)
+    chosen = acceptable.gather(1, scores.argmax(dim=1, keepdim=True))
+    return -chosen.float().mean()
+
+
+def option_scores(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Return the options' mean log-probabilities, (examples, most options), missing ones -inf."""
+    sums, lengths = option_sums(token_log_probabilities(model, batch), batch)
+    return by_example(sums / lengths, batch, -torch.inf)
+
+
+def by_example(of_options: Tensor, batch: dict[str, Tensor], missing: float) -> Tensor:
+    """Return (examples, most options) from (options,), with ``missing`` where an example has fewer.
+
+    The options lie in the order of their examples.
+    """
+    examples = batch["option_examples"].to(of_options.device)
+    counts = torch.bincount(examples, minlength=len(batch["correct"]))
+    first = counts.cumsum(0) - counts
+    within = torch.arange(len(examples), device=of_options.device) - first[examples]
+    rows = of_options.new_full((len(counts), int(counts.max())), missing)
+    return rows.index_put((examples, within), of_options)
+
+
+@dataclass(frozen=True)
+class GenerationExample:
+    """Tokens of a prompt, and the texts that may follow."""
+
+    prompt: tuple[int, ...]
+    answers: tuple[str, ...]
+
+
+def collate_generation(examples: Sequence[GenerationExample]) -> dict[str, Any]:
+    """Make a batch for ``NegativeTextMetric``."""
+    return {
+        "prompts": [example.prompt for example in examples],
+        "answers": [example.answers for example in examples],
+    }
+
+
+TEXT_METRICS = {"f1": metrics.mean_f1, "em": metrics.mean_exact_match}
+
+
+@dataclass(frozen=True)
+class NegativeTextMetric:
+    """Minus the mean F1 or exact match of the text that the model generates; no gradient.
+
+    Attributes:
+        metric: "f1" or "em".
+        tokenizer: the model's own.
+        settings: how text is generated; greedy or beams, for the same text every time.
+    """
+
+    metric: str
+    tokenizer: PreTrainedTokenizerBase
+    settings: GenerationSettings
+
+    def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """Generate an answer behind every prompt of the batch, and compare."""
+        prompts = batch["prompts"]
+        texts = generate(model, self.tokenizer, prompts, self.settings, len(prompts), None)
+        value = TEXT_METRICS[self.metric](texts, batch["answers"])
+        return torch.tensor(-value, dtype=torch.float32, device=model.device)

@@ -1,0 +1,257 @@
+"""LoRA and prefix-tuning: scores, losses and texts are those of peft's own forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from test_scoring import draw, newline_writing_model, samples_of
+from tiny_models import FAMILIES, OTHER_FAMILIES, tiny_model, tiny_tokenizer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import objectives
+import scoring
+from adapters import add_lora, add_prefix, prefix_length
+from encoding import Encoder
+from hizoo import HiZOO
+from layerwise import LayerwiseWeights
+from scoring import GenerationSettings
+from tasks import get_task
+from utils import InputError
+
+TOKENS = torch.tensor([17, 40, 233, 68, 91])
+ADAPTERS: dict[str, Callable[[PreTrainedModel], PeftModel]] = {
+    "lora": lambda model: add_lora(model, 4, 8),
+    "prefix": lambda model: add_prefix(model, 5, False, TOKENS),
+    "reparameterised": lambda model: add_prefix(model, 5, True, TOKENS),
+    "noise": lambda model: add_prefix(model, 3, False, None),
+}
+PREFIXED = [name for name in ADAPTERS if name != "lora"]
+
+
+def adapted(family: str, kind: str, model: PreTrainedModel | None = None) -> PeftModel:
+    """Return a model with an adapter whose weights are no longer where they started."""
+    torch.manual_seed(1)
+    model = ADAPTERS[kind](model or tiny_model(family)).eval()
+    with torch.no_grad():
+        for parameter in trained(model).values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def reloaded(family: str, model: PeftModel, folder: Path) -> PeftModel:
+    """Return what another user gets from the saved adapter, with peft alone."""
+    model.save_pretrained(str(folder))
+    return PeftModel.from_pretrained(tiny_model(family), folder).eval()
+
+
+@torch.no_grad()
+def log_probabilities(model: PeftModel, tokens: Sequence[int], scored: int) -> Tensor:
+    """The oracle: one whole text through peft's forward pass, without padding or cache."""
+    text = torch.tensor([tokens])
+    logits = model(input_ids=text, attention_mask=torch.ones_like(text)).logits[0, :-1].float()
+    return logits.log_softmax(-1).gather(1, text[0, 1:, None])[:, 0][-scored:]
+
+
+# ----------------------------------------------------------------------------- adding an adapter
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHER_FAMILIES])
+def test_lora_starts_as_the_model_and_trains_projections_only(family: str) -> None:
+    model, text = tiny_model(family), torch.tensor([[5, 9, 31, 7]])
+    expected = model(text).logits
+    model = add_lora(model, 4, 8)
+    assert torch.equal(model(input_ids=text).logits, expected)
+    assert all(".lora_A." in name or ".lora_B." in name for name in trained(model))
+    parts = {name.split(".lora_")[0].rpartition(".")[2] for name in trained(model)}
+    assert parts in ({"q_proj", "v_proj"}, {"query_key_value"}, {"c_attn"})
+
+
+@pytest.mark.parametrize("kind", ["prefix", "reparameterised"])
+@pytest.mark.parametrize("family", [*FAMILIES, "bloom"])
+def test_a_prefix_starts_as_the_real_tokens(family: str, kind: str) -> None:
+    model, text = tiny_model(family), torch.tensor([[5, 9, 31, 7]])
+    expected = model(torch.cat([TOKENS[None], text], dim=1)).logits[:, len(TOKENS) :]
+    model = ADAPTERS[kind](model).eval()
+    found = model(input_ids=text, attention_mask=torch.ones_like(text)).logits
+    assert (found - expected).abs().max() < 1e-4
+    assert set(trained(model)) and all(n.startswith("prompt_encoder.") for n in trained(model))
+    assert any("transform" in name for name in trained(model)) == (kind == "reparameterised")
+    assert prefix_length(model) == len(TOKENS)
+
+
+def test_layers_without_keys_and_values_have_no_prefix() -> None:
+    with pytest.raises(InputError, match=r"--prefix_tuning: Lfm2ForCausalLM .* use --lora"):
+        add_prefix(tiny_model("lfm2"), 5, False, TOKENS)
+
+
+def test_a_model_without_projections_has_no_lora() -> None:
+    model = tiny_model("opt")
+    for layer in model.model.decoder.layers:
+        layer.self_attn.project_queries = layer.self_attn.q_proj
+        del layer.self_attn.q_proj
+    with pytest.raises(InputError, match="--lora: OPTForCausalLM has no query and value proj"):
+        add_lora(model, 4, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_of_half_precision_models_are_float32(kind: str, dtype: torch.dtype) -> None:
+    model = adapted("llama", kind, tiny_model("llama").to(dtype))
+    assert {p.dtype for p in trained(model).values()} == {torch.float32}
+    examples = [encoder("SST2").options(sample) for sample in samples_of("SST2")[1][:4]]
+    assert objectives.classification_loss(model, scoring.collate(examples)).isfinite()
+
+
+# ------------------------------------------------------------------------------ scores and losses
+
+
+def encoder(task: str, max_length: int = 1000) -> Encoder:
+    return Encoder(get_task(task), tiny_tokenizer(), max_length, 8)
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("family", [*FAMILIES, "bloom"])
+@pytest.mark.parametrize("task", ["SST2", "Copa"])
+def test_scores_are_those_of_the_saved_adapter(
+    family: str, kind: str, task: str, tmp_path: Path
+) -> None:
+    model = adapted(family, kind)
+    oracle = reloaded(family, model, tmp_path)
+    train, validation = samples_of(task)
+    for shown in ([], train[:5]):
+        examples = [encoder(task).options(sample, shown) for sample in validation[:5]]
+        for batch_size in (1, 3):
+            found = scoring.score_options(model, examples, batch_size, "")
+            for example, scores in zip(examples, found, strict=True):
+                for option, (total, count) in zip(example.options, scores, strict=True):
+                    expected = log_probabilities(oracle, option.tokens, option.scored)
+                    assert count == len(expected)
+                    assert abs(total - expected.sum().item()) < 2e-4
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_and_gradients(family: str, kind: str) -> None:
+    model = adapted(family, kind)
+    examples = [encoder("Copa").options(sample) for sample in samples_of("Copa")[1][:4]]
+    losses, gradients = [], []
+    for share in (True, False):
+        batch = scoring.collate(examples, share_prompt=share)
+        loss = objectives.classification_loss(model, batch)
+        model.zero_grad()
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append([p.grad.clone() for p in trained(model).values()])
+        assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    for first, second in zip(*gradients, strict=True):
+        assert torch.allclose(first, second, atol=1e-4)
+        assert first.abs().max() > 0
+
+
+def test_a_prefix_counts_for_a_sliding_window() -> None:
+    model = tiny_model("mistral", sliding_window=40)
+    assert scoring.can_share_prompt(model, 40)
+    model = add_prefix(model, 5, False, TOKENS)
+    assert scoring.can_share_prompt(model, 35) and not scoring.can_share_prompt(model, 36)
+
+
+# ------------------------------------------------------------------------------------- generation
+
+
+@pytest.mark.parametrize("kind", ["lora", "prefix"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("demonstrations", [0, 3])
+def test_texts_are_those_of_the_argmax(
+    family: str, kind: str, demonstrations: int, tmp_path: Path
+) -> None:
+    model = adapted(family, kind, newline_writing_model(family))
+    samples, shown = draw("SQuAD", 5, demonstrations)
+    shown = [shown[0]] * 5
+    pairs = zip(samples, shown, strict=True)
+    prompts = [encoder("SQuAD").prompt(sample, before) for sample, before in pairs]
+    settings = GenerationSettings(max_new_tokens=8)
+    expected = [written(model, prompt, 8) for prompt in prompts]
+    assert len(set(expected)) > (0 if family == "gemma2" else 1)
+    for batch_size in (1, 3):
+        found = scoring.generate(model, tiny_tokenizer(), prompts, settings, batch_size, "")
+        assert found == expected
+
+
+@torch.no_grad()
+def written(model: PeftModel, prompt: Sequence[int], max_new_tokens: int) -> str:
+    """The likeliest next token, again and again, with the whole text through peft's model."""
+    tokens = list(prompt)
+    stops = {tiny_tokenizer().encode("\n", add_special_tokens=False)[-1], 2}
+    for _ in range(max_new_tokens):
+        text = torch.tensor([tokens])
+        logits = model(input_ids=text, attention_mask=torch.ones_like(text)).logits
+        tokens.append(int(logits[0, -1].argmax()))
+        if tokens[-1] in stops:
+            break
+    return tiny_tokenizer().decode(tokens[len(prompt) :], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("kind", ["lora", "prefix"])
+def test_beams(kind: str) -> None:
+    """One beam search for several prompts gives what it gives for each alone."""
+    model = adapted("llama", kind)
+    prompts = [encoder("SQuAD").prompt(sample) for sample in samples_of("SQuAD")[1][:4]]
+    settings = GenerationSettings(max_new_tokens=6, num_beams=3)
+    tokenizer = tiny_tokenizer()
+    expected = []
+    for prompt in prompts:
+        text = torch.tensor([prompt])
+        rows = model.generate(
+            input_ids=text,
+            attention_mask=torch.ones_like(text),
+            max_new_tokens=6,
+            num_beams=3,
+            do_sample=False,
+            eos_token_id=[tokenizer.encode("\n", add_special_tokens=False)[-1], 2],
+            pad_token_id=2,
+        )
+        expected.append(tokenizer.decode(rows[0, len(prompt) :], skip_special_tokens=True).strip())
+    assert len(set(expected)) > 1
+    assert scoring.generate(model, tokenizer, prompts, settings, 4, "") == expected
+
+
+# --------------------------------------------------------------------------------- the optimizer
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_only_the_adapter_is_perturbed_and_has_an_h(kind: str) -> None:
+    model = adapted("opt", kind)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    examples = [encoder("SST2").options(sample) for sample in samples_of("SST2")[1][:4]]
+    batch = scoring.collate(examples)
+    optimizer = HiZOO(trained(model).values(), lr=1e-3, eps=1e-2, hessian_smooth=1e-3)
+    optimizer.step(lambda: objectives.classification_loss(model, batch))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
+    assert set(optimizer.state) == set(trained(model).values())
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_layer_by_layer_is_in_place(kind: str) -> None:
+    results = []
+    for layerwise in (False, True):
+        model = adapted("opt", kind)
+        examples = [encoder("SST2").options(sample) for sample in samples_of("SST2")[1][:4]]
+        batch = scoring.collate(examples)
+        layers = LayerwiseWeights(model) if layerwise else None
+        optimizer = HiZOO(trained(model).values(), lr=1e-3, eps=1e-2, layers=layers)
+        for _ in range(3):
+            optimizer.step(lambda m=model, b=batch: objectives.classification_loss(m, b))
+        results.append(trained(model))
+    for name, parameter in results[0].items():
+        assert torch.allclose(parameter, results[1][name], atol=1e-6), name
