@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -291,9 +292,9 @@ class Arguments(TrainingArguments):
         # Batches of encoded examples have no columns that a model's forward could name.
         self.remove_unused_columns = False
 
-    @property
+    @functools.cached_property
     def task(self) -> Task:
-        """The task of --task_name, or that of the user's own files."""
+        """The task of --task_name, or that of the user's own files as they are at the start."""
         return choose_task(self.task_name, self.train_file, self.validation_file, self.metric)
 
     @property
@@ -310,8 +311,8 @@ class Arguments(TrainingArguments):
 def default_tag(arguments: Arguments) -> str:
     """Name a run after what distinguishes it."""
     model = Path(arguments.model_name or "model").name
-    own = Path(arguments.train_file or arguments.validation_file or "task").stem
-    parts = [arguments.task_name or own, model, arguments.trainer]
+    own = Path(arguments.train_file or arguments.validation_file or "task").absolute()
+    parts = [arguments.task_name or f"{own.parent.name}-{own.stem}", model, arguments.trainer]
     parts += [name for name in (*TUNING_MODES, "non_diff") if getattr(arguments, name)]
     if arguments.trainer == "none":
         parts += [f"{arguments.num_train}-shot"]
@@ -398,6 +399,7 @@ def settings_of_a_checkpoint(arguments: Arguments) -> dict[str, Any]:
     return {
         "trainer": arguments.trainer,
         "task_name": arguments.task.name,
+        "train_file": arguments.train_file and str(Path(arguments.train_file).resolve()),
         "model_name": Path(arguments.model_name).name,
         **_plain_values(arguments, names),
     }

@@ -68,7 +68,8 @@ def test_zero_shot_result_and_rows(
     out = capsys.readouterr().out.splitlines()
     assert out[0] == f"zero-shot accuracy: {accuracy:.4f} (20 examples)"
     assert out[1] == f"result: {tmp_path / 'result.json'}"
-    assert set(result["versions"]) == {"python", "torch", "transformers", "accelerate", "numpy"}
+    libraries = {"torch", "transformers", "accelerate", "peft", "numpy"}
+    assert set(result["versions"]) == {"python", *libraries}
     assert result["seconds"] > 0
 
 

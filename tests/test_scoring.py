@@ -586,6 +586,7 @@ def test_collate() -> None:
         "read_options": [0, 1, 2, 2, 3, 3, 3],
         "option_examples": [0, 0, 1, 1],
         "correct": [0, 1],
+        "acceptable": [True, False, False, True],
     }
     assert mask.dtype == torch.bool and mask.shape == (2, 1, 6, 6)
     drawn = ["".join(".x"[seen] for seen in row) for row in mask.flatten(0, 2).tolist()]
