@@ -1,0 +1,250 @@
+"""Training the language-model head alone: untying, head tuning, and linear probing.
+
+Linear probing fits the head by logistic regression on hidden states that never change (Kumar et al.
+2022, arXiv 2202.10054; for language models MeZO, Malladi et al. 2023, arXiv 2305.17333): one
+forward pass over the examples, no steps.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from encoding import EncodedExample
+from scoring import collate, run_in_batches, token_log_probabilities
+from utils import InputError
+
+# MeZO's: the solver stops at this largest entry of the gradient, or after so many iterations.
+FITTING = {"tol": 1e-4, "max_iter": 5000}
+EARLY_STOPPING = {"tol": 1e-2, "max_iter": 1000}
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """What a linear probe was fitted to, and how.
+
+    Attributes:
+        tokens: the distinct tokens of the answers, the classes of the logistic regression.
+        rows: the scored tokens of all examples: hidden states that it was fitted to.
+        iterations: of its solver.
+        converged: False if the solver stopped early; the head is fitted less well then.
+    """
+
+    tokens: int
+    rows: int
+    iterations: int
+    converged: bool
+
+
+# ---------------------------------------------------------------------------------------- the head
+
+
+def head_is_tied(model: PreTrainedModel) -> bool:
+    """Tell whether the head's weight is the input embeddings' weight: training one changes both.
+
+    Raises:
+        InputError: the model has no head with a weight of shape (vocabulary, hidden).
+    """
+    return _head(model).weight is model.get_input_embeddings().weight
+
+
+def untie_head(model: PreTrainedModel) -> None:
+    """Give the head a weight of its own, for good: files that the model is saved to hold both.
+
+    Values and logits stay as they are. Nothing happens to a model whose head is its own. An
+    optimizer made before keeps the old weight: untie first.
+
+    Raises:
+        InputError: the head is of no known shape, or further weights of the model are tied, which
+            the configuration can only switch off together with the head's.
+    """
+    head = _head(model)
+    ties = model.get_expanded_tied_weights_keys(all_submodels=True)
+    if not ties and not head_is_tied(model):
+        return
+    (prefix,) = (name for name, module in model.named_modules() if module is head)
+    own = {f"{prefix}.{name}" for name, _ in head.named_parameters()}
+    others = sorted(target for target, source in ties.items() if not own & {target, source})
+    if others:
+        raise InputError(
+            f"{type(model).__name__} ties more weights than its head's ({', '.join(others)}), so "
+            "the head cannot be untied: leave out --untie_emb and --linear_probing"
+        )
+    for name, parameter in list(head.named_parameters()):
+        setattr(head, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            # Loading goes by the configuration, saving by the other two.
+            module.config.tie_word_embeddings = False
+            module._tied_weights_keys = {}
+            module.all_tied_weights_keys = {}
+
+
+def freeze_all_but_head(model: PreTrainedModel) -> None:
+    """Leave only the head to train: its weight, which may be the embeddings' too, and its bias.
+
+    Raises:
+        InputError: the model has no head with a weight of shape (vocabulary, hidden).
+    """
+    head = _head(model)
+    model.requires_grad_(False)
+    head.requires_grad_(True)
+
+
+def _head(model: PreTrainedModel) -> nn.Module:
+    """Return the module that makes logits of hidden states, as nn.Linear does."""
+    head = model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    if weight is None or weight.dim() != 2 or len(weight) != vocabulary:
+        shape = "none" if weight is None else tuple(weight.shape)
+        raise InputError(
+            f"{type(model).__name__}: its head's weight has to be of shape ({vocabulary}, hidden "
+            f"size), not {shape}; leave out --head_tuning, --linear_probing and --untie_emb"
+        )
+    return head
+
+
+# -------------------------------------------------------------------------------- linear probing
+
+
+def fit_head(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[EncodedExample],
+    batch_size: int,
+    early_stopping: bool = False,
+    progress: str = "linear probing",
+) -> LinearProbe:
+    """Fit the head to the correct answers by logistic regression, and change nothing else.
+
+    Every scored token of an answer is a row: the hidden state that predicts it, and the token as
+    its class. The fitted coefficients become the head's rows of these tokens (and the entries of
+    its bias, if it has one), so that the softmax over the fitted tokens' logits is the classifier's
+    probability. All other rows stay, and so do the embeddings: a tied head is untied.
+
+    A model may scale or cap its logits behind the head (Cohere's ``logit_scale``, Gemma 2's
+    ``final_logit_softcapping``). That is monotonic: the order of the fitted tokens, and with it the
+    answer among options of one token, is still the classifier's; the probabilities are not.
+    The scores of longer options also depend on the logits of tokens that no answer has.
+
+    The regularisation is scikit-learn's default, C = 1. MeZO's code chooses C by cross-validation,
+    for which each token has to be in several answers: with generated answers few are.
+
+    In a run of several processes each one fits its own copy of the model, to all examples.
+
+    Args:
+        model: a causal language model; left in evaluation mode.
+        tokenizer: names a token in an error.
+        examples: the training examples, each with its correct option alone
+            (``Encoder.correct_option``).
+        batch_size: examples in a forward pass, at most.
+        early_stopping: stop the solver sooner (``EARLY_STOPPING``), against overfitting.
+        progress: what the progress bar says.
+
+    Raises:
+        InputError: all answers are of the same token, the hidden states are not finite, or the
+            model's head cannot be fitted or untied. The model is then as it was before.
+    """
+    head = _head(model)
+    features, targets = answer_features(model, examples, batch_size, progress)
+    tokens = np.unique(targets)
+    if len(tokens) < 2:
+        raise InputError(
+            f"--linear_probing: all answers among the {len(examples)} training examples are of the "
+            f"one token {tokenizer.decode(tokens)!r}, there is nothing to tell apart; give a "
+            "larger --num_train, or another task"
+        )
+    if not np.isfinite(features).all():
+        raise InputError(
+            "--linear_probing: the model's hidden states are not finite; leave out --load_float16, "
+            "or give --load_bfloat16 in its place"
+        )
+    classifier = LogisticRegression(
+        **(EARLY_STOPPING if early_stopping else FITTING),
+        fit_intercept=getattr(head, "bias", None) is not None,
+        random_state=0,
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        # In float32 rounding ends the solver, with probabilities up to 2e-4 off at any tolerance.
+        classifier.fit(features.astype(np.float64), targets)
+    untie_head(model)
+    _write(classifier, head)
+    return LinearProbe(
+        tokens=len(tokens),
+        rows=len(features),
+        iterations=int(classifier.n_iter_.max()),
+        converged=not any(issubclass(one.category, ConvergenceWarning) for one in caught),
+    )
+
+
+@torch.no_grad()
+def answer_features(
+    model: PreTrainedModel, examples: Sequence[EncodedExample], batch_size: int, progress: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return what the head reads where it predicts each scored token, and the tokens.
+
+    Args:
+        model: a causal language model; left in evaluation mode.
+        examples: with one option each.
+        batch_size: examples in a forward pass, at most.
+        progress: what the progress bar says.
+
+    Returns:
+        The features, (scored tokens, hidden) in float32 whatever the model's dtype, and the token
+        ids, (scored tokens,), in the order of the examples, whatever the batches.
+    """
+    model.eval()
+    lengths = []
+    for example in examples:
+        (option,) = example.options
+        lengths.append(len(option.tokens))
+    features: list[Tensor] = [torch.empty(0)] * len(examples)
+    targets: list[Tensor] = [torch.empty(0)] * len(examples)
+    read: list[Tensor] = []
+
+    def keep_input(_: nn.Module, arguments: tuple[Any, ...], __: Tensor) -> None:
+        # Scoring has cut the input down to the predicting positions: (scored tokens, hidden).
+        read.append(arguments[0].float().cpu())
+
+    def read_batch(indices: list[int]) -> None:
+        read.clear()
+        batch = collate([examples[index] for index in indices])
+        token_log_probabilities(
+            model, {name: tensor.to(model.device) for name, tensor in batch.items()}
+        )
+        counts = torch.bincount(batch["read_options"]).tolist()
+        parts = zip(read[0].split(counts), batch["targets"].split(counts), strict=True)
+        for index, (rows, tokens) in zip(indices, parts, strict=True):
+            features[index], targets[index] = rows, tokens
+
+    hook = model.get_output_embeddings().register_forward_hook(keep_input)
+    try:
+        run_in_batches(read_batch, len(examples), lengths.__getitem__, batch_size, progress)
+    finally:
+        hook.remove()
+    return torch.cat(features).numpy(), torch.cat(targets).numpy()
+
+
+@torch.no_grad()
+def _write(classifier: LogisticRegression, head: nn.Module) -> None:
+    """Make the classifier's coefficients the head's rows of its classes."""
+    coefficients, intercepts = classifier.coef_, classifier.intercept_
+    if len(classifier.classes_) == 2:
+        # One row stands for the difference of the two logits.
+        coefficients = np.concatenate([-coefficients / 2, coefficients / 2])
+        intercepts = np.concatenate([-intercepts / 2, intercepts / 2])
+    tokens = torch.from_numpy(classifier.classes_).to(head.weight.device)
+    head.weight[tokens] = torch.from_numpy(coefficients).to(head.weight)
+    if classifier.fit_intercept:
+        head.bias[tokens] = torch.from_numpy(intercepts).to(head.bias)

@@ -1,0 +1,348 @@
+"""The head: untied, trained alone, and fitted by logistic regression.
+
+The oracle reads each text by itself, as ``model(input_ids)``, and fits scikit-learn's classifier to
+what it finds before the head.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from running import MODEL, SAMPLES
+from sklearn.linear_model import LogisticRegression
+from tiny_models import FAMILIES, OTHER_FAMILIES, tiny_model, tiny_tokenizer
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+import probing
+import scoring
+from encoding import EncodedExample, EncodedOption, Encoder
+from modeling import load_model, saved_shapes, tied_weights
+from probing import (
+    LinearProbe,
+    answer_features,
+    fit_head,
+    freeze_all_but_head,
+    head_is_tied,
+    untie_head,
+)
+from tasks import get_task, load_samples, permutation_subset, sample_train_dev
+from utils import InputError
+
+# Without the cap on Gemma 2's logits their softmax is the classifier's; it has a test of its own.
+HEADS = [
+    pytest.param(family, {"tie_word_embeddings": tied, **more}, id=f"{family}-{kind}")
+    for family, more in [
+        *((name, {}) for name in (*FAMILIES, OTHER_FAMILIES[0]) if name != "gemma2"),
+        ("gemma2", {"final_logit_softcapping": None}),
+        ("opt", {"word_embed_proj_dim": 16}),
+    ]
+    for tied, kind in ((True, "tied"), (False, "untied"))
+]
+of_every_head = pytest.mark.parametrize(("family", "overrides"), HEADS)
+tokenizer_of = functools.cache(tiny_tokenizer)
+TEXT = torch.tensor([[2, 40, 50, 60, 70, 80]])
+
+
+# ------------------------------------------------------------------------------------- the oracle
+
+
+@torch.no_grad()
+def features_of(
+    model: PreTrainedModel, examples: Sequence[EncodedExample]
+) -> tuple[np.ndarray, np.ndarray]:
+    rows, targets = [], []
+    for example in examples:
+        (option,) = example.options
+        seen: list[Tensor] = []
+        head = model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda _, arguments, s=seen: s.append(arguments[0]))
+        model(input_ids=torch.tensor([option.tokens]))
+        hook.remove()
+        for index in range(len(option.tokens) - option.scored, len(option.tokens)):
+            rows.append(seen[0][0, index - 1].double())
+            targets.append(option.tokens[index])
+    return torch.stack(rows).numpy(), np.array(targets)
+
+
+@torch.no_grad()
+def probabilities_of(
+    model: PreTrainedModel, examples: Sequence[EncodedExample], classes: np.ndarray
+) -> np.ndarray:
+    """The softmax over the logits of ``classes`` alone, wherever a token is scored."""
+    rows = []
+    for example in examples:
+        (option,) = example.options
+        logits = model(input_ids=torch.tensor([option.tokens])).logits[0].float()
+        rows.append(logits[-option.scored - 1 : -1, torch.tensor(classes)])
+    return torch.cat(rows).softmax(dim=1).numpy()
+
+
+def random_examples(number: int, answers: Sequence[int], scored: int = 3) -> list[EncodedExample]:
+    """Texts of 6 to 12 tokens and 1 to ``scored`` more that are drawn from ``answers``."""
+    draw = random.Random(0)
+    examples = []
+    for _ in range(number):
+        text = [2, *draw.choices(range(10, 1000), k=draw.randint(5, 11))]
+        answer = draw.choices(answers, k=draw.randint(1, scored))
+        examples.append(EncodedExample((EncodedOption((*text, *answer), len(answer)),)))
+    return examples
+
+
+def state_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def logits_of(model: PreTrainedModel) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=TEXT).logits
+
+
+def reloaded(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    model.save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).eval()
+
+
+# ---------------------------------------------------------------------------------------- the head
+
+
+@of_every_head
+def test_untied_head_is_saved_and_loaded(
+    family: str, overrides: dict[str, Any], tmp_path: Path
+) -> None:
+    model = tiny_model(family, **overrides)
+    assert head_is_tied(model) == overrides["tie_word_embeddings"]
+    before, logits = state_of(model), logits_of(model)
+    untie_head(model)
+    assert not head_is_tied(model)
+    assert not tied_weights(model)
+    assert torch.equal(logits_of(model), logits)
+    assert state_of(model).keys() == before.keys()
+    assert not (overrides["tie_word_embeddings"] and model._tied_weights_keys)
+    # Equal values in the file must not be taken for one tied weight.
+    assert not head_is_tied(reloaded(model, tmp_path))
+    model.get_output_embeddings().weight.data[7] += 1.0
+    model.tie_weights()
+    loaded = reloaded(model, tmp_path)
+    for one in (model, loaded):
+        assert not head_is_tied(one)
+        assert not torch.equal(
+            one.get_output_embeddings().weight, one.get_input_embeddings().weight
+        )
+    assert torch.equal(logits_of(loaded), logits_of(model))
+    assert not torch.equal(logits_of(model), logits)
+    assert len(saved_shapes(tmp_path)) == len(before)
+
+
+def test_untying_twice_changes_nothing_more() -> None:
+    model = tiny_model("opt", tie_word_embeddings=True)
+    untie_head(model)
+    weight = model.get_output_embeddings().weight
+    untie_head(model)
+    assert model.get_output_embeddings().weight is weight
+
+
+def test_other_models_of_the_class_stay_tied(tmp_path: Path) -> None:
+    untie_head(tiny_model("gpt2", tie_word_embeddings=True))
+    other = tiny_model("gpt2", tie_word_embeddings=True)
+    assert head_is_tied(other)
+    assert head_is_tied(reloaded(other, tmp_path))
+
+
+def test_a_configuration_that_says_tied_is_corrected() -> None:
+    """So models load whose file holds a head of its own although the configuration ties it."""
+    model = tiny_model("llama", tie_word_embeddings=False)
+    model.config.tie_word_embeddings = True
+    untie_head(model)
+    model.tie_weights()
+    assert not head_is_tied(model)
+
+
+def test_a_model_with_further_ties_is_refused() -> None:
+    model = tiny_model("opt", tie_word_embeddings=True)
+    model._tied_weights_keys = {**model._tied_weights_keys, "second.weight": "first.weight"}
+    with pytest.raises(InputError, match=r"ties more weights than its head's \(second.weight\)"):
+        untie_head(model)
+    assert head_is_tied(model)
+
+
+@of_every_head
+def test_only_the_head_is_left_to_train(family: str, overrides: dict[str, Any]) -> None:
+    model = tiny_model(family, **overrides)
+    freeze_all_but_head(model)
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    assert trained == {id(parameter) for parameter in model.get_output_embeddings().parameters()}
+    assert model.get_input_embeddings().weight.requires_grad == head_is_tied(model)
+
+
+@pytest.mark.parametrize("call", [head_is_tied, untie_head, freeze_all_but_head])
+@pytest.mark.parametrize("head", [None, Conv1D(1536, 32), nn.Identity()])
+def test_a_head_of_another_kind_is_refused(
+    call: Callable[[PreTrainedModel], Any], head: nn.Module | None
+) -> None:
+    model = tiny_model("llama")
+    model.lm_head = head
+    with pytest.raises(InputError, match=r"weight has to be of shape \(1536, hidden size\), not"):
+        call(model)
+
+
+# -------------------------------------------------------------------------------- linear probing
+
+
+@of_every_head
+def test_fitted_head_is_the_classifier(
+    family: str, overrides: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Rounding can change the iteration that the solver stops after: let it go on to the optimum.
+    monkeypatch.setitem(probing.FITTING, "tol", 1e-7)
+    model = tiny_model(family, **overrides)
+    for answers in ([300, 17], [301, 18, 900]):
+        examples = random_examples(50, answers)
+        features, targets = features_of(model, examples)
+        oracle = LogisticRegression(tol=1e-7, max_iter=5000, fit_intercept=family == "phi")
+        oracle.fit(features, targets)
+        before = state_of(model)
+        probe = fit_head(model, tokenizer_of(), examples, batch_size=8)
+        assert (probe.tokens, probe.rows) == (len(answers), len(targets))
+        assert probe.converged
+        found = probabilities_of(model, examples, oracle.classes_)
+        print(
+            np.abs(found - oracle.predict_proba(features)).max(),
+            probe.iterations,
+            oracle.n_iter_,
+        )
+        assert np.abs(found - oracle.predict_proba(features)).max() < 1e-5
+        assert np.abs(found - 1 / len(answers)).max() > 0.1
+        assert_only_rows_of_head_changed(model, before, answers)
+    assert torch.equal(logits_of(reloaded(model, tmp_path)), logits_of(model))
+
+
+def assert_only_rows_of_head_changed(
+    model: PreTrainedModel, before: dict[str, Tensor], tokens: Sequence[int]
+) -> None:
+    head = model.get_output_embeddings()
+    (prefix,) = (name for name, module in model.named_modules() if module is head)
+    for name, tensor in model.state_dict().items():
+        changed = (tensor != before[name]).reshape(len(tensor), -1).any(dim=1)
+        expected = sorted(tokens) if name.startswith(f"{prefix}.") else []
+        assert changed.nonzero().flatten().tolist() == expected, name
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+@pytest.mark.parametrize("family", ["opt", "gemma2", "bloom"])
+def test_features_are_those_of_single_texts(family: str, batch_size: int) -> None:
+    """In the order of the examples, though the longest are read first."""
+    model = tiny_model(family).train()
+    samples = load_samples(get_task("Copa"), str(SAMPLES))[0][:12]
+    encoder = Encoder(get_task("Copa"), tokenizer_of(), 1024)
+    examples = [encoder.correct_option(sample) for sample in samples]
+    features, targets = answer_features(model, examples, batch_size, "features")
+    assert not model.training
+    expected, expected_targets = features_of(model, examples)
+    assert targets.tolist() == expected_targets.tolist()
+    assert np.abs(features - expected).max() < 1e-5
+    assert len({example.options[0].scored for example in examples}) > 1
+
+
+def test_features_when_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, examples = tiny_model("llama"), random_examples(9, [300, 17])
+    expected, targets = answer_features(model, examples, 1, "features")
+    whole = scoring.token_log_probabilities
+
+    def short_of_memory(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+        values = whole(model, batch)
+        if len(batch["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return values
+
+    monkeypatch.setattr(probing, "token_log_probabilities", short_of_memory)
+    found, found_targets = answer_features(model, examples, 8, "features")
+    assert np.abs(found - expected).max() < 1e-5
+    assert found_targets.tolist() == targets.tolist()
+    assert not model.get_output_embeddings()._forward_hooks
+
+
+def test_capped_logits_keep_the_classifiers_order() -> None:
+    model = tiny_model("gemma2", final_logit_softcapping=30.0)
+    examples = random_examples(40, [301, 18, 900], scored=1)
+    features, targets = features_of(model, examples)
+    fit_head(model, tokenizer_of(), examples, batch_size=8)
+    oracle = LogisticRegression(max_iter=5000, fit_intercept=False).fit(features, targets)
+    found = probabilities_of(model, examples, oracle.classes_).argmax(axis=1)
+    assert (oracle.classes_[found] == oracle.predict(features)).all()
+
+
+@pytest.mark.parametrize(("early", "tol", "max_iter"), [(False, 1e-4, 5000), (True, 1e-2, 1000)])
+@pytest.mark.parametrize("family", ["opt", "phi"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_written_rows_are_the_coefficients(
+    dtype: torch.dtype, family: str, early: bool, tol: float, max_iter: int
+) -> None:
+    model = tiny_model(family).to(dtype)
+    examples = random_examples(40, [301, 18, 900])
+    features, targets = answer_features(model, examples, 8, "features")
+    assert features.dtype == np.float32
+    probe = fit_head(model, tokenizer_of(), examples, 8, early_stopping=early)
+    oracle = LogisticRegression(tol=tol, max_iter=max_iter, fit_intercept=family == "phi")
+    oracle.fit(features.astype(np.float64), targets)
+    head = model.get_output_embeddings()
+    assert head.weight.dtype == dtype
+    assert torch.equal(head.weight[[18, 301, 900]], torch.from_numpy(oracle.coef_).to(dtype))
+    if family == "phi":
+        assert torch.equal(head.bias[[18, 301, 900]], torch.from_numpy(oracle.intercept_).to(dtype))
+    assert probe == LinearProbe(3, len(targets), oracle.n_iter_.max(), converged=True)
+
+
+def test_a_solver_that_did_not_converge_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(probing.FITTING, "max_iter", 2)
+    probe = fit_head(tiny_model("opt"), tokenizer_of(), random_examples(20, [300, 17]), 8)
+    assert (probe.iterations, probe.converged) == (2, False)
+
+
+def test_one_answer_is_refused() -> None:
+    model = tiny_model("opt", tie_word_embeddings=True)
+    before = state_of(model)
+    (token,) = tokenizer_of().encode(" great", add_special_tokens=False)
+    with pytest.raises(InputError) as caught:
+        fit_head(model, tokenizer_of(), random_examples(5, [token]), 8)
+    assert str(caught.value) == (
+        "--linear_probing: all answers among the 5 training examples are of the one token "
+        "' great', there is nothing to tell apart; give a larger --num_train, or another task"
+    )
+    assert head_is_tied(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_hidden_states_that_are_not_finite_are_refused() -> None:
+    model = tiny_model("opt")
+    model.get_input_embeddings().weight.data[:] = torch.inf
+    with pytest.raises(InputError, match="hidden states are not finite"):
+        fit_head(model, tokenizer_of(), random_examples(5, [300, 17]), 8)
+
+
+def test_probing_the_bundled_model_learns_sst2() -> None:
+    """Measured: 0.67 zero-shot, 1.00 probed, on these 100 examples."""
+    task = get_task("SST2")
+    train, validation = load_samples(task, str(SAMPLES))
+    drawn, _ = sample_train_dev(train, 256, 0, 0)
+    evaluation = permutation_subset(validation, 100, 0)
+    encoder = Encoder(task, tokenizer_of(), 1024)
+    model = load_model(str(MODEL), torch.float32)
+
+    def accuracy() -> float:
+        predictions = scoring.predict(model, encoder, evaluation, [[]] * 100, 16)
+        return task.score([prediction.answer for prediction in predictions], evaluation)["accuracy"]
+
+    before = accuracy()
+    probe = fit_head(model, tokenizer_of(), [encoder.correct_option(s) for s in drawn], 16)
+    assert (probe.tokens, probe.rows, probe.converged) == (2, 256, True)
+    assert before < 0.75
+    assert accuracy() > 0.95
