@@ -1,0 +1,109 @@
+"""Objectives without a gradient, beside a computation by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from test_scoring import draw, log_probabilities, model_of, newline_writing_model, samples_of
+from tiny_models import FAMILIES, tiny_tokenizer
+from torch import Tensor
+
+import objectives
+import scoring
+from encoding import Encoder
+from hizoo import HiZOO
+from layerwise import LayerwiseWeights
+from metrics import mean_exact_match, mean_f1
+from scoring import GenerationSettings
+from tasks import get_task
+
+
+def encoder(task: str) -> Encoder:
+    return Encoder(get_task(task), tiny_tokenizer(), 1024, 8)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("task", ["SST2", "Copa", "ReCoRD"])
+@pytest.mark.parametrize("share", [True, False])
+def test_negative_accuracy(family: str, task: str, share: bool) -> None:
+    model, samples = model_of(family), samples_of(task)[1][:8]
+    examples = [encoder(task).options(sample) for sample in samples]
+    right = 0
+    for sample, example in zip(samples, examples, strict=True):
+        scores = [log_probabilities(model, o.tokens, o.scored).mean() for o in example.options]
+        best = max(range(len(scores)), key=scores.__getitem__)
+        right += sample.candidates[best] in sample.correct
+    loss = objectives.negative_accuracy(model, scoring.collate(examples, share_prompt=share))
+    assert loss.item() == pytest.approx(-right / 8)
+    assert not loss.requires_grad
+
+
+def test_any_of_several_answers_is_right() -> None:
+    sample = samples_of("ReCoRD")[1][0]
+    sample = dataclasses.replace(sample, correct=(sample.candidates[2], sample.candidates[0]))
+    example = encoder("ReCoRD").options(sample)
+    right = {example.correct, *example.also_correct}
+    assert {sample.candidates[index] for index in right} == set(sample.correct)
+    batch = scoring.collate([example, encoder("ReCoRD").options(samples_of("ReCoRD")[1][0])])
+    assert batch["acceptable"][: len(example.options)].nonzero().flatten().tolist() == sorted(right)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("name", "metric"), [("f1", mean_f1), ("em", mean_exact_match)])
+def test_negative_metric_of_generated_text(family: str, name: str, metric: object) -> None:
+    model, tokenizer = model_of(family), tiny_tokenizer()
+    settings = GenerationSettings(max_new_tokens=6)
+    samples, _ = draw("SQuAD", 6, 0)
+    prompts = [encoder("SQuAD").prompt(sample) for sample in samples]
+    texts = [scoring.generate(model, tokenizer, [p], settings, 1, None)[0] for p in prompts]
+    assert sum(map(bool, texts)) > 3
+    # Some of the texts are right, so that the value is neither 0 nor 1.
+    answers = [(texts[0],), (texts[1], "another"), *((f"{text} word",) for text in texts[2:])]
+    pairs = zip(prompts, answers, strict=True)
+    examples = [objectives.GenerationExample(*pair) for pair in pairs]
+    objective = objectives.NegativeTextMetric(name, tokenizer, settings)
+    loss = objective(model, objectives.collate_generation(examples))
+    assert loss.item() == pytest.approx(-metric(texts, answers))
+    assert -1 < loss.item() < 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_generation_inside_a_layerwise_loss(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text is that of the perturbed weights, whose noise is drawn once for all tokens."""
+    model, tokenizer = newline_writing_model("llama").to(dtype), tiny_tokenizer()
+    samples, _ = draw("SQuAD", 4, 0)
+    prompts = [encoder("SQuAD").prompt(sample) for sample in samples]
+    settings = GenerationSettings(max_new_tokens=6)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    before = [p.clone() for p in parameters]
+    texts: list[list[str]] = []
+
+    def closure() -> Tensor:
+        texts.append(scoring.generate(model, tokenizer, prompts, settings, 4, None))
+        return torch.tensor(0.0)
+
+    drawn: list[int] = []
+    draw_noise = HiZOO._perturb
+
+    def count(self: HiZOO, scales: dict, outputs: dict | None) -> None:
+        drawn.append(len(outputs) if outputs else 0)
+        draw_noise(self, scales, outputs)
+
+    monkeypatch.setattr(HiZOO, "_perturb", count)
+    layers = LayerwiseWeights(model)
+    optimizer = HiZOO(parameters, lr=0.0, eps=0.5, hessian_smooth=0.0, layers=layers)
+    optimizer.estimate(closure)
+    # Every weight twice: in the first run of its module and, kept from then on, in the second.
+    assert sum(drawn) <= 2 * 2 * len(parameters)
+    assert all(torch.equal(p, q) for p, q in zip(parameters, before, strict=True))
+    optimizer.restore()
+    for number, sign in enumerate((1, -1)):
+        moved = newline_writing_model("llama").to(dtype)
+        other = HiZOO(moved.parameters(), lr=0.0, eps=0.5, hessian_smooth=0.0)
+        other._move_to((0, sign))
+        assert scoring.generate(moved, tokenizer, prompts, settings, 4, None) == texts[number]
+    assert texts[0] != texts[1]
