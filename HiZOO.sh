@@ -8,26 +8,33 @@
 # Further arguments go to run.py and win over the ones here. README lists the variables.
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+source "$HERE/settings.sh"
 
 TASK=${TASK:-SST2}
 MODE=${MODE:-ft}
 DATA_DIR=${DATA_DIR:-}
+choose_mode
+# The middle of the MeZO paper's grids: prefixes and LoRA matrices take larger steps than weights.
+case $MODE in
+    ft) DEFAULT_LR=1e-6 DEFAULT_EPS=1e-3 ;;
+    prefix) DEFAULT_LR=1e-2 DEFAULT_EPS=1e-1 ;;
+    lora) DEFAULT_LR=1e-4 DEFAULT_EPS=1e-2 ;;
+esac
 EXTRA_ARGS=()
 if [ -z "${MODEL:-}" ]; then
-    # The bundled model has a thousandth of the parameters and learns in far fewer steps.
-    MODEL=$HERE/data/tiny-opt
-    DATA_DIR=${DATA_DIR:-$HERE/data/samples}
-    LR=${LR:-1e-4}
+    use_bundled_model
+    # It has a thousandth of the parameters and learns in far fewer steps.
+    if [ "$MODE" = ft ]; then
+        LR=${LR:-1e-4}
+    fi
     STEPS=${STEPS:-400}
     EVAL_STEPS=${EVAL_STEPS:-100}
     HESSIAN_SMOOTH_TYPE=${HESSIAN_SMOOTH_TYPE:-constant1e-5}
-    # A model this small gains nothing from a second thread, and loses much beside another process.
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     EXTRA_ARGS+=(--eval_before_training --per_device_eval_batch_size 64)
 fi
 BS=${BS:-16}
-LR=${LR:-1e-6}
-EPS=${EPS:-1e-3}
+LR=${LR:-$DEFAULT_LR}
+EPS=${EPS:-$DEFAULT_EPS}
 SEED=${SEED:-0}
 TRAIN=${TRAIN:-1000}
 EVAL=${EVAL:-1000}
@@ -39,36 +46,13 @@ ZO_LR_SCHEDULER_TYPE=${ZO_LR_SCHEDULER_TYPE:-constant}
 WEIGHT_DECAY=${WEIGHT_DECAY:-0}
 HESSIAN_SMOOTH_TYPE=${HESSIAN_SMOOTH_TYPE:-constant1e-8}
 
-case $MODE in
-    ft) ;;
-    prefix | lora)
-        echo "error: MODE=$MODE is not built yet: MODE=ft trains all parameters" >&2
-        exit 2
-        ;;
-    *)
-        echo "error: MODE=$MODE: give ft" >&2
-        exit 2
-        ;;
-esac
-
-DEFAULT_DEV=500
-if [ "$MODEL" = "$HERE/data/tiny-opt" ]; then
-    DEFAULT_DEV=200
-fi
-OBJECTIVE=(--train_as_classification)
-case $(printf %s "$TASK" | tr '[:upper:]' '[:lower:]') in
-    cb) DEFAULT_DEV=100 ;; # CB and Copa have fewer than 500 training examples.
-    copa) DEFAULT_DEV=100 OBJECTIVE=() ;;
-    record | squad | drop) OBJECTIVE=() ;;
-esac
+choose_objective "$@"
+choose_best "$@"
 DEV=${DEV:-$DEFAULT_DEV}
 
-case " $* " in *" --load_"*) ;; *)
-    if [ "${CUDA_VISIBLE_DEVICES-all}" ] && command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
-        EXTRA_ARGS+=(--load_float16)
-    fi
-    ;;
-esac
+if ! given "--load_float16 --load_bfloat16 --load_int8 --load_int4" "$@" && has_gpu; then
+    EXTRA_ARGS+=(--load_float16)
+fi
 if [ -n "$DATA_DIR" ]; then
     EXTRA_ARGS+=(--data_dir "$DATA_DIR")
 fi
@@ -87,5 +71,6 @@ exec python "$HERE/run.py" \
     --num_train "$TRAIN" --num_dev "$DEV" --num_eval "$EVAL" \
     --eval_strategy steps --eval_steps "$EVAL_STEPS" \
     --save_strategy steps --save_steps "$EVAL_STEPS" --save_total_limit 1 \
-    --load_best_model_at_end --save_on_interrupt --logging_steps 10 \
-    ${OBJECTIVE[@]+"${OBJECTIVE[@]}"} ${EXTRA_ARGS[@]+"${EXTRA_ARGS[@]}"} "$@"
+    --save_on_interrupt --logging_steps 10 \
+    ${MODE_ARGS[@]+"${MODE_ARGS[@]}"} ${OBJECTIVE[@]+"${OBJECTIVE[@]}"} \
+    ${BEST[@]+"${BEST[@]}"} ${EXTRA_ARGS[@]+"${EXTRA_ARGS[@]}"} "$@"

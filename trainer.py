@@ -123,6 +123,9 @@ class ObjectiveTrainer(Trainer):
             # run goes on. Until then it keeps 2 as well, the best and the last.
             arguments.save_total_limit = 2
         super().__init__(**kwargs)
+        if arguments.fsdp and not self.is_fsdp_enabled:
+            # accelerate would train with whole weights in every process, without a word.
+            raise InputError("--fsdp shards the weights over GPUs, there are none: leave it out")
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(LossProgress)
 

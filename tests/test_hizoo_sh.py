@@ -18,14 +18,14 @@ TASKS = ["SST2", "RTE", "CB", "BoolQ", "WSC", "WIC", "MultiRC", "Copa", "ReCoRD"
 VARIABLES = (
     *("MODEL", "TASK", "MODE", "BS", "LR", "EPS", "SEED", "TRAIN", "DEV", "EVAL", "STEPS"),
     *("EVAL_STEPS", "WARMUP_STEP", "DECAY_STEP", "ZO_LR_SCHEDULER_TYPE", "WEIGHT_DECAY"),
-    *("HESSIAN_SMOOTH_TYPE", "DATA_DIR"),
+    *("HESSIAN_SMOOTH_TYPE", "DATA_DIR", "EPOCH", "NUM_GPU"),
 )
 
 
 def run_script(
     folder: Path, *arguments: str, python: str | None = None, script: Path | None = None, **env: str
 ) -> subprocess.CompletedProcess:
-    """Run HiZOO.sh in ``folder``; ``python`` is a script that stands in for Python."""
+    """Run a script, HiZOO.sh, in ``folder``; ``python`` is one that stands in for Python."""
     commands = folder / ".commands"
     commands.mkdir(exist_ok=True)
     stand_in = commands / "python"
@@ -43,12 +43,21 @@ def run_script(
     )
 
 
-def passed_arguments(folder: Path, *arguments: str, **env: str) -> list[str]:
-    """What run.py would get."""
+def passed_to_python(
+    folder: Path, *arguments: str, script: Path | None = None, **env: str
+) -> list[str]:
+    """The arguments that Python would get."""
     printer = '#!/bin/sh\nfor argument in "$@"; do printf "%s\\n" "$argument"; done\n'
-    done = run_script(folder, *arguments, python=printer, **env)
+    done = run_script(folder, *arguments, python=printer, script=script, **env)
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    return done.stdout.splitlines()
+
+
+def passed_arguments(
+    folder: Path, *arguments: str, script: Path | None = None, **env: str
+) -> list[str]:
+    """What run.py would get."""
+    lines = passed_to_python(folder, *arguments, script=script, **env)
     assert lines[0] == str(ROOT / "run.py")
     return lines[1:]
 
@@ -204,12 +213,63 @@ def test_nothing_set_is_the_bundled_model_and_data(tmp_path: Path) -> None:
     assert value_of(argv, "task_name") == "SST2" and "--eval_before_training" in argv
 
 
-@pytest.mark.parametrize("mode", ["prefix", "lora", "nothing"])
-def test_other_modes_are_refused(tmp_path: Path, mode: str) -> None:
-    done = run_script(tmp_path, MODE=mode)
+PREFIX_TUNING = ["--prefix_tuning", "--num_prefix", "5", "--no_reparam"]
+PREFIX_TUNING += ["--prefix_init_by_real_act"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "flags", "learning_rate", "eps"),
+    [
+        ("ft", [], "1e-6", "1e-3"),
+        ("prefix", PREFIX_TUNING, "1e-2", "1e-1"),
+        ("lora", ["--lora"], "1e-4", "1e-2"),
+    ],
+)
+def test_modes(tmp_path: Path, mode: str, flags: list[str], learning_rate: str, eps: str) -> None:
+    argv = passed_arguments(tmp_path, MODE=mode, MODEL="a/b")
+    others = {"--lora", *PREFIX_TUNING} - {*flags, "5"}
+    assert " ".join(flags) in " ".join(argv) and not others & {*argv}
+    assert value_of(argv, "learning_rate") == learning_rate and value_of(argv, "zo_eps") == eps
+    assert f"-{mode}-" in value_of(argv, "tag")
+    argv = passed_arguments(tmp_path, MODE=mode, LR="3", EPS="4")
+    assert value_of(argv, "learning_rate") == "3" and value_of(argv, "zo_eps") == "4"
+
+
+def test_unknown_mode_is_refused(tmp_path: Path) -> None:
+    done = run_script(tmp_path, MODE="nothing")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"error: MODE={mode}") and done.stderr.count("\n") == 1
+    assert done.stderr == "error: MODE=nothing: give ft, prefix or lora\n"
     assert [entry.name for entry in tmp_path.iterdir()] == [".commands"]
+
+
+def test_line_without_dev_loss_and_checkpoints(tmp_path: Path) -> None:
+    line = "--non_diff --evaluation_strategy no --save_strategy no --save_model"
+    env = {"TASK": "SQuAD", "MODE": "prefix", "LR": "1e-2", "EPS": "1e-1"}
+    argv = passed_arguments(tmp_path, *line.split(), HESSIAN_SMOOTH_TYPE="constant1e-4", **env)
+    assert argv[-len(line.split()) :] == line.split()
+    assert not {"--load_best_model_at_end", "--train_as_classification"} & {*argv}
+    # SST2 trains as classification, but not with another objective.
+    argv = passed_arguments(tmp_path, "--non_diff")
+    assert "--train_as_classification" not in argv and "--load_best_model_at_end" in argv
+
+
+@pytest.mark.parametrize(
+    ("line", "loads_best"),
+    [
+        ("--eval_strategy no", False),
+        ("--eval_strategy=no", False),
+        ("--evaluation_strategy no", False),
+        ("--save_strategy no", False),
+        ("--eval_strategy no --evaluation_strategy steps", True),
+        ("--eval_strategy epoch --save_strategy epoch", True),
+        ("--tag no", True),
+    ],
+)
+def test_best_checkpoint_needs_dev_losses_and_checkpoints(
+    tmp_path: Path, line: str, loads_best: bool
+) -> None:
+    argv = passed_arguments(tmp_path, *line.split())
+    assert ("--load_best_model_at_end" in argv) is loads_best
 
 
 def test_float16_only_where_a_gpu_is(tmp_path: Path) -> None:
@@ -220,6 +280,9 @@ def test_float16_only_where_a_gpu_is(tmp_path: Path) -> None:
     assert "--load_float16" in passed_arguments(tmp_path, CUDA_VISIBLE_DEVICES="0")
     argv = passed_arguments(tmp_path, "--load_bfloat16", CUDA_VISIBLE_DEVICES="0")
     assert "--load_float16" not in argv
+    # Another argument that begins with --load_ says nothing about the weights.
+    line = ["--load_best_model_at_end", "False"]
+    assert "--load_float16" in passed_arguments(tmp_path, *line, CUDA_VISIBLE_DEVICES="0")
     assert "--load_float16" not in passed_arguments(tmp_path, CUDA_VISIBLE_DEVICES="")
     (commands / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
     assert "--load_float16" not in passed_arguments(tmp_path, CUDA_VISIBLE_DEVICES="0")
@@ -228,7 +291,8 @@ def test_float16_only_where_a_gpu_is(tmp_path: Path) -> None:
 def test_repository_in_a_folder_with_spaces(tmp_path: Path) -> None:
     repository = tmp_path / "a copy of it"
     repository.mkdir()
-    shutil.copy(ROOT / "HiZOO.sh", repository)
+    for name in ("HiZOO.sh", "settings.sh"):
+        shutil.copy(ROOT / name, repository)
     printer = '#!/bin/sh\nfor argument in "$@"; do printf "%s\\n" "$argument"; done\n'
     done = run_script(tmp_path, python=printer, script=repository / "HiZOO.sh")
     lines = done.stdout.splitlines()

@@ -1,0 +1,386 @@
+"""icl.sh, finetune.sh and finetune_fsdp.sh: what they pass to run.py, and runs of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import MODEL, ROOT, SAMPLES, log_of, weights
+from test_hizoo_sh import (
+    PREFIX_TUNING,
+    passed_arguments,
+    passed_to_python,
+    run_script,
+    value_of,
+)
+
+import run
+
+ICL = ROOT / "icl.sh"
+FINETUNE = ROOT / "finetune.sh"
+FSDP = ROOT / "finetune_fsdp.sh"
+SMALL = {"TRAIN": "16", "DEV": "4", "EVAL": "6", "EPOCH": "1"}
+
+
+def finish(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, script: Path, *arguments: str, **env: str
+) -> dict[str, Any]:
+    """Run what the script passes in this process, with ``folder`` below the working directory."""
+    folder.mkdir(exist_ok=True)
+    argv = passed_arguments(folder, *arguments, script=script, **env)
+    monkeypatch.chdir(folder)
+    assert run.main(argv) == 0
+    (result_file,) = (folder / "result").glob("*.json")
+    return json.loads(result_file.read_text())
+
+
+def add_gpus(folder: Path, number: int) -> None:
+    """Put an nvidia-smi that finds so many GPUs on the path of the scripts run in ``folder``."""
+    commands = folder / ".commands"
+    commands.mkdir(exist_ok=True)
+    lines = "".join(f"echo GPU {gpu}: a name\n" for gpu in range(number))
+    (commands / "nvidia-smi").write_text(f"#!/bin/sh\n{lines}")
+    (commands / "nvidia-smi").chmod(0o755)
+
+
+def checkpoint_of(result: dict[str, Any], folder: Path) -> Path:
+    return folder / result["checkpoint"]
+
+
+# ---------------------------------------------------------------------------------------- icl.sh
+
+
+def test_icl_arguments(tmp_path: Path) -> None:
+    argv = passed_arguments(tmp_path, script=ICL, MODEL="facebook/opt-13b", TASK="CB", SEED="4")
+    expected = {
+        "model_name": "facebook/opt-13b",
+        "task_name": "CB",
+        "trainer": "none",
+        "num_train": "32",
+        "num_eval": "1000",
+        "seed": "4",
+    }
+    assert {name: value_of(argv, name) for name in expected} == expected
+    # Every example gets demonstrations of its own.
+    assert not {"--train_set_seed", "--num_train_sets", "--data_dir"} & {*argv}
+    argv = passed_arguments(tmp_path, script=ICL, TRAIN="0", EVAL="7", DATA_DIR="some where")
+    assert value_of(argv, "num_train") == "0" and value_of(argv, "num_eval") == "7"
+    assert value_of(argv, "data_dir") == "some where" and value_of(argv, "model_name") == str(MODEL)
+    assert value_of(passed_arguments(tmp_path, script=ICL), "data_dir") == str(SAMPLES)
+    assert value_of(passed_arguments(tmp_path, "--num_train", "0", script=ICL), "num_train") == "0"
+
+
+def test_icl_from_a_folder_with_spaces(tmp_path: Path) -> None:
+    folder = tmp_path / "with a space"
+    folder.mkdir()
+    model = folder / "a model"
+    shutil.copytree(MODEL, model)
+    env = {"MODEL": str(model), "DATA_DIR": str(SAMPLES), "EVAL": "6"}
+    done = run_script(folder, "--num_train", "0", script=ICL, **env)
+    assert done.returncode == 0, done.stderr
+    accuracy, result = done.stdout.splitlines()
+    assert accuracy.startswith("zero-shot accuracy: ") and accuracy.endswith("(6 examples)")
+    assert result == "result: result/SST2-a model-none-0-shot-seed0.json"
+
+
+@pytest.mark.parametrize("task", ["SST2", "Copa", "SQuAD"])
+def test_icl_of_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str) -> None:
+    arguments = ("--max_new_tokens", "4", "--predictions_file", "p.jsonl")
+    result = finish(tmp_path, monkeypatch, ICL, *arguments, TASK=task, EVAL="4")
+    assert result["settings"]["num_train"] == 32
+    assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 4
+
+
+# ----------------------------------------------------------------------------------- finetune.sh
+
+
+def test_finetune_arguments(tmp_path: Path) -> None:
+    argv = passed_arguments(tmp_path, script=FINETUNE, MODEL="facebook/opt-13b")
+    expected = {
+        "model_name": "facebook/opt-13b",
+        "task_name": "SST2",
+        "trainer": "regular",
+        "num_train_epochs": "5",
+        "per_device_train_batch_size": "8",
+        "learning_rate": "1e-5",
+        "lr_scheduler_type": "linear",
+        "num_train": "1000",
+        "num_dev": "500",
+        "num_eval": "1000",
+        "seed": "0",
+        "train_set_seed": "0",
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "save_total_limit": "1",
+    }
+    assert {name: value_of(argv, name) for name in expected} == expected
+    assert {"--load_best_model_at_end", "--train_as_classification"} <= {*argv}
+    assert not {"--data_dir", "--fp16", "--fsdp", "--max_steps"} & {*argv}
+
+
+def test_every_variable_of_finetune_reaches_run_py(tmp_path: Path) -> None:
+    values = {
+        "TASK": ("RTE", "task_name"),
+        "MODEL": ("a/b", "model_name"),
+        "DATA_DIR": ("some where", "data_dir"),
+        "EPOCH": ("3", "num_train_epochs"),
+        "BS": ("6", "per_device_train_batch_size"),
+        "LR": ("7e-7", "learning_rate"),
+        "SEED": ("5", "seed"),
+        "TRAIN": ("11", "num_train"),
+        "DEV": ("12", "num_dev"),
+        "EVAL": ("13", "num_eval"),
+    }
+    env = {name: value for name, (value, _) in values.items()}
+    argv = passed_arguments(tmp_path, "--seed", "9", "--tag", "my tag", script=FINETUNE, **env)
+    for name, (value, option) in values.items():
+        assert value_of(argv, option) == ("9" if name == "SEED" else value)
+    assert value_of(argv, "train_set_seed") == "5" and value_of(argv, "tag") == "my tag"
+
+
+@pytest.mark.parametrize(
+    ("mode", "flags", "learning_rate"),
+    [("ft", [], "1e-5"), ("prefix", PREFIX_TUNING, "1e-2"), ("lora", ["--lora"], "1e-4")],
+)
+def test_modes_of_finetune(tmp_path: Path, mode: str, flags: list[str], learning_rate: str) -> None:
+    argv = passed_arguments(tmp_path, script=FINETUNE, MODE=mode)
+    others = {"--lora", *PREFIX_TUNING} - {*flags, "5"}
+    assert " ".join(flags) in " ".join(argv) and not others & {*argv}
+    assert value_of(argv, "learning_rate") == learning_rate
+
+
+@pytest.mark.parametrize(
+    ("task", "dev", "classifies"),
+    [("sst2", "500", True), ("CB", "100", True), ("Copa", "100", False), ("SQuAD", "500", False)],
+)
+def test_objective_and_dev_examples(tmp_path: Path, task: str, dev: str, classifies: bool) -> None:
+    argv = passed_arguments(tmp_path, script=FINETUNE, TASK=task, MODEL="a/b")
+    assert value_of(argv, "num_dev") == dev
+    assert ("--train_as_classification" in argv) is classifies
+
+
+def test_finetune_without_dev_loss(tmp_path: Path) -> None:
+    argv = passed_arguments(tmp_path, "--evaluation_strategy", "no", script=FINETUNE)
+    assert "--load_best_model_at_end" not in argv
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"MODE": "nothing"}, "MODE=nothing: give ft, prefix or lora"),
+        ({"NUM_GPU": "two"}, "NUM_GPU=two: give the number of GPUs, at least 1"),
+        ({"NUM_GPU": "0"}, "NUM_GPU=0: give the number of GPUs, at least 1"),
+        ({"BS": "0"}, "BS=0: give the examples of a step, at least 1"),
+        ({"NUM_GPU": "3"}, "BS=8: give a multiple of NUM_GPU=3, the processes that share a step"),
+    ],
+)
+def test_bad_variables_are_refused(tmp_path: Path, env: dict[str, str], message: str) -> None:
+    done = run_script(tmp_path, script=FINETUNE, **env)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == [".commands"]
+
+
+def test_precision_where_a_gpu_is(tmp_path: Path) -> None:
+    add_gpus(tmp_path, 1)
+    gpu = {"CUDA_VISIBLE_DEVICES": "0"}
+    assert "--load_float16" in passed_arguments(tmp_path, script=ICL, **gpu)
+    argv = passed_arguments(tmp_path, script=FINETUNE, **gpu)
+    assert "--fp16" in argv and "--load_float16" not in argv
+    for precision in ("--bf16", "--load_bfloat16"):
+        assert "--fp16" not in passed_arguments(tmp_path, precision, script=FINETUNE, **gpu)
+    assert "--fp16" not in passed_arguments(tmp_path, script=FINETUNE)
+
+
+def test_finetune_from_a_folder_with_spaces(tmp_path: Path) -> None:
+    folder = tmp_path / "with a space"
+    folder.mkdir()
+    done = run_script(folder, "--max_steps", "2", script=FINETUNE, **SMALL)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        "zero-shot accuracy",
+        "step 2",
+        "checkpoint",
+        "dev accuracy",
+        "test accuracy",
+        "result",
+    ]
+    result = json.loads((folder / lines[-1].removeprefix("result: ")).read_text())
+    assert result["steps"] == 2 and result["trainer"] == "regular"
+    assert (checkpoint_of(result, folder) / "model.safetensors").is_file()
+    assert sorted(entry.name for entry in folder.iterdir()) == [".commands", "result"]
+
+
+def test_a_short_training_beats_zero_shot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    env = {"TRAIN": "128", "DEV": "32", "EVAL": "200", "EPOCH": "2", "LR": "1e-4"}
+    result = finish(tmp_path, monkeypatch, FINETUNE, **env)
+    assert result["steps"] == 32
+    zero_shot = result["metric_before_training"]["accuracy"]
+    assert zero_shot < 0.8 and result["metric"]["accuracy"] > 0.95
+
+
+def test_accumulation_and_gradient_checkpointing_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways = {
+        "plain": (),
+        "accumulated": (
+            *("--gradient_accumulation_steps", "4"),
+            *("--per_device_train_batch_size", "2"),
+        ),
+        "checkpointed": ("--gradient_checkpointing",),
+    }
+    checkpoints = {}
+    for name, arguments in ways.items():
+        folder = tmp_path / name
+        line = (*arguments, "--logging_steps", "1", "--no_eval")
+        result = finish(folder, monkeypatch, FINETUNE, *line, LR="1e-4", **SMALL)
+        assert result["steps"] == 2
+        checkpoints[name] = checkpoint_of(result, folder)
+    for name in ("accumulated", "checkpointed"):
+        losses = [log_of(checkpoints[way], "loss") for way in ("plain", name)]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+        for key, tensor in weights(checkpoints["plain"]).items():
+            # Adam divides a gradient near 0 by itself: its rounding can move a weight by LR.
+            difference = (weights(checkpoints[name])[key] - tensor).abs()
+            assert difference.mean() < 2e-6 and difference.max() < 5e-4, (name, key)
+
+
+def test_mixed_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = ("--logging_steps", "1", "--no_eval")
+    losses = {}
+    for name, more in {"float32": (), "bfloat16": ("--bf16",)}.items():
+        folder = tmp_path / name
+        result = finish(folder, monkeypatch, FINETUNE, *line, *more, LR="1e-4", **SMALL)
+        checkpoint = checkpoint_of(result, folder)
+        losses[name] = log_of(checkpoint, "loss")
+        assert all(tensor.dtype == torch.float32 for tensor in weights(checkpoint).values())
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.1)
+
+
+# ------------------------------------------------------------------------------ finetune_fsdp.sh
+
+
+def launcher_and_arguments(lines: list[str]) -> tuple[list[str], list[str]]:
+    """Split what Python gets into what starts the processes, and what run.py gets."""
+    index = lines.index(str(ROOT / "run.py"))
+    return lines[:index], lines[index + 1 :]
+
+
+def test_processes_of_finetune(tmp_path: Path) -> None:
+    launcher, argv = launcher_and_arguments(
+        passed_to_python(tmp_path, script=FINETUNE, NUM_GPU="2")
+    )
+    assert launcher == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    assert value_of(argv, "per_device_train_batch_size") == "4" and "--fsdp" not in argv
+
+
+def test_processes_of_finetune_fsdp(tmp_path: Path) -> None:
+    # One process is started by torchrun too: without it the Trainer refuses --fsdp.
+    for processes, share in {"4": "3", "1": "12"}.items():
+        env = {"NUM_GPU": processes, "BS": "12", "TASK": "Copa", "MODEL": "a/b", "LR": "3e-5"}
+        launcher, argv = launcher_and_arguments(
+            passed_to_python(tmp_path, "--fsdp_config", "my file.json", script=FSDP, **env)
+        )
+        assert launcher[-2:] == ["--nproc_per_node", processes]
+        assert value_of(argv, "per_device_train_batch_size") == share
+        assert argv[-3:] == ["--fsdp", "--fsdp_config", "my file.json"]
+        assert value_of(argv, "tag") == "Copa-b-regular-ft-5-12-3e-5-0-fsdp"
+        assert value_of(argv, "trainer") == "regular" and value_of(argv, "num_dev") == "100"
+
+
+def test_fsdp_takes_all_gpus(tmp_path: Path) -> None:
+    done = run_script(tmp_path, script=FSDP)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: no NVIDIA GPU found: give NUM_GPU, or run finetune.sh\n"
+    add_gpus(tmp_path, 8)
+    lines = passed_to_python(tmp_path, script=FSDP, CUDA_VISIBLE_DEVICES="4,7")
+    assert lines[lines.index("--nproc_per_node") + 1] == "2" and "--fp16" in lines
+
+
+# accelerate shards on accelerators only. This lets it shard on CPUs, as it does where there are
+# GPUs: everything else is the same code.
+DRIVER = """
+import sys
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+
+initialise = AcceleratorState.__init__
+
+def initialise_sharded(self, *arguments, fsdp_plugin=None, **settings):
+    initialise(self, *arguments, fsdp_plugin=fsdp_plugin, **settings)
+    if fsdp_plugin is not None:
+        self.fsdp_plugin = fsdp_plugin
+        self.distributed_type = DistributedType.FSDP
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+AcceleratorState.__init__ = initialise_sharded
+import run
+sys.exit(run.main(sys.argv[1:]))
+"""
+
+
+def test_two_sharded_processes_train_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The shares of the eval examples differ, 5 and 4: in batches of 4, two forward passes and one.
+    line = ["--logging_steps", "1", "--per_device_eval_batch_size", "4", "--num_eval", "9"]
+    line += ["--predictions_file", "predictions.jsonl"]
+    env = SMALL | {"LR": "1e-4"}
+    one, two = tmp_path / "one", tmp_path / "two"
+    result = finish(one, monkeypatch, FINETUNE, *line, **env)
+    two.mkdir()
+    lines = passed_to_python(two, *line, script=FSDP, NUM_GPU="2", **env)
+    launcher, argv = launcher_and_arguments(lines)
+    argv.remove("--eval_before_training")
+    (two / "driver.py").write_text(DRIVER)
+    done = subprocess.run(
+        [sys.executable, *launcher, "driver.py", *argv],
+        cwd=two,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("test accuracy: ") == 1
+    checkpoints = [one / result["checkpoint"]]
+    (result_file,) = (two / "result").glob("*.json")
+    checkpoints += [two / json.loads(result_file.read_text())["checkpoint"]]
+    # Only a sharded run writes this file.
+    assert (checkpoints[1] / "pytorch_model_fsdp.bin").is_file()
+    for name in ("loss", "eval_loss"):
+        losses = [log_of(checkpoint, name) for checkpoint in checkpoints]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    for key, tensor in weights(checkpoints[0]).items():
+        assert (weights(checkpoints[1])[key] - tensor).abs().mean() < 2e-6, key
+    rows = [
+        [json.loads(row) for row in (folder / "predictions.jsonl").read_text().splitlines()]
+        for folder in (one, two)
+    ]
+    for alone, sharded in zip(*rows, strict=True):
+        assert alone["id"] == sharded["id"]
+        assert sharded["scores"] == pytest.approx(alone["scores"], abs=1e-3)
+
+
+# ---------------------------------------------------------------------------------- all scripts
+
+
+@pytest.mark.parametrize("name", ["icl.sh", "finetune.sh", "finetune_fsdp.sh"])
+def test_copy_of_the_repository_in_a_folder_with_spaces(tmp_path: Path, name: str) -> None:
+    repository = tmp_path / "a copy of it"
+    repository.mkdir()
+    for script in (name, "settings.sh", "finetune.sh"):
+        shutil.copy(ROOT / script, repository / script)
+    lines = passed_to_python(tmp_path, script=repository / name, NUM_GPU="1")
+    assert str(repository / "run.py") in lines
+    assert value_of(lines, "model_name") == str(repository / "data" / "tiny-opt")
