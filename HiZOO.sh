@@ -20,16 +20,18 @@ case $MODE in
     prefix) DEFAULT_LR=1e-2 DEFAULT_EPS=1e-1 ;;
     lora) DEFAULT_LR=1e-4 DEFAULT_EPS=1e-2 ;;
 esac
+DEFAULT_SMOOTHING=constant1e-8
 EXTRA_ARGS=()
 if [ -z "${MODEL:-}" ]; then
     use_bundled_model
     # It has a thousandth of the parameters and learns in far fewer steps.
-    if [ "$MODE" = ft ]; then
-        LR=${LR:-1e-4}
-    fi
+    case $MODE in
+        ft) DEFAULT_LR=1e-4 DEFAULT_SMOOTHING=constant1e-5 ;;
+        prefix) DEFAULT_LR=1 DEFAULT_SMOOTHING=constant1e-4 ;;
+        lora) DEFAULT_LR=1e-2 DEFAULT_SMOOTHING=constant1e-5 ;;
+    esac
     STEPS=${STEPS:-400}
     EVAL_STEPS=${EVAL_STEPS:-100}
-    HESSIAN_SMOOTH_TYPE=${HESSIAN_SMOOTH_TYPE:-constant1e-5}
     EXTRA_ARGS+=(--eval_before_training --per_device_eval_batch_size 64)
 fi
 BS=${BS:-16}
@@ -44,7 +46,7 @@ WARMUP_STEP=${WARMUP_STEP:-0}
 DECAY_STEP=${DECAY_STEP:-0}
 ZO_LR_SCHEDULER_TYPE=${ZO_LR_SCHEDULER_TYPE:-constant}
 WEIGHT_DECAY=${WEIGHT_DECAY:-0}
-HESSIAN_SMOOTH_TYPE=${HESSIAN_SMOOTH_TYPE:-constant1e-8}
+HESSIAN_SMOOTH_TYPE=${HESSIAN_SMOOTH_TYPE:-$DEFAULT_SMOOTHING}
 
 choose_objective "$@"
 choose_best "$@"

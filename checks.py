@@ -12,6 +12,7 @@ from transformers.integrations.integration_utils import (
 )
 from transformers.optimization import get_scheduler
 from transformers.trainer_utils import IntervalStrategy
+from transformers.training_args import ParallelMode
 
 from tasks import Task
 from trainer import SmoothingSchedule
@@ -70,6 +71,8 @@ def check(arguments: Arguments) -> None:
             "options to calibrate; leave it out"
         )
     _check_tuning_mode(arguments)
+    if arguments.fsdp:
+        _check_sharding(arguments)
     if arguments.trainer == "none":
         nothing = "nothing is trained with --trainer none"
         for name in (*TUNING_MODES, "untie_emb", "non_diff", "num_dev", "train_as_classification"):
@@ -115,9 +118,21 @@ def _check_tuning_mode(arguments: Arguments) -> None:
         )
     if arguments.prefix_tuning:
         # It recomputes layers without the keys and values of the prefix.
-        _refuse(arguments, "gradient_checkpointing", "it leaves the prefix of --prefix_tuning out")
+        _refuse_recomputation(arguments, "it leaves the prefix of --prefix_tuning out")
     if quantised:
         _refuse(arguments, "untie_emb", f"the head of --{quantised} is quantised")
+
+
+def _check_sharding(arguments: Arguments) -> None:
+    """Refuse what has no whole weights where it needs them."""
+    if arguments.trainer != "regular":
+        raise InputError(
+            f"--fsdp shards what AdamW needs, --trainer {arguments.trainer} does not: leave it out"
+        )
+    for name in ("linear_probing", "prefix_tuning", "eval_before_training"):
+        _refuse(arguments, name, "it needs the whole weights, which --fsdp shards")
+    if arguments.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise InputError("--fsdp needs processes: start with torchrun, or bash finetune_fsdp.sh")
 
 
 def _check_training(arguments: Arguments, task: Task) -> None:
@@ -181,9 +196,11 @@ def _check_linear_probing(arguments: Arguments) -> None:
             f"--linear_probing fits by logistic regression, not with --trainer {arguments.trainer}:"
             " use --trainer regular"
         )
-    of_steps = ("max_steps", "learning_rate", "weight_decay", "optim", "gradient_checkpointing")
-    for name in (*of_steps, "train_as_classification", "resume_from_checkpoint", "fp16", "bf16"):
-        _refuse(arguments, name, "--linear_probing fits without steps")
+    fits = "--linear_probing fits without steps"
+    of_steps = ("max_steps", "learning_rate", "weight_decay", "optim", "resume_from_checkpoint")
+    for name in (*of_steps, "train_as_classification", "fp16", "bf16"):
+        _refuse(arguments, name, fits)
+    _refuse_recomputation(arguments, fits)
     if not arguments.only_train_option:
         raise InputError(
             "--only_train_option False: --linear_probing fits the answers' tokens; leave it out"
@@ -200,7 +217,7 @@ def _check_zeroth_order(arguments: Arguments) -> None:
         _refuse(arguments, "hessian_dtype", "the vectors of --hessian lowrank are float64")
     _refuse(arguments, "optim", "--trainer zo has its own optimizer")
     _refuse(arguments, "max_grad_norm", "--trainer zo has no gradient to clip")
-    _refuse(arguments, "gradient_checkpointing", "--trainer zo has no backward pass")
+    _refuse_recomputation(arguments, "--trainer zo has no backward pass")
     if arguments.fp16:
         raise InputError("--fp16 scales gradients, --trainer zo has none: use --load_float16")
 
@@ -236,6 +253,12 @@ def _given(arguments: Arguments, name: str) -> bool:
     value = getattr(arguments, name)
     # The Trainer's arguments turn a default of None into False.
     return value != default and not (default is None and value is False)
+
+
+def _refuse_recomputation(arguments: Arguments, reason: str) -> None:
+    # transformers has two names for it.
+    for name in ("gradient_checkpointing", "activation_checkpointing"):
+        _refuse(arguments, name, reason)
 
 
 def _refuse(arguments: Arguments, name: str, reason: str) -> None:

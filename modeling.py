@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.core_model_loading import revert_weight_conversion
 
 from adapters import adapter_file
 from utils import InputError, first_line, read_trainer_state
@@ -166,7 +168,7 @@ def check_checkpoint(checkpoint: str, model: PreTrainedModel | PeftModel) -> Non
         file, tensors = adapter_file(model)
         shapes, unsaved = shapes_in(folder / file), set()
     else:
-        tensors, shapes = model.state_dict(), saved_shapes(folder)
+        tensors, shapes = saved_names(model), saved_shapes(folder)
         # Weights that are tied to others are not saved a second time.
         unsaved = tensors.keys() & tied_weights(model)
     expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -182,6 +184,29 @@ def check_checkpoint(checkpoint: str, model: PreTrainedModel | PeftModel) -> Non
 def tied_weights(model: PreTrainedModel) -> set[str]:
     """Return the names of the weights that are the same tensor as another weight."""
     return set(getattr(model, "all_tied_weights_keys", None) or ())
+
+
+def saved_names(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return the model's tensors, without values, under the names that ``save_pretrained`` gives.
+
+    transformers loads some families under other names than their files have (GPT-NeoX's head).
+    """
+    without_values = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+    return revert_weight_conversion(model, without_values)
+
+
+def load_renamed_weights(model: nn.Module, folder: Path) -> bool:
+    """Load a checkpoint's weights if its names are not the model's own; tell whether they are not.
+
+    ``load_state_dict``, by which the Trainer goes on from a checkpoint, would leave them out.
+    """
+    if not isinstance(model, PreTrainedModel) or saved_names(model).keys() <= set(
+        model.state_dict()
+    ):
+        return False
+    saved = type(model).from_pretrained(folder, config=model.config, dtype=model.dtype)
+    model.load_state_dict(saved.state_dict())
+    return True
 
 
 def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -159,7 +159,8 @@ class Experiment:
             not arguments.no_auto_device,
             arguments.trust_remote_code,
         )
-        if getattr(model, "hf_device_map", None) is None:
+        # Sharding moves each layer itself: no GPU has room for all of them.
+        if getattr(model, "hf_device_map", None) is None and not arguments.fsdp:
             model.to(arguments.device)
         return model
 
@@ -260,8 +261,8 @@ class Experiment:
             if checkpoint is None and wanted:
                 raise InputError(f"--resume_from_checkpoint: no whole checkpoint in {output_dir}")
         if checkpoint:
-            check_checkpoint(str(checkpoint), model)
             self.check_settings(checkpoint)
+            check_checkpoint(str(checkpoint), model)
             self.say(f"going on from {checkpoint}")
         elif arguments.overwrite_output_dir and arguments.process_index == 0:
             remove_checkpoints(output_dir)
@@ -313,6 +314,8 @@ class Experiment:
             trainer.add_callback(interrupt)
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        # What is reported comes from the model's own dtype, not from mixed precision.
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         if interrupt.received:
             raise Interrupted(
                 f"{interrupt.received}: stopped after step {trainer.state.global_step}, checkpoint "
@@ -378,9 +381,14 @@ class Experiment:
             model.save_pretrained(output_dir)
             self.encoder.tokenizer.save_pretrained(output_dir)
             self.say(f"model: {output_dir}")
+        if not fitted.converged:
+            self.say("the logistic regression stopped before it converged (--lp_early_stopping)")
         return {
             "linear_probe": dataclasses.asdict(fitted),
-            "trained_parameters": fitted.tokens * model.get_output_embeddings().weight.shape[1],
+            "trained_parameters": sum(
+                fitted.tokens * parameter[0].numel()
+                for parameter in model.get_output_embeddings().parameters()
+            ),
             "train_seconds": round(time.perf_counter() - started, 3),
         }
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -473,7 +474,9 @@ def generate(
         # Padding stands between the shared tokens, which the model has read, and the row's own.
         tokens = [[*cached, *[pad] * (length - len(row)), *row] for row in rows]
         mask = [[1] * len(cached) + [0] * (length - len(row)) + [1] * len(row) for row in rows]
-        output = without_adapter(model).generate(
+        # The root of sharded weights gathers what stands outside the layers: it must be called.
+        generator = model if isinstance(model, FSDPModule) else without_adapter(model)
+        output = generator.generate(
             torch.tensor(tokens, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),
             past_key_values=prefix.cache(len(rows) * settings.num_beams) if prefix else None,
@@ -519,7 +522,10 @@ def predict(
         raise InputError(f"--{calibration}: {encoder.task.name} has no options to calibrate")
     pairs = list(zip(samples, demonstrations, strict=True))
     processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    own = pairs[process_index() :: processes]
+    if isinstance(model, FSDPModule):
+        # Every forward pass gathers sharded weights: all processes must run the same ones.
+        processes = 1
+    own = pairs[process_index() % processes :: processes]
     arguments = (model, encoder, own, batch_size)
     if not own:
         predictions = []

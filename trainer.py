@@ -30,7 +30,7 @@ from transformers.trainer_utils import TrainOutput
 
 from hizoo import HiZOO
 from layerwise import LayerwiseWeights
-from modeling import tied_weights
+from modeling import load_renamed_weights, tied_weights
 from objectives import Objective
 from utils import InputError, read_trainer_state
 
@@ -142,6 +142,16 @@ class ObjectiveTrainer(Trainer):
             resume_from_checkpoint = best
         self._load_from_checkpoint(resume_from_checkpoint, self.model)
         return TrainOutput(self.state.global_step, math.nan, {})
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        if not load_renamed_weights(model or self.model, Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not load_renamed_weights(self.model, Path(self.state.best_model_checkpoint)):
+            super()._load_best_model()
 
     def compute_loss(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -9,10 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 import run
+from trainer import ObjectiveTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "data" / "tiny-opt"
@@ -52,6 +55,17 @@ def finish(argv: list[str]) -> dict[str, Any]:
     """Run to the end in this process; return the result JSON."""
     assert run.main(argv) == 0
     return json.loads(Path(argv[argv.index("--result_file") + 1]).read_text())
+
+
+def let_every_dev_loss_be_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the best checkpoint be the first, not the last."""
+    losses = itertools.count()
+    evaluate = ObjectiveTrainer.evaluate
+
+    def evaluate_worse(self: ObjectiveTrainer, *args: Any, **kwargs: Any) -> dict[str, float]:
+        return evaluate(self, *args, **kwargs) | {"eval_loss": float(next(losses))}
+
+    monkeypatch.setattr(ObjectiveTrainer, "evaluate", evaluate_worse)
 
 
 def start(

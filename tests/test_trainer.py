@@ -20,6 +20,7 @@ from running import (
     assert_same_tensors,
     contents,
     finish,
+    let_every_dev_loss_be_worse,
     log_of,
     start,
     training,
@@ -29,7 +30,7 @@ from transformers import AutoModelForCausalLM, get_scheduler
 
 import run
 import trainer as trainer_module
-from trainer import ObjectiveTrainer, SmoothingSchedule, ZerothOrderTrainer
+from trainer import SmoothingSchedule, ZerothOrderTrainer
 from utils import InputError
 
 RESUMED = {
@@ -167,14 +168,7 @@ def test_finished_run_reports_again_without_training(
         "load_best_model_at_end": True,
         "no_eval": None,
     }
-    # Every evaluation is worse than the one before: the best checkpoint is not the last.
-    losses = itertools.count()
-    evaluate = ObjectiveTrainer.evaluate
-
-    def evaluate_worse(self: ObjectiveTrainer, *args: Any, **kwargs: Any) -> dict[str, float]:
-        return evaluate(self, *args, **kwargs) | {"eval_loss": float(next(losses))}
-
-    monkeypatch.setattr(ObjectiveTrainer, "evaluate", evaluate_worse)
+    let_every_dev_loss_be_worse(monkeypatch)
     first = finish(training(tmp_path, **arguments))
     assert first["checkpoint"].endswith("checkpoint-3")
     written = contents(tmp_path / "out")
@@ -183,6 +177,14 @@ def test_finished_run_reports_again_without_training(
     assert contents(tmp_path / "out") == written
     for name in ("metric", "dev_metric", "steps", "checkpoint"):
         assert second[name] == first[name], name
+
+
+def test_finished_run_within_an_epoch_takes_no_further_step(tmp_path: Path) -> None:
+    finish(training(tmp_path, max_steps=4))
+    written = contents(tmp_path / "out")
+    result = finish(training(tmp_path, max_steps=4, no_eval=None))
+    assert result["steps"] == 4 and result["resumed_from"].endswith("checkpoint-4")
+    assert contents(tmp_path / "out") == written
 
 
 def test_overwrite_output_dir_starts_anew(tmp_path: Path) -> None:

@@ -1,0 +1,367 @@
+"""Every tuning mode through run.py: what is trained, saved, resumed and refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from running import (
+    MODEL,
+    SAMPLES,
+    assert_same_tensors,
+    contents,
+    finish,
+    let_every_dev_loss_be_worse,
+    log_of,
+    training,
+    weights,
+)
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import run
+from encoding import Encoder
+from metrics import mean_f1
+from scoring import score_options
+from tasks import get_task, load_samples, permutation_subset
+
+MODES: dict[str, dict[str, Any]] = {
+    "lora": {"lora": True},
+    "prefix": {"prefix_tuning": True},
+    "reparameterised prefix": {"prefix_tuning": True, "no_reparam": "False"},
+    "prefix from noise": {"prefix_tuning": True, "prefix_init_by_real_act": "False"},
+    "head": {"head_tuning": True},
+    "untied head": {"head_tuning": True, "untie_emb": True},
+    "untied": {"untie_emb": True},
+}
+TRAINERS: dict[str, dict[str, Any]] = {
+    "zo": {"learning_rate": 1e-2, "zo_eps": 1e-2},
+    "regular": {"trainer": "regular", "hessian_smooth_type": None, "learning_rate": 1e-3},
+}
+# A layer of the bundled model has 2 projections of 128 x 128, 3 layers in all.
+TRAINED_PARAMETERS = {
+    "lora": 3 * 2 * 8 * (128 + 128),
+    "prefix": 5 * 3 * 2 * 128,
+    "reparameterised prefix": 5 * 128 + 512 * 129 + 3 * 2 * 128 * 513,
+    "prefix from noise": 5 * 3 * 2 * 128,
+    "head": 1536 * 128,
+    "untied head": 1536 * 128,
+}
+
+
+def saved(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor in the safetensors files of a checkpoint."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {f"{file.name} {k}": v for file in files for k, v in load_file(file).items()}
+
+
+# ------------------------------------------------------------------------- training and resuming
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("mode", MODES)
+def test_resumed_run_equals_uninterrupted_one(tmp_path: Path, mode: str, trainer: str) -> None:
+    arguments = MODES[mode] | TRAINERS[trainer]
+    result = finish(training(tmp_path / "whole", **arguments))
+    assert result["trained_parameters"] == TRAINED_PARAMETERS.get(
+        mode, result["trained_parameters"]
+    )
+    finish(training(tmp_path / "parted", max_steps=3, **arguments))
+    torch.manual_seed(12345)  # whatever state the process is in
+    resumed = finish(training(tmp_path / "parted", **arguments))
+    assert resumed["resumed_from"] and resumed["checkpoint"].endswith("checkpoint-6")
+    folders = [tmp_path / name / "out" / "checkpoint-6" for name in ("whole", "parted")]
+    first, second = (saved(folder) for folder in folders)
+    assert_same_tensors(first, second)
+    states = [torch.load(f / "optimizer.pt", weights_only=True)["state"] for f in folders]
+    for key, state in states[0].items():
+        for name, value in state.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(states[1][key][name])), name
+    assert log_of(folders[0], "loss") == log_of(folders[1], "loss")
+    assert len(set(log_of(folders[0], "loss"))) > 1
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("mode", ["lora", "prefix", "reparameterised prefix"])
+def test_only_the_adapter_is_trained_and_saved(tmp_path: Path, mode: str, trainer: str) -> None:
+    finish(training(tmp_path, **MODES[mode], **TRAINERS[trainer]))
+    folder = tmp_path / "out" / "checkpoint-6"
+    assert not (folder / "model.safetensors").exists()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["peft_type"] == ("LORA" if mode == "lora" else "PREFIX_TUNING")
+    assert config["base_model_name_or_path"] == str(MODEL)
+    state = torch.load(folder / "optimizer.pt", weights_only=True)["state"]
+    tensors = [value for one in state.values() for value in one.values() if value.dim()]
+    copies = 1 if trainer == "zo" else 2  # h, or AdamW's two moments
+    assert sum(map(torch.numel, tensors)) == copies * TRAINED_PARAMETERS[mode]
+
+
+@pytest.mark.parametrize("mode", ["lora", "prefix", "reparameterised prefix"])
+@pytest.mark.parametrize("task", ["SST2", "SQuAD"])
+def test_peft_alone_predicts_the_same(tmp_path: Path, mode: str, task: str) -> None:
+    extra = {"train_as_classification": True if task == "SST2" else None, "max_new_tokens": 6}
+    argv = training(
+        *(tmp_path, task),
+        **MODES[mode] | TRAINERS["regular"] | extra,
+        save_model=True,
+        no_eval=None,
+        train_set_seed=0,
+        predictions_file=tmp_path / "rows.jsonl",
+    )
+    result = finish(argv)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    base = AutoModelForCausalLM.from_pretrained(MODEL)
+    model = PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    encoder = Encoder(get_task(task), tokenizer, 1000, 6)
+    samples = permutation_subset(load_samples(get_task(task), str(SAMPLES))[1], 6, 0)
+    assert [row["id"] for row in rows] == [sample.id for sample in samples]
+    if task == "SST2":
+        for row, sample in zip(rows, samples, strict=True):
+            for found, option in zip(row["scores"], encoder.options(sample).options, strict=True):
+                text = torch.tensor([option.tokens])
+                logits = model(input_ids=text, attention_mask=torch.ones_like(text)).logits[0]
+                expected = logits[-2].log_softmax(-1)[option.tokens[-1]].item()
+                assert found == pytest.approx(expected, abs=1e-4)
+        return
+    newline = tokenizer.encode("\n", add_special_tokens=False)[-1]
+    texts = []
+    for sample in samples:
+        prompt = torch.tensor([encoder.prompt(sample)])
+        output = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=6,
+            do_sample=False,
+            eos_token_id=[newline, tokenizer.eos_token_id],
+        )
+        texts.append(tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True))
+    assert [row["prediction"] for row in rows] == [text.strip() for text in texts]
+    golds = [sample.correct for sample in samples]
+    assert result["metric"]["f1"] == pytest.approx(mean_f1([t.strip() for t in texts], golds))
+
+
+def test_an_untied_head_is_loaded_untied(tmp_path: Path) -> None:
+    arguments = MODES["untied head"] | TRAINERS["regular"]
+    finish(training(tmp_path, **arguments, save_model=True))
+    before, after = weights(MODEL), weights(tmp_path / "out")
+    embeddings = next(name for name in before if name.endswith("embed_tokens.weight"))
+    assert torch.equal(after[embeddings], before[embeddings])
+    assert not torch.equal(after["lm_head.weight"], before[embeddings])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(model.lm_head.weight, after["lm_head.weight"])
+    assert torch.equal(model.get_input_embeddings().weight, before[embeddings])
+
+
+def test_a_tied_head_trains_the_embeddings_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finish(training(tmp_path, **MODES["head"], **TRAINERS["regular"]))
+    assert "the head is tied" in capsys.readouterr().out
+    before, after = weights(MODEL), weights(tmp_path / "out" / "checkpoint-6")
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert [name.rpartition(".embed")[1] for name in changed] == [".embed"]
+
+
+def test_the_best_adapter_is_reported_and_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for prefix-tuning, whose best checkpoint the Trainer alone would not load."""
+    let_every_dev_loss_be_worse(monkeypatch)
+    for mode in ("lora", "prefix", "reparameterised prefix"):
+        folder = tmp_path / mode
+        argv = training(
+            folder,
+            **MODES[mode] | TRAINERS["regular"],
+            **{"num_dev": 8, "eval_strategy": "steps", "eval_steps": 3, "save_steps": 3},
+            load_best_model_at_end=True,
+            save_model=True,
+        )
+        assert finish(argv)["checkpoint"].endswith("checkpoint-3")
+        assert_same_tensors(saved(folder / "out"), saved(folder / "out" / "checkpoint-3"))
+
+
+def test_linear_probing_learns_and_saves(tmp_path: Path) -> None:
+    argv = training(
+        tmp_path,
+        trainer="regular",
+        linear_probing=True,
+        num_train=256,
+        num_eval=100,
+        no_eval=None,
+        eval_before_training=True,
+        save_model=True,
+        **dict.fromkeys(("train_as_classification", "max_steps", "learning_rate")),
+        **dict.fromkeys(("hessian_smooth_type", "save_steps")),
+    )
+    result = finish(argv)
+    assert result["metric"]["accuracy"] > result["metric_before_training"]["accuracy"] + 0.1
+    assert result["trained_parameters"] == 2 * 128
+    assert result["linear_probe"]["tokens"] == 2 and result["linear_probe"]["rows"] == 256
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    samples = permutation_subset(load_samples(get_task("SST2"), str(SAMPLES))[1], 100, 0)
+    encoder = Encoder(get_task("SST2"), tokenizer, 1024)
+    encoded = [encoder.options(sample) for sample in samples]
+    scores = score_options(model, encoded, 16, "")
+    pairs = zip(scores, encoded, strict=True)
+    right = [(option[1] > option[0]) == bool(example.correct) for option, example in pairs]
+    assert sum(right) / 100 == pytest.approx(result["metric"]["accuracy"])
+
+
+# ---------------------------------------------------------------------- objectives without gradient
+
+
+@pytest.mark.parametrize(
+    ("task", "metric"), [("SST2", None), ("Copa", "accuracy"), ("SQuAD", None), ("DROP", "em")]
+)
+@pytest.mark.parametrize("mode", ["lora", "prefix", None])
+def test_training_without_a_gradient(
+    tmp_path: Path, task: str, metric: str | None, mode: str | None
+) -> None:
+    argv = training(
+        tmp_path,
+        task,
+        **(MODES[mode] if mode else {}),
+        **TRAINERS["zo"] | {"zo_eps": 1e-1, "train_as_classification": None, "max_steps": 2},
+        **{"num_dev": 4, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 2},
+        non_diff=True,
+        non_diff_metric=metric,
+        max_new_tokens=4,
+    )
+    finish(argv)
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    losses = log_of(checkpoint, "loss") + log_of(checkpoint, "eval_loss")
+    assert all(-1 <= loss <= 0 for loss in losses)
+    if task in ("SST2", "Copa"):
+        assert min(losses) < 0
+
+
+# --------------------------------------------------------------------------------------- bad input
+
+
+BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "lora and prefix": (
+        {"lora": True, "prefix_tuning": True},
+        ["--lora and --prefix_tuning exclude each other"],
+    ),
+    "head and probe": (
+        {"head_tuning": True, "linear_probing": True},
+        ["--head_tuning and --linear_probing exclude each other"],
+    ),
+    "rank without lora": ({"lora_r": 4}, ["--lora_r 4", "--lora"]),
+    "prefix length alone": ({"num_prefix": 4}, ["--num_prefix 4", "--prefix_tuning"]),
+    "reparameterisation alone": ({"no_reparam": "False"}, ["--no_reparam", "--prefix_tuning"]),
+    "rank of 0": ({"lora": True, "lora_r": 0}, ["--lora_r 0", "at least 1"]),
+    "prefix of 0": ({"prefix_tuning": True, "num_prefix": 0}, ["--num_prefix 0", "at least 1"]),
+    "prefix too long": (
+        {"prefix_tuning": True, "num_prefix": 1023},
+        ["--num_prefix 1023", "--max_length 1024"],
+    ),
+    "probe with zo": ({"linear_probing": True}, ["--linear_probing", "--trainer regular"]),
+    "stopping alone": ({"lp_early_stopping": True}, ["--lp_early_stopping", "--linear_probing"]),
+    "quantised and full": ({"load_int8": True}, ["--load_int8", "--lora"]),
+    "4 bits and full": ({"load_int4": True}, ["--load_int4", "--lora"]),
+    "8 bits without a GPU": ({"load_int8": True, "lora": True}, ["--load_int8", "CUDA GPU"]),
+    "4 bits without a GPU": ({"load_int4": True, "lora": True}, ["--load_int4", "CUDA GPU"]),
+    "8 and 4 bits": (
+        {"load_int8": True, "load_int4": True},
+        ["--load_int8 and --load_int4 exclude each other"],
+    ),
+    "no gradient and regular": (
+        {"non_diff": True, "trainer": "regular", "train_as_classification": None},
+        ["--non_diff", "--trainer zo"],
+    ),
+    "two objectives": ({"non_diff": True}, ["--train_as_classification", "--non_diff"]),
+    "f1 of options": (
+        {"non_diff": True, "non_diff_metric": "f1", "train_as_classification": None},
+        ["--non_diff_metric f1", "accuracy"],
+    ),
+    "accuracy of text": (
+        {
+            "task_name": "SQuAD",
+            "non_diff": True,
+            "non_diff_metric": "accuracy",
+            "train_as_classification": None,
+        },
+        ["--non_diff_metric accuracy", "f1 or em"],
+    ),
+    "metric alone": ({"non_diff_metric": "f1"}, ["--non_diff_metric f1", "--non_diff"]),
+    "sampled objective": (
+        {
+            "task_name": "SQuAD",
+            "non_diff": True,
+            "sampling": True,
+            "train_as_classification": None,
+        },
+        ["--sampling", "--non_diff"],
+    ),
+    "prefix and gradient checkpointing": (
+        {
+            "prefix_tuning": True,
+            "gradient_checkpointing": True,
+            "trainer": "regular",
+            "hessian_smooth_type": None,
+        },
+        ["--gradient_checkpointing", "--prefix_tuning"],
+    ),
+    "adapter without training": (
+        {
+            "lora": True,
+            "trainer": "none",
+            "train_as_classification": None,
+            "hessian_smooth_type": None,
+        },
+        ["--lora", "--trainer none"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("arguments", "pieces"), BAD.values(), ids=BAD)
+def test_bad_input(
+    tmp_path: Path,
+    arguments: dict[str, Any],
+    pieces: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run.main(training(tmp_path, **arguments)) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    for piece in pieces:
+        assert piece in err
+    assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "piece"),
+    [
+        ({"lora": True}, {}, "--lora True, not False"),
+        ({"lora": True}, {"lora": True, "lora_r": 4}, "--lora_r 8, not 4"),
+        ({"prefix_tuning": True}, {"prefix_tuning": True, "num_prefix": 4}, "--num_prefix 5"),
+        ({}, {"head_tuning": True}, "--head_tuning False, not True"),
+    ],
+)
+def test_a_checkpoint_of_another_mode_is_refused(
+    tmp_path: Path,
+    first: dict[str, Any],
+    second: dict[str, Any],
+    piece: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    finish(training(tmp_path, **first, max_steps=3))
+    before = contents(tmp_path)
+    assert run.main(training(tmp_path, **second)) == 2
+    assert piece in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+def test_a_damaged_adapter_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    finish(training(tmp_path, lora=True, max_steps=3))
+    file = tmp_path / "out" / "checkpoint-3" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    assert run.main(training(tmp_path, lora=True)) == 2
+    assert "adapter_model.safetensors is damaged" in capsys.readouterr().err
