@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from encoding import EncodedExample
-from scoring import collate, run_in_batches, token_log_probabilities
+from packing import collate
+from scoring import can_share_prompt, run_in_batches, token_log_probabilities
 from utils import InputError
 
 # MeZO's: the solver stops at this largest entry of the gradient, or after so many iterations.
@@ -209,6 +210,7 @@ def answer_features(
     for example in examples:
         (option,) = example.options
         lengths.append(len(option.tokens))
+    share_rows = can_share_prompt(model, max(lengths))
     features: list[Tensor] = [torch.empty(0)] * len(examples)
     targets: list[Tensor] = [torch.empty(0)] * len(examples)
     read: list[Tensor] = []
@@ -219,7 +221,7 @@ def answer_features(
 
     def read_batch(indices: list[int]) -> None:
         read.clear()
-        batch = collate([examples[index] for index in indices])
+        batch = collate([examples[index] for index in indices], share_prompt=share_rows)
         token_log_probabilities(
             model, {name: tensor.to(model.device) for name, tensor in batch.items()}
         )

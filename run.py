@@ -48,8 +48,9 @@ from objectives import (
     language_model_loss,
     negative_accuracy,
 )
+from packing import collate
 from probing import fit_head, freeze_all_but_head, head_is_tied, untie_head
-from scoring import GenerationSettings, Prediction, can_share_prompt, collate, predict
+from scoring import GenerationSettings, Prediction, can_share_prompt, predict
 from tasks import (
     Sample,
     demonstration_seeds,

@@ -1,18 +1,15 @@
 """Tokens to option log-probabilities, losses, predictions and generated text.
 
 The score of an option is the mean log-probability of its tokens; the largest wins (DESIGN of the
-prompts: templates.py). An example becomes one sequence: the tokens that all its options share,
-once, and behind them a branch for each option's own tokens. An attention mask lets a branch see
-the shared tokens and itself, and position ids continue from the shared tokens, so that every
-log-probability is the one that the option gets when it is scored alone. Logits are made only where
-a scored token is predicted.
+prompts: templates.py). Logits are made only where a scored token is predicted; packing.py makes the
+batches.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +22,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from adapters import KeysAndValues, prefix_length, prefix_of, without_adapter
 from encoding import EncodedExample, EncodedOption, Encoder
+from packing import collate, collate_behind, common_prefix_length, pack
 from tasks import Sample
 from utils import InputError
 
@@ -32,159 +30,6 @@ logger = logging.getLogger(__name__)
 
 # Tokens that texts must share for reading them once to be worth a forward pass of its own.
 SHORTEST_PREFIX = 16
-
-
-@dataclass(frozen=True)
-class PackedSequence:
-    """Tokens that go through the model once, for one or several options.
-
-    Attributes:
-        tokens, positions: token and position ids, of one length.
-        branches: 0 for the shared tokens, then 1, 2, … for the options' own.
-        reads: (option, index in ``tokens``, target): there the log-probability of ``target`` counts
-            for ``option``.
-    """
-
-    tokens: tuple[int, ...]
-    positions: tuple[int, ...]
-    branches: tuple[int, ...]
-    reads: tuple[tuple[int, int, int], ...]
-
-
-# ---------------------------------------------------------------------------- tokens to batches
-
-
-def common_prefix_length(sequences: Sequence[Sequence[int]]) -> int:
-    """Return how many tokens all the sequences begin with."""
-    shortest = min(map(len, sequences))
-    for index in range(shortest):
-        if len({sequence[index] for sequence in sequences}) > 1:
-            return index
-    return shortest
-
-
-def pack(example: EncodedExample, share_prompt: bool = True) -> list[PackedSequence]:
-    """Lay out an example's options for the model: in one sequence, or each in its own.
-
-    The last token of an option is predicted but never read by the model, so options of one token
-    need nothing beyond their prompt.
-    """
-    numbered = list(enumerate(example.options))
-    groups = [numbered] if share_prompt else [[pair] for pair in numbered]
-    return [_pack_group(group) for group in groups]
-
-
-def _pack_group(options: list[tuple[int, EncodedOption]]) -> PackedSequence:
-    shared = common_prefix_length([option.tokens[:-1] for _, option in options])
-    tokens = list(options[0][1].tokens[:shared])
-    positions, branches, reads = list(range(shared)), [0] * shared, []
-    for branch, (number, option) in enumerate(options, start=1):
-        start = len(tokens)
-        tokens += option.tokens[shared:-1]
-        positions += range(shared, len(option.tokens) - 1)
-        branches += [branch] * (len(tokens) - start)
-        for target in option.targets:
-            source = target - 1
-            index = source if source < shared else start + source - shared
-            reads.append((number, index, option.tokens[target]))
-    return PackedSequence(tuple(tokens), tuple(positions), tuple(branches), tuple(reads))
-
-
-def collate(
-    examples: Sequence[EncodedExample], pad_token: int = 0, share_prompt: bool = True
-) -> dict[str, Tensor]:
-    """Pad the examples' sequences on the left and stack them.
-
-    Returns:
-        ``input_ids``, ``position_ids``: (rows, length). ``attention_mask``: (rows, length), or
-        (rows, 1, length, length), True where a query (third dimension) sees a key, if there are
-        branches. ``read_rows``, ``read_columns``, ``targets``: (scored tokens,): where each is
-        predicted, and which it is. ``read_options``: (scored tokens,): its option's number in the
-        batch. ``option_examples``: (options,): the example of each option. ``correct``:
-        (examples,): the number within its example of the correct option. ``acceptable``: (options,)
-        of bool: whether an option counts as right; several of an example may.
-    """
-    sequences, reads, option_examples, acceptable = [], [], [], []
-    for number, example in enumerate(examples):
-        first_option = len(option_examples)
-        option_examples += [number] * len(example.options)
-        right = {example.correct, *example.also_correct}
-        acceptable += [option in right for option in range(len(example.options))]
-        for sequence in pack(example, share_prompt):
-            row = len(sequences)
-            sequences.append(sequence)
-            reads += [(row, first_option + o, i, target) for o, i, target in sequence.reads]
-    length = max(len(sequence.tokens) for sequence in sequences)
-
-    def stack(lists: Iterator[Sequence[int]], padding: int) -> Tensor:
-        return torch.tensor([[padding] * (length - len(values)) + list(values) for values in lists])
-
-    branches = stack((sequence.branches for sequence in sequences), -1)
-    read_rows, read_options, indices, targets = torch.tensor(reads).unbind(1)
-    padding = torch.tensor([length - len(sequence.tokens) for sequence in sequences])
-    return {
-        "input_ids": stack((sequence.tokens for sequence in sequences), pad_token),
-        "position_ids": stack((sequence.positions for sequence in sequences), 0),
-        "attention_mask": attention_mask(branches),
-        "read_rows": read_rows,
-        "read_columns": indices + padding[read_rows],
-        "targets": targets,
-        "read_options": read_options,
-        "option_examples": torch.tensor(option_examples),
-        "correct": torch.tensor([example.correct for example in examples]),
-        "acceptable": torch.tensor(acceptable),
-    }
-
-
-def attention_mask(branches: Tensor) -> Tensor:
-    """Return who sees whom, from the branch of every token (-1 for padding); see ``collate``."""
-    if not (branches > 0).any():
-        return (branches == 0).long()
-    query, key = branches.unsqueeze(2), branches.unsqueeze(1)
-    visible = (key == 0) | ((key == query) & (key > 0))
-    causal = torch.ones(visible.shape[1:], dtype=torch.bool).tril()
-    # Padding sees itself: a row of the softmax must not be empty.
-    itself = torch.eye(visible.shape[1], dtype=torch.bool)
-    return ((visible & causal) | itself).unsqueeze(1)
-
-
-def collate_behind(
-    prefix: int, examples: Sequence[EncodedExample], virtual_tokens: int = 0
-) -> dict[str, Tensor]:
-    """Put what follows the first ``prefix`` tokens of every example into one row, without padding.
-
-    Returns:
-        As ``collate``, without what is correct, for examples that all begin with the same
-        ``prefix`` tokens, which the model has in its cache behind ``virtual_tokens`` of
-        prefix-tuning. ``attention_mask`` (1, 1, length, virtual_tokens + prefix + length) shows
-        these to every query, and of the rest only the query's own example.
-    """
-    tokens, positions, branches, owners, reads, option_examples = [], [], [], [], [], []
-    for number, example in enumerate(examples):
-        (sequence,) = pack(example)
-        shift = len(tokens) - prefix
-        first_option = len(option_examples)
-        reads += [(first_option + o, i + shift, target) for o, i, target in sequence.reads]
-        option_examples += [number] * len(example.options)
-        tokens += sequence.tokens[prefix:]
-        positions += (virtual_tokens + position for position in sequence.positions[prefix:])
-        branches += sequence.branches[prefix:]
-        owners += [number] * (len(tokens) - len(owners))
-    branch, owner = torch.tensor(branches), torch.tensor(owners)
-    own = owner.unsqueeze(1) == owner
-    visible = own & ((branch == 0) | (branch.unsqueeze(1) == branch))
-    cached = torch.ones(len(tokens), virtual_tokens + prefix, dtype=torch.bool)
-    read_options, columns, targets = torch.tensor(reads).unbind(1)
-    return {
-        "input_ids": torch.tensor([tokens]),
-        "position_ids": torch.tensor([positions]),
-        "attention_mask": torch.cat([cached, visible.tril()], dim=1)[None, None],
-        "read_rows": torch.zeros_like(columns),
-        "read_columns": columns,
-        "targets": targets,
-        "read_options": read_options,
-        "option_examples": torch.tensor(option_examples),
-    }
 
 
 # --------------------------------------------------------------- batches to log-probabilities

@@ -30,7 +30,8 @@ from hizoo import HiZOO
 from layerwise import LayerwiseWeights
 from modeling import load_config_and_tokenizer, load_model
 from objectives import classification_loss
-from scoring import collate, predict
+from packing import collate
+from scoring import predict
 from tasks import Sample, get_task, load_samples, permutation_subset, sample_train_dev
 
 MODEL, SAMPLES = str(ROOT / "data" / "tiny-opt"), str(ROOT / "data" / "samples")

@@ -24,6 +24,7 @@ from step import SHAPES, added_memory, make_model, median_seconds
 from torch import Tensor, nn
 
 import objectives
+import packing
 import scoring
 from encoding import EncodedExample, EncodedOption
 
@@ -140,9 +141,9 @@ def measure_training(model: nn.Module, task: str, arguments: argparse.Namespace)
     """Seconds of a training loss on 16 examples, beside a bare forward of their distinct tokens."""
     prompt, options, own, option_loss = TRAINING[task]
     examples = make_examples(16, prompt, options, own)
-    batch = scoring.collate(examples)
+    batch = packing.collate(examples)
     # Distinct tokens: the prompts, where options have one token; else all that the batch holds.
-    rows = [scoring.pack(example)[0].tokens for example in examples]
+    rows = [packing.pack(example)[0].tokens for example in examples]
     bare = median_seconds(lambda: bare_forward(model, *padded(rows)), arguments.repeats, "cpu")
     whole = [option.tokens for example in examples for option in example.options]
 
@@ -207,8 +208,8 @@ class Numbers:
 def measure_memory(model: nn.Module) -> dict[str, Any]:
     """Peak memory of a loss on 16 x 512 tokens, beside the forward without any logits."""
     examples = make_examples(16, (511, 512), 2, 1)
-    batch = scoring.collate(examples)
-    rows = [scoring.pack(example)[0].tokens for example in examples]
+    batch = packing.collate(examples)
+    rows = [packing.pack(example)[0].tokens for example in examples]
 
     @torch.no_grad()
     def loss() -> None:

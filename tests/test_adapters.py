@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import objectives
+import packing
 import scoring
 from adapters import add_lora, add_prefix, prefix_length
 from encoding import Encoder
@@ -108,7 +109,7 @@ def test_adapters_of_half_precision_models_are_float32(kind: str, dtype: torch.d
     model = adapted("llama", kind, tiny_model("llama").to(dtype))
     assert {p.dtype for p in trained(model).values()} == {torch.float32}
     examples = [encoder("SST2").options(sample) for sample in samples_of("SST2")[1][:4]]
-    assert objectives.classification_loss(model, scoring.collate(examples)).isfinite()
+    assert objectives.classification_loss(model, packing.collate(examples)).isfinite()
 
 
 # ------------------------------------------------------------------------------ scores and losses
@@ -145,7 +146,7 @@ def test_losses_and_gradients(family: str, kind: str) -> None:
     examples = [encoder("Copa").options(sample) for sample in samples_of("Copa")[1][:4]]
     losses, gradients = [], []
     for share in (True, False):
-        batch = scoring.collate(examples, share_prompt=share)
+        batch = packing.collate(examples, share_prompt=share)
         loss = objectives.classification_loss(model, batch)
         model.zero_grad()
         loss.backward()
@@ -233,7 +234,7 @@ def test_only_the_adapter_is_perturbed_and_has_an_h(kind: str) -> None:
     model = adapted("opt", kind)
     before = {name: p.clone() for name, p in model.named_parameters()}
     examples = [encoder("SST2").options(sample) for sample in samples_of("SST2")[1][:4]]
-    batch = scoring.collate(examples)
+    batch = packing.collate(examples)
     optimizer = HiZOO(trained(model).values(), lr=1e-3, eps=1e-2, hessian_smooth=1e-3)
     optimizer.step(lambda: objectives.classification_loss(model, batch))
     for name, parameter in model.named_parameters():
@@ -247,7 +248,7 @@ def test_layer_by_layer_is_in_place(kind: str) -> None:
     for layerwise in (False, True):
         model = adapted("opt", kind)
         examples = [encoder("SST2").options(sample) for sample in samples_of("SST2")[1][:4]]
-        batch = scoring.collate(examples)
+        batch = packing.collate(examples)
         layers = LayerwiseWeights(model) if layerwise else None
         optimizer = HiZOO(trained(model).values(), lr=1e-3, eps=1e-2, layers=layers)
         for _ in range(3):

@@ -11,6 +11,7 @@ from tiny_models import FAMILIES, tiny_tokenizer
 from torch import Tensor
 
 import objectives
+import packing
 import scoring
 from encoding import Encoder
 from hizoo import HiZOO
@@ -35,7 +36,7 @@ def test_negative_accuracy(family: str, task: str, share: bool) -> None:
         scores = [log_probabilities(model, o.tokens, o.scored).mean() for o in example.options]
         best = max(range(len(scores)), key=scores.__getitem__)
         right += sample.candidates[best] in sample.correct
-    loss = objectives.negative_accuracy(model, scoring.collate(examples, share_prompt=share))
+    loss = objectives.negative_accuracy(model, packing.collate(examples, share_prompt=share))
     assert loss.item() == pytest.approx(-right / 8)
     assert not loss.requires_grad
 
@@ -46,7 +47,7 @@ def test_any_of_several_answers_is_right() -> None:
     example = encoder("ReCoRD").options(sample)
     right = {example.correct, *example.also_correct}
     assert {sample.candidates[index] for index in right} == set(sample.correct)
-    batch = scoring.collate([example, encoder("ReCoRD").options(samples_of("ReCoRD")[1][0])])
+    batch = packing.collate([example, encoder("ReCoRD").options(samples_of("ReCoRD")[1][0])])
     assert batch["acceptable"][: len(example.options)].nonzero().flatten().tolist() == sorted(right)
 
 

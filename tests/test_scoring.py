@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import objectives
+import packing
 import scoring
 from encoding import EncodedExample, EncodedOption, Encoder
 from scoring import GenerationSettings, Prediction
@@ -224,7 +225,7 @@ def test_padding_changes_no_score() -> None:
     for family in ("opt", "bloom", "llama"):
         alone, padded = (scoring.score_options(model_of(family), samples, n, "") for n in (1, 8))
         assert_equal_sums(alone, padded)
-        batches = [scoring.collate(samples, token, family != "bloom") for token in (0, 77)]
+        batches = [packing.collate(samples, token, family != "bloom") for token in (0, 77)]
         values = [scoring.token_log_probabilities(model_of(family), batch) for batch in batches]
         assert torch.equal(*values)
 
@@ -242,7 +243,7 @@ def test_logits_are_made_only_where_a_scored_token_is_predicted() -> None:
     seen: list[int] = []
     model = tiny_model("opt")
     model.lm_head.register_forward_hook(lambda *call: seen.append(call[2].numel() // 1536))
-    batch = scoring.collate(encode("Copa", 3, 2))
+    batch = packing.collate(encode("Copa", 3, 2))
     scoring.token_log_probabilities(model, batch)
     assert seen == [len(batch["targets"])]
     with pytest.raises(IndexError):
@@ -331,7 +332,7 @@ def test_classification_loss_of_examples_with_different_numbers_of_options(
             correct = values[sample.candidates.index(sample.correct[0])]
             losses.append(torch.stack(values).logsumexp(0) - correct)
         examples += encode(task, 2, 0)
-    found = objectives.classification_loss(model, scoring.collate(examples, share_prompt=share))
+    found = objectives.classification_loss(model, packing.collate(examples, share_prompt=share))
     assert_same_loss_and_gradient(model, found, torch.stack(losses).mean())
 
 
@@ -347,7 +348,7 @@ def test_language_model_loss(family: str, only_option: bool) -> None:
     ]
     expected = -torch.cat(values).mean()
     examples = [encoder.correct_option(sample, only_option) for sample in samples]
-    found = objectives.language_model_loss(model, scoring.collate(examples))
+    found = objectives.language_model_loss(model, packing.collate(examples))
     assert_same_loss_and_gradient(model, found, expected)
 
 
@@ -549,7 +550,7 @@ def test_a_text_without_a_start_gets_one_where_nothing_precedes_the_option() -> 
     [([[1, 2, 3], [1, 2, 4]], 2), ([[1, 2], [1, 2, 3]], 2), ([[1], [2]], 0), ([[], [1]], 0)],
 )
 def test_common_prefix_length(sequences: list[list[int]], length: int) -> None:
-    assert scoring.common_prefix_length(sequences) == length
+    assert packing.common_prefix_length(sequences) == length
 
 
 BRANCHING = EncodedExample(
@@ -559,23 +560,24 @@ SINGLE_TOKENS = EncodedExample((EncodedOption((2, 7, 8), 1), EncodedOption((2, 7
 
 
 def test_pack() -> None:
-    (packed,) = scoring.pack(BRANCHING)
-    assert packed == scoring.PackedSequence(
+    (packed,) = packing.pack(BRANCHING)
+    assert packed == packing.PackedSequence(
         tokens=(2, 10, 11, 20, 30, 31),
         positions=(0, 1, 2, 3, 3, 4),
         branches=(0, 0, 0, 1, 2, 2),
         reads=((0, 2, 20), (0, 3, 21), (1, 2, 30), (1, 4, 31), (1, 5, 32)),
     )
-    assert scoring.pack(BRANCHING, share_prompt=False)[1] == scoring.PackedSequence(
+    assert packing.pack(BRANCHING, share_prompt=False)[1] == packing.PackedSequence(
         (2, 10, 11, 30, 31), (0, 1, 2, 3, 4), (0,) * 5, ((1, 2, 30), (1, 3, 31), (1, 4, 32))
     )
-    assert scoring.pack(SINGLE_TOKENS) == [
-        scoring.PackedSequence((2, 7), (0, 1), (0, 0), ((0, 1, 8), (1, 1, 9)))
+    assert packing.pack(SINGLE_TOKENS) == [
+        packing.PackedSequence((2, 7), (0, 1), (0, 0), ((0, 1, 8), (1, 1, 9)))
     ]
 
 
-def test_collate() -> None:
-    batch = scoring.collate([SINGLE_TOKENS, BRANCHING], pad_token=1)
+def test_collate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "ROW_TOKENS", 1)  # a row for each sequence
+    batch = packing.collate([SINGLE_TOKENS, BRANCHING], pad_token=1)
     mask = batch.pop("attention_mask")
     assert {name: tensor.tolist() for name, tensor in batch.items()} == {
         "input_ids": [[1, 1, 1, 1, 2, 7], [2, 10, 11, 20, 30, 31]],
@@ -592,8 +594,41 @@ def test_collate() -> None:
     drawn = ["".join(".x"[seen] for seen in row) for row in mask.flatten(0, 2).tolist()]
     assert drawn[:6] == ["x.....", ".x....", "..x...", "...x..", "....x.", "....xx"]
     assert drawn[6:] == ["x.....", "xx....", "xxx...", "xxxx..", "xxx.x.", "xxx.xx"]
-    plain = scoring.collate([SINGLE_TOKENS, BRANCHING], share_prompt=False)["attention_mask"]
+    plain = packing.collate([SINGLE_TOKENS, BRANCHING], share_prompt=False)["attention_mask"]
     assert plain.tolist() == [[0, 0, 0, 1, 1]] * 2 + [[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]
+
+
+def test_sequences_that_share_a_row() -> None:
+    batch = packing.collate([SINGLE_TOKENS, BRANCHING], pad_token=1)
+    mask = batch.pop("attention_mask")
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+        "input_ids": [[2, 10, 11, 20, 30, 31, 2, 7]],
+        "position_ids": [[0, 1, 2, 3, 3, 4, 0, 1]],
+        "read_rows": [0] * 7,
+        "read_columns": [7, 7, 2, 3, 2, 4, 5],
+        "targets": [8, 9, 20, 21, 30, 31, 32],
+        "read_options": [0, 1, 2, 2, 3, 3, 3],
+        "option_examples": [0, 0, 1, 1],
+        "correct": [0, 1],
+        "acceptable": [True, False, False, True],
+    }
+    drawn = ["".join(".x"[seen] for seen in row) for row in mask.flatten(0, 2).tolist()]
+    assert drawn[2:] == ["xxx.....", "xxxx....", "xxx.x...", "xxx.xx..", "......x.", "......xx"]
+
+
+def test_rows_are_filled_with_the_longest_first() -> None:
+    assert packing.fill_rows([30, 100, 90, 20, 20]) == [[1, 3], [2, 0], [4]]
+    # Nothing to gain: every row would be as long, or one long text would make all rows longer.
+    assert packing.fill_rows([100, 100, 90]) == [[0], [1], [2]]
+    assert packing.fill_rows([500]) == [[0]]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        lengths = torch.randint(1, 200, (20,), generator=generator).tolist()
+        rows = packing.fill_rows(lengths)
+        assert sorted(number for row in rows for number in row) == list(range(20))
+        widths = [sum(lengths[number] for number in row) for row in rows]
+        assert max(widths) <= max(packing.ROW_TOKENS, *lengths)
+        assert len(rows) * max(widths) <= 20 * max(lengths)
 
 
 def test_batches_hold_the_longest_first_and_every_item_once() -> None:
