@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from adapters import KeysAndValues, prefix_length, prefix_of, without_adapter
 from encoding import EncodedExample, EncodedOption, Encoder
@@ -157,16 +158,52 @@ class ReadPrefix:
     @property
     def virtual_tokens(self) -> int:
         """How many positions prefix-tuning takes before the tokens."""
-        return self.layers[0][0].shape[2] - len(self.tokens)
+        return self.layers[0][0].shape[2] - len(self.tokens) if self.layers else 0
 
-    def cache(self, rows: int = 1) -> DynamicCache:
-        """Return a new cache that a forward pass of so many rows may extend."""
-        return cache_of(self.layers, rows)
+    def cache(self, rows: int = 1, room: int = 0) -> DynamicCache:
+        """Return a new cache that forward passes of so many rows may extend; see ``cache_of``."""
+        return cache_of(self.layers, rows, room)
 
 
-def cache_of(layers: KeysAndValues, rows: int = 1) -> DynamicCache:
-    """Return a cache with the same keys and values in every row."""
+class LayerWithRoom(DynamicLayer):
+    """Keys and values of a layer, with room for ``room`` tokens after those that come first.
+
+    transformers' own layer copies all keys and values for every token that is generated.
+    """
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+        self.places: tuple[Tensor, Tensor] | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values, (rows, heads, tokens, head size); return all of them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if self.places is None or self.places[0].shape[-2] < end:
+            old = self.keys, self.values
+            shape = (*key_states.shape[:-2], end + self.room)
+            self.places = tuple(
+                new.new_empty((*shape, new.shape[-1])) for new in (key_states, value_states)
+            )
+            if start:
+                for place, values in zip(self.places, old, strict=True):
+                    place[..., :start, :] = values
+        for place, values in zip(self.places, (key_states, value_states), strict=True):
+            place[..., start:end, :] = values
+        self.keys, self.values = (place[..., :end, :] for place in self.places)
+        return self.keys, self.values
+
+
+def cache_of(layers: KeysAndValues, rows: int = 1, room: int = 0) -> DynamicCache:
+    """Return a cache with the same keys and values in every row, and room for further tokens."""
     cache = DynamicCache()
+    if room:
+        cache.layer_class_to_replicate = functools.partial(LayerWithRoom, room)
     for number, (keys, values) in enumerate(layers):
         shape = (rows, *keys.shape[1:])
         cache.update(keys.expand(shape), values.expand(shape), number)
@@ -185,7 +222,10 @@ def read_shared_prefix(
 
 @torch.no_grad()
 def score_options(
-    model: PreTrainedModel, examples: Sequence[EncodedExample], batch_size: int, progress: str
+    model: PreTrainedModel,
+    examples: Sequence[EncodedExample],
+    batch_size: int,
+    progress: str | None,
 ) -> list[list[tuple[float, int]]]:
     """Return (summed log-probability, number of tokens) of every option of every example.
 
@@ -302,16 +342,20 @@ def generate(
     )
     texts = [""] * len(prompts)
     pad = stop_tokens[-1]
-    # Beams have rows of their own in the cache, which generate() makes from the first.
-    prefix = ReadPrefix.read(model, ()) if prefix_length(model) else None
+    # Beams reorder the rows of a cache, which generate() then makes itself.
+    prefix = ReadPrefix.read(model, ())
     # The new tokens count: a window would see the padding behind the shared tokens, and not those.
     longest = max(map(len, prompts)) + settings.max_new_tokens
+    room = 0
     if settings.num_beams == 1 and can_share_prompt(model, longest):
         limit = min(map(len, prompts)) - 1
         prefix = read_shared_prefix(model, prompts, limit) or prefix
-    shared = prefix.tokens if prefix else ()
+        room = settings.max_new_tokens
+    shared = prefix.tokens
     # What stands for the tokens of prefix-tuning is never looked at: they are in the cache.
-    cached = (*[pad] * (prefix.virtual_tokens if prefix else 0), *shared)
+    cached = (*[pad] * prefix.virtual_tokens, *shared)
+
+    given = room or prefix.layers
 
     def write(indices: list[int]) -> None:
         rows = [prompts[index][len(shared) :] for index in indices]
@@ -324,7 +368,7 @@ def generate(
         output = generator.generate(
             torch.tensor(tokens, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),
-            past_key_values=prefix.cache(len(rows) * settings.num_beams) if prefix else None,
+            past_key_values=prefix.cache(len(rows) * settings.num_beams, room) if given else None,
             max_new_tokens=settings.max_new_tokens,
             do_sample=settings.sampling,
             num_beams=settings.num_beams,

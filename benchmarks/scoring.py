@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def our_scores(
     model: nn.Module, examples: Sequence[EncodedExample], batch_size: int
 ) -> list[list[float]]:
     """The same by scoring.py."""
-    sums = scoring.score_options(model, examples, batch_size, "scoring")
+    sums = scoring.score_options(model, examples, batch_size, None)
     return [[total / count for total, count in options] for options in sums]
 
 
@@ -166,24 +167,29 @@ def measure_training(model: nn.Module, task: str, arguments: argparse.Namespace)
     return row
 
 
-def measure_generation(model: nn.Module, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Seconds for 32 answers of SQuAD's length, in batches and one at a time."""
+def measure_generation(
+    model: nn.Module, arguments: argparse.Namespace, new_tokens: int
+) -> dict[str, Any]:
+    """Seconds for 32 answers to prompts of SQuAD's length, in batches and one at a time."""
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(120, 181, (32,), generator=generator).tolist()
     prompts = [(2, *draw(generator, length)) for length in lengths]
-    settings = scoring.GenerationSettings(max_new_tokens=20)
+    settings = scoring.GenerationSettings(max_new_tokens=new_tokens)
 
     def generate(batch_size: int) -> list[str]:
-        return scoring.generate(model, Numbers(), prompts, settings, batch_size, "answers")
+        return scoring.generate(model, Numbers(), prompts, settings, batch_size, None)
 
-    usual = median_seconds(lambda: generate(1), 1, "cpu")
+    # One run is enough for what takes longest; 32 answers are a warm-up for each other.
+    start = time.perf_counter()
+    expected = generate(1)
+    usual = time.perf_counter() - start
     ours = median_seconds(lambda: generate(32), arguments.repeats, "cpu")
     return {
-        "what": "generation, 32 answers of 20 tokens",
+        "what": f"generation, 32 answers of {new_tokens} tokens",
         "usual": usual,
         "ours": ours,
         "times": usual / ours,
-        "same_text": generate(1) == generate(32),
+        "same_text": generate(32) == expected,
     }
 
 
@@ -241,7 +247,7 @@ def main() -> None:
     measurements: list[Callable[[], dict[str, Any]]] = [
         lambda: measure_icl(model, arguments),
         *(lambda task=task: measure_training(model, task, arguments) for task in TRAINING),
-        lambda: measure_generation(model, arguments),
+        *(lambda n=n: measure_generation(model, arguments, n) for n in (20, 50)),
         lambda: measure_memory(model),
     ]
     print(f"{arguments.model}, {torch.get_num_threads()} threads, torch {torch.__version__}")

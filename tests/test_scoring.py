@@ -24,6 +24,7 @@ from tiny_models import (
 )
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 import objectives
 import packing
@@ -403,6 +404,17 @@ def test_every_way_of_generating_runs(family: str, settings: GenerationSettings)
     texts = scoring.generate(model_of(family), tokenizer, prompts, settings, 2, "")
     assert len(texts) == 3
     assert all(text and text == text.strip() for text in texts)
+
+
+@pytest.mark.parametrize("room", [1, 5, 50])
+def test_a_layer_with_room_holds_what_a_growing_one_holds(room: int) -> None:
+    grown, roomy = DynamicLayer(), scoring.LayerWithRoom(room)
+    torch.manual_seed(0)
+    for tokens in (7, 1, 1, 1, 9, 1, 1):
+        new = torch.randn(2, 2, 3, tokens, 4).unbind()
+        for one, other in zip(grown.update(*new), roomy.update(*new), strict=True):
+            assert torch.equal(one, other)
+        assert roomy.get_seq_length() == grown.get_seq_length()
 
 
 def newline_writing_model(family: str) -> PreTrainedModel:
