@@ -8,6 +8,7 @@ that the option gets when it is scored alone. Several short sequences share a ro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from encoding import EncodedExample, EncodedOption
 
-# Rows of several sequences are filled up to so many tokens: attention looks at all of a row, and
-# up to here that costs next to nothing.
+# Rows of several sequences hold about so many tokens: attention looks at all of a row, and up to
+# here that costs next to nothing.
 ROW_TOKENS = 128
 # Sequences share rows if fewer than this part of the tokens and their padding are left.
 LITTLE_SAVED = 0.95
@@ -140,23 +141,18 @@ def collate(
 def fill_rows(lengths: Sequence[int]) -> list[list[int]]:
     """Distribute sequences over rows; returns their numbers, row by row.
 
-    The longest first, each into the first row with room for it. Where little would be saved, each
-    keeps a row of its own: a mask for every pair of tokens costs more than one for the padding.
+    The longest first, each into the emptiest row. Where little would be saved, each keeps a row of
+    its own: a mask for every pair of tokens costs more than one for the padding.
     """
     apart = [[number] for number in range(len(lengths))]
-    width = max(ROW_TOKENS, *lengths)
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for number in sorted(apart, key=lambda row: -lengths[row[0]]):
-        length = lengths[number[0]]
-        fitting = next((index for index, left in enumerate(room) if left >= length), None)
-        if fitting is None:
-            rows.append(number)
-            room.append(width - length)
-        else:
-            rows[fitting] = rows[fitting] + number
-            room[fitting] -= length
-    together = len(rows) * (width - min(room))
+    count = math.ceil(sum(lengths) / max(ROW_TOKENS, *lengths))
+    rows: list[list[int]] = [[] for _ in range(count)]
+    filled = [0] * count
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        emptiest = filled.index(min(filled))
+        rows[emptiest].append(number)
+        filled[emptiest] += lengths[number]
+    together = count * max(filled)
     return rows if together < LITTLE_SAVED * len(lengths) * max(lengths) else apart
 
 

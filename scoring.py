@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 # Tokens that texts must share for reading them once to be worth a forward pass of its own.
 SHORTEST_PREFIX = 16
+# Scored tokens whose logits are normalised at once.
+LOGIT_ROWS = 256
 
 
 # --------------------------------------------------------------- batches to log-probabilities
@@ -64,7 +66,11 @@ def token_log_probabilities(
     finally:
         hook.remove()
     targets = batch["targets"].to(logits.device)
-    return -nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    # A part after the other: a copy of all logits would take as much memory as they do.
+    parts = zip(logits.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
+    return -torch.cat(
+        [nn.functional.cross_entropy(part.float(), ids, reduction="none") for part, ids in parts]
+    )
 
 
 def model_mask(model: nn.Module, mask: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -145,7 +146,6 @@ def measure_training(model: nn.Module, task: str, arguments: argparse.Namespace)
     batch = packing.collate(examples)
     # Distinct tokens: the prompts, where options have one token; else all that the batch holds.
     rows = [packing.pack(example)[0].tokens for example in examples]
-    bare = median_seconds(lambda: bare_forward(model, *padded(rows)), arguments.repeats, "cpu")
     whole = [option.tokens for example in examples for option in example.options]
 
     @torch.no_grad()
@@ -158,9 +158,15 @@ def measure_training(model: nn.Module, task: str, arguments: argparse.Namespace)
         logits = model(tokens, attention_mask=mask, use_cache=False).logits
         logits[:, :-1].log_softmax(dim=-1)
 
-    ours = median_seconds(loss, arguments.repeats, "cpu")
+    tokens = padded(rows)
+    # In turns, so that a machine that slows down slows both.
+    turns = [
+        [median_seconds(f, 1, "cpu") for f in (lambda: bare_forward(model, *tokens), loss)]
+        for _ in range(arguments.repeats)
+    ]
+    bare, ours = (statistics.median(seconds) for seconds in zip(*turns, strict=True))
     row = {"what": f"training loss, {task}, 16 examples", "bare": bare, "ours": ours}
-    row["over_bare"] = ours / bare
+    row["over_bare"] = statistics.median(our / its for its, our in turns)
     if len(whole) * max(map(len, whole)) < 10_000:  # the logits of more take gigabytes
         row["usual"] = median_seconds(usual, arguments.repeats, "cpu")
         row["times"] = row["usual"] / ours
@@ -179,9 +185,21 @@ def measure_generation(
     def generate(batch_size: int) -> list[str]:
         return scoring.generate(model, Numbers(), prompts, settings, batch_size, None)
 
+    def usual_text(prompt: tuple[int, ...]) -> str:
+        tokens = torch.tensor([prompt])
+        rows = model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=[NEWLINE, Numbers.eos_token_id],
+            pad_token_id=Numbers.eos_token_id,
+        )
+        return Numbers().batch_decode(rows[:, len(prompt) :])[0]
+
     # One run is enough for what takes longest; 32 answers are a warm-up for each other.
     start = time.perf_counter()
-    expected = generate(1)
+    expected = [usual_text(prompt) for prompt in prompts]
     usual = time.perf_counter() - start
     ours = median_seconds(lambda: generate(32), arguments.repeats, "cpu")
     return {
@@ -240,7 +258,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=64, help="ICL examples for ours")
     parser.add_argument("--usual_examples", type=int, default=3, help="ICL examples, usual way")
     parser.add_argument("--batch", type=int, default=16, help="examples in a batch")
-    parser.add_argument("--repeats", type=int, default=3, help="runs behind every median")
+    parser.add_argument("--repeats", type=int, default=5, help="runs behind every median")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     arguments = parser.parse_args()
     model = make_model(arguments.model, torch.float32, "cpu")
