@@ -24,33 +24,35 @@ One step, for parameters θ, diagonal curvature h (starts at 1), learning rate �
     h  <- (1-α) h + α c h u²              elementwise
     θ  <- θ - η (g u/√h + λ θ)            with the new h
 
-The noise u is never stored. It is a function of (seed, step, parameter, tile) and is drawn again,
-tile by tile, whenever it is needed: three times a step, once for each perturbed forward pass and
-once for the update. No global random state is read or changed.
+The noise u is never stored. Every number of it is a function of (seed, step, parameter, index), a
+hash that is computed again, tile by tile, whenever it is needed: three times a step, once for each
+perturbed forward pass and once for the update. No global random state is read or changed. For large
+models torch.compile makes one kernel of the hash and all arithmetic on a tile, which costs a fifth
+of drawing with torch's generator alone; without a compiler the same functions run one by one.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import os
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-# A tile is what is drawn, scaled and added at once. On a CPU core it has to stay in the cache (the
-# last level: in smaller tiles Python's part of the loop costs more than the memory); on another
-# device it has to be large enough that launching its kernels costs little.
-CPU_TILE_ELEMENTS = 1 << 17
-DEVICE_TILE_ELEMENTS = 1 << 21
-# Neighbouring tiles go to a worker together, so that handing them out costs little.
-PACKET_ELEMENTS = 1 << 20
-MAX_WORKERS = 16
+# A tile is what is drawn, scaled and added at once. Where operations run one by one on a CPU core
+# it has to stay in the cache; in a compiled kernel, or on another device, it has to be large enough
+# that starting the work costs little.
+CACHED_TILE_ELEMENTS = 1 << 17
+LARGE_TILE_ELEMENTS = 1 << 21
+# Smaller parameters are computed together, one operation after the other, for less overhead. And
+# torch.compile makes kernels for one core if the first tile that it sees is small.
+COMPILED_PARAMETER_ELEMENTS = 1 << 16
+# Weights from which compiling, 10 to 30 seconds once, pays within about a hundred steps.
+COMPILE_FROM_ELEMENTS = 1 << 24
 MASK_32, MASK_64 = (1 << 32) - 1, (1 << 64) - 1
 
 
@@ -68,162 +70,268 @@ def mix_seed(*numbers: int) -> int:
     return state
 
 
-def tile_seed(stream: int, tile: int) -> int:
-    """Seed of one tile of a 64-bit noise ``stream``.
+def tile_key(stream: int, parameter: int, first: int) -> tuple[int, int]:
+    """Return the odd multiplier and the offset of ``counters`` for a tile of a 64-bit ``stream``.
 
-    torch's CPU generator uses the lower 32 bits of a seed only. They are a bijection of the tile's
-    number, so that no two tiles of a step ever share their noise.
+    Number ``i`` of the ``parameter``-th parameter counts as multiplier * i + offset, modulo 2**32:
+    up to 2**32 numbers of a parameter have counters of their own, and every parameter and step has
+    another sequence. ``first`` is the index of the tile's first number.
     """
-    low = (stream + tile) & MASK_32
-    low = ((low ^ (low >> 16)) * 0x85EBCA6B) & MASK_32
-    low = ((low ^ (low >> 13)) * 0xC2B2AE35) & MASK_32
-    return (stream & ~MASK_32 & MASK_64) | (low ^ (low >> 16))
+    mixed = mix_seed(stream, parameter)
+    multiplier = (mixed & MASK_32) | 1
+    offset = ((mixed >> 32) + first * multiplier) & MASK_32
+    return _signed(multiplier), _signed(offset)
+
+
+def _signed(number: int) -> int:
+    return number - (1 << 32) if number >> 31 else number
+
+
+def counters(key: Sequence[int] | Tensor, like: Tensor) -> Tensor:
+    """Return the counters, int32, of a tile with the number of elements of ``like``."""
+    index = torch.arange(like.numel(), dtype=torch.int32, device=like.device)
+    return index.mul_(key[0]).add_(key[1])
+
+
+def hashed(bits: Tensor) -> Tensor:
+    """Mix int32 numbers so that every bit depends on every bit; overwrites them.
+
+    Two rounds of xor-shift and multiplication, with the constants that Chris Wellons's search for
+    functions with the least bias found (hash-prospector, "lowbias32").
+    """
+    bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF)).mul_(0x7FEB352D)
+    bits.bitwise_xor_((bits >> 15).bitwise_and_(0x1FFFF)).mul_(0x846CA68B - (1 << 32))
+    return bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF))
+
+
+def fractions(key: Sequence[int] | Tensor, like: Tensor) -> Tensor:
+    """Return uniform numbers in [0, 1), float32, in ``like``'s shape."""
+    bits = (hashed(counters(key, like)) >> 8).bitwise_and_(0xFFFFFF)
+    return bits.to(torch.float32).mul_(2**-24).view(like.shape)
+
+
+def standard_normal(bits: Tensor) -> Tensor:
+    """Turn hashed int32 numbers into u ~ N(0, 1), float32 (Box and Muller, 1958).
+
+    20 bits become the radius √(-2 ln U), 12 the angle, in the middle of their intervals; so |u| is
+    at most 5.4, and its distribution is the normal one to about 1e-6. Sine and logarithm are
+    polynomials fitted to 2e-6: as fused arithmetic they cost a tenth of the library's functions.
+    """
+    angle = (bits >> 20).to(torch.float32).add_(0.5).mul_(1 / 2048)  # in (-1, 1), times π/2
+    square = angle * angle
+    sine = square.mul(-0.00437101).add_(0.07950065).mul_(square).add_(-0.64592596)
+    sine.mul_(square).add_(1.57079514).mul_(angle)
+    uniform = (bits & 0xFFFFF).to(torch.float32).add_(0.5).mul_(2**-20)
+    # U = (1 + t) 2**e with 1 + t between √½ and √2
+    pattern = uniform.view(torch.int32)
+    exponent = (pattern - 0x3F3504F3) >> 23
+    t = (pattern - (exponent << 23)).view(torch.float32).sub_(1)
+    logarithm = t.mul(-0.14337014).add_(0.22314531).mul_(t).add_(-0.254644).mul_(t).add_(0.3322804)
+    logarithm.mul_(t).add_(-0.49985581).mul_(t).add_(1.000012).mul_(t)
+    logarithm.add_(exponent.to(torch.float32).mul_(math.log(2)))
+    return logarithm.mul_(-2).sqrt_().mul_(sine)
+
+
+def drawn(noise: Tensor, like: Tensor) -> Tensor:
+    """Return u of a tile in the shape of ``like`` and the dtype of arithmetic.
+
+    ``noise`` is u already, or a key: then it is drawn here, as a part of a compiled kernel.
+    """
+    if not noise.is_floating_point():
+        noise = standard_normal(hashed(counters(noise, like)))
+    return noise.view(like.shape).to(compute_dtype(like.dtype))
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of arithmetic for weights of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# ------------------------------------------------------------------------- parameters in tiles
 
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """A parameter's place in the optimizer, and how it is cut into contiguous tiles.
+    """A parameter's place in the optimizer, and how it is cut into tiles of ``length`` numbers.
 
-    It is seen as a matrix of ``rows`` x ``columns``; vectors have one row. A tile is ``height``
-    whole rows, or ``width`` numbers of one row where a row alone is larger than a tile.
-    ``first_tile`` counts the tiles of all parameters before.
+    Where h is low-rank a tile is a matrix of whole rows with ``columns`` numbers each, otherwise,
+    with ``columns`` 0, one-dimensional.
     """
 
     parameter: Tensor
     group: dict[str, Any]
-    first_tile: int
-    rows: int
+    number: int
     columns: int
-    height: int
-    width: int
+    length: int
+    compiles: bool
 
     @classmethod
-    def cut(cls, parameter: Tensor, group: dict[str, Any], first_tile: int) -> Slot:
-        """Choose the tiles of a parameter."""
-        size = CPU_TILE_ELEMENTS if parameter.device.type == "cpu" else DEVICE_TILE_ELEMENTS
-        rows = parameter.shape[0] if parameter.dim() > 1 else 1
-        columns = parameter.numel() // max(1, rows)
-        height = max(1, min(rows, size // max(1, columns)))
-        return cls(parameter, group, first_tile, rows, columns, height, min(columns, size))
+    def cut(
+        cls, parameter: Tensor, group: dict[str, Any], number: int, as_matrix: bool, compiles: bool
+    ) -> Slot:
+        """Choose the length of the tiles, and whether kernels are compiled for them."""
+        compiles = compiles and parameter.numel() >= COMPILED_PARAMETER_ELEMENTS
+        on_cpu = parameter.device.type == "cpu"
+        length = CACHED_TILE_ELEMENTS if on_cpu and not compiles else LARGE_TILE_ELEMENTS
+        columns = parameter[0].numel() if as_matrix and parameter.numel() else 0
+        if columns:
+            length = max(1, length // columns) * columns
+        return cls(parameter, group, number, columns, length, compiles)
 
     def __len__(self) -> int:
         """Return the number of tiles."""
-        if not self.width:
-            return 0
-        return math.ceil(self.rows / self.height) * math.ceil(self.columns / self.width)
+        return math.ceil(self.parameter.numel() / self.length)
 
-    def place(self, tile: int) -> tuple[slice, slice]:
-        """Return the rows and columns of a tile."""
-        block, part = divmod(tile, math.ceil(self.columns / self.width))
-        row, column = block * self.height, part * self.width
-        return (
-            slice(row, min(self.rows, row + self.height)),
-            slice(column, min(self.columns, column + self.width)),
-        )
+    def rows(self, tile: int) -> slice:
+        """Return the rows of a tile, where h is low-rank."""
+        height = self.length // self.columns
+        return slice(tile * height, (tile + 1) * height)
 
-    def views(self, tensor: Tensor, tiles: range) -> Sequence[Tensor]:
-        """Return tiles of ``tensor``, which has the parameter's shape, as views."""
-        matrix = tensor.detach().view(self.rows, self.columns)
-        if self.width < self.columns:
-            return [matrix[self.place(tile)] for tile in tiles]
-        # One call for all tiles: the loops over tiles below cost as much as their arithmetic.
-        return matrix[tiles.start * self.height : tiles.stop * self.height].split(self.height)
+    def view(self, tensor: Tensor, tile: int) -> Tensor:
+        """Return a tile of ``tensor``, which has the parameter's shape, as a view.
+
+        ``data`` hides what it is a view of, for which torch.compile would compile anew.
+        """
+        flat = tensor.view(-1)[tile * self.length : (tile + 1) * self.length]
+        return flat.view((-1, self.columns) if self.columns else (-1,)).data
 
 
-Packet = list[tuple[Slot, range]]
+Packet = list[tuple[Slot, int]]
 
 
 def cut_into_packets(slots: Sequence[Slot]) -> list[Packet]:
-    """Cut the tiles of ``slots`` into packets of about ``PACKET_ELEMENTS`` numbers, in order."""
+    """Cut ``slots`` into packets of tiles whose noise is drawn together, about one whole tile.
+
+    A packet lies on one device and is compiled as a whole or not at all.
+    """
     packets: list[Packet] = []
-    room = 0
-    for slot in slots:
-        per_tile, first = slot.height * slot.width, 0
-        while first < len(slot):
-            if room <= 0:
+    room, kind = 0, None
+    for slot in sorted(slots, key=lambda slot: slot.compiles):
+        for tile in range(len(slot)):
+            if room <= 0 or kind != (slot.compiles, slot.parameter.device):
                 packets.append([])
-                room = PACKET_ELEMENTS
-            last = min(len(slot), first + max(1, room // per_tile))
-            packets[-1].append((slot, range(first, last)))
-            room -= (last - first) * per_tile
-            first = last
+                room, kind = slot.length, (slot.compiles, slot.parameter.device)
+            packets[-1].append((slot, tile))
+            room -= min(slot.length, slot.parameter.numel())
     return packets
 
 
-class Scratch(threading.local):
-    """Buffers and generators of the calling thread, made once and used for every tile."""
-
-    def __init__(self) -> None:
-        self.buffers: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
-        self.generators: dict[torch.device, torch.Generator] = {}
-
-    def buffer(self, name: str, like: Tensor) -> Tensor:
-        """An uninitialised tensor of ``like``'s shape and device, in the dtype of arithmetic."""
-        dtype = compute_dtype(like.dtype)
-        key = (name, like.device, dtype)
-        flat = self.buffers.get(key)
-        if flat is None or flat.numel() < like.numel():
-            flat = self.buffers[key] = torch.empty(like.numel(), dtype=dtype, device=like.device)
-        return flat[: like.numel()].view(like.shape)
-
-    def generator(self, device: torch.device) -> torch.Generator:
-        """The thread's generator for ``device``, to be seeded."""
-        generator = self.generators.get(device)
-        if generator is None:
-            generator = self.generators[device] = torch.Generator(device)
-        return generator
-
-
-SCRATCH = Scratch()
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of noise and arithmetic for weights of ``dtype``."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-@functools.lru_cache(maxsize=1)
-def worker_threads(count: int) -> ThreadPoolExecutor:
-    """The threads that share the tiles of CPU parameters; each computes on one core."""
-    return ThreadPoolExecutor(count, "hizoo", initializer=torch.set_num_threads, initargs=(1,))
-
-
-def run_packets(function: Callable[[Packet], Any], slots: Sequence[Slot]) -> Iterator[Any]:
-    """Apply ``function`` to all tiles of ``slots``, packet by packet, on all cores if on the CPU.
-
-    Yields the results in the order of the packets, whatever the number of threads.
-    """
-    packets = cut_into_packets(slots)
-    workers = min(MAX_WORKERS, torch.get_num_threads(), os.cpu_count() or 1)
-    on_cpu = all(slot.parameter.device.type == "cpu" for slot in slots)
-    if not on_cpu or workers < 2 or len(packets) < 2:
-        return map(function, packets)
-    return worker_threads(workers).map(function, packets)
-
-
 # --------------------------------------------------------------------------- arithmetic on tiles
+#
+# These functions are compiled as they are, or run as they are. Scalars are 0-dimensional tensors in
+# a compiled kernel, which would otherwise be compiled anew for every number, and floats elsewhere.
+
+Scalar = float | Tensor
+# h - 1 of a tile, or the row factors (rows, 1) and column factors (columns,) whose product is h.
+HessianTile = Tensor | tuple[Tensor, Tensor] | None
 
 
-def draw_noise(noise: Tensor, generator: torch.Generator, seed: int) -> None:
-    """Fill a tile with u ~ N(0, 1)."""
-    noise.normal_(generator=generator.manual_seed(seed))
+class Coefficients(NamedTuple):
+    """Scalars of an update.
+
+    Attributes:
+        steps: what u/√h of each direction is multiplied by, -η g.
+        back: what u/√h of each direction has to be added to take the shift back; None: no shift.
+        growths: α c of each direction; None: h stays as it is, or is low-rank.
+        smooth: α.
+        decay: -η λ; None for 0.
+    """
+
+    steps: Sequence[Scalar]
+    back: Sequence[Scalar] | None
+    growths: Sequence[Scalar] | None
+    smooth: Scalar
+    decay: Scalar | None
 
 
-def shift(target: Tensor, source: Tensor, noise: Tensor, root: Tensor | None, scale: float) -> None:
+def hessian_of(tile: Tensor | tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+    """Return h of one tile, a new tensor."""
+    if isinstance(tile, tuple):
+        return tile[0] * tile[1]
+    return tile.to(dtype) + 1
+
+
+def shift_tile(
+    target: Tensor,
+    source: Tensor | None,
+    hessian: HessianTile,
+    noise: Tensor,
+    scale: Scalar,
+    measured: bool = False,
+) -> Tensor | None:
     """Write ``source`` + ``scale`` u/√h into ``target``, half precision rounded once, at the end.
 
-    ``root`` holds 1/√h; None means h = 1.
+    ``source`` None means in place. Returns h u² if ``measured``.
     """
-    if target is not source or target.dtype != noise.dtype:
-        moved = torch.mul(noise, scale, out=SCRATCH.buffer("value", target))
-        target.copy_((moved if root is None else moved.mul_(root)).add_(source))
-    elif root is None:
-        target.add_(noise, alpha=scale)
+    noise = drawn(noise, target)
+    squares = None
+    if hessian is not None:
+        whole = hessian_of(hessian, noise.dtype)
+        if measured:
+            squares = noise.square().mul_(whole)
+        noise = noise.mul_(whole.rsqrt_())
+    noise = noise.mul_(scale)
+    if source is None:
+        target.add_(noise)
     else:
-        target.addcmul_(noise, root, value=scale)
+        target.copy_(noise.add_(source))
+    return squares
 
 
-def add_rounding_stochastically(target: Tensor, change: Tensor, seed: int) -> None:
+def update_tile(
+    target: Tensor,
+    hessian: HessianTile,
+    shifted_with: HessianTile,
+    noises: Sequence[Tensor],
+    coefficients: Coefficients,
+    rounding: Sequence[Sequence[int]] | Tensor,
+) -> None:
+    """Take the shift back, and update h and θ of a tile.
+
+    ``shifted_with`` is the low-rank h before this step's average; None: it is ``hessian`` itself.
+    Half precision rounds stochastically, from the keys in ``rounding``: θ's first, then h's.
+    """
+    steps, back, growths, smooth, decay = coefficients
+    noises = [drawn(noise, target) for noise in noises]
+    dtype = noises[0].dtype
+    shifted_with = hessian if shifted_with is None else shifted_with
+    before = None if shifted_with is None else hessian_of(shifted_with, dtype)
+    if back is not None:
+        move = weighted_sum(noises, back)
+        target.add_(move if before is None else move.mul_(before.rsqrt()))
+    if growths is not None:
+        growth = weighted_sum([noise * noise for noise in noises], growths).sub_(smooth)
+        add_to(hessian, growth.mul_(before), rounding[1])
+        if hessian.dtype != dtype:
+            # Rounded down to 0, h would make the next perturbation infinite.
+            hessian.clamp_(min=torch.finfo(hessian.dtype).eps - 1)
+    change = weighted_sum(noises, steps)
+    if hessian is not None:
+        change.mul_(hessian_of(hessian, dtype).rsqrt_())
+    if decay is not None:
+        change.add_(target * decay)
+    add_to(target, change, rounding[0])
+
+
+def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[Scalar]) -> Tensor:
+    """Return the sum of ``tensors`` times ``weights``, a new tensor."""
+    total = tensors[0] * weights[0]
+    for index in range(1, len(tensors)):
+        total.add_(tensors[index] * weights[index])
+    return total
+
+
+def add_to(target: Tensor, change: Tensor, key: Sequence[int] | Tensor) -> None:
+    """Add ``change`` to a tile, which rounds stochastically in half precision."""
+    if target.dtype == change.dtype:
+        target.add_(change)
+    else:
+        add_rounding_stochastically(target, change, key)
+
+
+def add_rounding_stochastically(
+    target: Tensor, change: Tensor, key: Sequence[int] | Tensor
+) -> None:
     """Add ``change``, in float32, to a tile of half-precision numbers, right on average.
 
     The tile moves by whole units in its last place: ``change`` in those units, rounded up with the
@@ -231,32 +339,42 @@ def add_rounding_stochastically(target: Tensor, change: Tensor, seed: int) -> No
     normal and subnormal numbers.
     """
     information = torch.finfo(target.dtype)
-    value = SCRATCH.buffer("value", target).copy_(target)
-    exponents = SCRATCH.buffer("unit", target)
-    torch.bitwise_and(value.view(torch.int32), 0x7F800000, out=exponents.view(torch.int32))
-    unit = exponents.clamp_(min=information.smallest_normal).mul_(information.eps)
-    moves = SCRATCH.buffer("dither", target)
+    value = target.to(torch.float32)
+    power = (value.view(torch.int32) & 0x7F800000).view(torch.float32)
+    unit = power.clamp(min=information.smallest_normal).mul_(information.eps)
     # Behind a change this large the number's own last place is lost, and their ratio overflows.
-    torch.maximum(unit, torch.abs(change, out=moves).mul_(2**-24), out=unit)
-    moves.uniform_(generator=SCRATCH.generator(target.device).manual_seed(seed))
-    moves.addcdiv_(change, unit).floor_()
-    target.copy_(value.addcmul_(moves, unit))
+    unit = torch.maximum(unit, change.abs().mul_(2**-24))
+    moves = fractions(key, target).add_(change / unit).floor_()
+    target.copy_(moves.mul_(unit).add_(value))
 
 
-def descend(
-    target: Tensor, direction: Tensor, root: Tensor | None, scale: float, decay: float, seed: int
-) -> None:
-    """Add ``scale`` u/√h + ``decay`` θ to a tile of weights; may overwrite ``direction``.
+@functools.cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` as one kernel for tiles of every size."""
+    # One for each kind of tile: its dtype, its h, where it begins. The limit is for accidents.
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, 64)
+    return torch.compile(function, dynamic=True)
 
-    Half precision rounds stochastically, from ``seed``.
-    """
-    if target.dtype != direction.dtype:
-        change = direction.mul_(scale) if root is None else direction.mul_(scale).mul_(root)
-        add_rounding_stochastically(target, change.add_(target, alpha=decay), seed)
-        return
-    if decay:
-        target.mul_(1 + decay)
-    shift(target, target, direction, root, scale)
+
+def run(function: Callable[..., Any], slot: Slot) -> Callable[..., Any]:
+    """Return ``function`` as it runs on tiles of ``slot``."""
+    return compiled(function) if slot.compiles else function
+
+
+@functools.cache
+def why_not_compiled(device: torch.device) -> str | None:
+    """Try to compile a small kernel for ``device``; returns the reason if it can't be done."""
+    target = torch.zeros(COMPILED_PARAMETER_ELEMENTS, device=device)
+    noise = torch.zeros(2, dtype=torch.int32, device=device)
+    try:
+        compiled(shift_tile)(target, None, None, noise, torch.ones((), device=device))
+    except Exception as error:  # of torch, Triton, a compiler or the system, as it may be
+        return str(error).strip().partition("\n")[0] or type(error).__name__
+    return None
+
+
+# ------------------------------------------------------------------------------------ h
 
 
 class FullHessian:
@@ -274,31 +392,9 @@ class FullHessian:
         """State of h = 1."""
         return {"hessian_minus_one": torch.zeros_like(slot.parameter, dtype=dtype)}
 
-    def views(self, tiles: range) -> Sequence[Tensor]:
-        """Return h - 1 of each tile."""
-        return self.slot.views(self.offset, tiles)
-
-    @staticmethod
-    def whole(offset: Tensor, out: Tensor) -> Tensor:
-        """Return h of one tile."""
-        if offset.dtype == out.dtype:
-            return torch.add(offset, 1, out=out)
-        return out.copy_(offset).add_(1)
-
-    @staticmethod
-    def inverse_root(offset: Tensor, out: Tensor) -> Tensor:
-        """Return 1/√h of one tile."""
-        return FullHessian.whole(offset, out).rsqrt_()
-
-    @staticmethod
-    def grow(offset: Tensor, hessian: Tensor, growth: Tensor, seed: int) -> None:
-        """Multiply h of one tile by 1 + growth, where growth is α c u² - α."""
-        if offset.dtype == hessian.dtype:
-            offset.addcmul_(growth, hessian)
-        else:
-            add_rounding_stochastically(offset, growth.mul_(hessian), seed)
-            # Rounded down to 0, h would make the next perturbation infinite.
-            offset.clamp_(min=torch.finfo(offset.dtype).eps - 1)
+    def tile(self, tile: int) -> HessianTile:
+        """Return h - 1 of a tile."""
+        return self.slot.view(self.offset, tile)
 
     def mean_and_max(self) -> tuple[float, float]:
         """Mean and maximum of h."""
@@ -321,22 +417,25 @@ class LowRankHessian:
         """State of h = 1."""
         one = torch.ones((), dtype=torch.float64, device=slot.parameter.device)
         return {
-            "hessian_rows": one.repeat(slot.rows),
+            "hessian_rows": one.repeat(slot.parameter.numel() // slot.columns),
             "hessian_columns": one.repeat(slot.columns),
         }
 
-    def views(self, tiles: range) -> Sequence[tuple[Tensor, Tensor]]:
-        """Return 1/√ of the row factors, (rows, 1), and of the column factors of each tile."""
+    def tile(self, tile: int) -> HessianTile:
+        """Return the row factors, (rows, 1), and the column factors, (columns,), of a tile."""
         dtype = compute_dtype(self.slot.parameter.dtype)
-        rows = self.row_factors.rsqrt().to(dtype).unsqueeze(1)
-        columns = self.columns.rsqrt().to(dtype)
-        places = (self.slot.place(tile) for tile in tiles)
-        return [(rows[place[0]], columns[place[1]]) for place in places]
+        rows = self.row_factors[self.slot.rows(tile)]
+        return rows.to(dtype).unsqueeze(1), self.columns.to(dtype)
 
-    @staticmethod
-    def inverse_root(factors: tuple[Tensor, Tensor], out: Tensor) -> Tensor:
-        """Return 1/√h of one tile."""
-        return torch.mul(*factors, out=out)
+    def no_moments(self) -> tuple[Tensor, Tensor]:
+        """Return row and column means of h u², of no tile so far."""
+        return torch.zeros_like(self.rows), torch.zeros_like(self.columns)
+
+    def add_moments(self, moments: tuple[Tensor, Tensor], tile: int, squares: Tensor) -> None:
+        """Add what a tile of h u² contributes to the row and column means of the matrix."""
+        of_rows, of_columns = moments
+        of_rows[self.slot.rows(tile)] += squares.sum(1) / len(self.columns)
+        of_columns += squares.sum(0) / len(self.rows)
 
     def averaged(
         self, smooth: float, curvatures: list[float], moments: list[tuple[Tensor, Tensor]]
@@ -357,17 +456,17 @@ class LowRankHessian:
 Hessian = FullHessian | LowRankHessian
 
 
-def views_of(hessian: Hessian | None, tiles: range) -> Sequence[Any]:
-    """Return what ``inverse_root`` needs for each tile; None where h is 1."""
-    return [None] * len(tiles) if hessian is None else hessian.views(tiles)
+def tile_of(hessian: Hessian | None, tile: int) -> HessianTile:
+    """Return what ``hessian_of`` needs for a tile; None where h is 1."""
+    return None if hessian is None else hessian.tile(tile)
 
 
 # ------------------------------------------------------------------------------ the optimizer
 
 
 HESSIANS = ("full", "lowrank")
-# Number of the stream that stochastic rounding draws from; those of u are numbered from 0.
-ROUNDING = -1
+# Numbers of the streams that stochastic rounding draws from; those of u are numbered from 0.
+ROUNDING_WEIGHTS, ROUNDING_HESSIAN = -1, -2
 
 
 class HiZOO(torch.optim.Optimizer):
@@ -394,6 +493,9 @@ class HiZOO(torch.optim.Optimizer):
             last place a step. ``layerwise.LayerwiseWeights(model)`` leaves them as they are and
             perturbs one module at a time, with scratch memory for the largest; for half precision.
         seed: the noise is a function of it and of the step's number.
+        compile: whether torch.compile makes one kernel of the arithmetic on a tile, which takes 10
+            to 30 seconds in a first run. None: from 16 million weights on. Where it fails, a
+            warning says so and the operations run one by one.
 
     State, by parameter: ``hessian_minus_one``, or ``hessian_rows`` and ``hessian_columns``; nothing
     without curvature. The step's number is in ``param_groups``: ``state_dict()`` resumes exactly.
@@ -419,6 +521,7 @@ class HiZOO(torch.optim.Optimizer):
         num_samples: int = 1,
         layers: Any = None,
         seed: int = 0,
+        compile: bool | None = None,
     ) -> None:
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, not {num_samples!r}")
@@ -428,6 +531,8 @@ class HiZOO(torch.optim.Optimizer):
         self.hessian = hessian
         self.hessian_dtype = hessian_dtype
         self.layers = layers
+        self.compile = compile
+        self._compiles: bool | None = None
         self.projected_gradient = math.nan
         self.curvature = 0.0
         self._slots: list[Slot] = []
@@ -459,7 +564,7 @@ class HiZOO(torch.optim.Optimizer):
             raise ValueError("eps must be larger than 0, not 0")
         if not 0 <= group["hessian_smooth"] < 1:
             raise ValueError(f"hessian_smooth must be in [0, 1), not {group['hessian_smooth']!r}")
-        self._slots = list(self._number_tiles())
+        self._slots = self._cut_slots()
 
     @property
     def skipped_steps(self) -> int:
@@ -504,7 +609,7 @@ class HiZOO(torch.optim.Optimizer):
         with_curvature = any(group["hessian_smooth"] > 0 for group in self.param_groups)
         points = [(draw, sign) for draw in range(self.num_samples) for sign in (1, -1)]
         order = [None, *points] if with_curvature else points
-        self._start_hessians()
+        self._prepare()
         if len(self._estimates) % 2:
             # Every other batch goes backwards, from where the one before it ended.
             order.reverse()
@@ -546,7 +651,7 @@ class HiZOO(torch.optim.Optimizer):
             device = slot.parameter.device
             for name, tensor in state_dict["state"].get(number, {}).items():
                 self.state[slot.parameter][name] = tensor.to(device, copy=True)
-        self._slots = list(self._number_tiles())
+        self._slots = self._cut_slots()
 
     def hessian_mean_and_max(self) -> tuple[float, float]:
         """Return the mean and the maximum of h over all parameters; reads all of h."""
@@ -564,17 +669,7 @@ class HiZOO(torch.optim.Optimizer):
         self._estimates: list[list[tuple[float, float]]] = []
         # The direction's number and its sign if the parameters are shifted in place.
         self._point: tuple[int, int] | None = None
-        self._moments: dict[tuple[Slot, int], tuple[Tensor, Tensor]] = {}
-
-    def _number_tiles(self) -> Iterator[Slot]:
-        first_tile = 0
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if not parameter.is_contiguous():
-                    raise ValueError(f"parameter of shape {tuple(parameter.shape)} not contiguous")
-                slot = Slot.cut(parameter, group, first_tile)
-                yield slot
-                first_tile += len(slot)
+        self._moments: dict[tuple[Tensor, int], tuple[Tensor, Tensor]] = {}
 
     def _loss_at(self, point: tuple[int, int] | None, closure: Callable[[], Any]) -> float:
         """The loss at θ ± μ u/√h, or at θ itself for None."""
@@ -593,7 +688,9 @@ class HiZOO(torch.optim.Optimizer):
             scales[self._point[0]] = -self._point[1]
         if point:
             scales[point[0]] = scales.get(point[0], 0) + point[1]
-        self._perturb({draw: scale for draw, scale in scales.items() if scale}, None)
+        for draw, scale in scales.items():
+            if scale:
+                self._perturb({draw: scale}, None)
         self._point = point
 
     def _perturb(self, scales: dict[int, int], outputs: dict[Tensor, Tensor] | None) -> None:
@@ -602,59 +699,160 @@ class HiZOO(torch.optim.Optimizer):
         On the way, the row and column means of h u² are taken for a low-rank h, which needs them
         once for every direction, before the update.
         """
-        if not scales:
-            return
-        function = functools.partial(self._perturb_packet, scales, outputs)
+        ((draw, scale),) = scales.items()
         slots = self._slots
         if outputs is not None:
             slots = [slot for slot in slots if slot.parameter in outputs]
-        new: dict[tuple[Slot, int], tuple[Tensor, Tensor]] = {}
-        for sums in run_packets(function, slots):
-            for slot, draw, (rows, columns), of_rows, of_columns in sums:
-                if (slot, draw) not in new:
-                    state = self.state[slot.parameter]
-                    new[slot, draw] = (
-                        torch.zeros_like(state["hessian_rows"]),
-                        torch.zeros_like(state["hessian_columns"]),
-                    )
-                new[slot, draw][0][rows] += of_rows / slot.columns
-                new[slot, draw][1][columns] += of_columns / slot.rows
+        hessians = {slot: self._hessian(slot) for slot in slots}
+        new: dict[tuple[Tensor, int], tuple[Tensor, Tensor]] = {}
+        for packet in cut_into_packets(slots):
+            for (slot, tile), noise in zip(packet, self._noise(packet, draw), strict=True):
+                parameter, hessian = slot.parameter, hessians[slot]
+                measured = (
+                    isinstance(hessian, LowRankHessian) and (parameter, draw) not in self._moments
+                )
+                own = slot.view(parameter, tile)
+                squares = run(shift_tile, slot)(
+                    own if outputs is None else slot.view(outputs[parameter], tile),
+                    None if outputs is None else own,
+                    tile_of(hessian, tile),
+                    noise,
+                    self._scalars([scale * slot.group["eps"]], slot)[0],
+                    measured,
+                )
+                if measured:
+                    if (parameter, draw) not in new:
+                        new[parameter, draw] = hessian.no_moments()
+                    hessian.add_moments(new[parameter, draw], tile, squares)
         self._moments |= new
 
-    def _perturb_packet(
-        self, scales: dict[int, int], outputs: dict[Tensor, Tensor] | None, packet: Packet
-    ) -> list[tuple[Slot, int, tuple[slice, slice], Tensor, Tensor]]:
-        sums = []
-        arriving = list(scales)[-1]
-        for slot, tiles in packet:
-            sources = slot.views(slot.parameter, tiles)
-            targets = sources if outputs is None else slot.views(outputs[slot.parameter], tiles)
-            hessian, eps = self._hessian(slot), slot.group["eps"]
-            moves = [(self._stream(draw), scale * eps) for draw, scale in scales.items()]
-            measure = isinstance(hessian, LowRankHessian) and (slot, arriving) not in self._moments
-            generator, shape, root = SCRATCH.generator(slot.parameter.device), None, None
-            for tile, source, target, part in zip(
-                tiles, sources, targets, views_of(hessian, tiles), strict=True
-            ):
-                if source.shape != shape:
-                    shape = source.shape
-                    noise, out = (SCRATCH.buffer(name, source) for name in ("noise", "root"))
-                if hessian is not None:
-                    root = hessian.inverse_root(part, out)
-                for stream, scale in moves:
-                    draw_noise(noise, generator, tile_seed(stream, slot.first_tile + tile))
-                    shift(target, source, noise, root, scale)
-                if measure:
-                    squares = noise.div_(root).square_()
-                    of_tile = (slot.place(tile), squares.sum(1), squares.sum(0))
-                    sums.append((slot, arriving, *of_tile))
-        return sums
+    # ---- the update
+
+    def _apply(self, differences: list[list[float]]) -> None:
+        """Take the shift back and update h and θ, in one pass over the noise in full precision.
+
+        ``differences`` holds (l+ - l-, l+ + l- - 2 l0) of every direction.
+        """
+        if any(slot.parameter.element_size() < 4 for slot in self._slots):
+            # Rounded once before they round stochastically, which a fused kernel would leave out.
+            self.restore()
+        gradients, curvatures = scalars(differences, self.param_groups[0]["eps"])
+        self.projected_gradient, self.curvature = sum(gradients), sum(curvatures)
+        shifted_with: dict[Slot, LowRankHessian] = {}
+        for slot in self._slots:
+            hessian, smooth = self._hessian(slot), slot.group["hessian_smooth"]
+            if isinstance(hessian, LowRankHessian) and smooth > 0:
+                shifted_with[slot] = hessian
+                _, curvatures = scalars(differences, slot.group["eps"])
+                moments = [self._moments[slot.parameter, d] for d in range(self.num_samples)]
+                self.state[slot.parameter] = hessian.averaged(smooth, curvatures, moments)
+        hessians = {slot: self._hessian(slot) for slot in self._slots}
+        for packet in cut_into_packets(self._slots):
+            noises = zip(*(self._noise(packet, d) for d in range(self.num_samples)), strict=True)
+            rounding = zip(
+                self._keys(packet, ROUNDING_WEIGHTS),
+                self._keys(packet, ROUNDING_HESSIAN),
+                strict=True,
+            )
+            for (slot, tile), noise, keys in zip(packet, noises, rounding, strict=True):
+                run(update_tile, slot)(
+                    slot.view(slot.parameter, tile),
+                    tile_of(hessians[slot], tile),
+                    tile_of(shifted_with.get(slot), tile),
+                    noise,
+                    self._coefficients(slot, hessians[slot], differences),
+                    keys,
+                )
+        self._point = None
+
+    def _coefficients(
+        self, slot: Slot, hessian: Hessian | None, differences: list[list[float]]
+    ) -> Coefficients:
+        group = slot.group
+        gradients, curvatures = scalars(differences, group["eps"])
+        lr, smooth = float(group["lr"]), group["hessian_smooth"]
+        samples = len(gradients)
+        shifted_draw, sign = self._point or (None, 0)
+        numbers = [
+            *(-lr * gradient for gradient in gradients),
+            *(-sign * group["eps"] * (draw == shifted_draw) for draw in range(samples)),
+            *(smooth * curvature for curvature in curvatures),
+            smooth,
+            -lr * group["weight_decay"],
+        ]
+        values = self._scalars(numbers, slot)
+        grows = isinstance(hessian, FullHessian) and smooth > 0
+        return Coefficients(
+            steps=values[:samples],
+            back=values[samples : 2 * samples] if self._point else None,
+            growths=values[2 * samples : 3 * samples] if grows else None,
+            smooth=values[-2],
+            decay=values[-1] if numbers[-1] else None,
+        )
+
+    # ---- how tiles are computed
+
+    def _cut_slots(self) -> list[Slot]:
+        slots: list[Slot] = []
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if not parameter.is_contiguous():
+                    raise ValueError(f"parameter of shape {tuple(parameter.shape)} not contiguous")
+                low_rank = self.hessian == "lowrank" and parameter.dim() > 1
+                as_matrix = low_rank or "hessian_rows" in self.state.get(parameter, {})
+                compiles = bool(self._compiles)
+                slots.append(Slot.cut(parameter, group, len(slots), as_matrix, compiles))
+        return slots
+
+    def _prepare(self) -> None:
+        """Do what has to wait for the first estimate: until then weights may move to a device."""
+        if self._compiles is None:
+            self._decide_whether_to_compile()
+        self._start_hessians()
+
+    def _decide_whether_to_compile(self) -> None:
+        count = sum(slot.parameter.numel() for slot in self._slots)
+        self._compiles = count >= COMPILE_FROM_ELEMENTS if self.compile is None else self.compile
+        if self._compiles:
+            for device in {slot.parameter.device for slot in self._slots}:
+                reason = why_not_compiled(device)
+                if reason is not None:
+                    warnings.warn(
+                        f"the step runs several times slower, torch.compile fails here: {reason}",
+                        stacklevel=2,
+                    )
+                    self._compiles = False
+        self._slots = self._cut_slots()
+
+    def _scalars(self, numbers: list[float], slot: Slot) -> Sequence[Scalar]:
+        if not slot.compiles:
+            return numbers
+        dtype = compute_dtype(slot.parameter.dtype)
+        return torch.tensor(numbers, dtype=dtype).to(slot.parameter.device, non_blocking=True)
+
+    def _keys(self, packet: Packet, draw: int) -> Sequence[tuple[int, int] | Tensor]:
+        """Return ``tile_key`` of every tile of a packet, in the stream of a direction."""
+        stream = self._stream(draw)
+        keys = [tile_key(stream, slot.number, tile * slot.length) for slot, tile in packet]
+        slot, _ = packet[0]
+        if not slot.compiles:
+            return keys
+        keys_there = torch.tensor(keys, dtype=torch.int32)
+        keys_there = keys_there.to(slot.parameter.device, non_blocking=True)
+        return [key.clone() for key in keys_there]
+
+    def _noise(self, packet: Packet, draw: int) -> Sequence[Tensor]:
+        """Return u of every tile of a packet, or its key where the kernel draws u itself."""
+        keys = self._keys(packet, draw)
+        if packet[0][0].compiles:
+            return keys
+        views = [slot.view(slot.parameter, tile) for slot, tile in packet]
+        bits = torch.cat([counters(key, view) for key, view in zip(keys, views, strict=True)])
+        return standard_normal(hashed(bits)).split([view.numel() for view in views])
 
     def _stream(self, draw: int) -> int:
         group = self.param_groups[0]
         return mix_seed(group["seed"], group["step"], draw)
-
-    # ---- the update
 
     def _hessian(self, slot: Slot) -> Hessian | None:
         """Return h of a parameter; None as long as it is 1."""
@@ -674,81 +872,6 @@ class HiZOO(torch.optim.Optimizer):
             low_rank = self.hessian == "lowrank" and slot.parameter.dim() > 1
             kind = LowRankHessian if low_rank else FullHessian
             self.state[slot.parameter] = kind.start(slot, dtype)
-
-    def _apply(self, differences: list[list[float]]) -> None:
-        """Take the shift back and update h and θ, in one pass over the noise.
-
-        ``differences`` holds (l+ - l-, l+ + l- - 2 l0) of every direction.
-        """
-        gradients, curvatures = scalars(differences, self.param_groups[0]["eps"])
-        self.projected_gradient, self.curvature = sum(gradients), sum(curvatures)
-        shifted_with = {slot: self._hessian(slot) for slot in self._slots}
-        for slot, hessian in shifted_with.items():
-            smooth = slot.group["hessian_smooth"]
-            if isinstance(hessian, LowRankHessian) and smooth > 0:
-                _, curvatures = scalars(differences, slot.group["eps"])
-                moments = [self._moments[slot, draw] for draw in range(self.num_samples)]
-                self.state[slot.parameter] = hessian.averaged(smooth, curvatures, moments)
-        update = functools.partial(self._update_packet, differences, shifted_with)
-        for _ in run_packets(update, self._slots):
-            pass
-        self._point = None
-
-    def _update_packet(
-        self,
-        differences: list[list[float]],
-        shifted_with: dict[Slot, Hessian | None],
-        packet: Packet,
-    ) -> None:
-        streams = [self._stream(draw) for draw in range(self.num_samples)]
-        rounding = self._stream(ROUNDING)
-        shifted_draw, shifted_sign = self._point or (None, 0)
-        for slot, tiles in packet:
-            group, old, hessian = slot.group, shifted_with[slot], self._hessian(slot)
-            gradients, curvatures = scalars(differences, group["eps"])
-            smooth, lr = group["hessian_smooth"], float(group["lr"])
-            back, decay = -shifted_sign * group["eps"], -lr * group["weight_decay"]
-            grows = isinstance(hessian, FullHessian) and smooth > 0
-            targets, shape, root = slot.views(slot.parameter, tiles), None, None
-            less = targets[0].new_tensor(-smooth, dtype=compute_dtype(slot.parameter.dtype))
-            generator = SCRATCH.generator(slot.parameter.device)
-            for tile, target, old_part, part in zip(
-                tiles, targets, views_of(old, tiles), views_of(hessian, tiles), strict=True
-            ):
-                if target.shape != shape:
-                    shape = target.shape
-                    # With one direction 1/√h is done with when h grows: less to keep in the cache.
-                    names = ("noise", "root", "hessian", "root", "direction")
-                    if len(streams) > 1:
-                        names = ("noise", "root", "hessian", "growth", "direction")
-                    noise, out, whole, growth, direction = (
-                        SCRATCH.buffer(name, target) for name in names
-                    )
-                number = slot.first_tile + tile
-                before = hessian.whole(part, whole) if grows else None
-                for draw, stream in enumerate(streams):
-                    draw_noise(noise, generator, tile_seed(stream, number))
-                    if draw == shifted_draw:
-                        if grows:
-                            root = torch.rsqrt(before, out=out)
-                        elif old is not None:
-                            root = old.inverse_root(old_part, out)
-                        shift(target, target, noise, root, back)
-                    if grows:
-                        start, value = growth if draw else less, smooth * curvatures[draw]
-                        torch.addcmul(start, noise, noise, value=value, out=growth)
-                    if len(streams) > 1:
-                        added = direction if draw else direction.zero_()
-                        added.add_(noise, alpha=gradients[draw])
-                if grows:
-                    hessian.grow(part, before, growth, tile_seed(rounding, ~number))
-                if hessian is not None:
-                    root = hessian.inverse_root(part, out)
-                seed = tile_seed(rounding, number)
-                if len(streams) > 1:
-                    descend(target, direction, root, -lr, decay, seed)
-                else:
-                    descend(target, noise, root, -lr * gradients[0], decay, seed)
 
 
 def scalars(differences: list[list[float]], eps: float) -> tuple[list[float], list[float]]:

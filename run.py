@@ -111,6 +111,7 @@ def zeroth_order_settings(arguments: Arguments) -> ZerothOrderSettings:
         hessian_dtype=None if dtype == "auto" else getattr(torch, dtype),
         perturbation=arguments.zo_perturbation,
         num_samples=arguments.zo_num_samples,
+        compile={"auto": None, "yes": True, "no": False}[arguments.zo_compile],
         max_skipped_steps=arguments.max_skipped_steps,
     )
 

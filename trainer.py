@@ -87,6 +87,7 @@ class ZerothOrderSettings:
         hessian_dtype: of the full h; None: that of the weights, bfloat16 for float16.
         perturbation: "inplace", "layerwise" or "auto": layerwise where weights are half precision.
         num_samples: directions a step.
+        compile: whether kernels are compiled; None: for 16 million weights and more.
         max_skipped_steps: steps in a row without a finite loss, after which the run stops.
     """
 
@@ -96,6 +97,7 @@ class ZerothOrderSettings:
     hessian_dtype: torch.dtype | None = None
     perturbation: str = "auto"
     num_samples: int = 1
+    compile: bool | None = None
     max_skipped_steps: int = 50
 
 
@@ -244,6 +246,7 @@ class ZerothOrderTrainer(ObjectiveTrainer):
                 num_samples=settings.num_samples,
                 layers=LayerwiseWeights(self.model) if layerwise else None,
                 seed=self.args.seed,
+                compile=settings.compile,
             )
         return self.optimizer
 

@@ -3,7 +3,8 @@
     python benchmarks/step.py
     python benchmarks/step.py --model opt-1.3b --device cuda
 
-The first is OPT-125m's shape with 16 examples of SST-2's length, on the CPU; weights are random.
+The first is OPT-125m's shape with 16 examples of 16 tokens on the CPU: SST-2's training texts, most
+of them phrases, with the prompt. Weights are random.
 "draw" only draws the numbers of a pass, with the same tiles and threads. "textbook" is the step as
 it is usually written: whole-parameter noise drawn four times, and a new tensor for every operation.
 """
@@ -11,12 +12,14 @@ it is usually written: whole-parameter noise drawn four times, and a new tensor 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
 
-from hizoo import SCRATCH, HiZOO, draw_noise, run_packets, tile_seed
+from hizoo import HiZOO, counters, cut_into_packets, hashed, run, standard_normal
 from layerwise import LayerwiseWeights
 
 SHAPES = {
@@ -85,12 +88,14 @@ def median_seconds(function: Callable[[], Any], repeats: int, device: str) -> fl
     return statistics.median(seconds)
 
 
-def added_memory(function: Callable[[], Any], device: str) -> float | None:
-    """MiB that a repeated call allocates at its peak; None if unknown.
+def added_memory(function: Callable[[], Any], device: str, warm_up: bool = True) -> float | None:
+    """MiB that a call allocates at its peak; None if unknown.
 
-    What the first call allocates and keeps, an optimizer's state and scratch, does not count.
+    After a ``warm_up`` call, what the first one allocates and keeps (an optimizer's scratch) does
+    not count.
     """
-    function()
+    if warm_up:
+        function()
     if device != "cpu":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -114,18 +119,16 @@ def resident(status: Path, field: str) -> int:
     return int(line.split()[1])
 
 
-def draw_only(optimizer: HiZOO) -> None:
-    """Draw the numbers of one pass and throw them away."""
+def draw_tile(target: Tensor, key: Tensor) -> None:
+    """Write u into a tile."""
+    target.copy_(standard_normal(hashed(counters(key, target))))
 
-    def draw(packet: Any) -> None:
-        for slot, tiles in packet:
-            generator = SCRATCH.generator(slot.parameter.device)
-            for tile, weights in zip(tiles, slot.views(slot.parameter, tiles), strict=True):
-                noise = SCRATCH.buffer("noise", weights)
-                draw_noise(noise, generator, tile_seed(1, slot.first_tile + tile))
 
-    for _ in run_packets(draw, optimizer._slots):
-        pass
+def draw_only(optimizer: HiZOO, target: Tensor) -> None:
+    """Draw the numbers of one pass, as a step does, into memory that is written over."""
+    for packet in cut_into_packets(optimizer._slots):
+        for (slot, _), key in zip(packet, optimizer._keys(packet, 0), strict=True):
+            run(draw_tile, slot)(target[: min(slot.length, slot.parameter.numel())], key)
 
 
 class TextbookHiZOO:
@@ -172,9 +175,29 @@ class TextbookHiZOO:
         torch.manual_seed(1_000_003 * self.seed + self.steps)
 
 
+@dataclass
+class Timed:
+    """A call that is timed, what is done after it, and its seconds."""
+
+    what: str
+    call: Callable[[], Any]
+    after: Callable[[], Any] | None = None
+    seconds: list[float] = field(default_factory=list)
+
+    def run(self, device: str) -> None:
+        """Time the call once."""
+        synchronize(device)
+        start = time.perf_counter()
+        self.call()
+        synchronize(device)
+        self.seconds.append(time.perf_counter() - start)
+        if self.after:
+            self.after()
+
+
 def measure(arguments: argparse.Namespace, dtype_name: str) -> list[dict[str, Any]]:
     """Measure every kind of step in one dtype."""
-    dtype, device, repeats = getattr(torch, dtype_name), arguments.device, arguments.repeats
+    dtype, device = getattr(torch, dtype_name), arguments.device
     model = make_model(arguments.model, dtype, device)
     parameters = list(model.parameters())
     count = sum(parameter.numel() for parameter in parameters)
@@ -184,64 +207,91 @@ def measure(arguments: argparse.Namespace, dtype_name: str) -> list[dict[str, An
     def forward() -> Tensor:
         return model(tokens, logits_to_keep=1).logits[:, -1, :2].float().mean()
 
-    def constant() -> float:
-        return 1.0
-
-    rows: list[dict[str, Any]] = []
-
-    def row(what: str, function: Callable[[], Any], memory: bool = False, **extra: Any) -> float:
-        seconds = median_seconds(function, repeats, device)
-        added = added_memory(function, device) if memory else None
-        rows.append({"what": what, "dtype": dtype_name, "seconds": seconds, "added_mib": added})
-        rows[-1] |= extra
-        shown = "" if added is None else f"{added:8.0f} MiB"
-        ns = f"{seconds / count * 1e9:7.2f} ns/weight"
-        print(f"{dtype_name:9s} {what:44s} {seconds:8.3f} s {ns} {shown}", flush=True)
-        return seconds
-
-    bare = row("one bare forward pass", forward, memory=True)
-    kinds = {
+    in_place = dtype == torch.float32
+    kinds: dict[str, dict[str, Any]] = {
         "HiZOO": {"hessian_smooth": 1e-6},
         "HiZOO-L": {"hessian_smooth": 1e-6, "hessian": "lowrank"},
         "MeZO": {"hessian_smooth": 0.0},
     }
-    ours = {}
-    for name, settings in kinds.items():
-        layers = None if dtype == torch.float32 else LayerwiseWeights(model)
-        optimizer = HiZOO(parameters, lr=1e-9, eps=1e-3, layers=layers, **settings)
-        if name == "HiZOO":
-            draw = row("drawing the noise of one pass", lambda o=optimizer: draw_only(o))
-        if layers is None:
-            optimizer.step(constant)
-            optimizer._move_to((0, 1))
-
-            def back_and_forth(o: HiZOO = optimizer) -> None:
-                o._move_to((0, -o._point[1]))
-
-            shift = row(f"{name}: one shift", back_and_forth, memory=True)
-            rows[-1]["over_draw"] = shift / draw
-            optimizer.restore()
-        update = row(f"{name}: update", lambda o=optimizer: update_only(o), memory=True)
-        rows[-1]["over_draw"] = update / draw
-        ours[name] = row(f"{name}: whole step", lambda o=optimizer: o.step(forward), memory=True)
-        passes = 2 if name == "MeZO" else 3
-        rows[-1]["over_forward"] = ours[name] / (passes * bare)
-        del optimizer
+    optimizers = {
+        name: HiZOO(
+            parameters,
+            lr=1e-9,
+            eps=1e-3,
+            layers=None if in_place else LayerwiseWeights(model),
+            compile=False if arguments.not_compiled else None,
+            **settings,
+        )
+        for name, settings in kinds.items()
+    }
+    first = first_step_memory(optimizers["HiZOO"], forward, device)
     textbook = TextbookHiZOO(parameters, 1e-3, 1e-6, 1e-9)
-    plain = row("textbook HiZOO: whole step", lambda: textbook.step(forward), memory=True)
-    rows[-1]["over_ours"] = plain / ours["HiZOO"]
-    print(f"{dtype_name}: textbook / HiZOO step = {plain / ours['HiZOO']:.2f}")
+    scratch = torch.empty(max(slot.length for slot in optimizers["HiZOO"]._slots), device=device)
+    timed = [
+        Timed("forward", forward),
+        Timed("draw", functools.partial(draw_only, optimizers["HiZOO"], scratch)),
+    ]
+    for name, optimizer in optimizers.items():
+        if in_place:
+            move = functools.partial(optimizer._move_to, (0, 1))
+            timed.append(Timed(f"{name}: one shift", move, optimizer.restore))
+        timed += [
+            Timed(f"{name}: update", functools.partial(update_only, optimizer)),
+            Timed(f"{name}: whole step", functools.partial(optimizer.step, forward)),
+        ]
+    timed.append(Timed("textbook HiZOO: whole step", functools.partial(textbook.step, forward)))
+    # In turns, so that a machine that slows down slows all of them; the first round warms up.
+    for _ in range(arguments.repeats + 1):
+        for one in timed:
+            one.run(device)
+    seconds = {one.what: statistics.median(one.seconds[1:]) for one in timed}
+    rows: list[dict[str, Any]] = []
+    for one in timed:
+        is_step = one.what.endswith("whole step")
+        row = {"what": one.what, "dtype": dtype_name, "seconds": seconds[one.what]}
+        row["added_mib"] = added_memory(one.call, device) if is_step else None
+        row["over_draw"] = seconds[one.what] / seconds["draw"]
+        if is_step:
+            row["textbook_over_this"] = seconds["textbook HiZOO: whole step"] / seconds[one.what]
+        rows.append(row)
+        nanoseconds = f"{row['seconds'] / count * 1e9:7.2f} ns/weight"
+        ratio = f"{row['over_draw']:6.2f} x draw"
+        memory = "" if row["added_mib"] is None else f"{row['added_mib']:6.0f} MiB"
+        against = f"textbook / this {row['textbook_over_this']:.2f}" if is_step else ""
+        print(
+            f"{dtype_name:9s} {one.what:28s} {row['seconds']:7.3f} s {nanoseconds} {ratio} "
+            f"{memory} {against}",
+            flush=True,
+        )
+    rows.append({"what": "HiZOO: first step", "dtype": dtype_name, "added_mib": first})
+    if first is not None:
+        print(f"{dtype_name:9s} HiZOO: first step, with the scratch that it keeps {first:.0f} MiB")
     return rows
+
+
+def first_step_memory(optimizer: HiZOO, closure: Callable[[], Any], device: str) -> float | None:
+    """MiB that the first step adds at its peak to weights, h and what a forward pass takes."""
+    closure()
+    optimizer._prepare()
+    for state in optimizer.state.values():
+        for tensor in state.values():
+            tensor.zero_()  # until it is written to, it takes no memory
+    forward = added_memory(closure, device)
+    step = added_memory(lambda: optimizer.step(closure), device, warm_up=False)
+    return None if step is None or forward is None else step - forward
 
 
 def update_only(optimizer: HiZOO) -> None:
     """Update θ and h as at the end of a step, with the noise of the coming step."""
-    optimizer._start_hessians()
+    optimizer._prepare()
     if optimizer.hessian == "lowrank":
         for slot in optimizer._slots:
             state = optimizer.state[slot.parameter]
             if "hessian_rows" in state:
-                optimizer._moments[slot, 0] = (state["hessian_rows"], state["hessian_columns"])
+                optimizer._moments[slot.parameter, 0] = (
+                    state["hessian_rows"],
+                    state["hessian_columns"],
+                )
     if optimizer.layers is None:
         optimizer._point = (0, -1)
     optimizer._apply([[1e-12, 1e-12]])
@@ -255,8 +305,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="torch device, for instance cuda")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="weights")
     parser.add_argument("--batch", type=int, default=16, help="examples in a batch")
-    parser.add_argument("--tokens", type=int, default=32, help="tokens of each example")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens of each example")
     parser.add_argument("--repeats", type=int, default=5, help="runs behind every median")
+    parser.add_argument("--not_compiled", action="store_true", help="as without a compiler")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     arguments = parser.parse_args()
     print(f"{arguments.model}, {arguments.batch} x {arguments.tokens} tokens, {platform.machine()}")

@@ -12,20 +12,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hizoo import HiZOO, tile_seed
+from hizoo import HiZOO, counters, hashed, standard_normal, tile_key
 
 
-def read_noise(optimizer: HiZOO, draw: int = 0, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def read_noise(optimizer: HiZOO, draw: int = 0) -> list[Tensor]:
     """u of the optimizer's coming step as whole float64 tensors, one per parameter."""
     stream = optimizer._stream(draw)
     noise = []
-    for slot in optimizer._slots:
-        whole = torch.empty(slot.rows, slot.columns, dtype=dtype)
-        for tile in range(len(slot)):
-            place = slot.place(tile)
-            generator = torch.Generator().manual_seed(tile_seed(stream, slot.first_tile + tile))
-            whole[place] = torch.randn(whole[place].shape, generator=generator, dtype=dtype)
-        noise.append(whole.double().view(slot.parameter.shape))
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            bits = counters(tile_key(stream, len(noise), 0), parameter)
+            noise.append(standard_normal(hashed(bits)).double().view(parameter.shape))
     return noise
 
 

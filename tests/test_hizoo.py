@@ -6,13 +6,14 @@ import copy
 import functools
 import math
 
+import numpy as np
 import pytest
 import torch
 from oracle_hizoo import OracleHiZOO, read_noise
 from torch import Tensor, nn
 
 import hizoo
-from hizoo import HiZOO, tile_seed
+from hizoo import HiZOO
 from layerwise import LayerwiseWeights
 
 SHAPES = [(37, 19), (50,), (3, 4, 5), (), (1, 700)]
@@ -21,8 +22,7 @@ SHAPES = [(37, 19), (50,), (3, 4, 5), (), (1, 700)]
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tiles and packets, so that small parameters are cut in every possible way."""
-    monkeypatch.setattr(hizoo, "CPU_TILE_ELEMENTS", 64)
-    monkeypatch.setattr(hizoo, "PACKET_ELEMENTS", 200)
+    monkeypatch.setattr(hizoo, "CACHED_TILE_ELEMENTS", 64)
 
 
 def make_parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
@@ -88,7 +88,7 @@ def test_fifty_steps_follow_the_oracle(
     losses = [make_loss(batch) for batch in range(batches)]
     start = [parameter.detach().clone() for parameter in parameters]
     for _ in range(50):
-        noise = [read_noise(optimizer, draw, dtype) for draw in range(samples)]
+        noise = [read_noise(optimizer, draw) for draw in range(samples)]
         oracle.step(losses, noise)
         for loss in losses:
             optimizer.estimate(lambda loss=loss: loss(parameters))
@@ -232,7 +232,7 @@ def test_small_updates_of_half_precision_are_right_on_average(dtype, scale, sign
     numbers = torch.full((2000,), start, dtype=dtype)
     change = torch.full((2000,), sign * 1e-3 * unit)
     for step in range(10_000):
-        hizoo.add_rounding_stochastically(numbers, change.clone(), tile_seed(1, step))
+        hizoo.add_rounding_stochastically(numbers, change.clone(), hizoo.tile_key(step, 0, 0))
     moved = (numbers.double() - start).mean().item() / unit
     assert moved == pytest.approx(sign * 10, abs=0.5)
     assert numbers.double().sub(start).div(unit).std() < 5
@@ -242,7 +242,7 @@ def test_small_updates_of_half_precision_are_right_on_average(dtype, scale, sign
 @pytest.mark.parametrize("smooth", [1e-10, 1e-8, 1e-6, 1e-4, 1e-2])
 def test_hessian_moves_by_what_the_oracle_accumulates(dtype, smooth, monkeypatch) -> None:
     """α c h u² is added for α = 1e-10 too, where h in half precision would stand still."""
-    monkeypatch.setattr(hizoo, "CPU_TILE_ELEMENTS", 4096)
+    monkeypatch.setattr(hizoo, "CACHED_TILE_ELEMENTS", 4096)
     parameter = nn.Parameter(torch.zeros(3000, dtype=dtype))
     optimizer = HiZOO([parameter], lr=0.0, eps=1e-3, hessian_smooth=smooth)
     curvature, hessian = 1.5, torch.ones(3000, dtype=torch.float64)
@@ -270,7 +270,7 @@ def test_low_rank_hessian_is_under_one_percent_of_opt_13b() -> None:
     weights = h = 0
     for shape in shapes:
         parameter = nn.Parameter(torch.empty(shape, device="meta", dtype=torch.float16))
-        slot = hizoo.Slot.cut(parameter, {}, 0)
+        slot = hizoo.Slot.cut(parameter, {}, 0, True, False)
         state = hizoo.LowRankHessian.start(slot, torch.bfloat16)
         weights += parameter.numel() * parameter.element_size()
         h += sum(tensor.numel() * tensor.element_size() for tensor in state.values())
@@ -327,7 +327,7 @@ def test_weights_come_back_when_the_loss_raises(layerwise, failing_call) -> None
     assert not torch.equal(model[0].weight, before["0.weight"])
 
 
-def test_noise_is_a_function_of_seed_step_parameter_and_tile_alone(monkeypatch) -> None:
+def test_noise_is_a_function_of_seed_step_parameter_and_index_alone(monkeypatch) -> None:
     results = []
     for threads in (1, 2):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
@@ -342,21 +342,148 @@ def test_noise_is_a_function_of_seed_step_parameter_and_tile_alone(monkeypatch) 
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_tiles_of_a_step_have_seeds_of_their_own() -> None:
-    stream = hizoo.mix_seed(0, 1, 2)
-    seeds = [tile_seed(stream, tile) & 0xFFFFFFFF for tile in range(-50_000, 50_000)]
-    assert len(set(seeds)) == len(seeds)
-    assert hizoo.mix_seed(0, 1) != hizoo.mix_seed(1, 0)
+def noise_of(seed: int, parameter: int, count: int, first: int = 0) -> Tensor:
+    """u of a stretch of a parameter, in float64."""
+    key = hizoo.tile_key(hizoo.mix_seed(seed, 0, 0), parameter, first)
+    return hizoo.standard_normal(hizoo.hashed(hizoo.counters(key, torch.empty(count)))).double()
 
 
-def test_noise_is_standard_normal() -> None:
-    parameter = nn.Parameter(torch.zeros(300, 700))
-    (noise,) = read_noise(HiZOO([parameter]))
-    assert noise.mean().item() == pytest.approx(0, abs=0.01)
-    assert noise.square().mean().item() == pytest.approx(1, abs=0.02)
-    assert noise.pow(4).mean().item() == pytest.approx(3, abs=0.1)
-    neighbours = (noise.flatten()[:-64] * noise.flatten()[64:]).mean().item()
-    assert neighbours == pytest.approx(0, abs=0.01)
+def test_noise_does_not_depend_on_where_a_tile_begins() -> None:
+    whole = noise_of(3, 1, 1000)
+    parts = [noise_of(3, 1, min(300, 1000 - first), first) for first in range(0, 1000, 300)]
+    assert torch.equal(torch.cat(parts), whole)
+    assert not torch.equal(noise_of(3, 2, 1000), whole)
+    assert not torch.equal(noise_of(4, 1, 1000), whole)
+
+
+def test_noise_is_box_and_mullers_of_the_hashed_numbers() -> None:
+    """The polynomials against the logarithm and the sine of numpy, in float64."""
+    bits = hizoo.hashed(hizoo.counters((0x9E3779B1 - (1 << 32), 7), torch.empty(1 << 20)))
+    unsigned = bits.numpy().astype(np.int64) & 0xFFFFFFFF
+    radius = np.sqrt(-2 * np.log(((unsigned & 0xFFFFF) + 0.5) / 2**20))
+    signed = (unsigned >> 20) - 4096 * (unsigned >> 31)
+    expected = radius * np.sin(np.pi / 2 * (signed + 0.5) / 2048)
+    np.testing.assert_allclose(hizoo.standard_normal(bits).numpy(), expected, rtol=5e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_noise_is_standard_normal(seed) -> None:
+    count = 1 << 22
+    noise = noise_of(seed, 5, count)
+    # Bounds of four standard errors.
+    for power, expected, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96), (6, 15, 10170)):
+        error = 4 * math.sqrt(variance / count)
+        assert noise.pow(power).mean().item() == pytest.approx(expected, abs=error), power
+    # Kolmogorov and Smirnov: 1.95 is passed once in a thousand.
+    ordered = torch.special.ndtr(noise.sort().values)
+    distance = (ordered - (torch.arange(count) + 0.5) / count).abs().max().item()
+    assert distance * math.sqrt(count) < 1.95
+    assert 4.8 < noise.abs().max() < 5.4
+
+
+@pytest.mark.parametrize("function", [torch.Tensor.clone, torch.square, torch.sign])
+def test_noise_is_independent_of_its_neighbours(function) -> None:
+    """No correlation between indices, parameters, steps and seeds, of u, u² and u's sign."""
+    count, room = 1 << 20, 8192
+    streams = [
+        noise_of(0, 0, count + room),
+        noise_of(0, 1, count + room),
+        noise_of(1, 0, count + room),
+        noise_of(2, 0, count + room),
+    ]
+    values = [function(stream) - function(stream).mean() for stream in streams]
+    deviation = values[0].square().mean().item()
+    correlations = []
+    for lag in (0, 1, 2, 3, 7, 16, 64, 768, 1024, 4096, 8192):
+        for number, other in enumerate(values):
+            if lag or number:
+                product = values[0][:count] * other[lag : lag + count]
+                correlations.append(product.mean().item() / deviation * math.sqrt(count))
+    # 43 standard normal numbers: one above 4 comes once in 400 such tests.
+    assert max(map(abs, correlations)) < 4
+
+
+def test_bits_of_the_hash_are_fair_and_depend_on_every_bit() -> None:
+    count = 1 << 16
+    base = torch.arange(count, dtype=torch.int32) * 40503
+    hashed = hizoo.hashed(base.clone())
+    for bit in range(32):
+        changed = hizoo.hashed(base ^ (1 << bit if bit < 31 else -(1 << 31))) ^ hashed
+        for other in range(32):
+            flipped = ((changed >> other) & 1).double().mean().item()
+            assert flipped == pytest.approx(0.5, abs=0.02), (bit, other)
+        assert ((hashed >> bit) & 1).double().mean().item() == pytest.approx(0.5, abs=0.01)
+
+
+COMPILED_KINDS = [
+    (torch.float32, "full", 1),
+    (torch.float32, "lowrank", 2),
+    (torch.bfloat16, "full", 1),
+    (torch.float16, "mezo", 1),
+]
+
+
+@pytest.mark.parametrize("dtype, hessian, samples", COMPILED_KINDS, ids=str)
+def test_compiled_kernels_do_the_same(dtype, hessian, samples) -> None:
+    """With the same losses, up to rounding."""
+    if hizoo.why_not_compiled(torch.device("cpu")):
+        pytest.skip("torch.compile needs a C++ compiler")
+    results = []
+    for compiles in (False, True):
+        parameters = [
+            nn.Parameter(torch.linspace(-1, 1, size).to(dtype).view(shape))
+            for size, shape in ((40 * 1700, (40, 1700)), (70_000, (70_000,)), (30, (30,)))
+        ]
+        optimizer = HiZOO(
+            parameters,
+            lr=1e-3,
+            eps=1e-2,
+            weight_decay=0.1,
+            hessian="full" if hessian == "mezo" else hessian,
+            hessian_smooth=0.0 if hessian == "mezo" else 1e-2,
+            num_samples=samples,
+            compile=compiles,
+        )
+        for step in range(3):
+            losses = iter([1.0, 1.0021 + 1e-4 * step, 0.9981, 1.0012, 0.9991])
+            optimizer.step(lambda losses=losses: next(losses))
+        assert [slot.compiles for slot in optimizer._slots] == [compiles, compiles, False]
+        results.append([p.detach().double() for p in parameters])
+        results[-1] += [h.double() for state in optimizer.state.values() for h in state.values()]
+    for plain, compiled in zip(*results, strict=True):
+        difference = (plain - compiled).abs()
+        if dtype == torch.float32:
+            assert (difference <= 1e-6 * plain.abs().clamp(min=1)).all()
+        else:
+            # A number on the border between two may be rounded to either, once or twice.
+            unit = torch.finfo(dtype).eps * plain.abs().clamp(min=0.1)
+            assert (difference <= 2 * unit).all()
+            assert (difference > 0).double().mean() < 5e-3
+
+
+def test_without_a_compiler_the_step_runs_all_the_same(monkeypatch) -> None:
+    monkeypatch.setattr(hizoo, "why_not_compiled", lambda device: "no C++ compiler found")
+    model = quadratic_model(torch.float32)
+    optimizer = HiZOO(model.parameters(), lr=1e-3, compile=True)
+    with pytest.warns(UserWarning, match="torch.compile fails here: no C\\+\\+ compiler found"):
+        optimizer.step(lambda: model_loss(model))
+    twin = quadratic_model(torch.float32)
+    HiZOO(twin.parameters(), lr=1e-3, compile=False).step(lambda: model_loss(twin))
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_only_large_models_are_compiled(monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(hizoo, "why_not_compiled", lambda device: asked.append(device) or "not now")
+    monkeypatch.setattr(hizoo, "COMPILE_FROM_ELEMENTS", 200)
+    small = nn.Linear(10, 10)
+    HiZOO(small.parameters()).step(lambda: small(torch.ones(10)).sum())
+    assert not asked
+    large = nn.Linear(20, 10)
+    with pytest.warns(UserWarning, match="not now"):
+        HiZOO(large.parameters()).step(lambda: large(torch.ones(20)).sum())
+    assert asked == [torch.device("cpu")]
 
 
 @pytest.mark.parametrize(

@@ -78,10 +78,8 @@ def test_generation_draws_no_noise_for_every_token(monkeypatch) -> None:
     before = bits_of(model)
     optimizer = HiZOO(model.parameters(), hessian_smooth=0.0, layers=LayerwiseWeights(model))
     drawn = []
-    draw = hizoo.draw_noise
-    monkeypatch.setattr(
-        hizoo, "draw_noise", lambda *arguments: (drawn.append(None), draw(*arguments))[1]
-    )
+    draw = hizoo.standard_normal
+    monkeypatch.setattr(hizoo, "standard_normal", lambda bits: (drawn.append(None), draw(bits))[1])
 
     def generated(count: int) -> list[torch.Tensor]:
         drawn.clear()

@@ -21,6 +21,7 @@ MODES = {
     "lowrank": {"hessian": "lowrank"},
     "lowrank_bfloat16": {"hessian": "lowrank", "load_bfloat16": True},
     "bfloat16_hessian": {"hessian_dtype": "bfloat16"},
+    "compiled": {"zo_compile": "yes"},
     "three_directions": {"zo_num_samples": 3},
     "mezo_bfloat16": {"load_bfloat16": True, "hessian_smooth_type": "constant0"},
 }
