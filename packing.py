@@ -17,8 +17,8 @@ from torch import Tensor
 
 from encoding import EncodedExample, EncodedOption
 
-# Rows of several sequences hold about so many tokens: attention looks at all of a row, and up to
-# here that costs next to nothing.
+# Rows of several sequences hold so many tokens at least, where there are enough, and twice as many
+# at most: attention looks at all of a row, and up to there that costs next to nothing.
 ROW_TOKENS = 128
 # Sequences share rows if fewer than this part of the tokens and their padding are left.
 LITTLE_SAVED = 0.95
@@ -141,19 +141,33 @@ def collate(
 def fill_rows(lengths: Sequence[int]) -> list[list[int]]:
     """Distribute sequences over rows; returns their numbers, row by row.
 
-    The longest first, each into the emptiest row. Where little would be saved, each keeps a row of
-    its own: a mask for every pair of tokens costs more than one for the padding.
+    Of the numbers of rows whose length fits, the one that leaves the least to pad. Where little
+    would be saved, each sequence keeps a row of its own: a mask for every pair of tokens costs more
+    than one for the padding.
     """
+
+    def tokens_with_padding(rows: list[list[int]]) -> int:
+        return len(rows) * max(sum(lengths[number] for number in row) for row in rows)
+
+    total, longest = sum(lengths), max(lengths)
+    fewest = math.ceil(total / max(2 * ROW_TOKENS, longest))
+    most = math.ceil(total / max(ROW_TOKENS, longest))
+    choices = (spread_evenly(lengths, count) for count in range(fewest, most + 1))
+    together = min(choices, key=tokens_with_padding)
     apart = [[number] for number in range(len(lengths))]
-    count = math.ceil(sum(lengths) / max(ROW_TOKENS, *lengths))
+    saves = tokens_with_padding(together) < LITTLE_SAVED * tokens_with_padding(apart)
+    return together if saves else apart
+
+
+def spread_evenly(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """Distribute sequences over ``count`` rows: the longest first, each into the emptiest row."""
     rows: list[list[int]] = [[] for _ in range(count)]
     filled = [0] * count
     for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
         emptiest = filled.index(min(filled))
         rows[emptiest].append(number)
         filled[emptiest] += lengths[number]
-    together = count * max(filled)
-    return rows if together < LITTLE_SAVED * len(lengths) * max(lengths) else apart
+    return rows
 
 
 def attention_mask(branches: Tensor, owners: Tensor) -> Tensor:

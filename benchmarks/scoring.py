@@ -259,18 +259,23 @@ def main() -> None:
     parser.add_argument("--usual_examples", type=int, default=3, help="ICL examples, usual way")
     parser.add_argument("--batch", type=int, default=16, help="examples in a batch")
     parser.add_argument("--repeats", type=int, default=5, help="runs behind every median")
+    parser.add_argument("--only", nargs="+", help="parts of the names of what to measure")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     arguments = parser.parse_args()
     model = make_model(arguments.model, torch.float32, "cpu")
-    measurements: list[Callable[[], dict[str, Any]]] = [
-        lambda: measure_icl(model, arguments),
-        *(lambda task=task: measure_training(model, task, arguments) for task in TRAINING),
-        *(lambda n=n: measure_generation(model, arguments, n) for n in (20, 50)),
-        lambda: measure_memory(model),
-    ]
+    measurements: dict[str, Callable[[], dict[str, Any]]] = {
+        "icl": lambda: measure_icl(model, arguments),
+        **{task: lambda task=task: measure_training(model, task, arguments) for task in TRAINING},
+        **{
+            f"generation {n}": lambda n=n: measure_generation(model, arguments, n) for n in (20, 50)
+        },
+        "memory": lambda: measure_memory(model),
+    }
     print(f"{arguments.model}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     rows = []
-    for measurement in measurements:
+    for name, measurement in measurements.items():
+        if arguments.only and not any(part in name for part in arguments.only):
+            continue
         rows.append(measurement())
         values = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in rows[-1].items()}
         print(values.pop("what") + ": " + ", ".join(f"{k} {v}" for k, v in values.items()))

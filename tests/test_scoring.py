@@ -628,8 +628,11 @@ def test_sequences_that_share_a_row() -> None:
     assert drawn[2:] == ["xxx.....", "xxxx....", "xxx.x...", "xxx.xx..", "......x.", "......xx"]
 
 
-def test_rows_are_filled_with_the_longest_first() -> None:
-    assert packing.fill_rows([30, 100, 90, 20, 20]) == [[1], [2], [0, 3, 4]]
+def test_rows_are_filled_so_that_little_is_padded() -> None:
+    # The longest first, each into the emptiest row: 110 and 110.
+    assert packing.spread_evenly([20, 90, 30, 80], 2) == [[1, 0], [3, 2]]
+    # Two rows of 150 pad nothing; three rows of 110 would pad 30.
+    assert packing.fill_rows([40, 100, 90, 20, 20, 30]) == [[1, 5, 3], [2, 0, 4]]
     # Nothing to gain: every row would be as long.
     assert packing.fill_rows([100, 100, 90]) == [[0], [1], [2]]
     assert packing.fill_rows([500]) == [[0]]
@@ -639,7 +642,7 @@ def test_rows_are_filled_with_the_longest_first() -> None:
         rows = packing.fill_rows(lengths)
         assert sorted(number for row in rows for number in row) == list(range(20))
         widths = [sum(lengths[number] for number in row) for row in rows]
-        assert max(widths) <= packing.ROW_TOKENS + max(lengths)
+        assert max(widths) <= 2 * packing.ROW_TOKENS + max(lengths)
         assert len(rows) * max(widths) <= 20 * max(lengths)
 
 
