@@ -11,6 +11,7 @@ with the textbook step (shifts in place, nearest rounding, h in the weights' dty
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -21,7 +22,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import matplotlib
 import torch
+from matplotlib import pyplot
 from step import TextbookHiZOO
 from torch import Tensor, nn
 
@@ -47,25 +50,25 @@ def textbook_step(model: nn.Module, lr: float, seed: int) -> Step:
     return TextbookHiZOO(list(model.parameters()), EPS, SMOOTHING, lr, seed).step
 
 
-def hizoo_step(model: nn.Module, lr: float, seed: int) -> Step:
+def hizoo_step(model: nn.Module, lr: float, seed: int, compile: bool = False) -> Step:
     """HiZOO as run.py uses it: layer by layer where the weights are half precision."""
     half = next(model.parameters()).element_size() < 4
     layers = LayerwiseWeights(model) if half else None
-    optimizer = HiZOO(model.parameters(), lr, EPS, SMOOTHING, layers=layers, seed=seed)
-    return optimizer.step
+    parameters = model.parameters()
+    return HiZOO(parameters, lr, EPS, SMOOTHING, layers=layers, seed=seed, compile=compile).step
 
 
 KINDS = {"textbook": textbook_step, "HiZOO": hizoo_step}
 
 
-def drift(kind: str, dtype: str, steps: int) -> float:
+def drift(make_step: Callable[..., Step], dtype: str, steps: int) -> float:
     """Move of the weights after steps with learning rate 0, relative to their size."""
     torch.manual_seed(0)
     model = nn.Linear(256, 256).to(getattr(torch, dtype))
     nn.init.normal_(model.weight, std=0.02)
     before = model.weight.detach().double()
     inputs = torch.randn(4, 256, dtype=before.dtype).to(model.weight.dtype)
-    step = KINDS[kind](model, 0.0, 0)
+    step = make_step(model, 0.0, 0)
     for _ in range(steps):
         step(lambda: model(inputs).float().square().mean())
     moved = model.weight.detach().double() - before
@@ -101,11 +104,7 @@ def load_data() -> dict[str, Any]:
 
 def plot(drifts: dict[str, Any], accuracies: dict[str, Any], path: Path) -> None:
     """Draw both measurements as one picture."""
-    import matplotlib
-
     matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
     colors = {"textbook": "tab:orange", "HiZOO": "tab:blue"}
     for shift, kind in enumerate(KINDS):
@@ -142,12 +141,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
     arguments = parser.parse_args()
     drifts: dict[str, dict[str, float]] = {kind: {} for kind in KINDS}
-    for kind in KINDS:
+    for kind, make_step in KINDS.items():
         for dtype in DTYPES:
-            drifts[kind][dtype] = drift(kind, dtype, arguments.drift_steps)
+            drifts[kind][dtype] = drift(make_step, dtype, arguments.drift_steps)
             print(f"drift    {kind:9s} {dtype:9s} {drifts[kind][dtype]:.2e}", flush=True)
-    long = drift("HiZOO", "float32", arguments.long_steps)
-    print(f"drift    HiZOO     float32   {long:.2e} after {arguments.long_steps} steps", flush=True)
+    long: dict[str, float] = {}
+    for kernels, compile in (("one by one", False), ("compiled", True)):
+        make_step = functools.partial(hizoo_step, compile=compile)
+        long[kernels] = drift(make_step, "float32", arguments.long_steps)
+        steps = f"after {arguments.long_steps} steps, {kernels}"
+        print(f"drift    HiZOO     float32   {long[kernels]:.2e} {steps}", flush=True)
     data = load_data()
     accuracies: dict[str, dict[str, list[float]]] = {kind: {} for kind in KINDS}
     for kind in KINDS:

@@ -72,7 +72,7 @@ def usual_scores(model: nn.Module, examples: Sequence[EncodedExample]) -> list[l
     return scores
 
 
-def our_scores(
+def shared_scores(
     model: nn.Module, examples: Sequence[EncodedExample], batch_size: int
 ) -> list[list[float]]:
     """The same by scoring.py."""
@@ -99,16 +99,16 @@ def measure_icl(model: nn.Module, arguments: argparse.Namespace) -> dict[str, An
     examples = make_examples(arguments.examples, (20, 31), 2, 1, before=32 * 25)
     few = examples[: arguments.usual_examples]
     usual = median_seconds(lambda: usual_scores(model, few), arguments.repeats, "cpu") / len(few)
-    ours = median_seconds(
-        lambda: our_scores(model, examples, arguments.batch), arguments.repeats, "cpu"
+    this = median_seconds(
+        lambda: shared_scores(model, examples, arguments.batch), arguments.repeats, "cpu"
     ) / len(examples)
-    expected, found = usual_scores(model, few), our_scores(model, examples, arguments.batch)
+    expected, found = usual_scores(model, few), shared_scores(model, examples, arguments.batch)
     difference = largest_difference(expected, found[: len(few)])
     return {
         "what": "ICL, 32 shared demonstrations",
         "usual_examples_per_second": 1 / usual,
-        "ours_examples_per_second": 1 / ours,
-        "times": usual / ours,
+        "this_examples_per_second": 1 / this,
+        "times": usual / this,
         "largest_difference": difference,
         "same_predictions": same_predictions(expected, found),
     }
@@ -164,12 +164,12 @@ def measure_training(model: nn.Module, task: str, arguments: argparse.Namespace)
         [median_seconds(f, 1, "cpu") for f in (lambda: bare_forward(model, *tokens), loss)]
         for _ in range(arguments.repeats)
     ]
-    bare, ours = (statistics.median(seconds) for seconds in zip(*turns, strict=True))
-    row = {"what": f"training loss, {task}, 16 examples", "bare": bare, "ours": ours}
-    row["over_bare"] = statistics.median(our / its for its, our in turns)
+    bare, this = (statistics.median(seconds) for seconds in zip(*turns, strict=True))
+    row = {"what": f"training loss, {task}, 16 examples", "bare": bare, "this": this}
+    row["over_bare"] = statistics.median(this / its for its, this in turns)
     if len(whole) * max(map(len, whole)) < 10_000:  # the logits of more take gigabytes
         row["usual"] = median_seconds(usual, arguments.repeats, "cpu")
-        row["times"] = row["usual"] / ours
+        row["times"] = row["usual"] / this
     return row
 
 
@@ -201,12 +201,12 @@ def measure_generation(
     start = time.perf_counter()
     expected = [usual_text(prompt) for prompt in prompts]
     usual = time.perf_counter() - start
-    ours = median_seconds(lambda: generate(32), arguments.repeats, "cpu")
+    this = median_seconds(lambda: generate(32), arguments.repeats, "cpu")
     return {
         "what": f"generation, 32 answers of {new_tokens} tokens",
         "usual": usual,
-        "ours": ours,
-        "times": usual / ours,
+        "this": this,
+        "times": usual / this,
         "same_text": generate(32) == expected,
     }
 
@@ -240,13 +240,13 @@ def measure_memory(model: nn.Module) -> dict[str, Any]:
         objectives.classification_loss(model, batch)
 
     bare = added_memory(lambda: bare_forward(model, *padded(rows)), "cpu")
-    ours = added_memory(loss, "cpu")
+    this = added_memory(loss, "cpu")
     logits = 16 * 512 * VOCABULARY * 4 / 2**20
     return {
         "what": "peak memory of a loss, 16 x 512 tokens",
         "bare_mib": bare,
-        "ours_mib": ours,
-        "over_bare": ours / bare if ours and bare else None,
+        "this_mib": this,
+        "over_bare": this / bare if this and bare else None,
         "all_logits_mib": logits,
     }
 
@@ -255,7 +255,7 @@ def main() -> None:
     """Measure, print a line for each goal, and write JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=SHAPES, default="opt-125m", help="shape of the OPT")
-    parser.add_argument("--examples", type=int, default=64, help="ICL examples for ours")
+    parser.add_argument("--examples", type=int, default=64, help="ICL examples that are timed")
     parser.add_argument("--usual_examples", type=int, default=3, help="ICL examples, usual way")
     parser.add_argument("--batch", type=int, default=16, help="examples in a batch")
     parser.add_argument("--repeats", type=int, default=5, help="runs behind every median")

@@ -5,8 +5,9 @@
 
 The first is OPT-125m's shape with 16 examples of 16 tokens on the CPU: SST-2's training texts, most
 of them phrases, with the prompt. Weights are random.
-"draw" only draws the numbers of a pass, with the same tiles and threads. "textbook" is the step as
-it is usually written: whole-parameter noise drawn four times, and a new tensor for every operation.
+"draw" only draws the numbers of a pass, with the same tiles and threads; "torch's draw" fills the
+same tiles with torch's generator, on the CPU one core's work. "textbook" is the step as it is
+usually written: whole-parameter noise drawn four times, and a new tensor for every operation.
 """
 
 from __future__ import annotations
@@ -131,6 +132,13 @@ def draw_only(optimizer: HiZOO, target: Tensor) -> None:
             run(draw_tile, slot)(target[: min(slot.length, slot.parameter.numel())], key)
 
 
+def draw_with_torch(optimizer: HiZOO, target: Tensor) -> None:
+    """Draw as many numbers with torch's generator, into the same memory."""
+    for packet in cut_into_packets(optimizer._slots):
+        for slot, _ in packet:
+            target[: min(slot.length, slot.parameter.numel())].normal_()
+
+
 class TextbookHiZOO:
     """The step as it is usually written: whole parameters, new tensors, four draws of the noise.
 
@@ -230,6 +238,7 @@ def measure(arguments: argparse.Namespace, dtype_name: str) -> list[dict[str, An
     timed = [
         Timed("forward", forward),
         Timed("draw", functools.partial(draw_only, optimizers["HiZOO"], scratch)),
+        Timed("torch's draw", functools.partial(draw_with_torch, optimizers["HiZOO"], scratch)),
     ]
     for name, optimizer in optimizers.items():
         if in_place:
