@@ -182,6 +182,16 @@ class Slot:
         """Return the number of tiles."""
         return math.ceil(self.parameter.numel() / self.length)
 
+    @property
+    def draws_apart(self) -> bool:
+        """Whether a shift's u is drawn by a kernel of its own.
+
+        A kernel for half precision on a CPU works on twice as many numbers at once as one for
+        float32, and then torch.compile takes the casts of bits that u needs through memory.
+        """
+        parameter = self.parameter
+        return self.compiles and parameter.device.type == "cpu" and parameter.element_size() < 4
+
     def rows(self, tile: int) -> slice:
         """Return the rows of a tile, where h is low-rank."""
         height = self.length // self.columns
@@ -712,6 +722,8 @@ class HiZOO(torch.optim.Optimizer):
                     isinstance(hessian, LowRankHessian) and (parameter, draw) not in self._moments
                 )
                 own = slot.view(parameter, tile)
+                if slot.draws_apart:
+                    noise = run(drawn, slot)(noise, own)
                 squares = run(shift_tile, slot)(
                     own if outputs is None else slot.view(outputs[parameter], tile),
                     None if outputs is None else own,
