@@ -27,8 +27,8 @@ One step, for parameters Î¸, diagonal curvature h (starts at 1), learning rate Î
 The noise u is never stored. Every number of it is a function of (seed, step, parameter, index), a
 hash that is computed again, tile by tile, whenever it is needed: three times a step, once for each
 perturbed forward pass and once for the update. No global random state is read or changed. For large
-models torch.compile makes one kernel of the hash and all arithmetic on a tile, which costs a fifth
-of drawing with torch's generator alone; without a compiler the same functions run one by one.
+models torch.compile makes one kernel of the hash and all arithmetic on a tile, which costs less
+than drawing with torch's generator alone; without a compiler the same functions run one by one.
 """
 
 from __future__ import annotations
