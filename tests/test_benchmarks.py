@@ -1,0 +1,74 @@
+"""The benchmarks run, in small, and what they compare is the same thing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def measured(name: str, folder: Path, *arguments: str) -> Any:
+    """What a script of benchmarks/ writes with --json."""
+    file = folder / "figures.json"
+    process = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / name), *arguments, "--json", str(file)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=200,
+    )
+    assert process.returncode == 0, process.stderr
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def test_step(tmp_path: Path) -> None:
+    small = ("--model", "tiny", "--batch", "2", "--tokens", "4", "--repeats", "1")
+    rows = measured("step.py", tmp_path, *small)
+    for dtype, shifts in (("float32", 3), ("bfloat16", 0)):
+        names = [row["what"] for row in rows if row["dtype"] == dtype]
+        assert names[:3] == ["forward", "draw", "torch's draw"]
+        assert sum(name.endswith("one shift") for name in names) == shifts
+        assert sum(name.endswith("update") for name in names) == 3
+        assert sum(name.endswith("whole step") for name in names) == 4
+        assert names[-1] == "HiZOO: first step"
+    assert all(row["seconds"] > 0 and row["over_draw"] > 0 for row in rows if "seconds" in row)
+    ratios = [row["textbook_over_this"] for row in rows if row["what"].startswith("textbook")]
+    assert ratios == [1, 1]
+
+
+def test_scoring(tmp_path: Path) -> None:
+    small = ("--model", "tiny", "--examples", "4", "--usual_examples", "2", "--repeats", "1")
+    rows = measured("scoring.py", tmp_path, *small, "--only", "icl", "SST2", "generation 20")
+    in_context, training, generation = rows
+    assert in_context["same_predictions"] and in_context["largest_difference"] < 1e-4
+    assert training["over_bare"] > 0 and training["times"] > 0
+    assert generation["same_text"]
+
+
+def test_precision(tmp_path: Path) -> None:
+    small = ("--steps", "1", "--drift_steps", "20", "--long_steps", "20", "--seeds", "0")
+    plot = tmp_path / "precision.png"
+    figures = measured("precision.py", tmp_path, *small, "--plot", str(plot))
+    drift = figures["drift"]
+    assert drift["HiZOO"]["float16"] == drift["HiZOO"]["bfloat16"] == 0
+    assert drift["textbook"]["bfloat16"] > drift["textbook"]["float16"] > 1e-4
+    assert 0 < figures["float32_long"]["one by one"] < 1e-6
+    assert all(
+        len(values) == 1 for kind in figures["accuracy"].values() for values in kind.values()
+    )
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_modes(tmp_path: Path) -> None:
+    (row,) = measured("modes.py", tmp_path, "--only", "zero-shot")
+    assert row["trained_parameters"] == 0 and row["checkpoint_mib"] is None
+    assert row["after"] == pytest.approx(0.746, abs=0.01)
+    assert row["peak_mib"] > 100
