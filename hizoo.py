@@ -364,6 +364,8 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     # One for each kind of tile: its dtype, its h, where it begins. The limit is for accidents.
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, 64)
+    # float16 weights whose h is bfloat16 are meant to be mixed.
+    warnings.filterwarnings("ignore", message="bf16 and fp16 are mixed")
     return torch.compile(function, dynamic=True)
 
 
