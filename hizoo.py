@@ -45,7 +45,7 @@ from torch import Tensor
 
 # A tile is what is drawn, scaled and added at once. Where operations run one by one on a CPU core
 # it has to stay in the cache; in a compiled kernel, or on another device, it has to be large enough
-# that starting the work costs little: Python needs about 0.05 ms a tile, a GPU less for its numbers.
+# that starting the work, about 0.05 ms, costs little.
 CACHED_TILE_ELEMENTS = 1 << 17
 LARGE_TILE_ELEMENTS = 1 << 21
 GPU_TILE_ELEMENTS = 1 << 23
