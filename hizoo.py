@@ -315,14 +315,14 @@ def update_tile(
     if growths is not None:
         growth = weighted_sum([noise * noise for noise in noises], growths).sub_(smooth)
         add_to(hessian, growth.mul_(before), rounding[1])
-        if hessian.dtype != dtype:
-            # Rounded down to 0, h would make the next perturbation infinite.
-            hessian.clamp_(min=torch.finfo(hessian.dtype).eps - 1)
+        # An h of 0 would make the next perturbation infinite, an infinite one would become NaN.
+        limits = torch.finfo(hessian.dtype)
+        hessian.clamp_(limits.eps - 1, limits.max)
     change = weighted_sum(noises, steps)
     if hessian is not None:
         change.mul_(hessian_of(hessian, dtype).rsqrt_())
     if decay is not None:
-        change.add_(target * decay)
+        change.add_(target.to(dtype) * decay)
     add_to(target, change, rounding[0])
 
 
@@ -347,17 +347,20 @@ def add_rounding_stochastically(
 ) -> None:
     """Add ``change``, in float32, to a tile of half-precision numbers, right on average.
 
-    The tile moves by whole units in its last place: ``change`` in those units, rounded up with the
-    probability of its fraction. So a change far below one unit is neither lost nor biased, for
-    normal and subnormal numbers.
+    The tile moves by whole units in the last place of the larger, old or new: ``change`` in those
+    units, rounded up with the probability of its fraction. So a change far below one unit is
+    neither lost nor biased, for normal and subnormal numbers.
     """
     information = torch.finfo(target.dtype)
     value = target.to(torch.float32)
-    power = (value.view(torch.int32) & 0x7F800000).view(torch.float32)
+    total = value + change
+    largest = torch.maximum(value.abs(), total.abs())
+    power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)
     unit = power.clamp(min=information.smallest_normal).mul_(information.eps)
-    # Behind a change this large the number's own last place is lost, and their ratio overflows.
-    unit = torch.maximum(unit, change.abs().mul_(2**-24))
-    moves = fractions(key, target).add_(change / unit).floor_()
+    # Where the last place of the sum is a higher one, the sum itself is rounded to it.
+    outgrown = value.abs() < power
+    value = torch.where(outgrown, 0.0, value)
+    moves = fractions(key, target).add_(torch.where(outgrown, total, change).div_(unit)).floor_()
     target.copy_(moves.mul_(unit).add_(value))
 
 
@@ -651,6 +654,10 @@ class HiZOO(torch.optim.Optimizer):
         """Take back the shift that ``estimate`` may have left on the parameters."""
         self._move_to(None)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what ``copy`` and ``pickle`` keep: all there is, torch's own would be less."""
+        return self.__dict__.copy()
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state as of the last whole step; takes a shift back first."""
         self.restore()
@@ -658,7 +665,9 @@ class HiZOO(torch.optim.Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a ``state_dict()``; h keeps the dtype it was saved in."""
+        """Load a ``state_dict()``; takes a shift back first. h keeps the dtype it was saved in."""
+        self.restore()
+        self._forget_estimates()
         super().load_state_dict(state_dict)
         saved = (number for group in state_dict["param_groups"] for number in group["params"])
         # torch casts a state to its parameter's dtype: h would lose digits, or its range.
@@ -676,7 +685,7 @@ class HiZOO(torch.optim.Optimizer):
             if size:
                 mean, maximum = hessian.mean_and_max() if hessian else (1.0, 1.0)
                 total, largest, count = total + mean * size, max(largest, maximum), count + size
-        return total / count, largest
+        return (total / count, largest) if count else (1.0, 1.0)
 
     # ---- the points that losses are taken at
 
@@ -815,8 +824,8 @@ class HiZOO(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if not parameter.is_contiguous():
                     raise ValueError(f"parameter of shape {tuple(parameter.shape)} not contiguous")
-                low_rank = self.hessian == "lowrank" and parameter.dim() > 1
-                as_matrix = low_rank or "hessian_rows" in self.state.get(parameter, {})
+                as_matrix = self._is_low_rank(parameter)
+                as_matrix |= "hessian_rows" in self.state.get(parameter, {})
                 compiles = bool(self._compiles)
                 slots.append(Slot.cut(parameter, group, len(slots), as_matrix, compiles))
         return slots
@@ -878,6 +887,9 @@ class HiZOO(torch.optim.Optimizer):
             return None
         return (LowRankHessian if "hessian_rows" in state else FullHessian)(slot, state)
 
+    def _is_low_rank(self, parameter: Tensor) -> bool:
+        return self.hessian == "lowrank" and parameter.dim() > 1 and parameter.numel() > 0
+
     def _start_hessians(self) -> None:
         for slot in self._slots:
             if slot.group["hessian_smooth"] == 0 or self.state.get(slot.parameter):
@@ -886,8 +898,7 @@ class HiZOO(torch.optim.Optimizer):
             if dtype is None:
                 dtype = slot.parameter.dtype
                 dtype = torch.bfloat16 if dtype == torch.float16 else dtype
-            low_rank = self.hessian == "lowrank" and slot.parameter.dim() > 1
-            kind = LowRankHessian if low_rank else FullHessian
+            kind = LowRankHessian if self._is_low_rank(slot.parameter) else FullHessian
             self.state[slot.parameter] = kind.start(slot, dtype)
 
 

@@ -522,3 +522,67 @@ def test_closure_runs_twice_for_mezo_and_three_times_for_hizoo() -> None:
         optimizer = HiZOO(model.parameters(), hessian_smooth=smooth, num_samples=samples)
         optimizer.step(lambda calls=calls: (calls.append(None), model_loss(model))[1])
         assert len(calls) == expected
+
+
+# ------------------------------------------------------------------------------- at the edges
+
+
+def test_weight_decay_of_float16_does_not_underflow() -> None:
+    parameter = nn.Parameter(torch.full((1000,), 0.02, dtype=torch.float16))
+    optimizer = HiZOO([parameter], lr=1e-4, weight_decay=0.01, hessian_smooth=0.0, eps=1e-12)
+    for _ in range(3000):
+        optimizer.step(lambda: 0.0)
+    moved = parameter.detach().double().mean().item() - 0.02
+    assert moved == pytest.approx(-6e-5, rel=0.2)
+
+
+def test_load_state_dict_takes_a_shift_back() -> None:
+    parameter = nn.Parameter(torch.linspace(-1, 1, 50))
+    optimizer = HiZOO([parameter], lr=1e-3, hessian_smooth=1e-2, eps=0.1)
+    state = optimizer.state_dict()
+    optimizer.step(lambda: parameter.square().sum())
+    before = parameter.detach().clone()
+    optimizer.estimate(lambda: parameter.square().sum())
+    optimizer.load_state_dict(state)
+    torch.testing.assert_close(parameter.detach(), before, rtol=0, atol=1e-6)
+    with pytest.raises(RuntimeError, match="needs a closure"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "dtype, smooth, loss", [(torch.float32, 0.5, 0.0), (torch.float16, 1e-3, 1e3)]
+)
+def test_weights_stay_finite_where_h_ends(dtype, smooth, loss) -> None:
+    parameter = nn.Parameter(torch.ones(300))
+    optimizer = HiZOO([parameter], lr=1e-9, hessian_smooth=smooth, hessian_dtype=dtype)
+    for _ in range(60):
+        optimizer.step(lambda: loss * parameter.double().square().sum())
+    assert parameter.isfinite().all()
+    mean, largest = optimizer.hessian_mean_and_max()
+    assert 0 < mean <= largest < math.inf
+
+
+@pytest.mark.parametrize("value, change", [(0.0, 1.003), (1.0, 1.004), (1.9921875, 0.012)])
+def test_changes_into_a_higher_last_place_are_right_on_average(value, change) -> None:
+    tile = torch.full((1 << 16,), value, dtype=torch.bfloat16)
+    key = hizoo.tile_key(1, 2, 0)
+    hizoo.add_rounding_stochastically(tile, torch.full((1 << 16,), change), key)
+    assert tile.double().mean().item() == pytest.approx(value + change, abs=1e-4)
+
+
+def test_parameters_without_elements() -> None:
+    parameters = [nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.zeros(0, 4))]
+    optimizer = HiZOO(parameters, hessian="lowrank", hessian_smooth=1e-3)
+    optimizer.step(lambda: parameters[0].square().sum())
+    assert HiZOO([nn.Parameter(torch.zeros(0))]).hessian_mean_and_max() == (1.0, 1.0)
+
+
+def test_a_copy_goes_on_like_the_original() -> None:
+    parameter = nn.Parameter(torch.linspace(-1, 1, 50))
+    optimizer = HiZOO([parameter], lr=1e-3, hessian_smooth=1e-2)
+    optimizer.step(lambda: parameter.square().sum())
+    copied = copy.deepcopy(optimizer)
+    (its_own,) = copied.param_groups[0]["params"]
+    optimizer.step(lambda: parameter.square().sum())
+    copied.step(lambda: its_own.square().sum())
+    assert its_own is not parameter and torch.equal(its_own, parameter)
