@@ -80,13 +80,15 @@ def _pack_group(options: list[tuple[int, EncodedOption]]) -> PackedSequence:
 def collate(
     examples: Sequence[EncodedExample], pad_token: int = 0, share_prompt: bool = True
 ) -> dict[str, Tensor]:
-    """Put the examples' sequences into rows, padded on the left.
+    """Put the examples' sequences into rows.
 
     With ``share_prompt`` short sequences stand behind one another in a row, where that leaves less
-    to pad, and do not see each other.
+    to pad, and do not see each other; the padding is on the left. Without, it is on the right,
+    where no causal model sees it, whatever its layers are, and positions are left to the model.
 
     Returns:
-        ``input_ids``, ``position_ids``: (rows, length). ``attention_mask``: (rows, length), or
+        ``input_ids``, and with ``share_prompt`` ``position_ids``: (rows, length).
+        ``attention_mask``: (rows, length), or
         (rows, 1, length, length), True where a query (third dimension) sees a key, if a row holds
         several sequences or branches. ``read_rows``, ``read_columns``, ``targets``: (scored
         tokens,): where each is predicted, and which it is. ``read_options``: (scored tokens,): its
@@ -111,7 +113,7 @@ def collate(
     branches, owners = torch.full(shape, -1), torch.full(shape, -1)
     reads = []
     for number, row in enumerate(rows):
-        column = length - sum(lengths[sequence] for sequence in row)
+        column = length - sum(lengths[sequence] for sequence in row) if share_prompt else 0
         for owner in row:
             sequence, place = sequences[owner], slice(column, column + lengths[owner])
             tokens[number, place] = torch.tensor(sequence.tokens)
@@ -126,7 +128,7 @@ def collate(
     read_rows, read_columns, read_options, targets = torch.tensor(reads).unbind(1)
     return {
         "input_ids": tokens,
-        "position_ids": positions,
+        **({"position_ids": positions} if share_prompt else {}),
         "attention_mask": attention_mask(branches, owners),
         "read_rows": read_rows,
         "read_columns": read_columns,
@@ -172,7 +174,7 @@ def spread_evenly(lengths: Sequence[int], count: int) -> list[list[int]]:
 
 def attention_mask(branches: Tensor, owners: Tensor) -> Tensor:
     """Return who sees whom, from the branch and the sequence of every token (-1 for padding)."""
-    alone = (owners == owners[:, -1:]) | (owners < 0)
+    alone = (owners == owners.amax(1, keepdim=True)) | (owners < 0)
     if not (branches > 0).any() and alone.all():
         return (owners >= 0).long()
     query, key = branches.unsqueeze(2), branches.unsqueeze(1)

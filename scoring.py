@@ -58,7 +58,7 @@ def token_log_probabilities(
     try:
         logits = model(
             input_ids=batch["input_ids"],
-            position_ids=batch["position_ids"],
+            position_ids=batch.get("position_ids"),
             attention_mask=model_mask(model, batch["attention_mask"]),
             past_key_values=cache,
             use_cache=cache is not None,
@@ -99,24 +99,35 @@ def can_share_prompt(model: PreTrainedModel, length: int) -> bool:
     Where a window slides over the keys, the mask would have to slide with it: texts that are longer
     than the window go one option at a time.
     """
-    reason = None
-    length += prefix_length(model)
-    model = without_adapter(model)
-    config = model.config.get_text_config(decoder=True)
+    config = without_adapter(model).config.get_text_config(decoder=True)
     window = getattr(config, "sliding_window", None)
-    layers = set(getattr(config, "layer_types", None) or ())
-    other_layers = layers - {"full_attention", "sliding_attention"}
-    if config._attn_implementation not in ("sdpa", "eager"):
+    reason = why_not_attention_alone(model)
+    if reason is None and config._attn_implementation not in ("sdpa", "eager"):
         reason = f"attention implementation {config._attn_implementation}"
-    elif not getattr(model, "_supports_attention_backend", False):
-        reason = f"{type(model).__name__} does not take a 4-D attention mask"
-    elif other_layers:
-        reason = f"it has layers of type {', '.join(sorted(other_layers))}"
-    elif window and window < length:
+    elif reason is None and window and window < length + prefix_length(model):
         reason = f"its sliding window of {window} tokens is shorter than the longest text"
     if reason:
         _warn_once(reason)
     return reason is None
+
+
+def why_not_attention_alone(model: PreTrainedModel) -> str | None:
+    """Return why a mask and position ids do not decide alone what a token sees; None if they do.
+
+    Padding on the left then changes the text behind it.
+    """
+    model = without_adapter(model)
+    config = model.config.get_text_config(decoder=True)
+    layers = set(getattr(config, "layer_types", None) or ())
+    other_layers = layers - {"full_attention", "sliding_attention"}
+    if not getattr(model, "_supports_attention_backend", False):
+        return f"{type(model).__name__} does not take a 4-D attention mask"
+    if other_layers:
+        return f"it has layers of type {', '.join(sorted(other_layers))}"
+    for name, module in model.named_modules():
+        if "position" in name and getattr(module, "padding_idx", None) is not None:
+            return f"{type(model).__name__} counts positions from its padding token"
+    return None
 
 
 @functools.cache
@@ -211,8 +222,8 @@ def cache_of(layers: KeysAndValues, rows: int = 1, room: int = 0) -> DynamicCach
     if room:
         cache.layer_class_to_replicate = functools.partial(LayerWithRoom, room)
     for number, (keys, values) in enumerate(layers):
-        shape = (rows, *keys.shape[1:])
-        cache.update(keys.expand(shape), values.expand(shape), number)
+        of_rows = (part.expand((rows, *part.shape[1:])) for part in (keys, values))
+        cache.update(*of_rows, number)
     return cache
 
 
@@ -275,17 +286,22 @@ def run_in_batches(
     length: Callable[[int], int],
     batch_size: int,
     progress: str | None,
+    equal_lengths: bool = False,
 ) -> None:
     """Call ``function`` with the numbers below ``count`` in batches, the longest examples first.
 
-    So little is padded. A batch that does not fit into memory is halved until it does. Shows a
-    progress bar with examples per second, in one process, unless ``progress`` is None.
+    So little is padded; with ``equal_lengths``, nothing. A batch that does not fit into memory is
+    halved until it does. Shows a progress bar with examples per second, in one process, unless
+    ``progress`` is None.
     """
     waiting = sorted(range(count), key=length, reverse=True)
     hidden = progress is None or process_index() > 0
     with tqdm(total=count, desc=progress, unit="example", leave=False, disable=hidden) as bar:
         while waiting:
             indices = waiting[:batch_size]
+            if equal_lengths:
+                longest = length(indices[0])
+                indices = [index for index in indices if length(index) == longest]
             try:
                 function(indices)
             except (RuntimeError, MemoryError) as error:
@@ -386,7 +402,8 @@ def generate(
         for index, text in zip(indices, written, strict=True):
             texts[index] = text.strip()
 
-    run_in_batches(write, len(prompts), lambda i: len(prompts[i]), batch_size, progress)
+    equal = why_not_attention_alone(model) is not None
+    run_in_batches(write, len(prompts), lambda i: len(prompts[i]), batch_size, progress, equal)
     return texts
 
 

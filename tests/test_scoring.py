@@ -606,8 +606,9 @@ def test_collate(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = ["".join(".x"[seen] for seen in row) for row in mask.flatten(0, 2).tolist()]
     assert drawn[:6] == ["x.....", ".x....", "..x...", "...x..", "....x.", "....xx"]
     assert drawn[6:] == ["x.....", "xx....", "xxx...", "xxxx..", "xxx.x.", "xxx.xx"]
-    plain = packing.collate([SINGLE_TOKENS, BRANCHING], share_prompt=False)["attention_mask"]
-    assert plain.tolist() == [[0, 0, 0, 1, 1]] * 2 + [[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]
+    plain = packing.collate([SINGLE_TOKENS, BRANCHING], share_prompt=False)
+    mask = [[1, 1, 0, 0, 0]] * 2 + [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    assert plain["attention_mask"].tolist() == mask and "position_ids" not in plain
 
 
 def test_sequences_that_share_a_row() -> None:
