@@ -247,6 +247,9 @@ class Arguments(TrainingArguments):
     logging_steps: float = argument(
         10, "Steps between two entries of the log, and of the loss in the progress bar."
     )
+    logging_nan_inf_filter: bool = argument(
+        False, "Log a loss that is not finite as 0; default: as it is."
+    )
     overwrite_output_dir: bool = argument(
         False,
         "Delete the checkpoints in output_dir and start anew. Default: go on from the newest one.",
@@ -375,14 +378,19 @@ GENERATION = (
 )
 TRAINING = (
     *("train_as_classification", "only_train_option", "seed", "learning_rate", "weight_decay"),
-    *("lr_scheduler_type", "warmup_steps", "decay_step", "per_device_train_batch_size"),
-    "gradient_accumulation_steps",
+    *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "decay_step"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("data_seed", "dataloader_drop_last"),
+)
+FIRST_ORDER = (
+    *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+    *("bf16", "fp16"),
 )
 ZEROTH_ORDER = (
     *("zo_eps", "hessian_smooth_type", "hessian", "hessian_dtype", "zo_perturbation"),
     "zo_num_samples",
 )
-OF_TRAINER = {"none": (), "regular": ("optim",), "zo": (*ZEROTH_ORDER, "non_diff")}
+OF_TRAINER = {"none": (), "regular": FIRST_ORDER, "zo": (*ZEROTH_ORDER, "non_diff")}
 TUNING = (*TUNING_MODES, "untie_emb")
 
 
@@ -407,6 +415,7 @@ def settings_of_a_checkpoint(arguments: Arguments) -> dict[str, Any]:
         "task_name": arguments.task.name,
         "train_file": arguments.train_file and str(Path(arguments.train_file).resolve()),
         "model_name": Path(arguments.model_name).name,
+        "nproc_per_node": arguments.world_size,
         **_plain_values(arguments, names),
     }
 
@@ -428,4 +437,8 @@ def _plain_values(arguments: Arguments, names: Collection[str]) -> dict[str, Any
         for field in dataclasses.fields(arguments)
         if field.name in names
     }
-    return {name: getattr(value, "value", value) for name, value in values.items()}
+    return {name: _plain_value(value) for name, value in values.items()}
+
+
+def _plain_value(value: Any) -> Any:
+    return value.to_dict() if hasattr(value, "to_dict") else getattr(value, "value", value)

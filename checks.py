@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -87,12 +88,17 @@ def _check_numbers(arguments: Arguments) -> None:
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise InputError(f"--{name} {value}: must be at least {least}")
+    for name in ("seed", "data_seed", "train_set_seed"):
+        value = getattr(arguments, name)
+        if value is not None and value >= 2**32:
+            raise InputError(f"--{name} {value}: must be below {2**32}")
     for name in ("zo_eps", "temperature", "top_p", "num_train_epochs", "save_steps"):
         if not 0 < getattr(arguments, name) < float("inf"):
             raise InputError(f"--{name} {getattr(arguments, name)}: must be larger than 0")
     for name in ("learning_rate", "weight_decay"):
         if not 0 <= getattr(arguments, name) < float("inf"):
             raise InputError(f"--{name} {getattr(arguments, name)}: must be at least 0")
+    _check_files(arguments)
     if arguments.top_p > 1:
         raise InputError(f"--top_p {arguments.top_p}: must be at most 1")
     if arguments.max_steps < 1 and arguments.max_steps != -1:
@@ -101,6 +107,16 @@ def _check_numbers(arguments: Arguments) -> None:
         )
     if not arguments.eos_token:
         raise InputError("--eos_token '': give the text that ends an answer, as in \\n")
+
+
+def _check_files(arguments: Arguments) -> None:
+    """Refuse to write over a file that another argument names."""
+    names = ("train_file", "validation_file", "predictions_file", "result_file")
+    files = {name: Path(getattr(arguments, name)) for name in names if getattr(arguments, name)}
+    for written in ("predictions_file", "result_file"):
+        for name, file in files.items():
+            if name != written and written in files and file.resolve() == files[written].resolve():
+                raise InputError(f"--{written} {file} is --{name} too: give another name")
 
 
 def _check_tuning_mode(arguments: Arguments) -> None:
@@ -159,6 +175,13 @@ def _check_training(arguments: Arguments, task: Task) -> None:
         raise InputError(f"--decay_step {arguments.decay_step}: must be below --max_steps")
     if arguments.eval_strategy == IntervalStrategy.STEPS and not arguments.eval_steps > 0:
         raise InputError(f"--eval_steps {arguments.eval_steps}: must be larger than 0")
+    _check_checkpoint_to_resume(arguments)
+    step = arguments.per_device_train_batch_size * arguments.world_size
+    if arguments.dataloader_drop_last and arguments.num_train < step:
+        raise InputError(
+            f"--dataloader_drop_last leaves nothing of --num_train {arguments.num_train} in steps "
+            f"of {step} examples: leave it out"
+        )
     _check_scheduler(arguments)
     _check_report_targets(arguments)
     _refuse(arguments, "label_smoothing_factor", "the options' losses have none")
@@ -167,6 +190,22 @@ def _check_training(arguments: Arguments, task: Task) -> None:
         _check_zeroth_order(arguments)
     if arguments.linear_probing:
         _check_linear_probing(arguments)
+
+
+def _check_checkpoint_to_resume(arguments: Arguments) -> None:
+    wanted = arguments.resume_from_checkpoint
+    if wanted is None or wanted.lower() in ("true", "false"):
+        return
+    if arguments.num_train_sets:
+        raise InputError(
+            f"--resume_from_checkpoint {wanted} is of one training set, --num_train_sets runs "
+            "several: leave it out, and each goes on from its own"
+        )
+    if arguments.overwrite_output_dir:
+        raise InputError(
+            f"--overwrite_output_dir deletes checkpoints, --resume_from_checkpoint {wanted} needs "
+            "one: give one of them"
+        )
 
 
 def _check_objective(arguments: Arguments, task: Task) -> None:

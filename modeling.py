@@ -140,6 +140,12 @@ def choose_max_length(requested: int | None, config: object) -> int:
         InputError: more than the model's positions are requested, or fewer than 2.
     """
     positions = getattr(config, "max_position_embeddings", None)
+    rotary = getattr(config, "rope_parameters", None) or {}
+    if rotary.get("rope_type") == "longrope":
+        # Beyond, a long text would change the positions of all texts in its batch.
+        positions = rotary.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", positions
+        )
     if requested is None:
         return min(DEFAULT_MAX_LENGTH, positions or DEFAULT_MAX_LENGTH)
     if requested < 2:

@@ -5,6 +5,7 @@ python run.py --task_name SST2 --model_name facebook/opt-125m --trainer zo ...
 
 from __future__ import annotations
 
+import atexit
 import copy
 import dataclasses
 import functools
@@ -68,8 +69,10 @@ from utils import (
     InputError,
     RunSettings,
     SaveOnInterrupt,
+    check_state_files,
     check_writable,
     last_whole_checkpoint,
+    read_trainer_state,
     remove_checkpoints,
     write_json,
     write_json_lines,
@@ -265,6 +268,13 @@ class Experiment:
         if checkpoint:
             self.check_settings(checkpoint)
             check_checkpoint(str(checkpoint), model)
+            check_state_files(checkpoint)
+            steps = read_trainer_state(checkpoint)["global_step"]
+            if 0 < arguments.max_steps < steps:
+                raise InputError(
+                    f"{checkpoint} has more than --max_steps {arguments.max_steps}: give another "
+                    "--output_dir, or --overwrite_output_dir to start anew"
+                )
             self.say(f"going on from {checkpoint}")
         elif arguments.overwrite_output_dir and arguments.process_index == 0:
             remove_checkpoints(output_dir)
@@ -545,6 +555,12 @@ def leave_out_loading_bars() -> None:
         enable_progress_bars()
 
 
+@functools.cache
+def leave_process_group_at_exit() -> None:
+    """End the processes' connection before Python does: its threads would abort the process."""
+    atexit.register(torch.distributed.destroy_process_group)
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command line; returns the exit code.
 
@@ -555,7 +571,10 @@ def main(argv: Sequence[str]) -> int:
         return 2
     leave_out_loading_bars()
     try:
-        run_experiment(parse_arguments(argv))
+        arguments = parse_arguments(argv)
+        if torch.distributed.is_initialized():
+            leave_process_group_at_exit()
+        run_experiment(arguments)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

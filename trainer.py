@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import (
     ProgressCallback,
@@ -26,12 +27,12 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.optimization import get_scheduler
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from hizoo import HiZOO
 from layerwise import LayerwiseWeights
 from modeling import load_renamed_weights, tied_weights
-from objectives import Objective
+from objectives import Objective, language_model_loss
 from utils import InputError, read_trainer_state
 
 SMOOTHING_SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -166,17 +167,49 @@ class ObjectiveTrainer(Trainer):
         loss = self.objective(model, inputs)
         return (loss, {}) if return_outputs else loss
 
-    def prediction_step(
+    @torch.no_grad()
+    def evaluation_loop(
         self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        prediction_loss_only: bool,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, None, None]:
-        """Return the loss of a dev batch; predictions are ``scoring.predict``'s."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Return the dev loss, the same for every batch size and every number of processes.
+
+        The Trainer's loop counts a batch's mean once for each example, also for those repeated ones
+        that fill up the last batch. Predictions are ``scoring.predict``'s.
+        """
+        # Not as DistributedDataParallel: processes may have different numbers of batches. Sharded
+        # weights are gathered by every forward pass: there all processes run all of them.
+        model, sharded = self.model, self.is_fsdp_enabled
+        model.eval()
+        self.callback_handler.eval_dataloader = dataloader
+        dataset, size = dataloader.dataset, self.args.eval_batch_size
+        processes = 1 if sharded else self.args.world_size
+        own = range(self.args.process_index % processes, len(dataset), processes)
+        sums = torch.zeros(2, dtype=torch.float64)
+        for start in range(0, len(own), size):
+            batch = self.data_collator([dataset[index] for index in own[start : start + size]])
+            by_token = self.objective is language_model_loss
+            weight = len(batch["targets"]) if by_token else len(own[start : start + size])
+            with self.compute_loss_context_manager():
+                loss = float(self.compute_loss(model, self._prepare_inputs(batch)))
+            sums += torch.tensor([loss * weight, weight], dtype=torch.float64)
+            self.control = self.callback_handler.on_prediction_step(
+                self.args, self.state, self.control
+            )
+        if processes > 1:
+            sums = sums.to(self.args.device)
+            torch.distributed.all_reduce(sums)
+        total, weights = sums.tolist()
+        return EvalLoopOutput(
+            predictions=None,
+            label_ids=None,
+            metrics={f"{metric_key_prefix}_loss": total / weights},
+            num_samples=len(dataset),
+        )
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         # Tied weights are saved once and arrive with the tensor they are tied to.
@@ -223,8 +256,9 @@ class ZerothOrderTrainer(ObjectiveTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> HiZOO:
         """Create the optimizer; biases and layer norms do not decay."""
         if self.optimizer is None:
-            decaying = set(self.get_decay_parameter_names(self.model))
             trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+            matrices = {n for n, p in trained if p.dim() > 1}  # some norms go by unusual names
+            decaying = matrices & set(self.get_decay_parameter_names(self.model))
             groups = [
                 {
                     "params": [p for n, p in trained if (n in decaying) == decays],

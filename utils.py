@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import tempfile
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import FrameType
@@ -109,6 +110,25 @@ def read_trainer_state(checkpoint: str | Path) -> dict[str, Any] | None:
         return json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+def check_state_files(checkpoint: str | Path) -> None:
+    """Check that a checkpoint holds the states of the optimizer and the scheduler.
+
+    Without them the Trainer goes on all the same, with new ones.
+
+    Raises:
+        InputError: one of them is missing or cut off.
+    """
+    folder = Path(checkpoint)
+    # The state of sharded weights is in files of another name.
+    sharded = any(path.name != "optimizer.pt" for path in folder.glob("optimizer*"))
+    for name in ("scheduler.pt",) if sharded else ("optimizer.pt", "scheduler.pt"):
+        if not zipfile.is_zipfile(folder / name):
+            raise InputError(
+                f"{checkpoint} is no whole checkpoint: {name} is missing or cut off; give another "
+                "one, or --overwrite_output_dir to start anew"
+            )
 
 
 def remove_checkpoints(output_dir: str | Path) -> None:

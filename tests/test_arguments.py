@@ -47,6 +47,15 @@ BAD_TRAINING = {
     "negative decay_step": ({"decay_step": -1}, ["--decay_step -1"]),
     "negative warmup": ({"warmup_step": -1}, ["warmup_steps = -1"]),
     "negative seed": ({"seed": -1}, ["--seed -1"]),
+    "large seed": ({"seed": 2**32}, ["--seed 4294967296"]),
+    "nothing to train on": (
+        {"dataloader_drop_last": True, "per_device_train_batch_size": 5000},
+        ["--dataloader_drop_last", "5000 examples"],
+    ),
+    "one file twice": (
+        {"predictions_file": "same.json", "result_file": "same.json"},
+        ["--predictions_file same.json is --result_file too"],
+    ),
     "max_steps 0": ({"max_steps": 0}, ["--max_steps 0"]),
     "epochs": ({"max_steps": None, "num_train_epochs": 0}, ["--num_train_epochs 0"]),
     "batch size 0": ({"per_device_train_batch_size": 0}, ["--per_device_train_batch_size 0"]),

@@ -89,3 +89,18 @@ def test_checkpoint_with_fewer_or_more_layers(tmp_path: Path, layers: int) -> No
     model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(InputError, match="is a checkpoint of another model"):
         check_checkpoint(str(as_checkpoint(tmp_path / "checkpoint-1")), model)
+
+
+def test_longrope_reads_as_far_as_positions_stay_the_same() -> None:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+    config = AutoConfig.for_model(
+        "phi3",
+        max_position_embeddings=512,
+        original_max_position_embeddings=50,
+        rope_scaling={"rope_type": "longrope", **factors},
+        hidden_size=32,
+        num_attention_heads=4,
+    )
+    assert choose_max_length(None, config) == 50
+    with pytest.raises(InputError, match="--max_length 51: the model reads 50 tokens at most"):
+        choose_max_length(51, config)

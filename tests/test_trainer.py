@@ -505,3 +505,55 @@ def test_two_processes_keep_the_same_weights(tmp_path: Path) -> None:
     for name, tensor in weights(one).items():
         torch.testing.assert_close(tensor, weights(two)[name], atol=2e-6, rtol=0)
     assert log_of(two, "loss") == pytest.approx(log_of(one, "loss"), abs=1e-4)
+
+
+# ------------------------------------------------------------------------------------ dev loss
+
+
+@pytest.mark.parametrize("task", ["SST2", "SQuAD"])
+def test_dev_loss_does_not_depend_on_the_batch_size(tmp_path: Path, task: str) -> None:
+    losses = []
+    for size in (1, 4, 16):
+        folder = tmp_path / str(size)
+        evaluation = {"eval_strategy": "steps", "eval_steps": 1, "num_dev": 11, "no_eval": None}
+        classification = {"train_as_classification": True if task == "SST2" else None}
+        argv = training(
+            *(folder, task),
+            **{"max_steps": 1, "save_steps": 1, "per_device_eval_batch_size": size},
+            **evaluation | classification,
+        )
+        finish(argv)
+        losses += log_of(folder / "out/checkpoint-1", "eval_loss")
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
+
+
+# ------------------------------------------------------------- what a run does not go on from
+
+
+def refused(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
+    """The line that says why."""
+    capsys.readouterr()
+    assert run.main(argv) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_checkpoints_that_are_not_gone_on_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = {"max_steps": 4, "save_steps": 2}
+    finish(training(tmp_path, **few))
+    folder = tmp_path / "out/checkpoint-4"
+    assert "--max_steps 3" in refused(capsys, training(tmp_path, **few | {"max_steps": 3}))
+    assert "--data_seed None, not 7" in refused(capsys, training(tmp_path, **few, data_seed=7))
+    path = {"resume_from_checkpoint": folder}
+    both = training(tmp_path, **few, **path, overwrite_output_dir=True)
+    assert "--overwrite_output_dir deletes" in refused(capsys, both)
+    sets = training(tmp_path, **few, **path, num_train_sets=2)
+    assert "is of one training set" in refused(capsys, sets)
+    state = (folder / "optimizer.pt").read_bytes()
+    (folder / "optimizer.pt").write_bytes(state[:100])
+    assert "optimizer.pt is missing or cut off" in refused(capsys, training(tmp_path, **few))
+    (folder / "optimizer.pt").write_bytes(state)
+    (folder / "scheduler.pt").unlink()
+    assert "scheduler.pt is missing or cut off" in refused(capsys, training(tmp_path, **few))
