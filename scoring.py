@@ -286,22 +286,17 @@ def run_in_batches(
     length: Callable[[int], int],
     batch_size: int,
     progress: str | None,
-    equal_lengths: bool = False,
 ) -> None:
     """Call ``function`` with the numbers below ``count`` in batches, the longest examples first.
 
-    So little is padded; with ``equal_lengths``, nothing. A batch that does not fit into memory is
-    halved until it does. Shows a progress bar with examples per second, in one process, unless
-    ``progress`` is None.
+    So little is padded. A batch that does not fit into memory is halved until it does. Shows a
+    progress bar with examples per second, in one process, unless ``progress`` is None.
     """
     waiting = sorted(range(count), key=length, reverse=True)
     hidden = progress is None or process_index() > 0
     with tqdm(total=count, desc=progress, unit="example", leave=False, disable=hidden) as bar:
         while waiting:
             indices = waiting[:batch_size]
-            if equal_lengths:
-                longest = length(indices[0])
-                indices = [index for index in indices if length(index) == longest]
             try:
                 function(indices)
             except (RuntimeError, MemoryError) as error:
@@ -402,8 +397,10 @@ def generate(
         for index, text in zip(indices, written, strict=True):
             texts[index] = text.strip()
 
-    equal = why_not_attention_alone(model) is not None
-    run_in_batches(write, len(prompts), lambda i: len(prompts[i]), batch_size, progress, equal)
+    if why_not_attention_alone(model):
+        # Neither padding nor, in RWKV, other rows leave a text alone.
+        batch_size = 1
+    run_in_batches(write, len(prompts), lambda i: len(prompts[i]), batch_size, progress)
     return texts
 
 

@@ -23,7 +23,12 @@ from tiny_models import (
     tokenizer_without_start,
 )
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.cache_utils import DynamicLayer
 
 import objectives
@@ -200,6 +205,47 @@ def test_predictions_are_the_oracles(
 def test_models_that_cannot_share_a_prompt_score_as_the_oracle(family: str, task: str) -> None:
     assert not scoring.can_share_prompt(model_of(family), 100)
     assert_same_as_oracle(model_of(family), task, 5)
+
+
+# Models that mix tokens without attention, count positions from the padding token, or keep keys and
+# values of different sizes.
+_EXPERTS = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
+_LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
+UNUSUAL = {
+    "rwkv": {"num_hidden_layers": 2, "attention_hidden_size": 32, "context_length": 512},
+    "recurrent_gemma": {"num_hidden_layers": 3, "intermediate_size": 96, "lru_width": 32},
+    "minimax": {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 2},
+    "roberta": {"intermediate_size": 48, "is_decoder": True},
+    "deepseek_v3": {**_EXPERTS, **_LATENT, "v_head_dim": 8, "moe_intermediate_size": 16},
+}
+
+
+@pytest.mark.parametrize("family", UNUSUAL)
+def test_unusual_models_read_each_text_as_alone(family: str) -> None:
+    heads = {} if family == "rwkv" else {"num_attention_heads": 4, "num_key_value_heads": 4}
+    layers = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48} | heads
+    special = {"bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1}
+    vocabulary = len(tiny_tokenizer())
+    config = AutoConfig.for_model(
+        family, vocab_size=vocabulary, **layers | UNUSUAL[family] | special
+    )
+    config.initializer_range = 0.2
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    examples = encode("Copa", 4, 2) + encode("SST2", 4, 0)
+    found = scoring.score_options(model, examples, 8, "")
+    expected = [
+        [log_probabilities(model, option.tokens, len(option.targets)) for option in example.options]
+        for example in examples
+    ]
+    sums = [[(values.sum().item(), len(values)) for values in options] for options in expected]
+    assert_equal_sums(found, sums)
+    prompts = [example.options[0].tokens for example in examples]
+    settings = GenerationSettings(max_new_tokens=4)
+    texts = [
+        scoring.generate(model, tiny_tokenizer(), prompts, settings, size, "") for size in (1, 8)
+    ]
+    assert texts[0] == texts[1] and len(set(texts[0])) > 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)

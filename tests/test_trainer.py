@@ -489,6 +489,7 @@ def test_two_processes_keep_the_same_weights(tmp_path: Path) -> None:
         "hessian_smooth_type": "constant1e-4",
         "save_on_interrupt": True,
         "no_eval": None,
+        **{"num_dev": 11, "eval_strategy": "steps", "eval_steps": 3},
     }
     argv = training(tmp_path, per_device_train_batch_size=2, **shared)
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port))
@@ -505,6 +506,8 @@ def test_two_processes_keep_the_same_weights(tmp_path: Path) -> None:
     for name, tensor in weights(one).items():
         torch.testing.assert_close(tensor, weights(two)[name], atol=2e-6, rtol=0)
     assert log_of(two, "loss") == pytest.approx(log_of(one, "loss"), abs=1e-4)
+    # 11 dev examples are an odd number for two processes.
+    assert log_of(two, "eval_loss") == pytest.approx(log_of(one, "eval_loss"), abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------ dev loss
