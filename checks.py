@@ -12,7 +12,7 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 from transformers.optimization import get_scheduler
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.training_args import ParallelMode
 
 from tasks import Task
@@ -175,7 +175,13 @@ def _check_training(arguments: Arguments, task: Task) -> None:
         raise InputError(f"--decay_step {arguments.decay_step}: must be below --max_steps")
     if arguments.eval_strategy == IntervalStrategy.STEPS and not arguments.eval_steps > 0:
         raise InputError(f"--eval_steps {arguments.eval_steps}: must be larger than 0")
+    _check_best_metric(arguments)
     _check_checkpoint_to_resume(arguments)
+    if arguments.train_sampling_strategy == "group_by_length":
+        raise InputError(
+            "--train_sampling_strategy group_by_length: the batches are packed; give random or "
+            "sequential"
+        )
     step = arguments.per_device_train_batch_size * arguments.world_size
     if arguments.dataloader_drop_last and arguments.num_train < step:
         raise InputError(
@@ -190,6 +196,18 @@ def _check_training(arguments: Arguments, task: Task) -> None:
         _check_zeroth_order(arguments)
     if arguments.linear_probing:
         _check_linear_probing(arguments)
+
+
+def _check_best_metric(arguments: Arguments) -> None:
+    """Refuse what the dev set is not measured by."""
+    metric = arguments.metric_for_best_model
+    if metric not in (None, "loss", "eval_loss"):
+        raise InputError(
+            f"--metric_for_best_model {metric}: the dev set has a loss only, give loss or leave it "
+            "out"
+        )
+    if arguments.save_strategy == SaveStrategy.BEST and metric is None:
+        raise InputError("--save_strategy best needs --metric_for_best_model loss")
 
 
 def _check_checkpoint_to_resume(arguments: Arguments) -> None:

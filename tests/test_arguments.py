@@ -47,6 +47,18 @@ BAD_TRAINING = {
     "negative decay_step": ({"decay_step": -1}, ["--decay_step -1"]),
     "negative warmup": ({"warmup_step": -1}, ["warmup_steps = -1"]),
     "negative seed": ({"seed": -1}, ["--seed -1"]),
+    "best accuracy": (
+        {"metric_for_best_model": "accuracy"},
+        ["--metric_for_best_model accuracy", "give loss"],
+    ),
+    "best of nothing": (
+        {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 2, "num_dev": 4},
+        ["--save_strategy best", "--metric_for_best_model loss"],
+    ),
+    "batches by length": (
+        {"train_sampling_strategy": "group_by_length"},
+        ["--train_sampling_strategy group_by_length"],
+    ),
     "large seed": ({"seed": 2**32}, ["--seed 4294967296"]),
     "nothing to train on": (
         {"dataloader_drop_last": True, "per_device_train_batch_size": 5000},
