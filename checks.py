@@ -57,6 +57,7 @@ def check(arguments: Arguments) -> None:
         InputError: names the argument, its value and the way out.
     """
     _check_numbers(arguments)
+    _check_files(arguments)
     for first, second in EXCLUDE_EACH_OTHER:
         if _given(arguments, first) and _given(arguments, second):
             raise InputError(f"--{first} and --{second} exclude each other: give one")
@@ -98,7 +99,6 @@ def _check_numbers(arguments: Arguments) -> None:
     for name in ("learning_rate", "weight_decay"):
         if not 0 <= getattr(arguments, name) < float("inf"):
             raise InputError(f"--{name} {getattr(arguments, name)}: must be at least 0")
-    _check_files(arguments)
     if arguments.top_p > 1:
         raise InputError(f"--top_p {arguments.top_p}: must be at most 1")
     if arguments.max_steps < 1 and arguments.max_steps != -1:

@@ -183,19 +183,19 @@ class ObjectiveTrainer(Trainer):
         """
         # Not as DistributedDataParallel: processes may have different numbers of batches. Sharded
         # weights are gathered by every forward pass: there all processes run all of them.
-        model, sharded = self.model, self.is_fsdp_enabled
-        model.eval()
+        processes = 1 if self.is_fsdp_enabled else self.args.world_size
+        self.model.eval()
         self.callback_handler.eval_dataloader = dataloader
         dataset, size = dataloader.dataset, self.args.eval_batch_size
-        processes = 1 if sharded else self.args.world_size
+        by_token = self.objective is language_model_loss
         own = range(self.args.process_index % processes, len(dataset), processes)
         sums = torch.zeros(2, dtype=torch.float64)
         for start in range(0, len(own), size):
-            batch = self.data_collator([dataset[index] for index in own[start : start + size]])
-            by_token = self.objective is language_model_loss
-            weight = len(batch["targets"]) if by_token else len(own[start : start + size])
+            examples = [dataset[index] for index in own[start : start + size]]
+            batch = self.data_collator(examples)
+            weight = len(batch["targets"]) if by_token else len(examples)
             with self.compute_loss_context_manager():
-                loss = float(self.compute_loss(model, self._prepare_inputs(batch)))
+                loss = float(self.compute_loss(self.model, self._prepare_inputs(batch)))
             sums += torch.tensor([loss * weight, weight], dtype=torch.float64)
             self.control = self.callback_handler.on_prediction_step(
                 self.args, self.state, self.control

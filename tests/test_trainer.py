@@ -489,7 +489,9 @@ def test_two_processes_keep_the_same_weights(tmp_path: Path) -> None:
         "hessian_smooth_type": "constant1e-4",
         "save_on_interrupt": True,
         "no_eval": None,
-        **{"num_dev": 11, "eval_strategy": "steps", "eval_steps": 3},
+        "num_dev": 11,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
     }
     argv = training(tmp_path, per_device_train_batch_size=2, **shared)
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port))
