@@ -43,193 +43,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# A tile is what is drawn, scaled and added at once. Where operations run one by one on a CPU core
-# it has to stay in the cache; in a compiled kernel, or on another device, it has to be large enough
-# that starting the work, about 0.05 ms, costs little.
-CACHED_TILE_ELEMENTS = 1 << 17
-LARGE_TILE_ELEMENTS = 1 << 21
-GPU_TILE_ELEMENTS = 1 << 23
-# Smaller parameters are computed together, one operation after the other, for less overhead. And
-# torch.compile makes kernels for one core if the first tile that it sees is small.
-COMPILED_PARAMETER_ELEMENTS = 1 << 16
-# Weights from which compiling, 10 to 30 seconds once, pays within about a hundred steps.
-COMPILE_FROM_ELEMENTS = 1 << 24
-MASK_32, MASK_64 = (1 << 32) - 1, (1 << 64) - 1
-
-
-# ------------------------------------------------------------------------- noise from seeds
-
-
-def mix_seed(*numbers: int) -> int:
-    """Hash whole numbers into one 64-bit seed (splitmix64's finaliser, folded over them)."""
-    state = 0
-    for number in numbers:
-        state = (state + number + 0x9E3779B97F4A7C15) & MASK_64
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & MASK_64
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & MASK_64
-        state ^= state >> 31
-    return state
-
-
-def tile_key(stream: int, parameter: int, first: int) -> tuple[int, int]:
-    """Return the odd multiplier and the offset of ``counters`` for a tile of a 64-bit ``stream``.
-
-    Number ``i`` of the ``parameter``-th parameter counts as multiplier * i + offset, modulo 2**32:
-    up to 2**32 numbers of a parameter have counters of their own, and every parameter and step has
-    another sequence. ``first`` is the index of the tile's first number.
-    """
-    mixed = mix_seed(stream, parameter)
-    multiplier = (mixed & MASK_32) | 1
-    offset = ((mixed >> 32) + first * multiplier) & MASK_32
-    return _signed(multiplier), _signed(offset)
-
-
-def _signed(number: int) -> int:
-    return number - (1 << 32) if number >> 31 else number
-
-
-def counters(key: Sequence[int] | Tensor, like: Tensor) -> Tensor:
-    """Return the counters, int32, of a tile with the number of elements of ``like``."""
-    index = torch.arange(like.numel(), dtype=torch.int32, device=like.device)
-    return index.mul_(key[0]).add_(key[1])
-
-
-def hashed(bits: Tensor) -> Tensor:
-    """Mix int32 numbers so that every bit depends on every bit; overwrites them.
-
-    Two rounds of xor-shift and multiplication, with the constants that Chris Wellons's search for
-    functions with the least bias found (hash-prospector, "lowbias32").
-    """
-    bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF)).mul_(0x7FEB352D)
-    bits.bitwise_xor_((bits >> 15).bitwise_and_(0x1FFFF)).mul_(0x846CA68B - (1 << 32))
-    return bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF))
-
-
-def fractions(key: Sequence[int] | Tensor, like: Tensor) -> Tensor:
-    """Return uniform numbers in [0, 1), float32, in ``like``'s shape."""
-    bits = (hashed(counters(key, like)) >> 8).bitwise_and_(0xFFFFFF)
-    return bits.to(torch.float32).mul_(2**-24).view(like.shape)
-
-
-def standard_normal(bits: Tensor) -> Tensor:
-    """Turn hashed int32 numbers into u ~ N(0, 1), float32 (Box and Muller, 1958).
-
-    20 bits become the radius √(-2 ln U), 12 the angle, in the middle of their intervals; so |u| is
-    at most 5.4, and its distribution is the normal one to about 1e-6. Sine and logarithm are
-    polynomials fitted to 2e-6: as fused arithmetic they cost a tenth of the library's functions.
-    """
-    angle = (bits >> 20).to(torch.float32).add_(0.5).mul_(1 / 2048)  # in (-1, 1), times π/2
-    square = angle * angle
-    sine = square.mul(-0.00437101).add_(0.07950065).mul_(square).add_(-0.64592596)
-    sine.mul_(square).add_(1.57079514).mul_(angle)
-    uniform = (bits & 0xFFFFF).to(torch.float32).add_(0.5).mul_(2**-20)
-    # U = (1 + t) 2**e with 1 + t between √½ and √2
-    pattern = uniform.view(torch.int32)
-    exponent = (pattern - 0x3F3504F3) >> 23
-    t = (pattern - (exponent << 23)).view(torch.float32).sub_(1)
-    logarithm = t.mul(-0.14337014).add_(0.22314531).mul_(t).add_(-0.254644).mul_(t).add_(0.3322804)
-    logarithm.mul_(t).add_(-0.49985581).mul_(t).add_(1.000012).mul_(t)
-    logarithm.add_(exponent.to(torch.float32).mul_(math.log(2)))
-    return logarithm.mul_(-2).sqrt_().mul_(sine)
-
-
-def drawn(noise: Tensor, like: Tensor) -> Tensor:
-    """Return u of a tile in the shape of ``like`` and the dtype of arithmetic.
-
-    ``noise`` is u already, or a key: then it is drawn here, as a part of a compiled kernel.
-    """
-    if not noise.is_floating_point():
-        noise = standard_normal(hashed(counters(noise, like)))
-    return noise.view(like.shape).to(compute_dtype(like.dtype))
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of arithmetic for weights of ``dtype``."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-# ------------------------------------------------------------------------- parameters in tiles
-
-
-@dataclass(frozen=True, eq=False)
-class Slot:
-    """A parameter's place in the optimizer, and how it is cut into tiles of ``length`` numbers.
-
-    Where h is low-rank a tile is a matrix of whole rows with ``columns`` numbers each, otherwise,
-    with ``columns`` 0, one-dimensional.
-    """
-
-    parameter: Tensor
-    group: dict[str, Any]
-    number: int
-    columns: int
-    length: int
-    compiles: bool
-
-    @classmethod
-    def cut(
-        cls, parameter: Tensor, group: dict[str, Any], number: int, as_matrix: bool, compiles: bool
-    ) -> Slot:
-        """Choose the length of the tiles, and whether kernels are compiled for them."""
-        compiles = compiles and parameter.numel() >= COMPILED_PARAMETER_ELEMENTS
-        if parameter.device.type == "cpu":
-            length = LARGE_TILE_ELEMENTS if compiles else CACHED_TILE_ELEMENTS
-        else:
-            length = GPU_TILE_ELEMENTS if compiles else LARGE_TILE_ELEMENTS
-        columns = parameter[0].numel() if as_matrix and parameter.numel() else 0
-        if columns:
-            length = max(1, length // columns) * columns
-        return cls(parameter, group, number, columns, length, compiles)
-
-    def __len__(self) -> int:
-        """Return the number of tiles."""
-        return math.ceil(self.parameter.numel() / self.length)
-
-    @property
-    def draws_apart(self) -> bool:
-        """Whether a shift's u is drawn by a kernel of its own.
-
-        A kernel for half precision on a CPU works on twice as many numbers at once as one for
-        float32, and then torch.compile takes the casts of bits that u needs through memory.
-        """
-        parameter = self.parameter
-        return self.compiles and parameter.device.type == "cpu" and parameter.element_size() < 4
-
-    def rows(self, tile: int) -> slice:
-        """Return the rows of a tile, where h is low-rank."""
-        height = self.length // self.columns
-        return slice(tile * height, (tile + 1) * height)
-
-    def view(self, tensor: Tensor, tile: int) -> Tensor:
-        """Return a tile of ``tensor``, which has the parameter's shape, as a view.
-
-        ``data`` hides what it is a view of, for which torch.compile would compile anew.
-        """
-        flat = tensor.view(-1)[tile * self.length : (tile + 1) * self.length]
-        return flat.view((-1, self.columns) if self.columns else (-1,)).data
-
-
-Packet = list[tuple[Slot, int]]
-
-
-def cut_into_packets(slots: Sequence[Slot]) -> list[Packet]:
-    """Cut ``slots`` into packets of tiles whose noise is drawn together, about one whole tile.
-
-    A packet lies on one device and is compiled as a whole or not at all.
-    """
-    packets: list[Packet] = []
-    room, kind = 0, None
-    for slot in sorted(slots, key=lambda slot: slot.compiles):
-        for tile in range(len(slot)):
-            if room <= 0 or kind != (slot.compiles, slot.parameter.device):
-                packets.append([])
-                room, kind = slot.length, (slot.compiles, slot.parameter.device)
-            packets[-1].append((slot, tile))
-            room -= min(slot.length, slot.parameter.numel())
-    return packets
-
-
-# --------------------------------------------------------------------------- arithmetic on tiles
+# ------------------------------------------------------------- the mathematics of a step, on a tile
 #
 # These functions are compiled as they are, or run as they are. Scalars are 0-dimensional tensors in
 # a compiled kernel, which would otherwise be compiled anew for every number, and floats elsewhere.
@@ -334,149 +148,11 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[Scalar]) -> Tensor
     return total
 
 
-def add_to(target: Tensor, change: Tensor, key: Sequence[int] | Tensor) -> None:
-    """Add ``change`` to a tile, which rounds stochastically in half precision."""
-    if target.dtype == change.dtype:
-        target.add_(change)
-    else:
-        add_rounding_stochastically(target, change, key)
-
-
-def add_rounding_stochastically(
-    target: Tensor, change: Tensor, key: Sequence[int] | Tensor
-) -> None:
-    """Add ``change``, in float32, to a tile of half-precision numbers, right on average.
-
-    The tile moves by whole units in the last place of the larger, old or new: ``change`` in those
-    units, rounded up with the probability of its fraction. So a change far below one unit is
-    neither lost nor biased, for normal and subnormal numbers.
-    """
-    information = torch.finfo(target.dtype)
-    value = target.to(torch.float32)
-    total = value + change
-    largest = torch.maximum(value.abs(), total.abs())
-    power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)
-    unit = power.clamp(min=information.smallest_normal).mul_(information.eps)
-    # Where the last place of the sum is a higher one, the sum itself is rounded to it.
-    outgrown = value.abs() < power
-    value = torch.where(outgrown, 0.0, value)
-    moves = fractions(key, target).add_(torch.where(outgrown, total, change).div_(unit)).floor_()
-    target.copy_(moves.mul_(unit).add_(value))
-
-
-@functools.cache
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` as one kernel for tiles of every size."""
-    # One for each kind of tile: its dtype, its h, where it begins. The limit is for accidents.
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, 64)
-    # float16 weights whose h is bfloat16 are meant to be mixed.
-    warnings.filterwarnings("ignore", message="bf16 and fp16 are mixed")
-    return torch.compile(function, dynamic=True)
-
-
-def run(function: Callable[..., Any], slot: Slot) -> Callable[..., Any]:
-    """Return ``function`` as it runs on tiles of ``slot``."""
-    return compiled(function) if slot.compiles else function
-
-
-@functools.cache
-def why_not_compiled(device: torch.device) -> str | None:
-    """Try to compile a small kernel for ``device``; returns the reason if it can't be done."""
-    target = torch.zeros(COMPILED_PARAMETER_ELEMENTS, device=device)
-    noise = torch.zeros(2, dtype=torch.int32, device=device)
-    try:
-        compiled(shift_tile)(target, None, None, noise, torch.ones((), device=device))
-    except Exception as error:  # of torch, Triton, a compiler or the system, as it may be
-        return str(error).strip().partition("\n")[0] or type(error).__name__
-    return None
-
-
-# ------------------------------------------------------------------------------------ h
-
-
-class FullHessian:
-    """h of one parameter, an entry for each weight, kept as h - 1 in ``state``.
-
-    h starts at 1 and changes by as little as α = 1e-10 a step: near 1, float32 would swallow
-    changes below 6e-8, and bfloat16 those below 4e-3. Near 0 their digits are finer.
-    """
-
-    def __init__(self, slot: Slot, state: dict[str, Any]) -> None:
-        self.slot, self.offset = slot, state["hessian_minus_one"]
-
-    @staticmethod
-    def start(slot: Slot, dtype: torch.dtype) -> dict[str, Any]:
-        """State of h = 1."""
-        return {"hessian_minus_one": torch.zeros_like(slot.parameter, dtype=dtype)}
-
-    def tile(self, tile: int) -> HessianTile:
-        """Return h - 1 of a tile."""
-        return self.slot.view(self.offset, tile)
-
-    def mean_and_max(self) -> tuple[float, float]:
-        """Mean and maximum of h."""
-        return 1 + self.offset.mean(dtype=torch.float32).item(), 1 + self.offset.max().item()
-
-
-class LowRankHessian:
-    """h of one matrix as h_ij = r_i k_j / mean(r): HiZOO-L, after Adafactor (arXiv 1804.04235).
-
-    r and k are float64 vectors; a matrix of h's is never formed, only tiles of it.
-    """
-
-    def __init__(self, slot: Slot, state: dict[str, Any]) -> None:
-        self.slot = slot
-        self.rows, self.columns = state["hessian_rows"], state["hessian_columns"]
-        self.row_factors = self.rows / self.rows.mean()
-
-    @staticmethod
-    def start(slot: Slot, dtype: torch.dtype) -> dict[str, Any]:
-        """State of h = 1."""
-        one = torch.ones((), dtype=torch.float64, device=slot.parameter.device)
-        return {
-            "hessian_rows": one.repeat(slot.parameter.numel() // slot.columns),
-            "hessian_columns": one.repeat(slot.columns),
-        }
-
-    def tile(self, tile: int) -> HessianTile:
-        """Return the row factors, (rows, 1), and the column factors, (columns,), of a tile."""
-        dtype = compute_dtype(self.slot.parameter.dtype)
-        rows = self.row_factors[self.slot.rows(tile)]
-        return rows.to(dtype).unsqueeze(1), self.columns.to(dtype)
-
-    def no_moments(self) -> tuple[Tensor, Tensor]:
-        """Return row and column means of h u², of no tile so far."""
-        return torch.zeros_like(self.rows), torch.zeros_like(self.columns)
-
-    def add_moments(self, moments: tuple[Tensor, Tensor], tile: int, squares: Tensor) -> None:
-        """Add what a tile of h u² contributes to the row and column means of the matrix."""
-        of_rows, of_columns = moments
-        of_rows[self.slot.rows(tile)] += squares.sum(1) / len(self.columns)
-        of_columns += squares.sum(0) / len(self.rows)
-
-    def averaged(
-        self, smooth: float, curvatures: list[float], moments: list[tuple[Tensor, Tensor]]
-    ) -> dict[str, Any]:
-        """State after a step, from the row and column means of h u² of every direction."""
-        rows, columns = (1 - smooth) * self.rows, (1 - smooth) * self.columns
-        for curvature, (of_rows, of_columns) in zip(curvatures, moments, strict=True):
-            rows += smooth * curvature * of_rows
-            columns += smooth * curvature * of_columns
-        return {"hessian_rows": rows, "hessian_columns": columns}
-
-    def mean_and_max(self) -> tuple[float, float]:
-        """Mean and maximum of h."""
-        largest = self.row_factors.max() * self.columns.max()
-        return self.columns.mean().item(), largest.item()
-
-
-Hessian = FullHessian | LowRankHessian
-
-
-def tile_of(hessian: Hessian | None, tile: int) -> HessianTile:
-    """Return what ``hessian_of`` needs for a tile; None where h is 1."""
-    return None if hessian is None else hessian.tile(tile)
+def scalars(differences: list[list[float]], eps: float) -> tuple[list[float], list[float]]:
+    """Return g and c of every direction, divided by the number of directions."""
+    samples = len(differences)
+    gradients = [first / (2 * eps) / samples for first, _ in differences]
+    return gradients, [abs(second) / (2 * eps**2) / samples for _, second in differences]
 
 
 # ------------------------------------------------------------------------------ the optimizer
@@ -902,8 +578,335 @@ class HiZOO(torch.optim.Optimizer):
             self.state[slot.parameter] = kind.start(slot, dtype)
 
 
-def scalars(differences: list[list[float]], eps: float) -> tuple[list[float], list[float]]:
-    """Return g and c of every direction, divided by the number of directions."""
-    samples = len(differences)
-    gradients = [first / (2 * eps) / samples for first, _ in differences]
-    return gradients, [abs(second) / (2 * eps**2) / samples for _, second in differences]
+# ------------------------------------------------------------------------------------ h
+
+
+class FullHessian:
+    """h of one parameter, an entry for each weight, kept as h - 1 in ``state``.
+
+    h starts at 1 and changes by as little as α = 1e-10 a step: near 1, float32 would swallow
+    changes below 6e-8, and bfloat16 those below 4e-3. Near 0 their digits are finer.
+    """
+
+    def __init__(self, slot: Slot, state: dict[str, Any]) -> None:
+        self.slot, self.offset = slot, state["hessian_minus_one"]
+
+    @staticmethod
+    def start(slot: Slot, dtype: torch.dtype) -> dict[str, Any]:
+        """State of h = 1."""
+        return {"hessian_minus_one": torch.zeros_like(slot.parameter, dtype=dtype)}
+
+    def tile(self, tile: int) -> HessianTile:
+        """Return h - 1 of a tile."""
+        return self.slot.view(self.offset, tile)
+
+    def mean_and_max(self) -> tuple[float, float]:
+        """Mean and maximum of h."""
+        return 1 + self.offset.mean(dtype=torch.float32).item(), 1 + self.offset.max().item()
+
+
+class LowRankHessian:
+    """h of one matrix as h_ij = r_i k_j / mean(r): HiZOO-L, after Adafactor (arXiv 1804.04235).
+
+    r and k are float64 vectors; a matrix of h's is never formed, only tiles of it.
+    """
+
+    def __init__(self, slot: Slot, state: dict[str, Any]) -> None:
+        self.slot = slot
+        self.rows, self.columns = state["hessian_rows"], state["hessian_columns"]
+        self.row_factors = self.rows / self.rows.mean()
+
+    @staticmethod
+    def start(slot: Slot, dtype: torch.dtype) -> dict[str, Any]:
+        """State of h = 1."""
+        one = torch.ones((), dtype=torch.float64, device=slot.parameter.device)
+        return {
+            "hessian_rows": one.repeat(slot.parameter.numel() // slot.columns),
+            "hessian_columns": one.repeat(slot.columns),
+        }
+
+    def tile(self, tile: int) -> HessianTile:
+        """Return the row factors, (rows, 1), and the column factors, (columns,), of a tile."""
+        dtype = compute_dtype(self.slot.parameter.dtype)
+        rows = self.row_factors[self.slot.rows(tile)]
+        return rows.to(dtype).unsqueeze(1), self.columns.to(dtype)
+
+    def no_moments(self) -> tuple[Tensor, Tensor]:
+        """Return row and column means of h u², of no tile so far."""
+        return torch.zeros_like(self.rows), torch.zeros_like(self.columns)
+
+    def add_moments(self, moments: tuple[Tensor, Tensor], tile: int, squares: Tensor) -> None:
+        """Add what a tile of h u² contributes to the row and column means of the matrix."""
+        of_rows, of_columns = moments
+        of_rows[self.slot.rows(tile)] += squares.sum(1) / len(self.columns)
+        of_columns += squares.sum(0) / len(self.rows)
+
+    def averaged(
+        self, smooth: float, curvatures: list[float], moments: list[tuple[Tensor, Tensor]]
+    ) -> dict[str, Any]:
+        """State after a step, from the row and column means of h u² of every direction."""
+        rows, columns = (1 - smooth) * self.rows, (1 - smooth) * self.columns
+        for curvature, (of_rows, of_columns) in zip(curvatures, moments, strict=True):
+            rows += smooth * curvature * of_rows
+            columns += smooth * curvature * of_columns
+        return {"hessian_rows": rows, "hessian_columns": columns}
+
+    def mean_and_max(self) -> tuple[float, float]:
+        """Mean and maximum of h."""
+        largest = self.row_factors.max() * self.columns.max()
+        return self.columns.mean().item(), largest.item()
+
+
+Hessian = FullHessian | LowRankHessian
+
+
+def tile_of(hessian: Hessian | None, tile: int) -> HessianTile:
+    """Return what ``hessian_of`` needs for a tile; None where h is 1."""
+    return None if hessian is None else hessian.tile(tile)
+
+
+# ------------------------------------------------------------------------- parameters in tiles
+
+# A tile is what is drawn, scaled and added at once. Where operations run one by one on a CPU core
+# it has to stay in the cache; in a compiled kernel, or on another device, it has to be large enough
+# that starting the work, about 0.05 ms, costs little.
+CACHED_TILE_ELEMENTS = 1 << 17
+LARGE_TILE_ELEMENTS = 1 << 21
+GPU_TILE_ELEMENTS = 1 << 23
+# Smaller parameters are computed together, one operation after the other, for less overhead. And
+# torch.compile makes kernels for one core if the first tile that it sees is small.
+COMPILED_PARAMETER_ELEMENTS = 1 << 16
+# Weights from which compiling, 10 to 30 seconds once, pays within about a hundred steps.
+COMPILE_FROM_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """A parameter's place in the optimizer, and how it is cut into tiles of ``length`` numbers.
+
+    Where h is low-rank a tile is a matrix of whole rows with ``columns`` numbers each, otherwise,
+    with ``columns`` 0, one-dimensional.
+    """
+
+    parameter: Tensor
+    group: dict[str, Any]
+    number: int
+    columns: int
+    length: int
+    compiles: bool
+
+    @classmethod
+    def cut(
+        cls, parameter: Tensor, group: dict[str, Any], number: int, as_matrix: bool, compiles: bool
+    ) -> Slot:
+        """Choose the length of the tiles, and whether kernels are compiled for them."""
+        compiles = compiles and parameter.numel() >= COMPILED_PARAMETER_ELEMENTS
+        if parameter.device.type == "cpu":
+            length = LARGE_TILE_ELEMENTS if compiles else CACHED_TILE_ELEMENTS
+        else:
+            length = GPU_TILE_ELEMENTS if compiles else LARGE_TILE_ELEMENTS
+        columns = parameter[0].numel() if as_matrix and parameter.numel() else 0
+        if columns:
+            length = max(1, length // columns) * columns
+        return cls(parameter, group, number, columns, length, compiles)
+
+    def __len__(self) -> int:
+        """Return the number of tiles."""
+        return math.ceil(self.parameter.numel() / self.length)
+
+    @property
+    def draws_apart(self) -> bool:
+        """Whether a shift's u is drawn by a kernel of its own.
+
+        A kernel for half precision on a CPU works on twice as many numbers at once as one for
+        float32, and then torch.compile takes the casts of bits that u needs through memory.
+        """
+        parameter = self.parameter
+        return self.compiles and parameter.device.type == "cpu" and parameter.element_size() < 4
+
+    def rows(self, tile: int) -> slice:
+        """Return the rows of a tile, where h is low-rank."""
+        height = self.length // self.columns
+        return slice(tile * height, (tile + 1) * height)
+
+    def view(self, tensor: Tensor, tile: int) -> Tensor:
+        """Return a tile of ``tensor``, which has the parameter's shape, as a view.
+
+        ``data`` hides what it is a view of, for which torch.compile would compile anew.
+        """
+        flat = tensor.view(-1)[tile * self.length : (tile + 1) * self.length]
+        return flat.view((-1, self.columns) if self.columns else (-1,)).data
+
+
+Packet = list[tuple[Slot, int]]
+
+
+def cut_into_packets(slots: Sequence[Slot]) -> list[Packet]:
+    """Cut ``slots`` into packets of tiles whose noise is drawn together, about one whole tile.
+
+    A packet lies on one device and is compiled as a whole or not at all.
+    """
+    packets: list[Packet] = []
+    room, kind = 0, None
+    for slot in sorted(slots, key=lambda slot: slot.compiles):
+        for tile in range(len(slot)):
+            if room <= 0 or kind != (slot.compiles, slot.parameter.device):
+                packets.append([])
+                room, kind = slot.length, (slot.compiles, slot.parameter.device)
+            packets[-1].append((slot, tile))
+            room -= min(slot.length, slot.parameter.numel())
+    return packets
+
+
+@functools.cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` as one kernel for tiles of every size."""
+    # One for each kind of tile: its dtype, its h, where it begins. The limit is for accidents.
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, 64)
+    # float16 weights whose h is bfloat16 are meant to be mixed.
+    warnings.filterwarnings("ignore", message="bf16 and fp16 are mixed")
+    return torch.compile(function, dynamic=True)
+
+
+def run(function: Callable[..., Any], slot: Slot) -> Callable[..., Any]:
+    """Return ``function`` as it runs on tiles of ``slot``."""
+    return compiled(function) if slot.compiles else function
+
+
+@functools.cache
+def why_not_compiled(device: torch.device) -> str | None:
+    """Try to compile a small kernel for ``device``; returns the reason if it can't be done."""
+    target = torch.zeros(COMPILED_PARAMETER_ELEMENTS, device=device)
+    noise = torch.zeros(2, dtype=torch.int32, device=device)
+    try:
+        compiled(shift_tile)(target, None, None, noise, torch.ones((), device=device))
+    except Exception as error:  # of torch, Triton, a compiler or the system, as it may be
+        return str(error).strip().partition("\n")[0] or type(error).__name__
+    return None
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of arithmetic for weights of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# ------------------------------------------------------------------------- noise from seeds
+
+MASK_32, MASK_64 = (1 << 32) - 1, (1 << 64) - 1
+
+
+def mix_seed(*numbers: int) -> int:
+    """Hash whole numbers into one 64-bit seed (splitmix64's finaliser, folded over them)."""
+    state = 0
+    for number in numbers:
+        state = (state + number + 0x9E3779B97F4A7C15) & MASK_64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & MASK_64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & MASK_64
+        state ^= state >> 31
+    return state
+
+
+def tile_key(stream: int, parameter: int, first: int) -> tuple[int, int]:
+    """Return the odd multiplier and the offset of ``counters`` for a tile of a 64-bit ``stream``.
+
+    Number ``i`` of the ``parameter``-th parameter counts as multiplier * i + offset, modulo 2**32:
+    up to 2**32 numbers of a parameter have counters of their own, and every parameter and step has
+    another sequence. ``first`` is the index of the tile's first number.
+    """
+    mixed = mix_seed(stream, parameter)
+    multiplier = (mixed & MASK_32) | 1
+    offset = ((mixed >> 32) + first * multiplier) & MASK_32
+    return _signed(multiplier), _signed(offset)
+
+
+def _signed(number: int) -> int:
+    return number - (1 << 32) if number >> 31 else number
+
+
+def counters(key: Sequence[int] | Tensor, like: Tensor) -> Tensor:
+    """Return the counters, int32, of a tile with the number of elements of ``like``."""
+    index = torch.arange(like.numel(), dtype=torch.int32, device=like.device)
+    return index.mul_(key[0]).add_(key[1])
+
+
+def hashed(bits: Tensor) -> Tensor:
+    """Mix int32 numbers so that every bit depends on every bit; overwrites them.
+
+    Two rounds of xor-shift and multiplication, with the constants that Chris Wellons's search for
+    functions with the least bias found (hash-prospector, "lowbias32").
+    """
+    bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF)).mul_(0x7FEB352D)
+    bits.bitwise_xor_((bits >> 15).bitwise_and_(0x1FFFF)).mul_(0x846CA68B - (1 << 32))
+    return bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF))
+
+
+def fractions(key: Sequence[int] | Tensor, like: Tensor) -> Tensor:
+    """Return uniform numbers in [0, 1), float32, in ``like``'s shape."""
+    bits = (hashed(counters(key, like)) >> 8).bitwise_and_(0xFFFFFF)
+    return bits.to(torch.float32).mul_(2**-24).view(like.shape)
+
+
+def standard_normal(bits: Tensor) -> Tensor:
+    """Turn hashed int32 numbers into u ~ N(0, 1), float32 (Box and Muller, 1958).
+
+    20 bits become the radius √(-2 ln U), 12 the angle, in the middle of their intervals; so |u| is
+    at most 5.4, and its distribution is the normal one to about 1e-6. Sine and logarithm are
+    polynomials fitted to 2e-6: as fused arithmetic they cost a tenth of the library's functions.
+    """
+    angle = (bits >> 20).to(torch.float32).add_(0.5).mul_(1 / 2048)  # in (-1, 1), times π/2
+    square = angle * angle
+    sine = square.mul(-0.00437101).add_(0.07950065).mul_(square).add_(-0.64592596)
+    sine.mul_(square).add_(1.57079514).mul_(angle)
+    uniform = (bits & 0xFFFFF).to(torch.float32).add_(0.5).mul_(2**-20)
+    # U = (1 + t) 2**e with 1 + t between √½ and √2
+    pattern = uniform.view(torch.int32)
+    exponent = (pattern - 0x3F3504F3) >> 23
+    t = (pattern - (exponent << 23)).view(torch.float32).sub_(1)
+    logarithm = t.mul(-0.14337014).add_(0.22314531).mul_(t).add_(-0.254644).mul_(t).add_(0.3322804)
+    logarithm.mul_(t).add_(-0.49985581).mul_(t).add_(1.000012).mul_(t)
+    logarithm.add_(exponent.to(torch.float32).mul_(math.log(2)))
+    return logarithm.mul_(-2).sqrt_().mul_(sine)
+
+
+def drawn(noise: Tensor, like: Tensor) -> Tensor:
+    """Return u of a tile in the shape of ``like`` and the dtype of arithmetic.
+
+    ``noise`` is u already, or a key: then it is drawn here, as a part of a compiled kernel.
+    """
+    if not noise.is_floating_point():
+        noise = standard_normal(hashed(counters(noise, like)))
+    return noise.view(like.shape).to(compute_dtype(like.dtype))
+
+
+# ----------------------------------------------------------------------------------- rounding
+
+
+def add_to(target: Tensor, change: Tensor, key: Sequence[int] | Tensor) -> None:
+    """Add ``change`` to a tile, which rounds stochastically in half precision."""
+    if target.dtype == change.dtype:
+        target.add_(change)
+    else:
+        add_rounding_stochastically(target, change, key)
+
+
+def add_rounding_stochastically(
+    target: Tensor, change: Tensor, key: Sequence[int] | Tensor
+) -> None:
+    """Add ``change``, in float32, to a tile of half-precision numbers, right on average.
+
+    The tile moves by whole units in the last place of the larger, old or new: ``change`` in those
+    units, rounded up with the probability of its fraction. So a change far below one unit is
+    neither lost nor biased, for normal and subnormal numbers.
+    """
+    information = torch.finfo(target.dtype)
+    value = target.to(torch.float32)
+    total = value + change
+    largest = torch.maximum(value.abs(), total.abs())
+    power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)
+    unit = power.clamp(min=information.smallest_normal).mul_(information.eps)
+    # Where the last place of the sum is a higher one, the sum itself is rounded to it.
+    outgrown = value.abs() < power
+    value = torch.where(outgrown, 0.0, value)
+    moves = fractions(key, target).add_(torch.where(outgrown, total, change).div_(unit)).floor_()
+    target.copy_(moves.mul_(unit).add_(value))

@@ -24,23 +24,25 @@ from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_ba
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from adapters import add_lora, add_prefix, without_adapter
-from arguments import (
+from command_line.arguments import (
     USAGE,
     Arguments,
     changed_settings,
     parse_arguments,
     settings_of_a_checkpoint,
 )
-from encoding import Encoder
-from modeling import (
+from command_line.checks import check
+from language_model.adapters import add_lora, add_prefix, without_adapter
+from language_model.encoding import Encoder
+from language_model.head import fit_head, freeze_all_but_head, head_is_tied, untie_head
+from language_model.loading import (
     check_checkpoint,
     choose_dtype,
     choose_max_length,
     load_config_and_tokenizer,
     load_model,
 )
-from objectives import (
+from language_model.objectives import (
     GenerationExample,
     NegativeTextMetric,
     Objective,
@@ -49,9 +51,8 @@ from objectives import (
     language_model_loss,
     negative_accuracy,
 )
-from packing import collate
-from probing import fit_head, freeze_all_but_head, head_is_tied, untie_head
-from scoring import GenerationSettings, Prediction, can_share_prompt, predict
+from language_model.packing import collate
+from language_model.scoring import GenerationSettings, Prediction, can_share_prompt, predict
 from tasks import (
     Sample,
     demonstration_seeds,
@@ -572,6 +573,7 @@ def main(argv: Sequence[str]) -> int:
     leave_out_loading_bars()
     try:
         arguments = parse_arguments(argv)
+        check(arguments)
         if torch.distributed.is_initialized():
             leave_process_group_at_exit()
         run_experiment(arguments)

@@ -30,9 +30,9 @@ from transformers.optimization import get_scheduler
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from hizoo import HiZOO
+from language_model.loading import load_renamed_weights, tied_weights
+from language_model.objectives import Objective, language_model_loss
 from layerwise import LayerwiseWeights
-from modeling import load_renamed_weights, tied_weights
-from objectives import Objective, language_model_loss
 from utils import InputError, read_trainer_state
 
 SMOOTHING_SCHEDULES: dict[str, Callable[[float], float]] = {

@@ -29,13 +29,13 @@ from matplotlib import pyplot
 from step import TextbookHiZOO
 from torch import Tensor, nn
 
-from encoding import Encoder
 from hizoo import HiZOO
+from language_model.encoding import Encoder
+from language_model.loading import load_config_and_tokenizer, load_model
+from language_model.objectives import classification_loss
+from language_model.packing import collate
+from language_model.scoring import predict
 from layerwise import LayerwiseWeights
-from modeling import load_config_and_tokenizer, load_model
-from objectives import classification_loss
-from packing import collate
-from scoring import predict
 from tasks import Sample, get_task, load_samples, permutation_subset, sample_train_dev
 
 MODEL, SAMPLES = str(ROOT / "data" / "tiny-opt"), str(ROOT / "data" / "samples")

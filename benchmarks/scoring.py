@@ -25,10 +25,8 @@ import torch
 from step import SHAPES, added_memory, make_model, median_seconds
 from torch import Tensor, nn
 
-import objectives
-import packing
-import scoring
-from encoding import EncodedExample, EncodedOption
+from language_model import objectives, packing, scoring
+from language_model.encoding import EncodedExample, EncodedOption
 
 VOCABULARY = 50272
 NEWLINE = 50118  # OPT's

@@ -13,14 +13,12 @@ from tiny_models import FAMILIES, OTHER_FAMILIES, tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-import objectives
-import packing
-import scoring
-from adapters import add_lora, add_prefix, prefix_length
-from encoding import Encoder
 from hizoo import HiZOO
+from language_model import objectives, packing, scoring
+from language_model.adapters import add_lora, add_prefix, prefix_length
+from language_model.encoding import Encoder
+from language_model.scoring import GenerationSettings
 from layerwise import LayerwiseWeights
-from scoring import GenerationSettings
 from tasks import get_task
 from utils import InputError
 

@@ -13,7 +13,7 @@ from running import MODEL, SAMPLES, command, contents, finish, training
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 import run
-from arguments import Arguments, parse_arguments
+from command_line.arguments import Arguments, parse_arguments
 
 # Arguments added to a training run that is in order, and what the line has to say.
 BAD_TRAINING = {
@@ -192,7 +192,9 @@ def test_missing_arguments(
 def test_report_target_that_is_not_installed(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("checks.get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr(
+        "command_line.checks.get_available_reporting_integrations", lambda: ["tensorboard"]
+    )
     argv = training(tmp_path, report_to="wandb")
     assert_refused(argv, tmp_path, capfd, ["--report_to wandb", "pip install wandb"])
 

@@ -30,9 +30,9 @@ from test_scoring import (
 from tiny_models import FAMILIES, OTHER_FAMILIES, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
-import scoring
-from encoding import EncodedExample, EncodedOption, Encoder
-from scoring import GenerationSettings
+from language_model import scoring
+from language_model.encoding import EncodedExample, EncodedOption, Encoder
+from language_model.scoring import GenerationSettings
 from tasks import Sample, get_task
 
 SUM_TOLERANCE = 1e-4

@@ -10,14 +10,12 @@ from test_scoring import draw, log_probabilities, model_of, newline_writing_mode
 from tiny_models import FAMILIES, tiny_tokenizer
 from torch import Tensor
 
-import objectives
-import packing
-import scoring
-from encoding import Encoder
 from hizoo import HiZOO
+from language_model import objectives, packing, scoring
+from language_model.encoding import Encoder
+from language_model.scoring import GenerationSettings
 from layerwise import LayerwiseWeights
 from metrics import mean_exact_match, mean_f1
-from scoring import GenerationSettings
 from tasks import get_task
 
 

@@ -12,8 +12,8 @@ import pytest
 from running import MODEL, command, contents, finish, log_of
 
 import run
-from encoding import Encoder
-from modeling import load_config_and_tokenizer
+from language_model.encoding import Encoder
+from language_model.loading import load_config_and_tokenizer
 from tasks import Sample, Task, choose_task, load_samples
 from utils import InputError
 

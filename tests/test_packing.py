@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-import packing
-from encoding import EncodedExample, EncodedOption
+from language_model import packing
+from language_model.encoding import EncodedExample, EncodedOption
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
-from arguments import Arguments
+from command_line.arguments import Arguments
 from tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent

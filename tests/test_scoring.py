@@ -31,11 +31,9 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-import objectives
-import packing
-import scoring
-from encoding import EncodedExample, EncodedOption, Encoder
-from scoring import GenerationSettings, Prediction
+from language_model import objectives, packing, scoring
+from language_model.encoding import EncodedExample, EncodedOption, Encoder
+from language_model.scoring import GenerationSettings, Prediction
 from tasks import Sample, Task, get_task, load_samples
 from utils import InputError
 

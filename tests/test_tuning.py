@@ -24,9 +24,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run
-from encoding import Encoder
+from language_model.encoding import Encoder
+from language_model.scoring import score_options
 from metrics import mean_f1
-from scoring import score_options
 from tasks import get_task, load_samples, permutation_subset
 
 MODES: dict[str, dict[str, Any]] = {

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.core_model_loading import revert_weight_conversion
 
-from adapters import adapter_file
+from language_model.adapters import adapter_file
 from utils import InputError, first_line, read_trainer_state
 
 logger = logging.getLogger(__name__)

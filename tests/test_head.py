@@ -22,11 +22,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-import probing
-import scoring
-from encoding import EncodedExample, EncodedOption, Encoder
-from modeling import load_model, saved_shapes, tied_weights
-from probing import (
+from language_model import head as head_module
+from language_model import scoring
+from language_model.encoding import EncodedExample, EncodedOption, Encoder
+from language_model.head import (
     LinearProbe,
     answer_features,
     fit_head,
@@ -34,6 +33,7 @@ from probing import (
     head_is_tied,
     untie_head,
 )
+from language_model.loading import load_model, saved_shapes, tied_weights
 from tasks import get_task, load_samples, permutation_subset, sample_train_dev
 from utils import InputError
 
@@ -202,7 +202,7 @@ def test_fitted_head_is_the_classifier(
     family: str, overrides: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Rounding can change the iteration that the solver stops after: let it go on to the optimum.
-    monkeypatch.setitem(probing.FITTING, "tol", 1e-7)
+    monkeypatch.setitem(head_module.FITTING, "tol", 1e-7)
     model = tiny_model(family, **overrides)
     for answers in ([300, 17], [301, 18, 900]):
         examples = random_examples(50, answers)
@@ -263,7 +263,7 @@ def test_features_when_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return values
 
-    monkeypatch.setattr(probing, "token_log_probabilities", short_of_memory)
+    monkeypatch.setattr(head_module, "token_log_probabilities", short_of_memory)
     found, found_targets = answer_features(model, examples, 8, "features")
     assert np.abs(found - expected).max() < 1e-5
     assert found_targets.tolist() == targets.tolist()
@@ -302,7 +302,7 @@ def test_written_rows_are_the_coefficients(
 
 
 def test_a_solver_that_did_not_converge_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(probing.FITTING, "max_iter", 2)
+    monkeypatch.setitem(head_module.FITTING, "max_iter", 2)
     probe = fit_head(tiny_model("opt"), tokenizer_of(), random_examples(20, [300, 17]), 8)
     assert (probe.iterations, probe.converged) == (2, False)
 

@@ -11,7 +11,7 @@ import torch
 from running import MODEL
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from modeling import (
+from language_model.loading import (
     check_checkpoint,
     choose_dtype,
     choose_max_length,

@@ -21,9 +21,9 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
-from adapters import KeysAndValues, prefix_length, prefix_of, without_adapter
-from encoding import EncodedExample, EncodedOption, Encoder
-from packing import collate, collate_behind, common_prefix_length, pack
+from language_model.adapters import KeysAndValues, prefix_length, prefix_of, without_adapter
+from language_model.encoding import EncodedExample, EncodedOption, Encoder
+from language_model.packing import collate, collate_behind, common_prefix_length, pack
 from tasks import Sample
 from utils import InputError
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from encoding import EncodedExample, EncodedOption
+from language_model.encoding import EncodedExample, EncodedOption
 
 # Rows of several sequences hold so many tokens at least, where there are enough, and twice as many
 # at most: attention looks at all of a row, and up to there that costs next to nothing.

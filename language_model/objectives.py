@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 import metrics
-from scoring import GenerationSettings, generate, option_sums, token_log_probabilities
+from language_model.scoring import (
+    GenerationSettings,
+    generate,
+    option_sums,
+    token_log_probabilities,
+)
 
 Objective = Callable[[nn.Module, dict[str, Any]], Tensor]
 

@@ -1,4 +1,4 @@
-"""The command line of run.py: every argument, its help, and the combinations that are refused."""
+"""The command line of run.py: every argument with its help, and what belongs to a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
-from checks import TUNING_MODES, check
 from tasks import Task, choose_task
 from utils import InputError, one_line
 
@@ -30,6 +29,14 @@ python run.py --task_name TASK --model_name MODEL [arguments]
   MODEL is a Hub id or a local directory; --data_dir DIR reads DIR/<task>/*.jsonl, no Hub needed.
   bash HiZOO.sh does the same with environment variables. python run.py --help lists everything.
 """
+
+# The ways to train something else than all weights, and what belongs to each of them.
+TUNING_MODES = {
+    "lora": ("lora_r", "lora_alpha"),
+    "prefix_tuning": ("num_prefix", "no_reparam", "prefix_init_by_real_act"),
+    "head_tuning": (),
+    "linear_probing": ("lp_early_stopping",),
+}
 
 
 def argument(default: Any, help_text: str, *aliases: str) -> Any:
@@ -344,10 +351,10 @@ class OneLineParser(HfArgumentParser):
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
-    """Read and check the command line, before anything is loaded or written.
+    """Read the command line; ``checks.check`` then says whether its values go together.
 
     Raises:
-        InputError: an argument is unknown, its value is bad, or two exclude each other.
+        InputError: an argument is unknown, or its value is not of its kind.
     """
     parser = OneLineParser(Arguments, usage=USAGE, allow_abbrev=False)
     namespace, unknown = parser.parse_known_args(list(argv))
@@ -364,7 +371,6 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     arguments.given = frozenset(
         name for name, value in vars(namespace).items() if value != defaults[name]
     )
-    check(arguments)
     return arguments
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from transformers.integrations.integration_utils import (
@@ -15,20 +14,11 @@ from transformers.optimization import get_scheduler
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.training_args import ParallelMode
 
+from command_line.arguments import TUNING_MODES, Arguments
 from tasks import Task
 from trainer import SmoothingSchedule
 from utils import InputError, one_line
 
-if TYPE_CHECKING:
-    from arguments import Arguments
-
-# The ways to train something else than all weights, and what belongs to each of them.
-TUNING_MODES = {
-    "lora": ("lora_r", "lora_alpha"),
-    "prefix_tuning": ("num_prefix", "no_reparam", "prefix_init_by_real_act"),
-    "head_tuning": (),
-    "linear_probing": ("lp_early_stopping",),
-}
 ADAPTERS = ("lora", "prefix_tuning")
 EXCLUDE_EACH_OTHER = (
     ("load_float16", "load_bfloat16"),

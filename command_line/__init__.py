@@ -1,0 +1,1 @@
+"""What a user may type: arguments.py says what there is, checks.py what is refused."""
