@@ -1,4 +1,4 @@
-"""The eleven tasks: where their rows come from, what counts as correct, and how rows are drawn.
+"""The eleven tasks: where their rows come from, and what counts as correct.
 
 A twelfth task is one template in templates.py and one entry of ``TASKS``; a task of the user's own
 files takes no code.
@@ -6,14 +6,11 @@ files takes no code.
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
-
-import numpy as np
 
 import metrics
 import templates
@@ -32,8 +29,6 @@ from data_files import (
 )
 from templates import Template
 from utils import InputError, first_line
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -533,69 +528,3 @@ def _check_source(task: Task, found: Iterable[str], source: object) -> None:
 
 def _hub_id(task: Task) -> str:
     return f"{task.hub_path} ({task.hub_config})" if task.hub_config else task.hub_path
-
-
-# ------------------------------------------------------------------------------------- sampling
-
-
-def permutation_subset(samples: Sequence[Sample], k: int, seed: int) -> list[Sample]:
-    """Return k samples drawn without replacement: all n of them, permuted, if k is n or more.
-
-    The draw is ``numpy.random.RandomState(seed).permutation(n)[:k]``, that of MeZO's experiments
-    (Malladi et al. 2023, arXiv 2305.17333), so that a seed means the same rows there and here.
-
-    Raises:
-        InputError: k is negative, or there is nothing to draw from.
-    """
-    if k < 0:
-        raise InputError(f"cannot draw {k} examples: give 0 or more")
-    if k and not samples:
-        raise _no_train_file(k)
-    order = np.random.RandomState(seed).permutation(len(samples))[:k]
-    return [samples[index] for index in order]
-
-
-def sample_train_dev(
-    samples: Sequence[Sample], num_train: int, num_dev: int, seed: int
-) -> tuple[list[Sample], list[Sample]]:
-    """Return train and dev samples: one draw of num_train + num_dev, whose last num_dev are dev.
-
-    Asking for more than there is takes all there is, with a warning: dev stays whole and train is
-    shorter.
-
-    Raises:
-        InputError: a number is negative, dev would leave no training example, or there is nothing
-            to draw from.
-    """
-    if num_train < 0 or num_dev < 0:
-        raise InputError(
-            f"cannot draw {num_train} train and {num_dev} dev examples: give 0 or more"
-        )
-    wanted, available = num_train + num_dev, len(samples)
-    if num_train and not samples:
-        raise _no_train_file(num_train)
-    if wanted > available:
-        if num_dev >= available:
-            raise InputError(
-                f"{num_dev} dev examples leave none to train on, of {available}: lower --num_dev"
-            )
-        logger.warning(
-            "only %d examples for %d train + %d dev: training on %d",
-            available,
-            num_train,
-            num_dev,
-            available - num_dev,
-        )
-    drawn = permutation_subset(samples, wanted, seed)
-    split = len(drawn) - num_dev
-    return drawn[:split], drawn[split:]
-
-
-def _no_train_file(num_train: int) -> InputError:
-    # Files and splits without examples are refused, so this is the user's own data without one.
-    return InputError(f"--num_train {num_train} needs --train_file: give examples to draw from")
-
-
-def demonstration_seeds(num_eval: int) -> list[int]:
-    """Return the seed of each evaluation example's own demonstrations, as MeZO draws them."""
-    return np.random.RandomState(0).randint(0, 10000, num_eval).tolist()

@@ -29,11 +29,12 @@ from transformers import (
 from transformers.optimization import get_scheduler
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from checkpoints import read_trainer_state
 from hizoo import HiZOO
 from language_model.loading import load_renamed_weights, tied_weights
 from language_model.objectives import Objective, language_model_loss
 from layerwise import LayerwiseWeights
-from utils import InputError, read_trainer_state
+from utils import InputError
 
 SMOOTHING_SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,

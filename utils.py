@@ -1,14 +1,13 @@
-"""Small shared pieces: errors of the user's input, JSON files, checkpoints on disk, signals."""
+"""Small shared pieces: errors of the user's input, files that are written whole, signals."""
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
-import re
-import shutil
 import signal
 import tempfile
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import FrameType
@@ -16,7 +15,6 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
 
 
 class InputError(ValueError):
@@ -81,77 +79,10 @@ def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_text_atomically(path, "".join(lines))
 
 
-def checkpoints(output_dir: str | Path) -> list[Path]:
-    """Return the ``checkpoint-<step>`` folders of a training run, oldest step first."""
-    folders = Path(output_dir).glob("checkpoint-*")
-    numbered = [
-        (int(match[1]), folder)
-        for folder in folders
-        if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name)) and folder.is_dir()
-    ]
-    return [folder for _, folder in sorted(numbered)]
-
-
-def last_whole_checkpoint(output_dir: str | Path) -> Path | None:
-    """Return the newest checkpoint that was written to its end, None if there is none.
-
-    The Trainer writes ``trainer_state.json`` last: a checkpoint that a dying node left behind half
-    written has none, or one that cannot be read.
-    """
-    for folder in reversed(checkpoints(output_dir)):
-        if read_trainer_state(folder) is not None:
-            return folder
-    return None
-
-
-def read_trainer_state(checkpoint: str | Path) -> dict[str, Any] | None:
-    """Return the state that the Trainer wrote into a checkpoint, None if it is missing or cut."""
-    try:
-        return json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def check_state_files(checkpoint: str | Path) -> None:
-    """Check that a checkpoint holds the states of the optimizer and the scheduler.
-
-    Without them the Trainer goes on all the same, with new ones.
-
-    Raises:
-        InputError: one of them is missing or cut off.
-    """
-    folder = Path(checkpoint)
-    # The state of sharded weights is in files of another name.
-    sharded = any(path.name != "optimizer.pt" for path in folder.glob("optimizer*"))
-    for name in ("scheduler.pt",) if sharded else ("optimizer.pt", "scheduler.pt"):
-        if not zipfile.is_zipfile(folder / name):
-            raise InputError(
-                f"{checkpoint} is no whole checkpoint: {name} is missing or cut off; give another "
-                "one, or --overwrite_output_dir to start anew"
-            )
-
-
-def remove_checkpoints(output_dir: str | Path) -> None:
-    """Delete the checkpoints of an earlier run in ``output_dir``, and nothing else."""
-    for folder in checkpoints(output_dir):
-        shutil.rmtree(folder)
-
-
-class RunSettings(TrainerCallback, ExportableState):
-    """Writes what a run was started with into ``trainer_state.json`` of its checkpoints."""
-
-    def __init__(self, settings: Mapping[str, Any]) -> None:
-        self.settings = dict(settings)
-
-    def state(self) -> dict[str, Any]:
-        """Return what the Trainer saves."""
-        return {"args": {"settings": self.settings}, "attributes": {}}
-
-    @staticmethod
-    def read(checkpoint: str | Path) -> dict[str, Any]:
-        """Return the settings in a checkpoint; none if another program wrote it."""
-        saved = (read_trainer_state(checkpoint) or {}).get("stateful_callbacks", {})
-        return saved.get("RunSettings", {}).get("args", {}).get("settings", {})
+@functools.cache
+def leave_process_group_at_exit() -> None:
+    """End the processes' connection before Python does: its threads would abort the process."""
+    atexit.register(torch.distributed.destroy_process_group)
 
 
 class SaveOnInterrupt(TrainerCallback):

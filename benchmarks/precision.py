@@ -36,7 +36,8 @@ from language_model.objectives import classification_loss
 from language_model.packing import collate
 from language_model.scoring import predict
 from layerwise import LayerwiseWeights
-from tasks import Sample, get_task, load_samples, permutation_subset, sample_train_dev
+from sampling import permutation_subset, sample_train_dev
+from tasks import Sample, get_task, load_samples
 
 MODEL, SAMPLES = str(ROOT / "data" / "tiny-opt"), str(ROOT / "data" / "samples")
 DTYPES = ("float32", "float16", "bfloat16")

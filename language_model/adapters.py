@@ -24,7 +24,7 @@ from peft import (
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from utils import InputError
@@ -195,6 +195,14 @@ def start_from(encoder: nn.Module, activations: KeysAndValues) -> None:
     hidden = activation(first(encoder.embedding.weight)).double()
     missing = target.double() - last.bias.double() - hidden @ last.weight.double().T
     last.weight.add_(torch.linalg.lstsq(hidden, missing).solution.T)
+
+
+def random_tokens(tokenizer: PreTrainedTokenizerBase, number: int, seed: int) -> Tensor:
+    """Return tokens of the vocabulary, (number,), none of them special, drawn from a seed."""
+    special = set(tokenizer.all_special_ids)
+    ordinary = [token for token in range(len(tokenizer)) if token not in special]
+    generator = torch.Generator().manual_seed(seed)
+    return torch.tensor(ordinary)[torch.randint(len(ordinary), (number,), generator=generator)]
 
 
 def prefix_of(model: nn.Module) -> KeysAndValues:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import os
 from pathlib import Path
 
 import torch
-from peft import PeftModel
-from safetensors import SafetensorError, safe_open
+import transformers
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -22,8 +22,7 @@ from transformers import (
 )
 from transformers.core_model_loading import revert_weight_conversion
 
-from language_model.adapters import adapter_file
-from utils import InputError, first_line, read_trainer_state
+from utils import InputError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -158,35 +157,6 @@ def choose_max_length(requested: int | None, config: object) -> int:
     return requested
 
 
-def check_checkpoint(checkpoint: str, model: PreTrainedModel | PeftModel) -> None:
-    """Check that a checkpoint's weights have the names and shapes of ``model``'s.
-
-    Raises:
-        InputError: the folder holds no checkpoint of a training run, or one of another model.
-    """
-    folder = Path(checkpoint)
-    if read_trainer_state(folder) is None:
-        raise InputError(
-            f"{checkpoint} is no whole checkpoint: trainer_state.json is missing or cut off; give "
-            "another one"
-        )
-    if isinstance(model, PeftModel):
-        file, tensors = adapter_file(model)
-        shapes, unsaved = shapes_in(folder / file), set()
-    else:
-        tensors, shapes = saved_names(model), saved_shapes(folder)
-        # Weights that are tied to others are not saved a second time.
-        unsaved = tensors.keys() & tied_weights(model)
-    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    for name in sorted(shapes.keys() | expected.keys() - unsaved):
-        if expected.get(name) != shapes.get(name):
-            raise InputError(
-                f"{checkpoint} is a checkpoint of another model: {name} is "
-                f"{shapes.get(name, 'missing')} there and {expected.get(name, 'missing')} in this "
-                "model; give its own checkpoint, or --overwrite_output_dir to start anew"
-            )
-
-
 def tied_weights(model: PreTrainedModel) -> set[str]:
     """Return the names of the weights that are the same tensor as another weight."""
     return set(getattr(model, "all_tied_weights_keys", None) or ())
@@ -215,36 +185,16 @@ def load_renamed_weights(model: nn.Module, folder: Path) -> bool:
     return True
 
 
-def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of the tensors in a checkpoint's safetensors files."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        files = ["model.safetensors"]
-    return {name: shape for file in files for name, shape in shapes_in(folder / file).items()}
-
-
-def shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of the tensors in a safetensors file of a checkpoint."""
-    folder = file.parent
-    if not file.is_file():
-        raise InputError(f"{folder} is no whole checkpoint: {file.name} is missing")
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return {
-                name: tuple(tensors.get_slice(name).get_shape())
-                for name in tensors.keys()  # noqa: SIM118 - safe_open is no mapping
-            }
-    except SafetensorError as error:
-        raise InputError(
-            f"{folder} is no whole checkpoint: {file.name} is damaged ({first_line(error)}); "
-            "delete this folder to go on from the one before"
-        ) from error
-
-
 def _loading_error(name: str, error: Exception) -> InputError:
     return InputError(
         f"--model_name {name}: no causal language model there ({first_line(error)}); "
         "give a Hub id, or a local directory with config.json, weights and tokenizer"
     )
+
+
+def leave_out_loading_bars() -> None:
+    """Show no bar for reading and writing weight files; downloads and our own bars stay."""
+    downloads_are_shown = not are_progress_bars_disabled()
+    transformers.utils.logging.disable_progress_bar()
+    if downloads_are_shown:
+        enable_progress_bars()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from checkpoints import saved_shapes
 from language_model import head as head_module
 from language_model import scoring
 from language_model.encoding import EncodedExample, EncodedOption, Encoder
@@ -33,8 +34,9 @@ from language_model.head import (
     head_is_tied,
     untie_head,
 )
-from language_model.loading import load_model, saved_shapes, tied_weights
-from tasks import get_task, load_samples, permutation_subset, sample_train_dev
+from language_model.loading import load_model, tied_weights
+from sampling import permutation_subset, sample_train_dev
+from tasks import get_task, load_samples
 from utils import InputError
 
 # Without the cap on Gemma 2's logits their softmax is the classifier's; it has a test of its own.

@@ -1,23 +1,19 @@
-"""Loading models: dtype, lengths, and checkpoints that belong to a model."""
+"""Loading models: dtype and lengths."""
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from running import MODEL
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from language_model.loading import (
-    check_checkpoint,
     choose_dtype,
     choose_max_length,
     load_config_and_tokenizer,
     load_model,
-    saved_shapes,
     tied_weights,
 )
 from utils import InputError
@@ -36,6 +32,7 @@ def test_model_is_loaded_in_its_dtype_for_evaluation(dtype: torch.dtype) -> None
     model = load_model(str(MODEL), dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert not model.training
+    assert tied_weights(model) == {"lm_head.weight"}
 
 
 def test_tokenizer_is_the_models_own() -> None:
@@ -57,38 +54,6 @@ def test_max_length(positions: int | None, requested: int | None, length: int) -
 def test_bad_max_length(requested: int) -> None:
     with pytest.raises(InputError, match=f"--max_length {requested}: "):
         choose_max_length(requested, SimpleNamespace(max_position_embeddings=1024))
-
-
-def as_checkpoint(folder: Path) -> Path:
-    shutil.copytree(MODEL, folder)
-    (folder / "trainer_state.json").write_text("{}")
-    return folder
-
-
-def test_checkpoint_of_the_model_itself(tmp_path: Path) -> None:
-    model = load_model(str(MODEL), torch.float32)
-    assert tied_weights(model) == {"lm_head.weight"}
-    check_checkpoint(str(as_checkpoint(tmp_path / "checkpoint-1")), model)
-
-
-def test_checkpoint_in_several_files(tmp_path: Path) -> None:
-    model = load_model(str(MODEL), torch.float32)
-    model.save_pretrained(tmp_path, max_shard_size="1MB")
-    assert (tmp_path / "model.safetensors.index.json").is_file()
-    (tmp_path / "trainer_state.json").write_text("{}")
-    check_checkpoint(str(tmp_path), model)
-    next(tmp_path.glob("model-*.safetensors")).unlink()
-    with pytest.raises(InputError, match=r"is no whole checkpoint: model-.* is missing"):
-        saved_shapes(tmp_path)
-
-
-@pytest.mark.parametrize("layers", [2, 4])
-def test_checkpoint_with_fewer_or_more_layers(tmp_path: Path, layers: int) -> None:
-    config = AutoConfig.from_pretrained(MODEL)
-    config.num_hidden_layers = layers
-    model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(InputError, match="is a checkpoint of another model"):
-        check_checkpoint(str(as_checkpoint(tmp_path / "checkpoint-1")), model)
 
 
 def test_longrope_reads_as_far_as_positions_stay_the_same() -> None:

@@ -27,7 +27,8 @@ import run
 from language_model.encoding import Encoder
 from language_model.scoring import score_options
 from metrics import mean_f1
-from tasks import get_task, load_samples, permutation_subset
+from sampling import permutation_subset
+from tasks import get_task, load_samples
 
 MODES: dict[str, dict[str, Any]] = {
     "lora": {"lora": True},

@@ -1,8 +1,7 @@
-"""Files that are whole or absent, checkpoints on disk, signals."""
+"""Files that are whole or absent, signals."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from pathlib import Path
@@ -14,12 +13,8 @@ from transformers import TrainerControl
 import utils
 from utils import (
     InputError,
-    RunSettings,
     SaveOnInterrupt,
     check_writable,
-    checkpoints,
-    last_whole_checkpoint,
-    remove_checkpoints,
     write_json,
     write_json_lines,
     write_text_atomically,
@@ -80,44 +75,6 @@ def test_json_and_json_lines(tmp_path: Path) -> None:
     )
     write_json_lines(tmp_path / "b.jsonl", [{"id": 1}, {"id": 2}])
     assert (tmp_path / "b.jsonl").read_text() == '{"id": 1}\n{"id": 2}\n'
-
-
-def make_checkpoint(folder: Path, state: str | None = "{}") -> Path:
-    folder.mkdir()
-    if state is not None:
-        (folder / "trainer_state.json").write_text(state)
-    return folder
-
-
-def test_checkpoints_are_ordered_by_step(tmp_path: Path) -> None:
-    for name in ("checkpoint-100", "checkpoint-20", "checkpoint-3", "checkpoint-x", "other"):
-        make_checkpoint(tmp_path / name)
-    (tmp_path / "checkpoint-7").touch()
-    names = [folder.name for folder in checkpoints(tmp_path)]
-    assert names == ["checkpoint-3", "checkpoint-20", "checkpoint-100"]
-    assert checkpoints(tmp_path / "nowhere") == []
-
-
-@pytest.mark.parametrize("state", [None, "", '{"global_step": 1'])
-def test_half_written_checkpoint_is_passed_over(tmp_path: Path, state: str | None) -> None:
-    assert last_whole_checkpoint(tmp_path) is None
-    whole = make_checkpoint(tmp_path / "checkpoint-1")
-    make_checkpoint(tmp_path / "checkpoint-2", state)
-    assert last_whole_checkpoint(tmp_path) == whole
-
-
-def test_only_checkpoints_are_removed(tmp_path: Path) -> None:
-    make_checkpoint(tmp_path / "checkpoint-1")
-    make_checkpoint(tmp_path / "checkpoint-best")
-    (tmp_path / "file").touch()
-    remove_checkpoints(tmp_path)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint-best", "file"]
-
-
-def test_run_settings_of_a_checkpoint(tmp_path: Path) -> None:
-    saved = {"stateful_callbacks": {"RunSettings": RunSettings({"seed": 3}).state()}}
-    assert RunSettings.read(make_checkpoint(tmp_path / "a", json.dumps(saved))) == {"seed": 3}
-    assert RunSettings.read(make_checkpoint(tmp_path / "b")) == {}
 
 
 def test_check_writable_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -1,0 +1,207 @@
+"""From arguments to what a run needs: examples, tokens, the model, what it trains and towards what.
+
+Everything is checked here before it is used; nothing is written.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from command_line.arguments import Arguments
+from language_model.adapters import add_lora, add_prefix, random_tokens
+from language_model.encoding import Encoder
+from language_model.head import freeze_all_but_head, head_is_tied, untie_head
+from language_model.loading import (
+    choose_dtype,
+    choose_max_length,
+    load_config_and_tokenizer,
+    load_model,
+)
+from language_model.objectives import (
+    GenerationExample,
+    NegativeTextMetric,
+    Objective,
+    classification_loss,
+    collate_generation,
+    language_model_loss,
+    negative_accuracy,
+)
+from language_model.packing import collate
+from language_model.scoring import GenerationSettings, can_share_prompt
+from sampling import ExampleSet, draw_example_sets
+from tasks import Sample, load_samples
+from trainer import SmoothingSchedule, ZerothOrderSettings
+from utils import InputError, check_writable
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What all runs of an experiment share.
+
+    Attributes:
+        encoder: the task, the tokenizer, and how the two make tokens.
+        generation: how text is generated, where a task's answers are.
+        example_sets: the examples of each run.
+    """
+
+    encoder: Encoder
+    generation: GenerationSettings
+    example_sets: list[ExampleSet]
+
+
+class Training(NamedTuple):
+    """What is made small, how a sample is encoded for it, and how examples become a batch."""
+
+    objective: Objective
+    encode: Callable[[Sample], Any]
+    collate: Callable[[list[Any]], dict[str, Any]]
+
+
+def prepare(arguments: Arguments) -> Prepared:
+    """Load and check everything but the weights; nothing is written yet.
+
+    Raises:
+        InputError: the model, the data or a number does not fit.
+    """
+    task = arguments.task
+    config, tokenizer = load_config_and_tokenizer(arguments.model_name, arguments.trust_remote_code)
+    max_length = _room_for_texts(arguments, config)
+    check_writable("--result_file", arguments.result_path)
+    if arguments.predictions_file:
+        check_writable("--predictions_file", Path(arguments.predictions_file))
+    if arguments.trainer != "none":
+        check_writable("--output_dir", Path(arguments.output_dir), is_folder=True)
+    train, validation = load_samples(task, arguments.data_dir)
+    return Prepared(
+        Encoder(task, tokenizer, max_length, arguments.max_new_tokens),
+        GenerationSettings(
+            arguments.max_new_tokens,
+            arguments.eos_token.replace("\\n", "\n"),
+            arguments.sampling,
+            arguments.temperature,
+            arguments.num_beams,
+            arguments.top_k,
+            arguments.top_p,
+        ),
+        draw_example_sets(
+            train,
+            validation,
+            num_train=arguments.num_train,
+            num_dev=arguments.num_dev or 0,
+            num_eval=arguments.num_eval,
+            num_train_sets=arguments.num_train_sets,
+            train_set_seed=arguments.train_set_seed,
+            in_context=arguments.trainer == "none",
+        ),
+    )
+
+
+def _room_for_texts(arguments: Arguments, config: object) -> int:
+    """Return the tokens that a text may have, beside those of prefix-tuning."""
+    max_length = choose_max_length(arguments.max_length, config)
+    if arguments.prefix_tuning:
+        # The prefix takes positions of its own before every text.
+        max_length -= arguments.num_prefix
+        if max_length < 2:
+            raise InputError(
+                f"--num_prefix {arguments.num_prefix} leaves no room for a text in --max_length "
+                f"{max_length + arguments.num_prefix}"
+            )
+    if arguments.task.generation and arguments.max_new_tokens >= max_length:
+        raise InputError(
+            f"--max_new_tokens {arguments.max_new_tokens} leaves no room for a prompt in a text of "
+            f"{max_length} tokens (--max_length)"
+        )
+    return max_length
+
+
+def load_pretrained(arguments: Arguments) -> PreTrainedModel:
+    """Load the model anew: each run starts from the pre-trained weights.
+
+    Raises:
+        InputError: there is no such model, or it does not fit the arguments.
+    """
+    model = load_model(
+        arguments.model_name,
+        choose_dtype(arguments.load_float16, arguments.load_bfloat16),
+        8 if arguments.load_int8 else 4 if arguments.load_int4 else None,
+        not arguments.no_auto_device,
+        arguments.trust_remote_code,
+    )
+    # Sharding moves each layer itself: no GPU has room for all of them.
+    if getattr(model, "hf_device_map", None) is None and not arguments.fsdp:
+        model.to(arguments.device)
+    return model
+
+
+def choose_trained_weights(
+    arguments: Arguments, model: PreTrainedModel, encoder: Encoder, say: Callable[[str], None]
+) -> PreTrainedModel | PeftModel:
+    """Return the model with what is trained: an adapter, the head, or all of its weights."""
+    # Whatever ran before, a run's adapter starts from the same random numbers.
+    transformers.set_seed(arguments.seed)
+    if arguments.untie_emb:
+        untie_head(model)
+    if arguments.lora:
+        return add_lora(model, arguments.lora_r, arguments.lora_alpha)
+    if arguments.prefix_tuning:
+        tokens = random_tokens(encoder.tokenizer, arguments.num_prefix, arguments.seed)
+        return add_prefix(
+            model,
+            arguments.num_prefix,
+            reparameterise=not arguments.no_reparam,
+            tokens=tokens if arguments.prefix_init_by_real_act else None,
+        )
+    if arguments.head_tuning:
+        if head_is_tied(model):
+            say("the head is tied: the input embeddings are trained with it (--untie_emb)")
+        freeze_all_but_head(model)
+    return model
+
+
+def choose_objective(
+    arguments: Arguments, model: PreTrainedModel | PeftModel, prepared: Prepared
+) -> Training:
+    """Return what training makes small, for the task and the arguments."""
+    encoder = prepared.encoder
+    share = can_share_prompt(model, encoder.max_length)
+    packed = functools.partial(collate, share_prompt=share)
+    if arguments.train_as_classification:
+        return Training(classification_loss, encoder.options, packed)
+    if not arguments.non_diff:
+        only_option = arguments.only_train_option
+        encode = functools.partial(encoder.correct_option, only_option=only_option)
+        return Training(language_model_loss, encode, packed)
+    if not encoder.task.generation:
+        return Training(negative_accuracy, encoder.options, packed)
+
+    def encode_for_generation(sample: Sample) -> GenerationExample:
+        return GenerationExample(encoder.prompt(sample), sample.correct)
+
+    metric = arguments.non_diff_metric or "f1"
+    objective = NegativeTextMetric(metric, encoder.tokenizer, prepared.generation)
+    return Training(objective, encode_for_generation, collate_generation)
+
+
+def zeroth_order_settings(arguments: Arguments) -> ZerothOrderSettings:
+    """Return what the arguments say about the zeroth-order step."""
+    dtype = arguments.hessian_dtype
+    return ZerothOrderSettings(
+        smoothing=SmoothingSchedule.parse(arguments.hessian_smooth_type),
+        eps=arguments.zo_eps,
+        hessian=arguments.hessian,
+        hessian_dtype=None if dtype == "auto" else getattr(torch, dtype),
+        perturbation=arguments.zo_perturbation,
+        num_samples=arguments.zo_num_samples,
+        compile={"auto": None, "yes": True, "no": False}[arguments.zo_compile],
+        max_skipped_steps=arguments.max_skipped_steps,
+    )

@@ -1,0 +1,137 @@
+"""Which examples a run trains on, shows and reports on: the draws of MeZO's experiments.
+
+A seed means the same rows here as there (Malladi et al. 2023, arXiv 2305.17333), so that published
+numbers compare.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tasks import Sample
+from utils import InputError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ExampleSet:
+    """Training (or demonstration), dev and eval examples of one run.
+
+    ``demonstrations`` holds what is shown before each eval example; nothing after training.
+    """
+
+    seed: int
+    train: list[Sample]
+    dev: list[Sample]
+    evaluation: list[Sample]
+    demonstrations: list[list[Sample]]
+
+
+def draw_example_sets(
+    train: list[Sample],
+    validation: list[Sample],
+    *,
+    num_train: int,
+    num_dev: int,
+    num_eval: int | None,
+    num_train_sets: int | None,
+    train_set_seed: int | None,
+    in_context: bool,
+) -> list[ExampleSet]:
+    """Draw the examples of every run.
+
+    Args:
+        train: what training examples, or demonstrations, and dev examples are drawn from.
+        validation: what eval examples are drawn from.
+        num_train: training examples or demonstrations.
+        num_dev: dev examples.
+        num_eval: eval examples; None: all.
+        num_train_sets: number of runs, each with a set of its own, drawn with seeds 0, 1, ….
+        train_set_seed: the seed of the only set. With neither, the seed is 0, and in context each
+            eval example has demonstrations of its own.
+        in_context: the examples of ``train`` are shown, not trained on.
+
+    Raises:
+        InputError: a number does not fit the examples there are.
+    """
+    num_eval = len(validation) if num_eval is None else num_eval
+    if num_train_sets is None and train_set_seed is None and in_context and num_train:
+        evaluation = permutation_subset(validation, num_eval, seed=0)
+        seeds = demonstration_seeds(len(evaluation))
+        shown = [permutation_subset(train, num_train, seed) for seed in seeds]
+        return [ExampleSet(0, [], [], evaluation, shown)]
+    sets = []
+    for seed in range(num_train_sets) if num_train_sets else [train_set_seed or 0]:
+        drawn, dev = sample_train_dev(train, num_train, num_dev, seed)
+        evaluation = permutation_subset(validation, num_eval, seed)
+        demonstrations = drawn if in_context else []
+        sets.append(ExampleSet(seed, drawn, dev, evaluation, [demonstrations] * len(evaluation)))
+    return sets
+
+
+def permutation_subset(samples: Sequence[Sample], k: int, seed: int) -> list[Sample]:
+    """Return k samples drawn without replacement: all n of them, permuted, if k is n or more.
+
+    The draw is ``numpy.random.RandomState(seed).permutation(n)[:k]``, that of MeZO's experiments
+    (Malladi et al. 2023, arXiv 2305.17333), so that a seed means the same rows there and here.
+
+    Raises:
+        InputError: k is negative, or there is nothing to draw from.
+    """
+    if k < 0:
+        raise InputError(f"cannot draw {k} examples: give 0 or more")
+    if k and not samples:
+        raise _no_train_file(k)
+    order = np.random.RandomState(seed).permutation(len(samples))[:k]
+    return [samples[index] for index in order]
+
+
+def sample_train_dev(
+    samples: Sequence[Sample], num_train: int, num_dev: int, seed: int
+) -> tuple[list[Sample], list[Sample]]:
+    """Return train and dev samples: one draw of num_train + num_dev, whose last num_dev are dev.
+
+    Asking for more than there is takes all there is, with a warning: dev stays whole and train is
+    shorter.
+
+    Raises:
+        InputError: a number is negative, dev would leave no training example, or there is nothing
+            to draw from.
+    """
+    if num_train < 0 or num_dev < 0:
+        raise InputError(
+            f"cannot draw {num_train} train and {num_dev} dev examples: give 0 or more"
+        )
+    wanted, available = num_train + num_dev, len(samples)
+    if num_train and not samples:
+        raise _no_train_file(num_train)
+    if wanted > available:
+        if num_dev >= available:
+            raise InputError(
+                f"{num_dev} dev examples leave none to train on, of {available}: lower --num_dev"
+            )
+        logger.warning(
+            "only %d examples for %d train + %d dev: training on %d",
+            available,
+            num_train,
+            num_dev,
+            available - num_dev,
+        )
+    drawn = permutation_subset(samples, wanted, seed)
+    split = len(drawn) - num_dev
+    return drawn[:split], drawn[split:]
+
+
+def _no_train_file(num_train: int) -> InputError:
+    # Files and splits without examples are refused, so this is the user's own data without one.
+    return InputError(f"--num_train {num_train} needs --train_file: give examples to draw from")
+
+
+def demonstration_seeds(num_eval: int) -> list[int]:
+    """Return the seed of each evaluation example's own demonstrations, as MeZO draws them."""
+    return np.random.RandomState(0).randint(0, 10000, num_eval).tolist()
