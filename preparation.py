@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from command_line.arguments import Arguments
 from language_model.adapters import add_lora, add_prefix, random_tokens
 from language_model.encoding import Encoder
+from language_model.generation import GenerationSettings
 from language_model.head import freeze_all_but_head, head_is_tied, untie_head
 from language_model.loading import (
     choose_dtype,
@@ -36,7 +37,7 @@ from language_model.objectives import (
     negative_accuracy,
 )
 from language_model.packing import collate
-from language_model.scoring import GenerationSettings, can_share_prompt
+from language_model.shared_tokens import can_share_prompt
 from sampling import ExampleSet, draw_example_sets
 from tasks import Sample, load_samples
 from trainer import SmoothingSchedule, ZerothOrderSettings

@@ -9,7 +9,7 @@ from typing import Any
 
 from command_line.arguments import Arguments, changed_settings
 from language_model.encoding import Encoder
-from language_model.scoring import Prediction
+from language_model.prediction import Prediction
 from sampling import ExampleSet
 from tasks import Sample, Task
 

@@ -24,7 +24,7 @@ from command_line.checks import check
 from language_model.adapters import without_adapter
 from language_model.head import fit_head
 from language_model.loading import leave_out_loading_bars
-from language_model.scoring import Prediction, predict
+from language_model.prediction import Prediction, predict
 from preparation import (
     Prepared,
     choose_objective,

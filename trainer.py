@@ -180,7 +180,7 @@ class ObjectiveTrainer(Trainer):
         """Return the dev loss, the same for every batch size and every number of processes.
 
         The Trainer's loop counts a batch's mean once for each example, also for those repeated ones
-        that fill up the last batch. Predictions are ``scoring.predict``'s.
+        that fill up the last batch. Predictions are ``prediction.predict``'s.
         """
         # Not as DistributedDataParallel: processes may have different numbers of batches. Sharded
         # weights are gathered by every forward pass: there all processes run all of them.

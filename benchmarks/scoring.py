@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from language_model import objectives, packing, scoring
 from language_model.encoding import EncodedExample, EncodedOption
+from language_model.generation import GenerationSettings, generate
 
 VOCABULARY = 50272
 NEWLINE = 50118  # OPT's
@@ -178,10 +179,10 @@ def measure_generation(
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(120, 181, (32,), generator=generator).tolist()
     prompts = [(2, *draw(generator, length)) for length in lengths]
-    settings = scoring.GenerationSettings(max_new_tokens=new_tokens)
+    settings = GenerationSettings(max_new_tokens=new_tokens)
 
-    def generate(batch_size: int) -> list[str]:
-        return scoring.generate(model, Numbers(), prompts, settings, batch_size, None)
+    def texts(batch_size: int) -> list[str]:
+        return generate(model, Numbers(), prompts, settings, batch_size, None)
 
     def usual_text(prompt: tuple[int, ...]) -> str:
         tokens = torch.tensor([prompt])
@@ -199,13 +200,13 @@ def measure_generation(
     start = time.perf_counter()
     expected = [usual_text(prompt) for prompt in prompts]
     usual = time.perf_counter() - start
-    this = median_seconds(lambda: generate(32), arguments.repeats, "cpu")
+    this = median_seconds(lambda: texts(32), arguments.repeats, "cpu")
     return {
         "what": f"generation, 32 answers of {new_tokens} tokens",
         "usual": usual,
         "this": this,
         "times": usual / this,
-        "same_text": generate(32) == expected,
+        "same_text": texts(32) == expected,
     }
 
 

@@ -14,12 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 import metrics
-from language_model.scoring import (
-    GenerationSettings,
-    generate,
-    option_sums,
-    token_log_probabilities,
-)
+from language_model.generation import GenerationSettings, generate
+from language_model.scoring import option_sums, token_log_probabilities
 
 Objective = Callable[[nn.Module, dict[str, Any]], Tensor]
 

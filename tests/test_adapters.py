@@ -17,7 +17,8 @@ from hizoo import HiZOO
 from language_model import objectives, packing, scoring
 from language_model.adapters import add_lora, add_prefix, prefix_length
 from language_model.encoding import Encoder
-from language_model.scoring import GenerationSettings
+from language_model.generation import GenerationSettings, generate
+from language_model.shared_tokens import can_share_prompt
 from layerwise import LayerwiseWeights
 from tasks import get_task
 from utils import InputError
@@ -159,9 +160,9 @@ def test_losses_and_gradients(family: str, kind: str) -> None:
 
 def test_a_prefix_counts_for_a_sliding_window() -> None:
     model = tiny_model("mistral", sliding_window=40)
-    assert scoring.can_share_prompt(model, 40)
+    assert can_share_prompt(model, 40)
     model = add_prefix(model, 5, False, TOKENS)
-    assert scoring.can_share_prompt(model, 35) and not scoring.can_share_prompt(model, 36)
+    assert can_share_prompt(model, 35) and not can_share_prompt(model, 36)
 
 
 # ------------------------------------------------------------------------------------- generation
@@ -182,7 +183,7 @@ def test_texts_are_those_of_the_argmax(
     expected = [written(model, prompt, 8) for prompt in prompts]
     assert len(set(expected)) > (0 if family == "gemma2" else 1)
     for batch_size in (1, 3):
-        found = scoring.generate(model, tiny_tokenizer(), prompts, settings, batch_size, "")
+        found = generate(model, tiny_tokenizer(), prompts, settings, batch_size, "")
         assert found == expected
 
 
@@ -221,7 +222,7 @@ def test_beams(kind: str) -> None:
         )
         expected.append(tokenizer.decode(rows[0, len(prompt) :], skip_special_tokens=True).strip())
     assert len(set(expected)) > 1
-    assert scoring.generate(model, tokenizer, prompts, settings, 4, "") == expected
+    assert generate(model, tokenizer, prompts, settings, 4, "") == expected
 
 
 # --------------------------------------------------------------------------------- the optimizer

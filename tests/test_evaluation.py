@@ -31,8 +31,11 @@ from tiny_models import FAMILIES, OTHER_FAMILIES, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 from language_model import scoring
+from language_model.batches import run_in_batches
 from language_model.encoding import EncodedExample, EncodedOption, Encoder
-from language_model.scoring import GenerationSettings
+from language_model.generation import GenerationSettings, generate
+from language_model.prediction import predict
+from language_model.shared_tokens import SHORTEST_PREFIX
 from tasks import Sample, get_task
 
 SUM_TOLERANCE = 1e-4
@@ -108,7 +111,7 @@ def test_shared_demonstrations_are_read_once(
     expected = oracle.predict(samples, shown, calibration)
     texts = [[oracle.tokens(s, shown[0], c) for c in s.candidates] for s in samples]
     prefix, rest = shared_tokens(texts)
-    assert prefix > 5 * scoring.SHORTEST_PREFIX
+    assert prefix > 5 * SHORTEST_PREFIX
     sums = [
         [(log_probabilities(model, *text).sum().item(), text[1]) for text in example]
         for example in texts
@@ -121,7 +124,7 @@ def test_shared_demonstrations_are_read_once(
         assert shapes[0] == (1, prefix)
         assert count(shapes) == prefix + rest
         assert len(shapes) == 1 + -(-8 // batch_size)
-        predictions = scoring.predict(model, encoder, samples, shown, batch_size, calibration)
+        predictions = predict(model, encoder, samples, shown, batch_size, calibration)
         tolerance = SUM_TOLERANCE if calibration else 1e-5
         assert_equal_predictions(predictions, expected, tolerance)
 
@@ -134,7 +137,7 @@ def test_different_demonstrations_are_padded(family: str) -> None:
     model, setting = model_of(family), (get_task("SST2"), tiny_tokenizer(), 1024)
     expected = Oracle(model, *setting).predict(samples, shown)
     with forward_shapes(model) as shapes:
-        found = scoring.predict(model, Encoder(*setting), samples, shown, 3)
+        found = predict(model, Encoder(*setting), samples, shown, 3)
     assert_equal_predictions(found, expected)
     assert [rows for rows, _ in shapes] == [3, 1]
 
@@ -146,9 +149,9 @@ def test_a_cut_that_takes_the_shared_tokens_away(family: str, task: str) -> None
     model, setting = model_of(family), (get_task(task), tiny_tokenizer(), 50)
     oracle = Oracle(model, *setting)
     texts = [[oracle.tokens(s, shown[0], c) for c in s.candidates] for s in samples]
-    assert shared_tokens(texts)[0] < scoring.SHORTEST_PREFIX
+    assert shared_tokens(texts)[0] < SHORTEST_PREFIX
     with forward_shapes(model) as shapes:
-        found = scoring.predict(model, Encoder(*setting), samples, shown, 3)
+        found = predict(model, Encoder(*setting), samples, shown, 3)
     assert_equal_predictions(found, oracle.predict(samples, shown))
     assert [rows for rows, _ in shapes] == [3, 3]
 
@@ -194,7 +197,7 @@ def test_families_that_cannot_share_are_right(
     samples, shown = draw_shared(task, 4)
     model, setting = tiny_model(family, **overrides), (get_task(task), tiny_tokenizer(), 1024)
     with forward_shapes(model) as shapes:
-        found = scoring.predict(model, Encoder(*setting), samples, shown, 3)
+        found = predict(model, Encoder(*setting), samples, shown, 3)
     assert_equal_predictions(found, Oracle(model, *setting).predict(samples, shown))
     assert [rows for rows, _ in shapes] == [6, 2]  # two options an example
 
@@ -205,9 +208,9 @@ def test_equal_content_free_prompts_are_scored_once(calibration: str) -> None:
     assert len({sample.correct[0] for sample in samples}) == 2
     model, setting = model_of("opt"), (get_task("SST2"), tiny_tokenizer(), 1024)
     with forward_shapes(model) as without:
-        scoring.predict(model, Encoder(*setting), samples, shown, 3)
+        predict(model, Encoder(*setting), samples, shown, 3)
     with forward_shapes(model) as shapes:
-        scoring.predict(model, Encoder(*setting), samples, shown, 3, calibration)
+        predict(model, Encoder(*setting), samples, shown, 3, calibration)
     before = shown[0] if calibration == "icl_sfc" else []
     tokens, _ = Oracle(model, *setting).tokens(samples[0], before, 1, content_free=True)
     assert shapes == [*without, (1, len(tokens) - 1)]
@@ -229,15 +232,15 @@ def test_generation_behind_shared_demonstrations(
     prefix = shared_length(prompts)
     settings = GenerationSettings(max_new_tokens=8)
     with monkeypatch.context() as patched, forward_shapes(model) as alone:
-        patched.setattr(scoring, "SHORTEST_PREFIX", 10**9)
-        expected = scoring.generate(model, tokenizer, prompts, settings, 1, "")
+        patched.setattr("language_model.shared_tokens.SHORTEST_PREFIX", 10**9)
+        expected = generate(model, tokenizer, prompts, settings, 1, "")
     assert [length for _, length in alone if length > 1] == sorted(map(len, prompts), reverse=True)
     # The random Gemma 2 writes one text behind every SQuAD prompt; the others tell them apart.
     assert len(set(expected)) > (0 if (family, task) == ("gemma2", "SQuAD") else 1)
     assert len(alone) < 6 * 8  # a newline stops a text
     for batch_size in (1, 4):
         with forward_shapes(model) as shapes:
-            found = scoring.predict(model, encoder, samples, shown, batch_size, generation=settings)
+            found = predict(model, encoder, samples, shown, batch_size, generation=settings)
         assert [prediction.answer for prediction in found] == expected
         assert not any("\n" in text for text in expected)
         longest = sorted(map(len, prompts), reverse=True)[::batch_size]
@@ -247,7 +250,7 @@ def test_generation_behind_shared_demonstrations(
         GenerationSettings(max_new_tokens=4, num_beams=2),
         GenerationSettings(max_new_tokens=4, sampling=True, temperature=0.7),
     ):
-        texts = scoring.generate(model, tokenizer, prompts, other, 4, "")
+        texts = generate(model, tokenizer, prompts, other, 4, "")
         assert len(texts) == 6 and not any("\n" in text for text in texts)
 
 
@@ -259,8 +262,8 @@ def test_generated_tokens_count_for_a_sliding_window(family: str) -> None:
     window = {"sliding_window": max(map(len, prompts))}
     model = tiny_model(family, **{**WINDOWED[family], **window})
     settings = GenerationSettings(max_new_tokens=12)
-    expected = [scoring.generate(model, tokenizer, [p], settings, 1, "")[0] for p in prompts]
-    assert scoring.generate(model, tokenizer, prompts, settings, 4, "") == expected
+    expected = [generate(model, tokenizer, [p], settings, 1, "")[0] for p in prompts]
+    assert generate(model, tokenizer, prompts, settings, 4, "") == expected
 
 
 # ------------------------------------------------------------------------------- lack of memory
@@ -288,7 +291,7 @@ def test_a_batch_that_does_not_fit_is_halved(
             raise error
         done.extend(indices)
 
-    scoring.run_in_batches(work, 8, lengths.__getitem__, 5, "SST2")
+    run_in_batches(work, 8, lengths.__getitem__, 5, "SST2")
     assert done == sorted(range(8), key=lengths.__getitem__, reverse=True)
     assert list(dict.fromkeys(tried)) == sizes  # and never a larger one again
     said = [f"SST2: {size} examples at a time, for lack of memory" for size in sizes[1:]]
@@ -305,11 +308,11 @@ def test_what_a_smaller_batch_does_not_help_is_raised() -> None:
 
     tried: list[int] = []
     with pytest.raises(RuntimeError, match="size mismatch"):
-        scoring.run_in_batches(fail_with(RuntimeError("size mismatch")), 8, abs, 4, "")
+        run_in_batches(fail_with(RuntimeError("size mismatch")), 8, abs, 4, "")
     assert tried == [4]
     tried.clear()
     with pytest.raises(torch.OutOfMemoryError):
-        scoring.run_in_batches(fail_with(torch.OutOfMemoryError("full")), 8, abs, 4, "")
+        run_in_batches(fail_with(torch.OutOfMemoryError("full")), 8, abs, 4, "")
     assert tried == [4, 2, 1]
 
 
@@ -329,8 +332,8 @@ def test_scores_after_lack_of_memory(share: bool, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(scoring, "token_log_probabilities", read_two)
     if not share:
-        monkeypatch.setattr(scoring, "SHORTEST_PREFIX", 10**9)
-    found = scoring.predict(model, Encoder(*setting), samples, shown, 7)
+        monkeypatch.setattr("language_model.shared_tokens.SHORTEST_PREFIX", 10**9)
+    found = predict(model, Encoder(*setting), samples, shown, 7)
     assert failed == [7, 3]
     assert_equal_predictions(found, Oracle(model, *setting).predict(samples, shown))
 

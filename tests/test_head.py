@@ -35,6 +35,7 @@ from language_model.head import (
     untie_head,
 )
 from language_model.loading import load_model, tied_weights
+from language_model.prediction import predict
 from sampling import permutation_subset, sample_train_dev
 from tasks import get_task, load_samples
 from utils import InputError
@@ -340,7 +341,7 @@ def test_probing_the_bundled_model_learns_sst2() -> None:
     model = load_model(str(MODEL), torch.float32)
 
     def accuracy() -> float:
-        predictions = scoring.predict(model, encoder, evaluation, [[]] * 100, 16)
+        predictions = predict(model, encoder, evaluation, [[]] * 100, 16)
         return task.score([prediction.answer for prediction in predictions], evaluation)["accuracy"]
 
     before = accuracy()

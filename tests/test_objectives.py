@@ -11,9 +11,9 @@ from tiny_models import FAMILIES, tiny_tokenizer
 from torch import Tensor
 
 from hizoo import HiZOO
-from language_model import objectives, packing, scoring
+from language_model import objectives, packing
 from language_model.encoding import Encoder
-from language_model.scoring import GenerationSettings
+from language_model.generation import GenerationSettings, generate
 from layerwise import LayerwiseWeights
 from metrics import mean_exact_match, mean_f1
 from tasks import get_task
@@ -56,7 +56,7 @@ def test_negative_metric_of_generated_text(family: str, name: str, metric: objec
     settings = GenerationSettings(max_new_tokens=6)
     samples, _ = draw("SQuAD", 6, 0)
     prompts = [encoder("SQuAD").prompt(sample) for sample in samples]
-    texts = [scoring.generate(model, tokenizer, [p], settings, 1, None)[0] for p in prompts]
+    texts = [generate(model, tokenizer, [p], settings, 1, None)[0] for p in prompts]
     assert sum(map(bool, texts)) > 3
     # Some of the texts are right, so that the value is neither 0 nor 1.
     answers = [(texts[0],), (texts[1], "another"), *((f"{text} word",) for text in texts[2:])]
@@ -82,7 +82,7 @@ def test_generation_inside_a_layerwise_loss(
     texts: list[list[str]] = []
 
     def closure() -> Tensor:
-        texts.append(scoring.generate(model, tokenizer, prompts, settings, 4, None))
+        texts.append(generate(model, tokenizer, prompts, settings, 4, None))
         return torch.tensor(0.0)
 
     drawn: list[int] = []
@@ -104,5 +104,5 @@ def test_generation_inside_a_layerwise_loss(
         moved = newline_writing_model("llama").to(dtype)
         other = HiZOO(moved.parameters(), lr=0.0, eps=0.5, hessian_smooth=0.0)
         other._move_to((0, sign))
-        assert scoring.generate(moved, tokenizer, prompts, settings, 4, None) == texts[number]
+        assert generate(moved, tokenizer, prompts, settings, 4, None) == texts[number]
     assert texts[0] != texts[1]

@@ -32,8 +32,11 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from language_model import objectives, packing, scoring
+from language_model.batches import run_in_batches
 from language_model.encoding import EncodedExample, EncodedOption, Encoder
-from language_model.scoring import GenerationSettings, Prediction
+from language_model.generation import GenerationSettings, generate
+from language_model.prediction import Prediction, predict
+from language_model.shared_tokens import LayerWithRoom, _warn_once, can_share_prompt
 from tasks import Sample, Task, get_task, load_samples
 from utils import InputError
 
@@ -139,7 +142,7 @@ def assert_same_as_oracle(
 ) -> None:
     samples, shown = draw(task, number, 0)
     setting = (get_task(task), tiny_tokenizer(), max_length)
-    found = scoring.predict(model, Encoder(*setting), samples, shown, 2)
+    found = predict(model, Encoder(*setting), samples, shown, 2)
     assert_equal_predictions(found, Oracle(model, *setting).predict(samples, shown))
 
 
@@ -191,8 +194,8 @@ def test_predictions_are_the_oracles(
     model = model_of(family)
     setting = (get_task(task), TOKENIZERS[tokenizer](), max_length)
     oracle, encoder = Oracle(model, *setting), Encoder(*setting)
-    found = scoring.predict(model, encoder, samples, shown, 3, calibration)
-    assert scoring.can_share_prompt(model, max_length)
+    found = predict(model, encoder, samples, shown, 3, calibration)
+    assert can_share_prompt(model, max_length)
     expected = oracle.predict(samples, shown, calibration)
     assert_equal_predictions(found, expected, SUM_TOLERANCE if calibration else TOLERANCE)
     assert not model.get_output_embeddings()._forward_pre_hooks
@@ -201,7 +204,7 @@ def test_predictions_are_the_oracles(
 @pytest.mark.parametrize("family", OTHER_FAMILIES)
 @pytest.mark.parametrize("task", ["Copa", "ReCoRD"])
 def test_models_that_cannot_share_a_prompt_score_as_the_oracle(family: str, task: str) -> None:
-    assert not scoring.can_share_prompt(model_of(family), 100)
+    assert not can_share_prompt(model_of(family), 100)
     assert_same_as_oracle(model_of(family), task, 5)
 
 
@@ -240,9 +243,7 @@ def test_unusual_models_read_each_text_as_alone(family: str) -> None:
     assert_equal_sums(found, sums)
     prompts = [example.options[0].tokens for example in examples]
     settings = GenerationSettings(max_new_tokens=4)
-    texts = [
-        scoring.generate(model, tiny_tokenizer(), prompts, settings, size, "") for size in (1, 8)
-    ]
+    texts = [generate(model, tiny_tokenizer(), prompts, settings, size, "") for size in (1, 8)]
     assert texts[0] == texts[1] and len(set(texts[0])) > 1
 
 
@@ -278,8 +279,8 @@ def test_padding_changes_no_score() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_scores_are_close_to_float32(family: str) -> None:
     setting = (Encoder(get_task("Copa"), tiny_tokenizer(), 1024), *draw("Copa", 6, 1), 4)
-    full = scoring.predict(model_of(family), *setting)
-    half = scoring.predict(tiny_model(family).bfloat16(), *setting)
+    full = predict(model_of(family), *setting)
+    half = predict(tiny_model(family).bfloat16(), *setting)
     for one, other in zip(full, half, strict=True):  # a score that is not finite is not close
         assert one.scores == pytest.approx(other.scores, abs=0.1, rel=0)
 
@@ -299,7 +300,7 @@ def test_logits_are_made_only_where_a_scored_token_is_predicted() -> None:
 def test_generation_tasks_have_no_calibration() -> None:
     encoder = Encoder(get_task("SQuAD"), tiny_tokenizer(), 1024)
     with pytest.raises(InputError, match="--sfc: SQuAD has no options to calibrate"):
-        scoring.predict(model_of("opt"), encoder, *draw("SQuAD", 1, 0), 1, "sfc")
+        predict(model_of("opt"), encoder, *draw("SQuAD", 1, 0), 1, "sfc")
 
 
 # --------------------------------------------------------------------------- who may share a prompt
@@ -315,8 +316,8 @@ WINDOWED = {
 @pytest.mark.parametrize("family", WINDOWED)
 def test_texts_longer_than_a_sliding_window(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(family, **WINDOWED[family])
-    assert scoring.can_share_prompt(model, 24)
-    assert not scoring.can_share_prompt(model, 25)
+    assert can_share_prompt(model, 24)
+    assert not can_share_prompt(model, 25)
     assert_same_as_oracle(model, "ReCoRD", 3)
     monkeypatch.setattr(scoring, "can_share_prompt", lambda *_: True)
     with pytest.raises(AssertionError):  # the window matters in these texts
@@ -327,7 +328,7 @@ def test_texts_longer_than_a_sliding_window(family: str, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("max_length", [12, 24])
 def test_texts_within_a_sliding_window_share_their_prompt(family: str, max_length: int) -> None:
     model = tiny_model(family, **WINDOWED[family])
-    assert scoring.can_share_prompt(model, max_length)
+    assert can_share_prompt(model, max_length)
     assert_same_as_oracle(model, "Copa", 6, max_length)
 
 
@@ -338,19 +339,19 @@ def test_a_configuration_with_layer_types_that_the_model_does_not_read(
 ) -> None:
     kinds = {"layer_types": layer_types} if layer_types else {}
     model = tiny_model("mistral", attn_implementation=attention, **kinds)
-    assert scoring.can_share_prompt(model, 1024)
+    assert can_share_prompt(model, 1024)
     assert_same_as_oracle(model, "Copa", 3)
 
 
 def test_each_reason_not_to_share_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    scoring._warn_once.cache_clear()
+    _warn_once.cache_clear()
     windowed = tiny_model("mistral", sliding_window=24)
     flash = tiny_model("opt")
     flash.config._attn_implementation = "flash_attention_2"
     with caplog.at_level(logging.WARNING):
         for length in (25, 26, 1000):
             for model in (windowed, model_of("bloom"), model_of("lfm2"), flash):
-                assert not scoring.can_share_prompt(model, length)
+                assert not can_share_prompt(model, length)
     prefix = "scoring every option in a sequence of its own: "
     assert [record.message.removeprefix(prefix) for record in caplog.records] == [
         "its sliding window of 24 tokens is shorter than the longest text",
@@ -426,7 +427,7 @@ def test_greedy_generation_is_the_argmax_loop(family: str) -> None:
     assert len(set(expected)) > 2
     settings = GenerationSettings(max_new_tokens=12)
     for batch_size in (1, 5):
-        found = scoring.predict(model, encoder, samples, shown, batch_size, generation=settings)
+        found = predict(model, encoder, samples, shown, batch_size, generation=settings)
         assert [prediction.answer for prediction in found] == expected
         assert all(prediction.scores is None for prediction in found)
 
@@ -445,14 +446,14 @@ def test_greedy_generation_is_the_argmax_loop(family: str) -> None:
 def test_every_way_of_generating_runs(family: str, settings: GenerationSettings) -> None:
     tokenizer = tokenizer_without_start()
     prompts = [tuple(tokenizer.encode(text)) for text in ("Yes", "It was a film . It was", "No no")]
-    texts = scoring.generate(model_of(family), tokenizer, prompts, settings, 2, "")
+    texts = generate(model_of(family), tokenizer, prompts, settings, 2, "")
     assert len(texts) == 3
     assert all(text and text == text.strip() for text in texts)
 
 
 @pytest.mark.parametrize("room", [1, 5, 50])
 def test_a_layer_with_room_holds_what_a_growing_one_holds(room: int) -> None:
-    grown, roomy = DynamicLayer(), scoring.LayerWithRoom(room)
+    grown, roomy = DynamicLayer(), LayerWithRoom(room)
     torch.manual_seed(0)
     for tokens in (7, 1, 1, 1, 9, 1, 1):
         new = torch.randn(2, 2, 3, tokens, 4).unbind()
@@ -603,5 +604,5 @@ def test_a_text_without_a_start_gets_one_where_nothing_precedes_the_option() -> 
 
 def test_batches_hold_the_longest_first_and_every_item_once() -> None:
     lengths, batches = [3, 9, 1, 7, 5], []
-    scoring.run_in_batches(batches.append, 5, lengths.__getitem__, 2, "")
+    run_in_batches(batches.append, 5, lengths.__getitem__, 2, "")
     assert batches == [[1, 3], [4, 0], [2]]

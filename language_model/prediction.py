@@ -1,0 +1,115 @@
+"""A model's answer to every sample: the option with the best score, or a generated text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+
+from language_model.batches import process_index
+from language_model.encoding import Encoder
+from language_model.generation import GenerationSettings, generate
+from language_model.scoring import score_options
+from tasks import Sample
+from utils import InputError
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says about an example: a candidate or a text, and every option's score."""
+
+    answer: Any
+    scores: tuple[float, ...] | None = None
+
+
+def predict(
+    model: PreTrainedModel,
+    encoder: Encoder,
+    samples: Sequence[Sample],
+    demonstrations: Sequence[Sequence[Sample]],
+    batch_size: int,
+    calibration: str | None = None,
+    generation: GenerationSettings | None = None,
+    progress: str = "evaluation",
+) -> list[Prediction]:
+    """Return the model's answer to every sample.
+
+    Args:
+        model: a causal language model.
+        encoder: the task and the tokenizer.
+        samples: the examples.
+        demonstrations: for every sample, the examples shown before it.
+        batch_size: examples in a forward pass, at most.
+        calibration: "sfc", "icl_sfc" (content-free prompt behind the demonstrations too) or None.
+        generation: settings, for the tasks whose answer is generated.
+        progress: what the progress bar says.
+    """
+    model.eval()
+    if encoder.task.generation and calibration:
+        raise InputError(f"--{calibration}: {encoder.task.name} has no options to calibrate")
+    pairs = list(zip(samples, demonstrations, strict=True))
+    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if isinstance(model, FSDPModule):
+        # Every forward pass gathers sharded weights: all processes must run the same ones.
+        processes = 1
+    own = pairs[process_index() % processes :: processes]
+    arguments = (model, encoder, own, batch_size)
+    if not own:
+        predictions = []
+    elif encoder.task.generation:
+        predictions = _generated(*arguments, generation or GenerationSettings(), progress)
+    else:
+        predictions = _chosen(*arguments, calibration, progress)
+    if processes == 1:
+        return predictions
+    parts: list[list[Prediction]] = [[] for _ in range(processes)]
+    torch.distributed.all_gather_object(parts, predictions)
+    return [parts[number % processes][number // processes] for number in range(len(pairs))]
+
+
+Pairs = Sequence[tuple[Sample, Sequence[Sample]]]
+
+
+def _generated(
+    model: PreTrainedModel,
+    encoder: Encoder,
+    pairs: Pairs,
+    batch_size: int,
+    settings: GenerationSettings,
+    progress: str,
+) -> list[Prediction]:
+    prompts = [encoder.prompt(sample, shown) for sample, shown in pairs]
+    texts = generate(model, encoder.tokenizer, prompts, settings, batch_size, progress)
+    return [Prediction(text) for text in texts]
+
+
+def _chosen(
+    model: PreTrainedModel,
+    encoder: Encoder,
+    pairs: Pairs,
+    batch_size: int,
+    calibration: str | None,
+    progress: str,
+) -> list[Prediction]:
+    encoded = [encoder.options(sample, shown) for sample, shown in pairs]
+    scored = score_options(model, encoded, batch_size, progress)
+    scores = [[total / count for total, count in options] for options in scored]
+    if calibration:
+        content_free = [
+            encoder.options(sample, shown if calibration == "icl_sfc" else (), content_free=True)
+            for sample, shown in pairs
+        ]
+        priors = score_options(model, content_free, batch_size, f"{progress} ({calibration})")
+        scores = [
+            [total - prior for (total, _), (prior, _) in zip(options, of_prompt, strict=True)]
+            for options, of_prompt in zip(scored, priors, strict=True)
+        ]
+    best = [max(range(len(values)), key=values.__getitem__) for values in scores]
+    return [
+        Prediction(sample.candidates[index], tuple(values))
+        for (sample, _), index, values in zip(pairs, best, scores, strict=True)
+    ]
