@@ -14,14 +14,17 @@ test: .venv/test-installed
 	$(VENV_PATH) ruff format --check .
 	$(VENV_PATH) python -m pytest -q -n 2
 
-.venv/bin/python:
+# pip comes last into an environment: without it the environment is not whole.
+.venv/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON) is Python %d.%d, \
+	older than 3.11: name a newer one, as in PYTHON=python3.12" % sys.version_info[:2])'
 	$(PYTHON) -m venv .venv
 
-.venv/demo-installed: requirements.txt | .venv/bin/python
+.venv/demo-installed: requirements.txt | .venv/bin/pip
 	.venv/bin/python -m pip install -q -r requirements.txt
 	touch $@
 
-.venv/test-installed: requirements.txt requirements-test.txt | .venv/bin/python
+.venv/test-installed: requirements.txt requirements-test.txt | .venv/bin/pip
 	.venv/bin/python -m pip install -q -r requirements-test.txt
 	touch $@
 
