@@ -1,0 +1,166 @@
+"""Imports point one way, from room to room, and in no circle.
+
+Every import statement counts: those in functions and those for type checkers too.
+"""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# A file imports from its own room and from those before it. A folder is a room, with all its files.
+ROOMS = (
+    {"hizoo", "layerwise"},
+    {"utils"},
+    {"data_files", "metrics", "templates", "tasks", "sampling"},
+    {"language_model"},
+    {"checkpoints"},
+    {"trainer"},
+    {"command_line"},
+    {"preparation"},
+    {"results"},
+    {"run"},
+)
+TORCH_ALONE = ("hizoo", "layerwise")
+# Scripts that import from the rooms, and that no room imports from.
+BESIDE = {"benchmarks", "data", "examples", "tests"}
+
+Imports = dict[str, set[str]]
+
+
+def modules_below(root: Path) -> dict[str, Path]:
+    """The product's files by the names that they are imported by."""
+    folders = {path.parent for path in root.glob("*/*.py")} - {root / name for name in BESIDE}
+    files = [*root.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))]
+    names = {path: ".".join(path.relative_to(root).with_suffix("").parts) for path in files}
+    return {name.removesuffix(".__init__"): path for path, name in names.items()}
+
+
+def imported_names(path: Path, name: str) -> set[str]:
+    """What a file's import statements name, in full: modules, and what is taken from them."""
+    package = name.split(".") if path.stem == "__init__" else name.split(".")[:-1]
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*above, *filter(None, [node.module])])
+            names |= {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def imports_below(root: Path) -> Imports:
+    """For each of the product's modules, those of the project that it imports."""
+    modules = modules_below(root)
+    own = {name.partition(".")[0] for name in modules}.union(BESIDE, *ROOMS)
+    graph: Imports = {}
+    for importer, path in modules.items():
+        graph[importer] = set()
+        for name in imported_names(path, importer):
+            if name.partition(".")[0] in own:
+                # What is taken from a module is a module itself, or a name in it.
+                taken_from = name.rpartition(".")[0] or name
+                graph[importer].add(name if name in modules else taken_from)
+    return graph
+
+
+def room_of(name: str) -> int | None:
+    folder_or_file = name.partition(".")[0]
+    return next((number for number, room in enumerate(ROOMS) if folder_or_file in room), None)
+
+
+def against_the_order(graph: Imports) -> list[str]:
+    """Every import from a later room, or from outside the rooms, in words."""
+    wrong = []
+    for importer, imported in graph.items():
+        for name in sorted(imported):
+            here, there = room_of(importer), room_of(name)
+            if here is not None and (there is None or there > here):
+                wrong.append(f"{importer} imports {name}")
+    return wrong
+
+
+def circle_in(graph: Imports) -> list[str]:
+    """The modules of a circle, the first again at the end; none: an empty list."""
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_every_file_is_in_a_room() -> None:
+    assert [name for name in modules_below(ROOT) if room_of(name) is None] == []
+
+
+def test_imports_follow_the_order_of_the_rooms() -> None:
+    assert against_the_order(imports_below(ROOT)) == []
+
+
+def test_there_is_no_circle() -> None:
+    assert circle_in(imports_below(ROOT)) == []
+
+
+@pytest.mark.parametrize("name", TORCH_ALONE)
+def test_the_optimizer_needs_torch_alone(name: str) -> None:
+    names = {name.partition(".")[0] for name in imported_names(ROOT / f"{name}.py", name)}
+    assert names - sys.stdlib_module_names == {"torch"}
+
+
+@pytest.mark.parametrize(
+    ("files", "order", "circle"),
+    [
+        ({"trainer.py": "import hizoo, tasks", "tasks.py": "from hizoo import HiZOO"}, [], set()),
+        ({"utils.py": "def f():\n    from run import main"}, ["utils imports run"], set()),
+        ({"utils.py": "import benchmarks.step"}, ["utils imports benchmarks"], set()),
+        (
+            {
+                "tasks.py": "import typing\nif typing.TYPE_CHECKING:\n    import metrics",
+                "metrics.py": "import templates",
+                "templates.py": "from tasks import Task",
+            },
+            *([], {"tasks", "metrics", "templates"}),
+        ),
+        (
+            {
+                "language_model/__init__.py": "from .scoring import predict",
+                "language_model/scoring.py": "from . import packing",
+                "language_model/packing.py": "from language_model import scoring",
+            },
+            *([], {"language_model.scoring", "language_model.packing"}),
+        ),
+        (
+            {
+                "language_model/__init__.py": "",
+                "language_model/deep/loading.py": "from ..scoring import predict",
+                "language_model/scoring.py": "from language_model.deep.loading import load",
+                "utils.py": "import language_model.scoring as scoring",
+            },
+            ["utils imports language_model.scoring"],
+            {"language_model.scoring", "language_model.deep.loading"},
+        ),
+    ],
+)
+def test_wrong_imports_are_found(
+    tmp_path: Path, files: dict[str, str], order: list[str], circle: set[str]
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    graph = imports_below(tmp_path)
+    assert against_the_order(graph) == order
+    assert set(circle_in(graph)) == circle
+
+
+def test_a_file_in_no_room_is_found(tmp_path: Path) -> None:
+    for name in ("stray.py", "folder/stray.py", "benchmarks/step.py", ".venv/lib/module.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert set(modules_below(tmp_path)) == {"stray", "folder.stray"}
+    assert room_of("stray") is room_of("folder.stray") is None
