@@ -34,9 +34,10 @@ than drawing with torch's generator alone; without a compiler the same functions
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -161,6 +162,13 @@ def scalars(differences: list[list[float]], eps: float) -> tuple[list[float], li
 HESSIANS = ("full", "lowrank")
 # Numbers of the streams that stochastic rounding draws from; those of u are numbered from 0.
 ROUNDING_WEIGHTS, ROUNDING_HESSIAN = -1, -2
+# No number of u is larger.
+LARGEST_NOISE = 5.4
+# Of μ, in units of the weights' root mean square.
+LARGEST_SHIFT = 1e3
+# Part of a perturbation's change of the loss by which two equal calls may differ.
+NOISY_LOSS = 0.1
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class HiZOO(torch.optim.Optimizer):
@@ -193,14 +201,21 @@ class HiZOO(torch.optim.Optimizer):
 
     State, by parameter: ``hessian_minus_one``, or ``hessian_rows`` and ``hessian_columns``; nothing
     without curvature. The step's number is in ``param_groups``: ``state_dict()`` resumes exactly.
+    Parameters that do not require a gradient when a step begins are left alone. With
+    ``accelerate`` no ``prepare`` is needed; it returns this optimizer as it is.
 
     Attributes:
         projected_gradient: g of the last step (first group's μ; mean over the directions).
         curvature: c of the last step (likewise), 0 without curvature.
 
     Raises:
-        ValueError: an argument out of range, or a parameter that is not contiguous.
+        ValueError: an argument out of range, a parameter that is not contiguous or not of a
+            floating-point dtype, or none that requires a gradient.
     """
+
+    # What accelerate asks for: it then wraps nothing, and step() returns the loss there too.
+    _is_accelerate_prepared = True
+    step_was_skipped = False
 
     def __init__(
         self,
@@ -242,8 +257,7 @@ class HiZOO(torch.optim.Optimizer):
             "skipped_in_a_row": 0,
         }
         super().__init__(params, defaults)
-        if layers and set(layers.uses) != {slot.parameter for slot in self._slots}:
-            raise ValueError("layers must hold exactly the parameters that the optimizer has")
+        self._check_parameters()
 
     # ---- public interface
 
@@ -260,6 +274,22 @@ class HiZOO(torch.optim.Optimizer):
             raise ValueError(f"hessian_smooth must be in [0, 1), not {group['hessian_smooth']!r}")
         self._slots = self._cut_slots()
 
+    def check_perturbation_scale(self) -> None:
+        """Check μ against the weights, which the first ``estimate`` does too; reads all of them.
+
+        Raises:
+            ValueError: eps is so small that no weight would change, or so large beside the weights
+                that shifting them back would not restore them.
+        """
+        for group in self.param_groups:
+            slots = [slot for slot in self._slots if slot.group is group]
+            check_perturbation_scale(group["eps"], slots)
+
+    @property
+    def optimizer(self) -> HiZOO:
+        """Itself: accelerate looks here for what it would have wrapped."""
+        return self
+
     @property
     def skipped_steps(self) -> int:
         """How many steps changed nothing since a loss was not finite.
@@ -273,12 +303,16 @@ class HiZOO(torch.optim.Optimizer):
         """Apply the estimates made since the last step; with ``closure``, make one first.
 
         Returns the loss of ``closure``, None without. A step in which a loss was not finite takes
-        the shift back, changes nothing else and counts in ``skipped_steps``.
+        the shift back, changes nothing else and counts in ``skipped_steps``. An exception within
+        the update itself, after the forward passes, leaves a part of the weights updated.
         """
         loss = None if closure is None else self.estimate(closure)
         if not self._estimates:
-            raise RuntimeError("step() needs a closure, or estimate(closure) before it")
-        differences = torch.tensor(self._estimates, dtype=torch.float64).mean(dim=0).tolist()
+            raise RuntimeError(
+                "step() needs a closure, or estimate(closure) before it; with transformers take "
+                "ZerothOrderTrainer (trainer.py), a plain Trainer calls neither"
+            )
+        differences = self._mean_differences()
         skipped = not all(math.isfinite(value) for pair in differences for value in pair)
         if skipped:
             self.restore()
@@ -292,13 +326,15 @@ class HiZOO(torch.optim.Optimizer):
         return loss
 
     @torch.no_grad()
-    def estimate(self, closure: Callable[[], Any]) -> float:
+    def estimate(self, closure: Callable[[], Any], weight: float | None = None) -> float:
         """Run the forward passes of one batch: 2 a direction, and one unperturbed if α > 0.
 
         ``closure`` returns the loss of the batch, a number or a tensor of one, and must give the
-        same loss for the same weights (no dropout). Returns the unperturbed loss, or without it the
-        mean of the perturbed ones. If ``closure`` raises, the weights come back and the step starts
-        anew.
+        same loss for the same weights (no dropout): the first step calls it once more than it
+        needs, and warns if it does not. Of several batches before one ``step`` each counts by its
+        ``weight``, for instance the tokens that its loss is the mean over; without weights they
+        count alike. Returns the unperturbed loss, or without it the mean of the perturbed ones. If
+        anything raises, the weights come back and the step starts anew.
         """
         with_curvature = any(group["hessian_smooth"] > 0 for group in self.param_groups)
         points = [(draw, sign) for draw in range(self.num_samples) for sign in (1, -1)]
@@ -307,22 +343,24 @@ class HiZOO(torch.optim.Optimizer):
         if len(self._estimates) % 2:
             # Every other batch goes backwards, from where the one before it ended.
             order.reverse()
+        first = self.param_groups[0]["step"] == 0 and not self._estimates
         losses = {}
         try:
             for point in order:
                 losses[point] = self._loss_at(point, closure)
+            if first:
+                self._compare_again(losses, order[-1], closure)
         except BaseException:
             self.restore()
             self._forget_estimates()
             raise
         center = losses.get(None, sum(losses.values()) / len(losses))
         pairs = [(losses[draw, 1], losses[draw, -1]) for draw in range(self.num_samples)]
-        self._estimates.append(
-            [
-                (plus - minus, plus + minus - 2 * center if with_curvature else 0.0)
-                for plus, minus in pairs
-            ]
-        )
+        differences = [
+            (plus - minus, plus + minus - 2 * center if with_curvature else 0.0)
+            for plus, minus in pairs
+        ]
+        self._estimates.append((1.0 if weight is None else float(weight), differences))
         return center
 
     @torch.no_grad()
@@ -331,8 +369,11 @@ class HiZOO(torch.optim.Optimizer):
         self._move_to(None)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what ``copy`` and ``pickle`` keep: all there is, torch's own would be less."""
-        return self.__dict__.copy()
+        """Return what ``copy`` and ``pickle`` keep: all there is, torch's own would be less.
+
+        A scheduler puts a ``step`` into the object that steps the original, whoever calls it.
+        """
+        return {name: value for name, value in self.__dict__.items() if name != "step"}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as of the last whole step; takes a shift back first."""
@@ -347,10 +388,9 @@ class HiZOO(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         saved = (number for group in state_dict["param_groups"] for number in group["params"])
         # torch casts a state to its parameter's dtype: h would lose digits, or its range.
-        for slot, number in zip(self._slots, saved, strict=True):
-            device = slot.parameter.device
+        for parameter, number in zip(self._parameters(), saved, strict=True):
             for name, tensor in state_dict["state"].get(number, {}).items():
-                self.state[slot.parameter][name] = tensor.to(device, copy=True)
+                self.state[parameter][name] = tensor.to(parameter.device, copy=True)
         self._slots = self._cut_slots()
 
     def hessian_mean_and_max(self) -> tuple[float, float]:
@@ -366,66 +406,107 @@ class HiZOO(torch.optim.Optimizer):
     # ---- the points that losses are taken at
 
     def _forget_estimates(self) -> None:
-        self._estimates: list[list[tuple[float, float]]] = []
+        # (weight, [(l+ - l-, l+ + l- - 2 l0) of every direction]) of every batch.
+        self._estimates: list[tuple[float, list[tuple[float, float]]]] = []
         # The direction's number and its sign if the parameters are shifted in place.
         self._point: tuple[int, int] | None = None
+        # How many tiles a shift in place has written, should it end early.
+        self._shifted_tiles = 0
         self._moments: dict[tuple[Tensor, int], tuple[Tensor, Tensor]] = {}
+
+    def _mean_differences(self) -> list[list[float]]:
+        """(l+ - l-, l+ + l- - 2 l0) of every direction, averaged over the batches."""
+        weights = torch.tensor([weight for weight, _ in self._estimates], dtype=torch.float64)
+        values = torch.tensor([pairs for _, pairs in self._estimates], dtype=torch.float64)
+        return torch.tensordot(weights / weights.sum(), values, dims=1).tolist()
 
     def _loss_at(self, point: tuple[int, int] | None, closure: Callable[[], Any]) -> float:
         """The loss at θ ± μ u/√h, or at θ itself for None."""
+        # Under autocast torch keeps weights that it has cast, and would not see that they changed.
+        torch.clear_autocast_cache()
         if self.layers is None:
             self._move_to(point)
             return float(closure())
         if point is None:
             return float(closure())
-        with self.layers.replaced(functools.partial(self._perturb, dict([point]))):
+        with self.layers.replaced(functools.partial(self._perturb, *point)):
             return float(closure())
+
+    def _compare_again(
+        self,
+        losses: dict[tuple[int, int] | None, float],
+        point: tuple[int, int] | None,
+        closure: Callable[[], Any],
+    ) -> None:
+        """Take a loss a second time, and warn if it differs by what the perturbation may change."""
+        difference = abs(self._loss_at(point, closure) - losses[point])
+        change = max(losses.values()) - min(losses.values())
+        if difference > NOISY_LOSS * change:
+            warnings.warn(
+                f"the closure's loss differs by {difference:.2g} between two calls with the same "
+                f"weights, the perturbation changes it by {change:.2g}: give the same batch, and "
+                "leave dropout out (model.eval())",
+                stacklevel=4,
+            )
 
     def _move_to(self, point: tuple[int, int] | None) -> None:
         """Shift the parameters in place from the point they are at to ``point``."""
-        scales: dict[int, int] = {}
-        if self._point:
-            scales[self._point[0]] = -self._point[1]
-        if point:
-            scales[point[0]] = scales.get(point[0], 0) + point[1]
-        for draw, scale in scales.items():
-            if scale:
-                self._perturb({draw: scale}, None)
-        self._point = point
+        if self._point and (point is None or point[0] != self._point[0]):
+            draw, sign = self._point
+            self._shift(draw, -sign)
+            self._point = None
+        if point and point != self._point:
+            draw, sign = point
+            self._shift(draw, sign - (self._point[1] if self._point else 0))
+            self._point = point
 
-    def _perturb(self, scales: dict[int, int], outputs: dict[Tensor, Tensor] | None) -> None:
+    def _shift(self, draw: int, scale: int) -> None:
+        """Add ``scale`` μ u/√h in place to all parameters, or, if it raises, to none."""
+        self._shifted_tiles = 0
+        try:
+            self._perturb(draw, scale)
+        except BaseException:
+            self._perturb(draw, -scale, tiles=self._shifted_tiles)
+            raise
+
+    def _perturb(
+        self,
+        draw: int,
+        scale: int,
+        outputs: dict[Tensor, Tensor] | None = None,
+        tiles: int | None = None,
+    ) -> None:
         """Write θ + scale μ u/√h into ``outputs``, or in place for all parameters.
 
         On the way, the row and column means of h u² are taken for a low-rank h, which needs them
-        once for every direction, before the update.
+        once for every direction, before the update. ``tiles`` ends it after so many tiles.
         """
-        ((draw, scale),) = scales.items()
         slots = self._slots
         if outputs is not None:
             slots = [slot for slot in slots if slot.parameter in outputs]
         hessians = {slot: self._hessian(slot) for slot in slots}
         new: dict[tuple[Tensor, int], tuple[Tensor, Tensor]] = {}
-        for packet in cut_into_packets(slots):
-            for (slot, tile), noise in zip(packet, self._noise(packet, draw), strict=True):
-                parameter, hessian = slot.parameter, hessians[slot]
-                measured = (
-                    isinstance(hessian, LowRankHessian) and (parameter, draw) not in self._moments
-                )
-                own = slot.view(parameter, tile)
-                if slot.draws_apart:
-                    noise = run(drawn, slot)(noise, own)
-                squares = run(shift_tile, slot)(
-                    own if outputs is None else slot.view(outputs[parameter], tile),
-                    None if outputs is None else own,
-                    tile_of(hessian, tile),
-                    noise,
-                    self._scalars([scale * slot.group["eps"]], slot)[0],
-                    measured,
-                )
-                if measured:
-                    if (parameter, draw) not in new:
-                        new[parameter, draw] = hessian.no_moments()
-                    hessian.add_moments(new[parameter, draw], tile, squares)
+        for slot, tile, noise in itertools.islice(self._tiles_with_noise(slots, draw), tiles):
+            parameter, hessian = slot.parameter, hessians[slot]
+            measured = (
+                isinstance(hessian, LowRankHessian) and (parameter, draw) not in self._moments
+            )
+            own = slot.view(parameter, tile)
+            if slot.draws_apart:
+                noise = run(drawn, slot)(noise, own)
+            squares = run(shift_tile, slot)(
+                own if outputs is None else slot.view(outputs[parameter], tile),
+                None if outputs is None else own,
+                tile_of(hessian, tile),
+                noise,
+                self._scalars([scale * slot.group["eps"]], slot)[0],
+                measured,
+            )
+            self._shifted_tiles += 1
+            if measured:
+                if (parameter, draw) not in new:
+                    new[parameter, draw] = hessian.no_moments()
+                hessian.add_moments(new[parameter, draw], tile, squares)
         self._moments |= new
 
     # ---- the update
@@ -494,21 +575,40 @@ class HiZOO(torch.optim.Optimizer):
 
     # ---- how tiles are computed
 
+    def _parameters(self) -> Iterator[Tensor]:
+        """Yield the parameters of all groups, frozen ones too, in the order of ``state_dict``."""
+        return itertools.chain.from_iterable(group["params"] for group in self.param_groups)
+
     def _cut_slots(self) -> list[Slot]:
+        """Cut what is trained; a parameter keeps its number, and its noise, whatever is frozen."""
+        numbers = itertools.count()
         slots: list[Slot] = []
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if not parameter.is_contiguous():
-                    raise ValueError(f"parameter of shape {tuple(parameter.shape)} not contiguous")
+            for parameter, number in zip(group["params"], numbers, strict=False):
+                if not parameter.requires_grad:
+                    continue
+                check_parameter(parameter)
                 as_matrix = self._is_low_rank(parameter)
                 as_matrix |= "hessian_rows" in self.state.get(parameter, {})
-                compiles = bool(self._compiles)
-                slots.append(Slot.cut(parameter, group, len(slots), as_matrix, compiles))
+                slots.append(Slot.cut(parameter, group, number, as_matrix, bool(self._compiles)))
         return slots
 
+    def _check_parameters(self) -> None:
+        trained = {slot.parameter for slot in self._slots}
+        if not trained:
+            raise ValueError("no parameter requires a gradient: there is nothing to train")
+        if self.layers and set(self.layers.uses) != trained:
+            raise ValueError("layers must hold exactly the parameters that the optimizer trains")
+
     def _prepare(self) -> None:
-        """Do what has to wait for the first estimate: until then weights may move to a device."""
+        """Do what has to wait for an estimate: before it weights may move, or be frozen."""
+        trained = [parameter for parameter in self._parameters() if parameter.requires_grad]
+        same = [*map(id, trained)] == [id(slot.parameter) for slot in self._slots]
+        if not self._estimates and not same:
+            self._slots = self._cut_slots()
+            self._check_parameters()
         if self._compiles is None:
+            self.check_perturbation_scale()
             self._decide_whether_to_compile()
         self._start_hessians()
 
@@ -542,6 +642,14 @@ class HiZOO(torch.optim.Optimizer):
         keys_there = torch.tensor(keys, dtype=torch.int32)
         keys_there = keys_there.to(slot.parameter.device, non_blocking=True)
         return [key.clone() for key in keys_there]
+
+    def _tiles_with_noise(
+        self, slots: Sequence[Slot], draw: int
+    ) -> Iterator[tuple[Slot, int, Tensor]]:
+        """Yield every tile of ``slots``, in the order of their packets, with its ``_noise``."""
+        for packet in cut_into_packets(slots):
+            for (slot, tile), noise in zip(packet, self._noise(packet, draw), strict=True):
+                yield slot, tile, noise
 
     def _noise(self, packet: Packet, draw: int) -> Sequence[Tensor]:
         """Return u of every tile of a packet, or its key where the kernel draws u itself."""
@@ -736,6 +844,48 @@ class Slot:
         """
         flat = tensor.view(-1)[tile * self.length : (tile + 1) * self.length]
         return flat.view((-1, self.columns) if self.columns else (-1,)).data
+
+
+def check_parameter(parameter: Tensor) -> None:
+    """Check that a parameter is one that can be cut into tiles and perturbed.
+
+    Raises:
+        ValueError: it is not contiguous, or of a dtype without fractions.
+    """
+    shown = f"parameter of shape {tuple(parameter.shape)}"
+    if parameter.dtype not in DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise ValueError(f"{shown} is {str(parameter.dtype).removeprefix('torch.')}: give {known}")
+    if not parameter.is_contiguous():
+        raise ValueError(f"{shown} not contiguous")
+
+
+def check_perturbation_scale(eps: float, slots: Sequence[Slot]) -> None:
+    """Check that a shift by μ u changes weights, and that shifting back restores them.
+
+    Raises:
+        ValueError: it does not.
+    """
+    tiles = [slot.view(slot.parameter, tile) for slot in slots for tile in range(len(slot))]
+    tiles = [tile for tile in tiles if tile.numel()]
+    if not tiles:
+        return
+    shift = LARGEST_NOISE * eps
+    # A quarter of a number times the dtype's eps is at most half a unit in its last place.
+    if all(shift < tile.abs().min() * torch.finfo(tile.dtype).eps / 4 for tile in tiles):
+        raise ValueError(
+            f"eps {eps!r} changes none of the weights, it is below their precision; give a larger "
+            "one"
+        )
+    norms = [torch.linalg.vector_norm(tile, dtype=compute_dtype(tile.dtype)) for tile in tiles]
+    size = math.hypot(*map(float, norms)) / math.sqrt(sum(tile.numel() for tile in tiles))
+    representable = min(torch.finfo(tile.dtype).max for tile in tiles)
+    if shift > representable or eps > LARGEST_SHIFT * size > 0:
+        raise ValueError(
+            f"eps {eps!r} would destroy the weights, whose root mean square is {size:.2g}: "
+            f"shifting them back restores them up to {LARGEST_SHIFT:g} times that; give a smaller "
+            "one"
+        )
 
 
 Packet = list[tuple[Slot, int]]

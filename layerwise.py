@@ -39,6 +39,10 @@ class LayerwiseWeights:
         self.names = {parameter: name for name, parameter in module.named_parameters()}
         self.free: list[torch.UntypedStorage] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what ``copy`` and ``pickle`` keep: scratch memory is made anew."""
+        return {**self.__dict__, "free": []}
+
     @contextlib.contextmanager
     def replaced(self, write: Callable[[Weights], None]) -> Iterator[None]:
         """Evaluate with the weights that ``write`` puts into the tensors it is given.
