@@ -18,6 +18,8 @@ from torch import Tensor, nn
 Weights = dict[nn.Parameter, Tensor]
 # Bytes: a module's weights lie in one piece of scratch, each as a tensor of its own would.
 ALIGNMENT = 64
+# Relative difference of two losses with the same weights, on a device that adds in any order.
+SAME_LOSS = 1e-4
 
 
 class LayerwiseWeights:
@@ -38,6 +40,8 @@ class LayerwiseWeights:
         self.uses = Counter(parameter for _, owned in self.owners for parameter in owned)
         self.names = {parameter: name for name, parameter in module.named_parameters()}
         self.free: list[torch.UntypedStorage] = []
+        # Whether a module that does not run is known to have no part in the loss.
+        self.checked = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what ``copy`` and ``pickle`` keep: scratch memory is made anew."""
@@ -48,8 +52,59 @@ class LayerwiseWeights:
         """Evaluate with the weights that ``write`` puts into the tensors it is given.
 
         Raises:
-            RuntimeError: the module of a parameter did not run, so that its own weights counted.
+            RuntimeError: the module of a parameter did not run, so that its own weights may count;
+                not after ``check``, which has shown that they do not.
         """
+        with self._swapped(write) as finished:
+            yield
+        missed = self._names_but(finished)
+        if missed and not self.checked:
+            raise RuntimeError(
+                f"{missed[0]} was not perturbed: the forward of its module did not run; perturb "
+                "this model in place"
+            )
+
+    def check(self, loss: Callable[[], Any]) -> list[str]:
+        """Try whether a model's weights are read by their own modules alone, while these run.
+
+        ``loss`` is evaluated twice: once as it is, and once with NaN in place of all weights whose
+        module is not running, so that a read from elsewhere shows. No weight is touched.
+
+        Returns:
+            The names of the weights whose module does not run: the loss does not depend on them.
+
+        Raises:
+            RuntimeError: the two losses differ, or the second is an exception: with this model
+                perturbed weights would not be seen everywhere.
+        """
+        expected = float(loss())
+        own = {parameter: parameter.data for parameter in self.uses}
+
+        def write(weights: Weights) -> None:
+            for parameter, scratch in weights.items():
+                scratch.copy_(own[parameter])
+
+        try:
+            for parameter, data in own.items():
+                parameter.data = data.new_full((), torch.nan).expand(data.shape)
+            with self._swapped(write) as finished:
+                found = float(loss())
+        except Exception as error:  # of any module, which may do anything with a weight
+            raise RuntimeError(f"a module needs another one's weights ({error})") from error
+        finally:
+            for parameter, data in own.items():
+                parameter.data = data
+        if not abs(found - expected) <= SAME_LOSS * abs(expected):
+            raise RuntimeError("a module reads another one's weights")
+        self.checked = True
+        return self._names_but(finished)
+
+    def _names_but(self, finished: set[nn.Parameter]) -> list[str]:
+        return [self.names[parameter] for parameter in self.uses if parameter not in finished]
+
+    @contextlib.contextmanager
+    def _swapped(self, write: Callable[[Weights], None]) -> Iterator[set[nn.Parameter]]:
+        """As ``replaced``, for whatever modules run; yields the parameters whose module has."""
         own: Weights = {}
         kept: Weights = {}
         depth: Counter[nn.Parameter] = Counter()
@@ -84,17 +139,11 @@ class LayerwiseWeights:
                 hooks.callback(part.register_forward_pre_hook(before, prepend=True).remove)
                 hooks.callback(part.register_forward_hook(after, always_call=True).remove)
             try:
-                yield
+                yield finished
             finally:
                 for parameter, data in own.items():
                     parameter.data = data
                 self._give_back(kept)
-        missed = [self.names[parameter] for parameter in self.uses if parameter not in finished]
-        if missed:
-            raise RuntimeError(
-                f"{missed[0]} was not perturbed: the forward of its module did not run; perturb "
-                "this model in place"
-            )
 
     def _borrow(self, parameters: list[nn.Parameter]) -> Weights:
         """Scratch for a module's parameters, in the smallest free piece that is large enough."""

@@ -204,5 +204,4 @@ def zeroth_order_settings(arguments: Arguments) -> ZerothOrderSettings:
         perturbation=arguments.zo_perturbation,
         num_samples=arguments.zo_num_samples,
         compile={"auto": None, "yes": True, "no": False}[arguments.zo_compile],
-        max_skipped_steps=arguments.max_skipped_steps,
     )

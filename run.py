@@ -160,6 +160,7 @@ class Experiment:
             "objective": training.objective,
             "data_collator": training.collate,
             "decay_step": arguments.decay_step,
+            "max_skipped_steps": arguments.max_skipped_steps,
         }
         if arguments.trainer == "zo":
             trainer: ObjectiveTrainer = ZerothOrderTrainer(

@@ -7,6 +7,8 @@ passes into ``training_step`` and leaves the rest to it.
 
 from __future__ import annotations
 
+import itertools
+import logging
 import math
 import re
 from collections.abc import Callable
@@ -17,24 +19,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-from transformers import (
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
 from transformers.optimization import get_scheduler
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from callbacks import LogLines, LossProgress, ShownObjective, StopWithoutFiniteLoss
 from checkpoints import read_trainer_state
 from hizoo import HiZOO
 from language_model.loading import load_renamed_weights, tied_weights
-from language_model.objectives import Objective, language_model_loss
+from language_model.objectives import (
+    NegativeTextMetric,
+    Objective,
+    language_model_loss,
+    negative_accuracy,
+)
 from layerwise import LayerwiseWeights
 from utils import InputError
+
+logger = logging.getLogger(__name__)
 
 SMOOTHING_SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
@@ -90,7 +92,6 @@ class ZerothOrderSettings:
         perturbation: "inplace", "layerwise" or "auto": layerwise where weights are half precision.
         num_samples: directions a step.
         compile: whether kernels are compiled; None: for 16 million weights and more.
-        max_skipped_steps: steps in a row without a finite loss, after which the run stops.
     """
 
     smoothing: SmoothingSchedule
@@ -100,24 +101,42 @@ class ZerothOrderSettings:
     perturbation: str = "auto"
     num_samples: int = 1
     compile: bool | None = None
-    max_skipped_steps: int = 50
+
+
+def shown_objective(objective: Objective) -> ShownObjective:
+    """Return how an objective is called where people read it."""
+    if isinstance(objective, NegativeTextMetric):
+        return ShownObjective(objective.metric, -1)
+    return ShownObjective("accuracy", -1) if objective is negative_accuracy else ShownObjective()
 
 
 class ObjectiveTrainer(Trainer):
     """First-order training on an objective; ``data_collator`` makes the batches that it takes.
 
+    Batches that are accumulated, or shared between processes, count by what their loss is the mean
+    over: a step is that of one large batch. A step whose loss is not finite changes nothing.
+
     Args:
         objective: what becomes small, one of objectives.py.
         decay_step: the learning rate stays constant until this step and decays from there on, with
             the scheduler ``linear`` or ``cosine``; 0: the scheduler's own start.
+        max_skipped_steps: steps in a row without a finite loss, after which the run stops with a
+            checkpoint.
         **kwargs: of ``transformers.Trainer``.
     """
 
-    diverged = False
-
-    def __init__(self, *, objective: Objective, decay_step: int = 0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        objective: Objective,
+        decay_step: int = 0,
+        max_skipped_steps: int = 50,
+        **kwargs: Any,
+    ) -> None:
         self.objective = objective
         self.decay_step = decay_step
+        self._skipped_in_a_row = 0
+        self._step_is_finite = True
         arguments = kwargs["args"]
         if arguments.n_gpu > 1:
             # DataParallel would cut a batch's tensors apart, and multiplies the batch size.
@@ -130,8 +149,24 @@ class ObjectiveTrainer(Trainer):
         if arguments.fsdp and not self.is_fsdp_enabled:
             # accelerate would train with whole weights in every process, without a word.
             raise InputError("--fsdp shards the weights over GPUs, there are none: leave it out")
+        # Losses come weighted (compute_loss): the Trainer need not divide them by their number.
+        self.model_accepts_loss_kwargs = True
+        shown = shown_objective(objective)
         if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(LossProgress)
+            self.add_callback(LossProgress(shown))
+        if self.pop_callback(PrinterCallback) is not None:
+            self.add_callback(LogLines(shown))
+        self.finite_losses = StopWithoutFiniteLoss(max_skipped_steps, self.skipped_in_a_row)
+        self.add_callback(self.finite_losses)
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the run was stopped since its losses were not finite any more."""
+        return self.finite_losses.stopped
+
+    def skipped_in_a_row(self) -> int:
+        """Return how many of the last steps in a row had no finite loss."""
+        return self._skipped_in_a_row
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
         """Train; a checkpoint that has reached ``max_steps`` already is loaded and left at that."""
@@ -157,6 +192,21 @@ class ObjectiveTrainer(Trainer):
         if not load_renamed_weights(self.model, Path(self.state.best_model_checkpoint)):
             super()._load_best_model()
 
+    def batch_weight(self, batch: dict[str, Any]) -> int:
+        """Return what the loss of a batch is the mean over: its scored tokens, or its examples."""
+        if self.objective is language_model_loss:
+            return len(batch["targets"])
+        if "labels" in batch:  # of a data set in the Trainer's own form
+            return int((batch["labels"][..., 1:] != -100).sum())
+        return len(next(batch[name] for name in ("correct", "prompts") if name in batch))
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, Any]], device: torch.device
+    ) -> Tensor:
+        # The Trainer counts labels, which packed batches do not have.
+        total = torch.tensor(sum(map(self.batch_weight, batch_samples)), device=device)
+        return self.accelerator.reduce(total, "sum")
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -164,9 +214,34 @@ class ObjectiveTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the objective of a batch."""
+        """Return the objective of a batch, or with ``num_items_in_batch`` its part of a step's."""
         loss = self.objective(model, inputs)
+        if num_items_in_batch is not None:
+            # Processes average their gradients, which here have to be summed.
+            part = self.batch_weight(inputs) / num_items_in_batch
+            loss = loss * part * self.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Compute gradients of a batch; without a finite loss the whole step is left without."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._step_is_finite &= bool(torch.isfinite(loss))
+        if self.accelerator.sync_gradients:
+            finite = torch.tensor(float(self._step_is_finite), device=self.args.device)
+            if self.accelerator.reduce(finite, "mean") < 1:
+                if self.accelerator.scaler is None:  # which would leave the step out itself
+                    # An optimizer leaves alone what has no gradient.
+                    model.zero_grad(set_to_none=True)
+                self._skipped_in_a_row += 1
+            else:
+                self._skipped_in_a_row = 0
+            self._step_is_finite = True
+        return loss
 
     @torch.no_grad()
     def evaluation_loop(
@@ -188,13 +263,12 @@ class ObjectiveTrainer(Trainer):
         self.model.eval()
         self.callback_handler.eval_dataloader = dataloader
         dataset, size = dataloader.dataset, self.args.eval_batch_size
-        by_token = self.objective is language_model_loss
         own = range(self.args.process_index % processes, len(dataset), processes)
         sums = torch.zeros(2, dtype=torch.float64)
         for start in range(0, len(own), size):
             examples = [dataset[index] for index in own[start : start + size]]
             batch = self.data_collator(examples)
-            weight = len(batch["targets"]) if by_token else len(examples)
+            weight = self.batch_weight(batch)
             with self.compute_loss_context_manager():
                 loss = float(self.compute_loss(self.model, self._prepare_inputs(batch)))
             sums += torch.tensor([loss * weight, weight], dtype=torch.float64)
@@ -251,12 +325,11 @@ class ZerothOrderTrainer(ObjectiveTrainer):
         super().__init__(**kwargs)
         # Nothing has a gradient that could be clipped.
         self.args.max_grad_norm = 0.0
-        self.finite_losses = StopWithoutFiniteLoss(settings.max_skipped_steps)
-        self.add_callback(self.finite_losses)
 
     def create_optimizer(self, model: nn.Module | None = None) -> HiZOO:
         """Create the optimizer; biases and layer norms do not decay."""
         if self.optimizer is None:
+            layers = self.choose_layers()
             trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
             matrices = {n for n, p in trained if p.dim() > 1}  # some norms go by unusual names
             decaying = matrices & set(self.get_decay_parameter_names(self.model))
@@ -268,9 +341,6 @@ class ZerothOrderTrainer(ObjectiveTrainer):
                 for decays in (True, False)
             ]
             settings = self.settings
-            layerwise = settings.perturbation == "layerwise"
-            if settings.perturbation == "auto":
-                layerwise = any(p.element_size() < 4 for _, p in trained)
             self.optimizer = HiZOO(
                 [group for group in groups if group["params"]],
                 lr=self.args.learning_rate,
@@ -279,16 +349,56 @@ class ZerothOrderTrainer(ObjectiveTrainer):
                 hessian=settings.hessian,
                 hessian_dtype=settings.hessian_dtype,
                 num_samples=settings.num_samples,
-                layers=LayerwiseWeights(self.model) if layerwise else None,
+                layers=layers,
                 seed=self.args.seed,
                 compile=settings.compile,
             )
+            try:
+                self.optimizer.check_perturbation_scale()
+            except ValueError as error:
+                raise InputError(f"--zo_eps {settings.eps:g}: {error}") from error
         return self.optimizer
 
-    @property
-    def diverged(self) -> bool:
-        """Whether the run was stopped since its losses were not finite any more."""
-        return self.finite_losses.stopped
+    def choose_layers(self) -> LayerwiseWeights | None:
+        """Return what perturbs one module at a time, None to perturb in place.
+
+        A batch shows whether that works for this model, and which weights no text passes through:
+        these are frozen.
+
+        Raises:
+            InputError: it was asked for and does not work.
+        """
+        perturbation = self.settings.perturbation
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        half_precision = any(parameter.element_size() < 4 for parameter in trained)
+        if perturbation == "inplace" or (perturbation == "auto" and not half_precision):
+            return None
+        self.model.eval()
+        examples = itertools.islice(self.train_dataset, self.args.per_device_train_batch_size)
+        inputs = self._prepare_inputs(self.data_collator(list(examples)))
+        layers = LayerwiseWeights(self.model)
+        try:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                unused = layers.check(lambda: self.compute_loss(self.model, inputs))
+        except RuntimeError as error:
+            reason = f"{type(self.model).__name__} cannot be perturbed layer by layer: {error}"
+            if perturbation == "layerwise":
+                raise InputError(f"{reason}; use --zo_perturbation inplace") from error
+            logger.warning("%s; its weights are shifted in place and back, which rounds", reason)
+            return None
+        if unused:
+            for name in unused:
+                self.model.get_parameter(name).requires_grad_(False)
+            logger.warning(
+                "not trained, since no text passes through: %s (%d in all)", unused[0], len(unused)
+            )
+            layers = LayerwiseWeights(self.model)
+            layers.checked = True
+        return layers
+
+    def skipped_in_a_row(self) -> int:
+        """Return how many of the last steps in a row had no finite loss."""
+        return self.hizoo.param_groups[0]["skipped_in_a_row"]
 
     @property
     def hizoo(self) -> HiZOO:
@@ -309,13 +419,16 @@ class ZerothOrderTrainer(ObjectiveTrainer):
         for group in self.hizoo.param_groups:
             group["hessian_smooth"] = smooth
 
+        weight = torch.tensor(self.batch_weight(inputs), device=self.args.device)
+        weight_of_all = self.accelerator.reduce(weight, "sum")
+
         def batch_loss() -> Tensor:
             with self.compute_loss_context_manager():
                 loss = self.compute_loss(self.model, inputs)
-            return self.accelerator.reduce(loss, "mean")
+            return self.accelerator.reduce(loss * weight, "sum") / weight_of_all
 
-        loss = self.hizoo.estimate(batch_loss) / self.current_gradient_accumulation_steps
-        return torch.tensor(loss, device=self.args.device)
+        loss = self.hizoo.estimate(batch_loss, float(weight_of_all))
+        return torch.tensor(loss, device=self.args.device) * weight_of_all / num_items_in_batch
 
     def _wrap_model(
         self, model: nn.Module, training: bool = True, dataloader: Any = None
@@ -334,57 +447,3 @@ class ZerothOrderTrainer(ObjectiveTrainer):
             logs["hessian_mean"], logs["hessian_max"] = self.hizoo.hessian_mean_and_max()
             logs["skipped_steps"] = self.hizoo.skipped_steps
         super().log(logs, start_time)
-
-
-class StopWithoutFiniteLoss(TrainerCallback):
-    """Saves a checkpoint and stops when too many steps in a row had a loss that is not finite.
-
-    Attributes:
-        stopped: whether it did.
-    """
-
-    def __init__(self, max_skipped_steps: int) -> None:
-        self.max_skipped_steps = max_skipped_steps
-        self.stopped = False
-
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: torch.optim.Optimizer | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Look at the optimizer's count."""
-        if optimizer.param_groups[0]["skipped_in_a_row"] >= self.max_skipped_steps:
-            self.stopped = True
-            control.should_log = True
-            control.should_save = True
-            control.should_training_stop = True
-
-
-class LossProgress(ProgressCallback):
-    """The Trainer's progress bar, with the loss in it instead of a line for every log entry."""
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Show the training loss in the bar, and each dev loss in a line of its own."""
-        if not state.is_world_process_zero or self.training_bar is None or not logs:
-            return
-        if "loss" in logs:
-            shown = {"loss": f"{float(logs['loss']):.4f}"}
-            if "curvature" in logs:
-                shown["g"] = f"{logs['projected_gradient']:.3g}"
-                shown["c"] = f"{logs['curvature']:.3g}"
-                shown["h"] = f"{logs['hessian_mean']:.4g}"
-            if logs.get("skipped_steps"):
-                shown["skipped"] = f"{logs['skipped_steps']}"
-            self.training_bar.set_postfix(shown)
-        if "eval_loss" in logs:
-            tqdm.write(f"step {state.global_step}: dev loss {float(logs['eval_loss']):.4f}")

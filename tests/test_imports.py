@@ -19,7 +19,7 @@ ROOMS = (
     {"utils"},
     {"data_files", "metrics", "templates", "tasks", "sampling"},
     {"language_model"},
-    {"checkpoints"},
+    {"checkpoints", "callbacks"},
     {"trainer"},
     {"command_line"},
     {"preparation"},

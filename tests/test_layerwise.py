@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_models import FAMILIES, tiny_model
 from torch import nn
+from transformers import AutoModelForCausalLM, BartConfig
 
 import hizoo
 from hizoo import HiZOO
@@ -163,3 +164,61 @@ def test_frozen_weights_are_left_alone() -> None:
     HiZOO(trained, lr=1e-2, layers=layers).step(lambda: loss_of(model))
     changed = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
     assert changed and all("layers.1" in name for name in changed)
+
+
+# --------------------------------------------------------------------------- models it is not for
+
+
+class ReadsAnothersWeight(nn.Module):
+    """As DBRX's experts and the convolutions of Mamba: a weight that another module uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(inputs) @ self.second.weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_check_finds_weights_that_another_module_reads(dtype) -> None:
+    for model, inputs in (
+        (ReadsAnothersWeight().to(dtype), torch.ones(2, 3, dtype=dtype)),
+        (tiny_model("lfm2").to(dtype), None),
+    ):
+        before = bits_of(model)
+        layers = LayerwiseWeights(model)
+
+        def loss(model=model, inputs=inputs) -> float:
+            return loss_of(model) if inputs is None else model(inputs).sum()
+
+        with torch.no_grad(), pytest.raises(RuntimeError, match="another one's weights"):
+            layers.check(loss)
+        assert_bits_equal(model, before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_check_passes_where_every_module_reads_its_own(family) -> None:
+    model = tiny_model(family).to(torch.bfloat16)
+    before = bits_of(model)
+    with torch.no_grad():
+        assert LayerwiseWeights(model).check(lambda: loss_of(model)) == []
+    assert_bits_equal(model, before)
+
+
+def test_check_names_weights_that_no_text_passes_through() -> None:
+    shape = {"vocab_size": 50, "d_model": 16, "decoder_layers": 1, "decoder_ffn_dim": 16}
+    heads = {"encoder_layers": 1, "decoder_attention_heads": 2, "encoder_attention_heads": 2}
+    config = BartConfig(**shape, **heads, is_decoder=True)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    layers = LayerwiseWeights(model)
+    tokens = torch.tensor([[1, 5, 9, 4]])
+
+    def loss() -> float:
+        return model(tokens, labels=tokens).loss
+
+    with torch.no_grad():
+        unused = layers.check(loss)
+    assert unused and all("encoder_attn" in name for name in unused)
+    # It is known now that the loss does not depend on them.
+    HiZOO(model.parameters(), layers=layers).step(loss)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from running import assert_same_checkpoint, finish, log_of, training, weights
+from test_families import save_model
 
 import run
 from trainer import ZerothOrderTrainer
@@ -68,6 +69,31 @@ def test_auto_perturbs_half_precision_layer_by_layer(
 ) -> None:
     finish(training(tmp_path, max_steps=1, save_strategy="no", **arguments))
     assert (optimizers[-1].layers is not None) == layerwise
+
+
+def test_a_model_that_cannot_be_perturbed_layer_by_layer_is_shifted_in_place(
+    tmp_path: Path, optimizers: list[Any], caplog: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_model("lfm2", tmp_path / "model")
+    arguments = {"model_name": model, "max_steps": 1, "save_strategy": "no"}
+    finish(training(tmp_path, load_bfloat16=True, **arguments))
+    assert optimizers[-1].layers is None
+    (line,) = [text for text in caplog.messages if "layer by layer" in text]
+    assert "Lfm2ForCausalLM" in line and "in place" in line
+    assert run.main(training(tmp_path / "no", zo_perturbation="layerwise", **arguments)) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert line.startswith("error: Lfm2ForCausalLM cannot be perturbed layer by layer: ")
+    assert line.endswith("use --zo_perturbation inplace")
+
+
+@pytest.mark.parametrize("eps", ["1e30", "1e-30"])
+def test_perturbation_scale_that_does_not_fit_is_one_line(
+    tmp_path: Path, eps: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run.main(training(tmp_path, zo_eps=eps)) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert line.startswith(f"error: --zo_eps {float(eps):g}: eps ") and "give a " in line
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_hessian_arguments_reach_the_optimizer(tmp_path: Path, optimizers: list[Any]) -> None:
@@ -140,4 +166,4 @@ def test_bad_values_are_refused(
     assert run.main(training(tmp_path, **arguments)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
-    assert list(tmp_path.iterdir()) == []
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

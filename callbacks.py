@@ -1,0 +1,135 @@
+"""What looks on while the Trainer trains: the progress bar, lines of the log, the end of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import (
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+# The log's entries that a person wants to see, and how they are called in little room.
+SHOWN = {
+    "projected_gradient": ("g", ".3g"),
+    "curvature": ("c", ".3g"),
+    "hessian_mean": ("h", ".4g"),
+    "skipped_steps": ("skipped", "d"),
+}
+
+
+class ShownObjective(NamedTuple):
+    """How the objective is called where people read it, and its sign: -1 where it is maximised."""
+
+    name: str = "loss"
+    sign: int = 1
+
+    def text(self, value: float) -> str:
+        """Return a value of the loss as it is shown."""
+        return f"{self.sign * float(value):.4f}"
+
+
+class StopWithoutFiniteLoss(TrainerCallback):
+    """Saves a checkpoint and stops when too many steps in a row had a loss that is not finite.
+
+    Attributes:
+        stopped: whether it did.
+    """
+
+    def __init__(self, max_skipped_steps: int, skipped_in_a_row: Callable[[], int]) -> None:
+        self.max_skipped_steps = max_skipped_steps
+        self.skipped_in_a_row = skipped_in_a_row
+        self.stopped = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Look at the count."""
+        if self.skipped_in_a_row() >= self.max_skipped_steps:
+            self.stopped = True
+            control.should_log = True
+            control.should_save = True
+            control.should_training_stop = True
+
+
+class LossProgress(ProgressCallback):
+    """The Trainer's progress bar, with the loss in it instead of a line for every log entry."""
+
+    def __init__(self, objective: ShownObjective) -> None:
+        super().__init__()
+        self.objective = objective
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: DataLoader | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Advance the bar of the dev examples."""
+        super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
+        if self.prediction_bar is not None:
+            self.prediction_bar.set_description(f"dev {self.objective.name}", refresh=False)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the training loss in the bar, and each dev loss in a line of its own."""
+        if not state.is_world_process_zero or self.training_bar is None or not logs:
+            return
+        if "loss" in logs:
+            self.training_bar.set_postfix(shown_values(logs, self.objective))
+        if "eval_loss" in logs:
+            tqdm.write(dev_line(state, logs, self.objective))
+
+
+class LogLines(TrainerCallback):
+    """A line for every entry of the log, with its step, where there is no progress bar."""
+
+    def __init__(self, objective: ShownObjective) -> None:
+        self.objective = objective
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Print what the progress bar would show."""
+        if not state.is_world_process_zero or not logs:
+            return
+        if "loss" in logs:
+            values = shown_values(logs, self.objective)
+            shown = ", ".join(f"{name} {value}" for name, value in values.items())
+            print(f"step {state.global_step} of {state.max_steps}: {shown}", flush=True)
+        if "eval_loss" in logs:
+            print(dev_line(state, logs, self.objective), flush=True)
+
+
+def shown_values(logs: Mapping[str, Any], objective: ShownObjective) -> dict[str, str]:
+    """Return the values of a log entry that are shown, under their short names."""
+    shown = {objective.name: objective.text(logs["loss"])}
+    for name, (short, form) in SHOWN.items():
+        # A step that was skipped is news, that none was is not.
+        if name in logs and (name != "skipped_steps" or logs[name]):
+            shown[short] = format(logs[name], form)
+    return shown
+
+
+def dev_line(state: TrainerState, logs: Mapping[str, Any], objective: ShownObjective) -> str:
+    """Return the line of a dev loss."""
+    return f"step {state.global_step}: dev {objective.name} {objective.text(logs['eval_loss'])}"
