@@ -1,10 +1,13 @@
-"""What looks on while the Trainer trains: the progress bar, lines of the log, the end of a run."""
+"""What looks on while the Trainer trains: progress, lines of the log, signals, the end of a run."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import Any, NamedTuple
 
+import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import (
@@ -56,6 +59,59 @@ class StopWithoutFiniteLoss(TrainerCallback):
             control.should_log = True
             control.should_save = True
             control.should_training_stop = True
+
+
+class SaveOnInterrupt(TrainerCallback):
+    """Saves a checkpoint and stops after the current step when a signal arrives.
+
+    SIGINT is Ctrl-C, SIGTERM and SIGUSR1 are what Slurm sends before a job's time is over
+    (``sbatch --signal``).
+
+    Attributes:
+        received: the signal's name, None as long as none arrived.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._previous: dict[int, Any] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Listen for the signals."""
+        self._previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ask the Trainer for a checkpoint and an end, once a signal has arrived."""
+        if self._received_anywhere(args):
+            # The losses since the last log entry are not in the checkpoint.
+            control.should_log = True
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _received_anywhere(self, args: TrainingArguments) -> str | None:
+        """Return the signal; processes that train together stop after the same step."""
+        if args.world_size > 1:
+            number = signal.Signals[self.received] if self.received else 0
+            shared = torch.tensor(int(number), device=args.device)
+            torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
+            if shared.item():
+                self.received = signal.Signals(int(shared.item())).name
+        return self.received
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
 
 
 class LossProgress(ProgressCallback):

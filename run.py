@@ -18,6 +18,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from callbacks import SaveOnInterrupt
 from checkpoints import RunSettings, find_checkpoint, last_whole_checkpoint, remove_checkpoints
 from command_line.arguments import USAGE, Arguments, parse_arguments, settings_of_a_checkpoint
 from command_line.checks import check
@@ -37,13 +38,7 @@ from results import describe, example_lines, prediction_rows, summarize
 from sampling import ExampleSet
 from tasks import Sample
 from trainer import ObjectiveTrainer, ZerothOrderTrainer
-from utils import (
-    InputError,
-    SaveOnInterrupt,
-    leave_process_group_at_exit,
-    write_json,
-    write_json_lines,
-)
+from utils import InputError, leave_process_group_at_exit, write_json, write_json_lines
 
 
 class Interrupted(Exception):

@@ -1,4 +1,4 @@
-"""Small shared pieces: errors of the user's input, files that are written whole, signals."""
+"""Small shared pieces: errors of the user's input, files that are written whole."""
 
 from __future__ import annotations
 
@@ -6,15 +6,10 @@ import atexit
 import functools
 import json
 import os
-import signal
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
-
-import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 class InputError(ValueError):
@@ -82,60 +77,9 @@ def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 @functools.cache
 def leave_process_group_at_exit() -> None:
     """End the processes' connection before Python does: its threads would abort the process."""
+    import torch  # Not above: those who only read data files would wait for it.
+
     atexit.register(torch.distributed.destroy_process_group)
-
-
-class SaveOnInterrupt(TrainerCallback):
-    """Saves a checkpoint and stops after the current step when a signal arrives.
-
-    SIGINT is Ctrl-C, SIGTERM and SIGUSR1 are what Slurm sends before a job's time is over
-    (``sbatch --signal``).
-
-    Attributes:
-        received: the signal's name, None as long as none arrived.
-    """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self._previous: dict[int, Any] = {}
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Listen for the signals."""
-        self._previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Ask the Trainer for a checkpoint and an end, once a signal has arrived."""
-        if self._received_anywhere(args):
-            # The losses since the last log entry are not in the checkpoint.
-            control.should_log = True
-            control.should_save = True
-            control.should_training_stop = True
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Give the signals back to whoever had them."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _received_anywhere(self, args: TrainingArguments) -> str | None:
-        """Return the signal; processes that train together stop after the same step."""
-        if args.world_size > 1:
-            number = signal.Signals[self.received] if self.received else 0
-            shared = torch.tensor(int(number), device=args.device)
-            torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
-            if shared.item():
-                self.received = signal.Signals(int(shared.item())).name
-        return self.received
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
 
 
 def _umask() -> int:

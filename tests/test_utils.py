@@ -1,19 +1,15 @@
-"""Files that are whole or absent, signals."""
+"""Files that are whole or absent."""
 
 from __future__ import annotations
 
 import os
-import signal
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from transformers import TrainerControl
 
 import utils
 from utils import (
     InputError,
-    SaveOnInterrupt,
     check_writable,
     write_json,
     write_json_lines,
@@ -100,20 +96,3 @@ def test_check_writable_without_permission(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(utils.tempfile, "TemporaryFile", refuse)
     with pytest.raises(InputError, match=r"cannot write there \(Permission denied\)"):
         check_writable("--result_file", tmp_path / "x.json")
-
-
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"])
-def test_signal_saves_logs_and_stops(name: str) -> None:
-    number = signal.Signals[name]
-    before = signal.getsignal(number)
-    callback, control = SaveOnInterrupt(), TrainerControl()
-    arguments = SimpleNamespace(world_size=1)
-    callback.on_train_begin(arguments, None, control)
-    callback.on_step_end(arguments, None, control)
-    assert not control.should_save and not control.should_training_stop
-    signal.raise_signal(number)
-    callback.on_step_end(arguments, None, control)
-    callback.on_train_end(arguments, None, control)
-    assert callback.received == name
-    assert control.should_save and control.should_log and control.should_training_stop
-    assert signal.getsignal(number) is before
