@@ -5,11 +5,37 @@
 #   MODEL=facebook/opt-1.3b TASK=SST2 MODE=ft LR=1e-5 bash finetune.sh  all parameters
 #   MODEL=facebook/opt-13b TASK=SST2 MODE=lora LR=1e-4 NUM_GPU=2 bash finetune.sh
 #
-# Further arguments go to run.py and win over the ones here. README lists the variables.
+# Further arguments go to run.py and win over the ones here. --help lists the variables.
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$HERE/settings.sh"
 
+if given "--help -h" "$@"; then
+    cat <<'END'
+VARIABLE=value … bash finetune.sh [arguments of run.py, which win]; finetune_fsdp.sh takes the same
+
+  variable  default (bundled model)  meaning
+  MODEL     the bundled one          Hub id or local directory
+  DATA_DIR  the Hub (data/samples)   folder with the data, in the Hub's columns
+  TASK      SST2                     one of the eleven tasks
+  MODE      ft                       ft: all weights; prefix: 5 prefix tokens; lora
+  EPOCH     5                        epochs
+  BS        8                        examples a step, shared by the GPUs
+  LR        1e-5, prefix 1e-2, lora 1e-4
+                                     learning rate, which falls to 0
+  SEED      0                        of the training set and the batches
+  TRAIN     1000                     training examples
+  DEV       500 (200), CB and Copa 100, own files at most a fifth; 0: none
+  EVAL      1000                     validation examples to report on
+  NUM_GPU   1 (finetune_fsdp.sh: all visible ones)
+                                     processes, one for each GPU
+
+python run.py --help lists the arguments, docs/scripts.md says more about the variables.
+END
+    exit 0
+fi
+find_python
+point_out_unknown_variables MODEL DATA_DIR TASK MODE EPOCH BS LR SEED TRAIN DEV EVAL NUM_GPU
 TASK=${TASK:-SST2}
 MODE=${MODE:-ft}
 DATA_DIR=${DATA_DIR:-}
@@ -20,9 +46,12 @@ case $MODE in
     lora) DEFAULT_LR=1e-4 ;;
 esac
 EXTRA_ARGS=()
-if [ -z "${MODEL:-}" ]; then
+if wants_bundled_model; then
     use_bundled_model
-    EXTRA_ARGS+=(--eval_before_training --per_device_eval_batch_size 64)
+    EXTRA_ARGS+=(--per_device_eval_batch_size 64)
+    if ! given --fsdp "$@"; then # Sharded weights are not whole before training.
+        EXTRA_ARGS+=(--eval_before_training)
+    fi
 fi
 EPOCH=${EPOCH:-5}
 BS=${BS:-8}
@@ -32,9 +61,14 @@ TRAIN=${TRAIN:-1000}
 EVAL=${EVAL:-1000}
 NUM_GPU=${NUM_GPU:-1}
 
+choose_data "$@"
 choose_objective "$@"
-choose_best "$@"
 DEV=${DEV:-$DEFAULT_DEV}
+choose_best "$@"
+EVALUATION=(--eval_strategy epoch)
+if [ "$DEV" = 0 ]; then
+    EVALUATION=()
+fi
 
 case $NUM_GPU in
     "" | *[!0-9]* | 0*) refuse "NUM_GPU=$NUM_GPU: give the number of GPUs, at least 1" ;;
@@ -54,26 +88,24 @@ fi
 # Mixed precision: AdamW on float16 weights would lose most updates, so they stay float32.
 if ! given "--fp16 --bf16 --load_float16 --load_bfloat16 --load_int8 --load_int4" "$@" &&
     has_gpu; then
-    EXTRA_ARGS+=(--fp16)
-fi
-if [ -n "$DATA_DIR" ]; then
-    EXTRA_ARGS+=(--data_dir "$DATA_DIR")
+    # float16 overflows in models that were trained in bfloat16.
+    if gpu_has_bfloat16; then EXTRA_ARGS+=(--bf16); else EXTRA_ARGS+=(--fp16); fi
 fi
 
 TAG=regular-$MODE-$EPOCH-$BS-$LR-$SEED
 if given --fsdp "$@"; then # Checkpoints of sharded runs are different files.
     TAG=$TAG-fsdp
 fi
-NAME=$TASK-$(basename "$MODEL")-$TAG
+NAME=${TASK:-own}-$(basename "$MODEL")-$TAG
 
-exec python ${LAUNCHER[@]+"${LAUNCHER[@]}"} "$HERE/run.py" \
-    --task_name "$TASK" --model_name "$MODEL" \
+exec "$PYTHON" ${LAUNCHER[@]+"${LAUNCHER[@]}"} "$HERE/run.py" \
+    ${DATA[@]+"${DATA[@]}"} --model_name "$MODEL" \
     --output_dir "result/$NAME" --tag "$NAME" \
     --trainer regular --num_train_epochs "$EPOCH" --learning_rate "$LR" \
     --lr_scheduler_type linear --per_device_train_batch_size "$((BS / NUM_GPU))" \
     --seed "$SEED" --train_set_seed "$SEED" \
     --num_train "$TRAIN" --num_dev "$DEV" --num_eval "$EVAL" \
-    --eval_strategy epoch --save_strategy epoch --save_total_limit 1 \
+    ${EVALUATION[@]+"${EVALUATION[@]}"} --save_strategy epoch --save_total_limit 1 \
     --save_on_interrupt --logging_steps 10 \
     ${MODE_ARGS[@]+"${MODE_ARGS[@]}"} ${OBJECTIVE[@]+"${OBJECTIVE[@]}"} \
     ${BEST[@]+"${BEST[@]}"} ${EXTRA_ARGS[@]+"${EXTRA_ARGS[@]}"} "$@"

@@ -10,7 +10,7 @@ set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$HERE/settings.sh"
 
-if [ -z "${NUM_GPU:-}" ]; then
+if [ -z "${NUM_GPU:-}" ] && ! given "--help -h" "$@"; then
     has_gpu || refuse "no NVIDIA GPU found: give NUM_GPU, or run finetune.sh"
     if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
         NUM_GPU=$(printf %s "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -c .)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from running import MODEL, ROOT, SAMPLES
 
@@ -43,12 +46,21 @@ def run_script(
     )
 
 
+# A Python that has torch, knows in which dtype every model was saved, and prints its arguments.
+PRINTER = """#!/bin/sh
+case "$1 $2" in
+    -c*find_spec*) exit 0 ;;
+    -c*AutoConfig*) echo "torch.${SAVED_IN:-float16}"; exit 0 ;;
+esac
+for argument in "$@"; do printf "%s\\n" "$argument"; done
+"""
+
+
 def passed_to_python(
     folder: Path, *arguments: str, script: Path | None = None, **env: str
 ) -> list[str]:
     """The arguments that Python would get."""
-    printer = '#!/bin/sh\nfor argument in "$@"; do printf "%s\\n" "$argument"; done\n'
-    done = run_script(folder, *arguments, python=printer, script=script, **env)
+    done = run_script(folder, *arguments, python=PRINTER, script=script, **env)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -272,11 +284,46 @@ def test_best_checkpoint_needs_dev_losses_and_checkpoints(
     assert ("--load_best_model_at_end" in argv) is loads_best
 
 
-def test_float16_only_where_a_gpu_is(tmp_path: Path) -> None:
-    commands = tmp_path / ".commands"
-    commands.mkdir()
-    (commands / "nvidia-smi").write_text("#!/bin/sh\necho GPU 0\n")
+def add_gpus(folder: Path, number: int, capability: str = "7.5") -> None:
+    """Put an nvidia-smi that finds so many GPUs on the path of the scripts run in ``folder``."""
+    commands = folder / ".commands"
+    commands.mkdir(exist_ok=True)
+    listed, asked = (
+        "; ".join([f"echo {line}"] * number) or "true" for line in ("GPU 0: a name", capability)
+    )
+    (commands / "nvidia-smi").write_text(
+        f"#!/bin/sh\ncase $1 in -L) {listed} ;; --query-gpu=compute_cap) {asked} ;; esac\n"
+    )
     (commands / "nvidia-smi").chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("saved", "capability", "expected"),
+    [
+        ("float16", "7.5", {"--load_float16"}),
+        ("float16", "9.0", {"--load_float16"}),
+        ("bfloat16", "8.0", {"--load_bfloat16"}),
+        ("bfloat16", "10.0", {"--load_bfloat16"}),
+        ("bfloat16", "7.5", set()),  # float16 would overflow
+        ("float32", "9.0", set()),
+    ],
+)
+def test_half_precision_is_that_of_the_saved_model(
+    tmp_path: Path, saved: str, capability: str, expected: set[str]
+) -> None:
+    add_gpus(tmp_path, 2, capability)
+    for script in (None, ROOT / "icl.sh"):
+        argv = passed_arguments(
+            tmp_path, script=script, CUDA_VISIBLE_DEVICES="0,1", MODEL="a/b", SAVED_IN=saved
+        )
+        assert {word for word in argv if word.startswith("--load_") and "best" not in word} == (
+            expected
+        )
+
+
+def test_float16_only_where_a_gpu_is(tmp_path: Path) -> None:
+    add_gpus(tmp_path, 1)
+    commands = tmp_path / ".commands"
     assert "--load_float16" in passed_arguments(tmp_path, CUDA_VISIBLE_DEVICES="0")
     argv = passed_arguments(tmp_path, "--load_bfloat16", CUDA_VISIBLE_DEVICES="0")
     assert "--load_float16" not in argv
@@ -293,8 +340,88 @@ def test_repository_in_a_folder_with_spaces(tmp_path: Path) -> None:
     repository.mkdir()
     for name in ("HiZOO.sh", "settings.sh"):
         shutil.copy(ROOT / name, repository)
-    printer = '#!/bin/sh\nfor argument in "$@"; do printf "%s\\n" "$argument"; done\n'
-    done = run_script(tmp_path, python=printer, script=repository / "HiZOO.sh")
+    done = run_script(tmp_path, python=PRINTER, script=repository / "HiZOO.sh")
     lines = done.stdout.splitlines()
     assert lines[0] == str(repository / "run.py")
     assert value_of(lines, "model_name") == str(repository / "data" / "tiny-opt")
+
+
+# ------------------------------------------------------------------------- what a newcomer types
+
+
+def test_help_lists_every_variable(tmp_path: Path) -> None:
+    for name in ("HiZOO.sh", "icl.sh", "finetune.sh", "finetune_fsdp.sh"):
+        done = run_script(tmp_path, "--help", script=ROOT / name, python="#!/bin/sh\nexit 1\n")
+        assert (done.returncode, done.stderr) == (0, "")
+        source = (ROOT / name.replace("_fsdp", "")).read_text()
+        read = re.findall(r"^ *([A-Z_]+)=\$\{\1:-", source, flags=re.MULTILINE)
+        assert len(read) > 4
+        assert all(re.search(rf"^  {variable} ", done.stdout, re.MULTILINE) for variable in read)
+        assert "python run.py --help" in done.stdout
+
+
+def test_python_of_the_environment_that_make_demo_made(tmp_path: Path) -> None:
+    """Where no environment is active, or one without torch."""
+    copy = tmp_path / "copy"
+    (copy / ".venv" / "bin").mkdir(parents=True)
+    for name in ("HiZOO.sh", "settings.sh"):
+        shutil.copy(ROOT / name, copy)
+    made = copy / ".venv" / "bin" / "python"
+    made.write_text(PRINTER.replace("for argument", "echo made; for argument"))
+    made.chmod(0o755)
+    without_torch = "#!/bin/sh\nexit 1\n"
+    done = run_script(tmp_path, script=copy / "HiZOO.sh", python=without_torch)
+    assert (done.returncode, done.stdout.splitlines()[0]) == (0, "made"), done.stderr
+    assert "made" not in run_script(tmp_path, script=copy / "HiZOO.sh", python=PRINTER).stdout
+    made.write_text(without_torch)
+    (tmp_path / ".commands" / "python3").write_text(without_torch)
+    (tmp_path / ".commands" / "python3").chmod(0o755)
+    done = run_script(tmp_path, script=copy / "HiZOO.sh", python=without_torch)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert (
+        done.stderr.startswith("error: no Python with torch found") and "make demo" in done.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "right"),
+    [("LEARNING_RATE", "LR"), ("SEEDS", "SEED"), ("STEP", "STEPS"), ("BATCH_SIZE", "BS")],
+)
+def test_variables_near_a_known_one_are_pointed_out(tmp_path: Path, given: str, right: str) -> None:
+    done = run_script(tmp_path, python=PRINTER, **{given: "1"})
+    assert done.returncode == 0
+    assert done.stderr == f"warning: {given} is not read, do you mean {right}?\n"
+    assert run_script(tmp_path, python=PRINTER, **{right: "1"}).stderr == ""
+
+
+@pytest.mark.parametrize("model", ["data/tiny-opt", "./data/tiny-opt/", str(MODEL)])
+def test_the_bundled_model_by_its_path_is_the_bundled_model(tmp_path: Path, model: str) -> None:
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    assert passed_arguments(tmp_path, MODEL=model) == passed_arguments(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("row", "classifies"),
+    [
+        ({"prompt": "Fine. It was", "options": ["bad", "good"], "answer": 1}, True),
+        ({"prompt": "Two and two?", "answer": "four"}, False),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_own_files(tmp_path: Path, suffix: str, row: dict, classifies: bool) -> None:
+    file = tmp_path / f"own{suffix}"
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row] * 20), file)
+    elif suffix == ".csv":
+        file.write_text(",".join(row) + "\n" + 20 * "a,b,c\n")
+    else:
+        file.write_text(20 * (json.dumps(row) + "\n"))
+    own = ["--train_file", str(file), "--validation_file", str(file)]
+    python = PRINTER.replace("esac", f'    -c*) exec "{sys.executable}" "$@" ;;\nesac', 1)
+    done = run_script(tmp_path, *own, python=python)
+    argv = done.stdout.splitlines()[1:]
+    assert not {"--task_name", "--data_dir"} & {*argv}
+    assert ("--train_as_classification" in argv) is classifies
+    assert value_of(argv, "num_dev") == "4" and "--eval_strategy" in argv
+    argv = run_script(tmp_path, *own, python=python, DEV="0").stdout.splitlines()
+    assert not {"--eval_strategy", "--load_best_model_at_end"} & {*argv}

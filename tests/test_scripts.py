@@ -15,6 +15,7 @@ import torch
 from running import MODEL, ROOT, SAMPLES, log_of, weights
 from test_hizoo_sh import (
     PREFIX_TUNING,
+    add_gpus,
     passed_arguments,
     passed_to_python,
     run_script,
@@ -39,15 +40,6 @@ def finish(
     assert run.main(argv) == 0
     (result_file,) = (folder / "result").glob("*.json")
     return json.loads(result_file.read_text())
-
-
-def add_gpus(folder: Path, number: int) -> None:
-    """Put an nvidia-smi that finds so many GPUs on the path of the scripts run in ``folder``."""
-    commands = folder / ".commands"
-    commands.mkdir(exist_ok=True)
-    lines = "".join(f"echo GPU {gpu}: a name\n" for gpu in range(number))
-    (commands / "nvidia-smi").write_text(f"#!/bin/sh\n{lines}")
-    (commands / "nvidia-smi").chmod(0o755)
 
 
 def checkpoint_of(result: dict[str, Any], folder: Path) -> Path:
@@ -194,6 +186,10 @@ def test_precision_where_a_gpu_is(tmp_path: Path) -> None:
     assert "--load_float16" in passed_arguments(tmp_path, script=ICL, **gpu)
     argv = passed_arguments(tmp_path, script=FINETUNE, **gpu)
     assert "--fp16" in argv and "--load_float16" not in argv
+    add_gpus(tmp_path, 1, capability="8.6")
+    argv = passed_arguments(tmp_path, script=FINETUNE, **gpu)
+    assert "--bf16" in argv and "--fp16" not in argv
+    add_gpus(tmp_path, 1)
     for precision in ("--bf16", "--load_bfloat16"):
         assert "--fp16" not in passed_arguments(tmp_path, precision, script=FINETUNE, **gpu)
     assert "--fp16" not in passed_arguments(tmp_path, script=FINETUNE)
@@ -296,6 +292,12 @@ def test_processes_of_finetune_fsdp(tmp_path: Path) -> None:
         assert argv[-3:] == ["--fsdp", "--fsdp_config", "my file.json"]
         assert value_of(argv, "tag") == "Copa-b-regular-ft-5-12-3e-5-0-fsdp"
         assert value_of(argv, "trainer") == "regular" and value_of(argv, "num_dev") == "100"
+
+
+def test_fsdp_of_the_bundled_model_is_not_evaluated_before(tmp_path: Path) -> None:
+    flag = "--eval_before_training"
+    assert flag not in passed_to_python(tmp_path, script=FSDP, NUM_GPU="2")
+    assert flag in passed_to_python(tmp_path, script=FINETUNE, NUM_GPU="2")
 
 
 def test_fsdp_takes_all_gpus(tmp_path: Path) -> None:
