@@ -1,19 +1,34 @@
-"""The command line of run.py: every argument with its help, and what belongs to a run."""
+"""The command line of run.py: how it is read, its help, and what belongs to a run."""
 
 from __future__ import annotations
 
+import argparse
+import copy
 import dataclasses
-import difflib
 import functools
-from collections.abc import Collection, Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
+from command_line.groups import (
+    COMMON_TRAINER_ARGUMENTS,
+    GROUPS,
+    EvaluationAndResults,
+    Generation,
+    InContextLearning,
+    Model,
+    TaskAndData,
+    TrainedWeights,
+    Training,
+    ZerothOrder,
+)
+from command_line.unknown import NOT_OFFERED, explain_unknown
+from command_line.values import BOUNDS, check_number, read_dictionary
 from tasks import Task, choose_task
 from utils import InputError, one_line
 
@@ -27,7 +42,8 @@ python run.py --task_name TASK --model_name MODEL [arguments]
                      --max_steps 20000 --learning_rate 1e-6 --zo_eps 1e-3
 
   MODEL is a Hub id or a local directory; --data_dir DIR reads DIR/<task>/*.jsonl, no Hub needed.
-  bash HiZOO.sh does the same with environment variables. python run.py --help lists everything.
+  bash HiZOO.sh does the same with environment variables. python run.py --help explains the
+  arguments, python run.py --help_all those of transformers' Trainer too.
 """
 
 # The ways to train something else than all weights, and what belongs to each of them.
@@ -39,262 +55,23 @@ TUNING_MODES = {
 }
 
 
-def argument(default: Any, help_text: str, *aliases: str) -> Any:
-    """Describe a field of the command line."""
-    metadata: dict[str, Any] = {"help": help_text}
-    if aliases:
-        metadata["aliases"] = list(aliases)
-    return field(default=default, metadata=metadata)
-
-
 @dataclass
-class Arguments(TrainingArguments):
-    """All of transformers.TrainingArguments, and the arguments of the experiment."""
+class Arguments(
+    Generation,
+    EvaluationAndResults,
+    ZerothOrder,
+    Training,
+    TrainedWeights,
+    InContextLearning,
+    Model,
+    TaskAndData,
+    TrainingArguments,
+):
+    """The arguments of the experiment, and all of transformers.TrainingArguments."""
 
-    # ---- task and data
-    task_name: str | None = argument(
-        None,
-        "Task, in any case: SST2, RTE, CB, BoolQ, WSC, WIC, MultiRC, Copa, ReCoRD, SQuAD, DROP.",
-    )
-    data_dir: str | None = argument(
-        None,
-        "Folder with <task>/train.jsonl and validation.jsonl (or .parquet) in the Hub's schema. "
-        "Default: the data sets are loaded from the Hub.",
-    )
-    train_file: str | None = argument(
-        None,
-        "Your own training examples (or demonstrations): JSON Lines, CSV or Parquet with prompt, "
-        "answer and, to choose from, options. Excludes --task_name and --data_dir.",
-    )
-    validation_file: str | None = argument(
-        None, "Your own examples to report on, in the columns of --train_file."
-    )
-    metric: Literal["accuracy", "f1", "em"] | None = argument(
-        None,
-        "First metric of your own examples: accuracy for options, f1 or em (exact match) for "
-        "generated answers. Default: accuracy, or f1.",
-    )
-    num_train: int = argument(
-        0, "Training examples, or demonstrations in context with --trainer none. 0: zero-shot."
-    )
-    num_dev: int | None = argument(
-        None, "Dev examples, drawn from the training split with --num_train. Training only."
-    )
-    num_eval: int | None = argument(
-        None, "Examples drawn from the validation split to report on. Default: all.", "--num_test"
-    )
-    num_train_sets: int | None = argument(
-        None, "Number of training (demonstration) sets, drawn with seeds 0, 1, …; each is a run."
-    )
-    train_set_seed: int | None = argument(
-        None,
-        "Seed of one training (demonstration) set and of the eval draw. Excludes "
-        "--num_train_sets. With neither, training uses 0, and in context every eval example gets "
-        "demonstrations of its own.",
-    )
-
-    # ---- model
-    model_name: str | None = argument(None, "Hub id or local directory of a causal language model.")
-    load_float16: bool = argument(
-        False, "Load the weights in float16. Default float32. Excludes --load_bfloat16."
-    )
-    load_bfloat16: bool = argument(
-        False, "Load the weights in bfloat16. Default float32. Excludes --load_float16."
-    )
-    load_int8: bool = argument(
-        False,
-        "Load 8-bit weights with bitsandbytes, for --trainer none or adapters (--lora, "
-        "--prefix_tuning). Needs a CUDA GPU. Excludes --load_int4.",
-    )
-    load_int4: bool = argument(
-        False, "As --load_int8, with 4-bit weights (NF4). Excludes --load_int8."
-    )
-    max_length: int | None = argument(
-        None,
-        "Tokens of a text at most; longer ones are cut on the left. Default: 2048, or the model's "
-        "positions if they are fewer.",
-    )
-    no_auto_device: bool = argument(
-        False, "Do not spread the model over the GPUs (accelerate's device_map auto)."
-    )
-    trust_remote_code: bool = argument(
-        False, "Run Python code that comes with the model. Only for sources that you trust."
-    )
-
-    # ---- in-context learning
-    sfc: bool = argument(
-        False,
-        "Calibrate scores with a content-free prompt (surface form competition, arXiv 2104.08315). "
-        "Excludes --icl_sfc.",
-    )
-    icl_sfc: bool = argument(
-        False, "As --sfc, with the demonstrations before the content-free prompt. Excludes --sfc."
-    )
-
-    # ---- what is trained
-    lora: bool = argument(
-        False,
-        "Train LoRA matrices on the query and value projections (arXiv 2106.09685) and nothing "
-        "else. Excludes --prefix_tuning, --head_tuning and --linear_probing.",
-    )
-    lora_r: int = argument(8, "Rank of the LoRA matrices (MeZO paper: 8).")
-    lora_alpha: int = argument(16, "Scale of LoRA, divided by its rank (MeZO paper: 16).")
-    prefix_tuning: bool = argument(
-        False,
-        "Train keys and values that stand before every text in every layer (arXiv 2101.00190) and "
-        "nothing else. Excludes --lora, --head_tuning and --linear_probing.",
-    )
-    num_prefix: int = argument(5, "Tokens of the prefix (MeZO paper: 5).")
-    no_reparam: bool = argument(
-        True,
-        "Train the prefix itself; False: a two-layer network that makes it (arXiv 2101.00190).",
-    )
-    prefix_init_by_real_act: bool = argument(
-        True, "Start the prefix from the keys and values of random real tokens; False: of noise."
-    )
-    head_tuning: bool = argument(
-        False,
-        "Train the language-model head and nothing else. Where it is tied, the input embeddings "
-        "change with it unless --untie_emb is given. Excludes --lora, --prefix_tuning and "
-        "--linear_probing.",
-    )
-    untie_emb: bool = argument(
-        False, "Give the language-model head weights of its own, where it shares the embeddings'."
-    )
-    linear_probing: bool = argument(
-        False,
-        "Fit the head's rows of the answers' tokens by logistic regression (scikit-learn) on the "
-        "features before it; needs --trainer regular. Excludes --lora, --prefix_tuning and "
-        "--head_tuning.",
-    )
-    lp_early_stopping: bool = argument(
-        False, "Stop the logistic regression at a tolerance of 1e-2. Default: 1e-4."
-    )
-
-    # ---- training
-    trainer: Literal["none", "regular", "zo"] = argument(
-        "none",
-        "none: no training, zero-shot or in context. regular: backpropagation with --optim. "
-        "zo: HiZOO (MeZO with --hessian_smooth_type constant0), forward passes only.",
-    )
-    only_train_option: bool = argument(
-        True,
-        "Language-model loss on the correct option's tokens only; False: on the prompt's too. "
-        "Without effect with --train_as_classification.",
-    )
-    train_as_classification: bool = argument(
-        False,
-        "Train with the cross-entropy over the options' mean log-probabilities. Not for SQuAD and "
-        "DROP; published runs leave it out for Copa and ReCoRD too.",
-    )
-    non_diff: bool = argument(
-        False,
-        "Train on an objective without a gradient: minus the mean F1 of the generated text, or "
-        "minus the accuracy where there are options. Needs --trainer zo.",
-    )
-    non_diff_metric: Literal["f1", "em", "accuracy"] | None = argument(
-        None,
-        "The metric of --non_diff: f1 or em for generated text, accuracy for options. Default: f1, "
-        "or accuracy.",
-    )
-    zo_eps: float = argument(
-        1e-3, "Perturbation scale μ in units of the weights (HiZOO and MeZO papers: 1e-3)."
-    )
-    hessian_smooth_type: str = argument(
-        "constant1e-8",
-        "Smoothing α of the diagonal Hessian: constant<number>, or linear<number> and "
-        "cosine<number>, which fall to 0 over max_steps. constant0 is MeZO. HiZOO paper: 1e-10 to "
-        "1e-4.",
-    )
-    hessian: Literal["full", "lowrank"] = argument(
-        "full",
-        "full: an entry of h for each weight. lowrank: HiZOO-L, a row and a column vector for each "
-        "matrix (Adafactor's factorisation, arXiv 1804.04235).",
-    )
-    hessian_dtype: Literal["auto", "float32", "bfloat16"] = argument(
-        "auto", "dtype of the full h; auto: that of the weights, bfloat16 for float16."
-    )
-    zo_perturbation: Literal["auto", "inplace", "layerwise"] = argument(
-        "auto",
-        "inplace: shift the weights and back, which rounds. layerwise: perturb one module at a "
-        "time in scratch memory, the weights stay as they are. auto: inplace for float32, "
-        "layerwise for half precision.",
-    )
-    zo_num_samples: int = argument(
-        1, "Directions a step, averaged: n-SPSA (MeZO paper, arXiv 2305.17333, section 2)."
-    )
-    zo_compile: Literal["auto", "yes", "no"] = argument(
-        "auto",
-        "Whether torch.compile makes one kernel of a step's arithmetic: 10 to 30 seconds in a "
-        "first run, a step several times faster beside its forward passes. Needs a C++ compiler. "
-        "auto: from 16 million trained weights on.",
-    )
-    max_skipped_steps: int = argument(
-        50, "Steps in a row without a finite loss, after which the run stops with a checkpoint."
-    )
-    warmup_steps: float = argument(
-        0,
-        "Steps over which the learning rate rises from 0; below 1: a fraction of max_steps.",
-        "--warmup_step",
-    )
-    decay_step: int = argument(
-        0,
-        "Step until which the learning rate stays constant before it decays to 0 at max_steps; "
-        "needs the scheduler linear or cosine. 0: the scheduler's own course.",
-    )
-    lr_scheduler_type: SchedulerType | str = argument(  # noqa: RUF009 - an immutable default
-        "constant",
-        "Learning-rate schedule of transformers, per step: constant (MeZO, HiZOO), linear, "
-        "cosine, …; with warmup_steps constant means constant_with_warmup.",
-        "--zo_lr_scheduler_type",
-    )
-    eval_strategy: IntervalStrategy | str = argument(  # noqa: RUF009 - an immutable default
-        "no", "When the dev loss is computed: no, steps or epoch.", "--evaluation_strategy"
-    )
-    logging_steps: float = argument(
-        10, "Steps between two entries of the log, and of the loss in the progress bar."
-    )
-    logging_nan_inf_filter: bool = argument(
-        False, "Log a loss that is not finite as 0; default: as it is."
-    )
-    overwrite_output_dir: bool = argument(
-        False,
-        "Delete the checkpoints in output_dir and start anew. Default: go on from the newest one.",
-    )
-    save_on_interrupt: bool = argument(
-        False,
-        "On Ctrl-C, SIGTERM, SIGUSR1 or SIGUSR2 finish the step, save a checkpoint and stop; the "
-        "same command then goes on from there.",
-    )
-    save_model: bool = argument(False, "Save the final model and tokenizer into output_dir.")
-
-    # ---- evaluation and results
-    eval_before_training: bool = argument(
-        False, "Report the metric on the eval examples before training too (zero-shot)."
-    )
-    no_eval: bool = argument(False, "Do not evaluate after training.")
-    result_file: str | None = argument(
-        None, "JSON file for metrics and settings. Default: result/<tag>.json."
-    )
-    predictions_file: str | None = argument(
-        None, "JSON Lines file with id, prediction, correct and scores of every eval example."
-    )
-    tag: str | None = argument(
-        None, "Name of the run, of its result file and output_dir. Default: made of the settings."
-    )
-    verbose: bool = argument(False, "Show the first prompts, their options and scores.")
-
-    # ---- generation (SQuAD, DROP)
-    sampling: bool = argument(False, "Sample the generated text. Default: greedy, or beams.")
-    temperature: float = argument(1.0, "Temperature of --sampling.")
-    num_beams: int = argument(1, "Beams of the search; 1: none.")
-    top_k: int | None = argument(None, "With --sampling, draw from the k likeliest tokens.")
-    top_p: float = argument(0.95, "With --sampling, draw from this much probability mass.")
-    max_new_tokens: int = argument(50, "Tokens generated at most.")
-    eos_token: str = argument("\\n", "Text whose last token ends the generation; \\n is a newline.")
-
-    # Names of the arguments on the command line whose value is not the default.
+    # Names of the arguments on the command line; and without those that are a script's choice.
     given: frozenset[str] = field(default=frozenset(), init=False)
+    given_by_user: frozenset[str] = field(default=frozenset(), init=False)
 
     def __post_init__(self) -> None:
         if self.tag is None:
@@ -304,6 +81,11 @@ class Arguments(TrainingArguments):
         if not torch.accelerator.is_available():
             # Without it, processes that torchrun starts on CPUs would not find one another.
             self.use_cpu = True
+        if self.ddp_backend and "LOCAL_RANK" not in os.environ:
+            raise InputError(
+                f"--ddp_backend {self.ddp_backend}: there is one process only; start several with "
+                "torchrun, or leave it out"
+            )
         super().__post_init__()
         # Batches of encoded examples have no columns that a model's forward could name.
         self.remove_unused_columns = False
@@ -342,35 +124,117 @@ def default_tag(arguments: Arguments) -> str:
     return "-".join([*parts, f"seed{arguments.seed}"])
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows an argument under the one name that README uses, and no default where it is None."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        shown = copy.copy(action)
+        shown.option_strings = [name for name in action.option_strings if "-" not in name[2:]]
+        return super()._format_action_invocation(shown)
+
+
+class HelpOnEverything(argparse.Action):
+    """--help_all: the help with the Trainer's arguments too."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        """Print it and leave."""
+        OneLineParser(everything=True).print_help()
+        parser.exit()
+
+
 class OneLineParser(HfArgumentParser):
-    """An argument parser whose errors are one line."""
+    """The command line in groups; its errors are one line.
+
+    Args:
+        everything: whether the help tells the Trainer's arguments, too.
+    """
+
+    def __init__(self, everything: bool = False) -> None:
+        own = {field.name for group in GROUPS for field in dataclasses.fields(group)}
+        others = {
+            field.name: field.metadata["help"] if everything else argparse.SUPPRESS
+            for field in dataclasses.fields(TrainingArguments)
+            if field.name not in {*own, *COMMON_TRAINER_ARGUMENTS, *NOT_OFFERED}
+        }
+        super().__init__(
+            [
+                *GROUPS,
+                trainer_group("The Trainer's, most used", COMMON_TRAINER_ARGUMENTS),
+                trainer_group("The Trainer's others", others),
+            ],
+            usage=USAGE,
+            formatter_class=HelpFormatter,
+            allow_abbrev=False,
+        )
+        for action in self._actions:
+            if action.nargs == 0 and action.const is False:
+                action.help = argparse.SUPPRESS  # the --no_… of what is on by default
+        self.add_argument(
+            "--help_all",
+            action=HelpOnEverything,
+            nargs=0,
+            default=argparse.SUPPRESS,
+            help="show this help with all of the Trainer's arguments, and exit",
+        )
 
     def error(self, message: str) -> NoReturn:
-        """Raise InputError, with the nearest argument's name where one was unknown."""
+        """Raise InputError."""
         raise InputError(f"{message.splitlines()[0]} (python run.py --help lists the arguments)")
+
+    def read(self, argv: Sequence[str]) -> dict[str, Any]:
+        """Return the values of what stands on a command line, and of nothing else."""
+        absent = object()
+        nothing = argparse.Namespace(**dict.fromkeys((a.dest for a in self._actions), absent))
+        namespace, unknown = self.parse_known_args(list(argv), nothing)
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings]
+            raise InputError(explain_unknown(unknown[0], known))
+        return {name: value for name, value in vars(namespace).items() if value is not absent}
+
+
+def trainer_group(title: str, texts: Mapping[str, str]) -> type:
+    """Return some of the Trainer's arguments, by name with their help, as a dataclass."""
+    types = get_type_hints(TrainingArguments)
+    chosen = []
+    for inherited in dataclasses.fields(TrainingArguments):
+        if inherited.name in texts:
+            described = copy.copy(inherited)
+            described.metadata = {**inherited.metadata, "help": texts[inherited.name]}
+            chosen.append((inherited.name, types[inherited.name], described))
+    return dataclasses.make_dataclass(
+        "TrainerGroup", chosen, namespace={"_argument_group_name": title}
+    )
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
     """Read the command line; ``checks.check`` then says whether its values go together.
 
+    What stands before a word ``--`` are a script's own choices: the arguments behind it win, and
+    what they leave without an effect is not refused.
+
     Raises:
-        InputError: an argument is unknown, or its value is not of its kind.
+        InputError: an argument is unknown, or its value is not of its kind or makes no sense.
     """
-    parser = OneLineParser(Arguments, usage=USAGE, allow_abbrev=False)
-    namespace, unknown = parser.parse_known_args(list(argv))
-    if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
-        hint = f"did you mean {near[0]}?" if near else "python run.py --help lists the arguments"
-        raise InputError(f"unknown argument {unknown[0]}: {hint}")
+    parser = OneLineParser()
+    words = list(argv)
+    border = words.index("--") if "--" in words else -1
+    by_script = parser.read(words[: max(border, 0)])
+    by_user = parser.read(words[border + 1 :])
+    values = by_script | by_user
+    for name, value in values.items():
+        if name in BOUNDS and value is not None:
+            check_number(name, value)
+        if name in TrainingArguments._VALID_DICT_FIELDS:
+            values[name] = read_dictionary(name, value)
     try:
-        arguments = parser.parse_dict(vars(namespace))[0]
-    except (ValueError, ImportError, RuntimeError) as error:
+        arguments = Arguments(**values)
+    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
         raise InputError(one_line(error)) from error
-    defaults = vars(parser.parse_args([]))
-    arguments.given = frozenset(
-        name for name, value in vars(namespace).items() if value != defaults[name]
-    )
+    arguments.given = frozenset(values)
+    arguments.given_by_user = frozenset(by_user)
     return arguments
 
 
@@ -443,8 +307,9 @@ def _plain_values(arguments: Arguments, names: Collection[str]) -> dict[str, Any
         for field in dataclasses.fields(arguments)
         if field.name in names
     }
-    return {name: _plain_value(value) for name, value in values.items()}
+    return {name: plain_value(value) for name, value in values.items()}
 
 
-def _plain_value(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
+    """Return a value as JSON has it: that of an enumeration, the dictionary of a configuration."""
     return value.to_dict() if hasattr(value, "to_dict") else getattr(value, "value", value)

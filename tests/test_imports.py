@@ -28,7 +28,7 @@ ROOMS = (
 )
 TORCH_ALONE = ("hizoo", "layerwise")
 # Scripts that import from the rooms, and that no room imports from.
-BESIDE = {"benchmarks", "data", "examples", "tests"}
+BESIDE = {"benchmarks", "data", "docs", "examples", "tests"}
 
 Imports = dict[str, set[str]]
 
