@@ -105,4 +105,5 @@ exec "$PYTHON" "$HERE/run.py" \
     --save_strategy steps --save_steps "$EVAL_STEPS" --save_total_limit 1 \
     --save_on_interrupt --logging_steps 10 \
     ${MODE_ARGS[@]+"${MODE_ARGS[@]}"} ${OBJECTIVE[@]+"${OBJECTIVE[@]}"} \
-    ${BEST[@]+"${BEST[@]}"} ${WEIGHTS[@]+"${WEIGHTS[@]}"} ${EXTRA_ARGS[@]+"${EXTRA_ARGS[@]}"} "$@"
+    ${BEST[@]+"${BEST[@]}"} ${WEIGHTS[@]+"${WEIGHTS[@]}"} ${EXTRA_ARGS[@]+"${EXTRA_ARGS[@]}"} \
+    -- "$@"

@@ -108,4 +108,4 @@ exec "$PYTHON" ${LAUNCHER[@]+"${LAUNCHER[@]}"} "$HERE/run.py" \
     ${EVALUATION[@]+"${EVALUATION[@]}"} --save_strategy epoch --save_total_limit 1 \
     --save_on_interrupt --logging_steps 10 \
     ${MODE_ARGS[@]+"${MODE_ARGS[@]}"} ${OBJECTIVE[@]+"${OBJECTIVE[@]}"} \
-    ${BEST[@]+"${BEST[@]}"} ${EXTRA_ARGS[@]+"${EXTRA_ARGS[@]}"} "$@"
+    ${BEST[@]+"${BEST[@]}"} ${EXTRA_ARGS[@]+"${EXTRA_ARGS[@]}"} -- "$@"

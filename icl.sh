@@ -45,4 +45,4 @@ choose_weights "$@"
 exec "$PYTHON" "$HERE/run.py" \
     ${DATA[@]+"${DATA[@]}"} --model_name "$MODEL" --trainer none \
     --num_train "$TRAIN" --num_eval "$EVAL" --seed "$SEED" \
-    ${WEIGHTS[@]+"${WEIGHTS[@]}"} "$@"
+    ${WEIGHTS[@]+"${WEIGHTS[@]}"} -- "$@"

@@ -17,6 +17,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from command_line.arguments import Arguments
+from command_line.checks import check_sizes
 from language_model.adapters import add_lora, add_prefix, random_tokens
 from language_model.encoding import Encoder
 from language_model.generation import GenerationSettings
@@ -75,6 +76,7 @@ def prepare(arguments: Arguments) -> Prepared:
     """
     task = arguments.task
     config, tokenizer = load_config_and_tokenizer(arguments.model_name, arguments.trust_remote_code)
+    check_sizes(arguments, config)
     max_length = _room_for_texts(arguments, config)
     check_writable("--result_file", arguments.result_path)
     if arguments.predictions_file:

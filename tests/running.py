@@ -43,12 +43,14 @@ def training(folder: Path, task: str = "SST2", **arguments: Any) -> list[str]:
         "learning_rate": 1e-4,
         "logging_steps": 1,
         "save_steps": 3,
-        "hessian_smooth_type": "constant1e-2",
         "output_dir": folder / "out",
         "result_file": folder / "result.json",
         "no_eval": True,
     }
-    return command(task, **(values | arguments))
+    if arguments.get("trainer", "zo") == "zo":
+        values["hessian_smooth_type"] = "constant1e-2"
+    evaluates = arguments.get("eval_before_training") or not arguments.get("no_eval", True)
+    return command(task, **({"num_eval": 6 if evaluates else None} | values | arguments))
 
 
 def finish(argv: list[str]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 import run
 from command_line.arguments import Arguments, parse_arguments
 
+REGULAR = {"trainer": "regular"}
 # Arguments added to a training run that is in order, and what the line has to say.
 BAD_TRAINING = {
     "unknown task": ({"task_name": "SST3"}, ["SST3", "SST2, RTE, CB"]),
@@ -45,14 +46,20 @@ BAD_TRAINING = {
     "negative num_dev": ({"num_dev": -1}, ["--num_dev -1"]),
     "num_eval 0": ({"num_eval": 0}, ["--num_eval 0"]),
     "negative decay_step": ({"decay_step": -1}, ["--decay_step -1"]),
-    "negative warmup": ({"warmup_step": -1}, ["warmup_steps = -1"]),
+    "negative warmup": ({"warmup_step": -1}, ["--warmup_steps -1"]),
     "negative seed": ({"seed": -1}, ["--seed -1"]),
     "best accuracy": (
-        {"metric_for_best_model": "accuracy"},
+        {
+            **{"metric_for_best_model": "accuracy", "load_best_model_at_end": True, "num_dev": 4},
+            **{"eval_strategy": "steps", "eval_steps": 3},
+        },
         ["--metric_for_best_model accuracy", "give loss"],
     ),
     "best of nothing": (
-        {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 2, "num_dev": 4},
+        {
+            **{"save_strategy": "best", "save_steps": None},
+            **{"eval_strategy": "steps", "eval_steps": 2, "num_dev": 4},
+        },
         ["--save_strategy best", "--metric_for_best_model loss"],
     ),
     "batches by length": (
@@ -101,6 +108,58 @@ BAD_TRAINING = {
         ["--train_set_seed", "--num_train_sets"],
     ),
     "calibrated training": ({"sfc": True}, ["--sfc", "--trainer none"]),
+    "no liger kernels": ({"use_liger_kernel": True}, ["--use_liger_kernel", "pip install"]),
+    "a Hub that is not there": ({"push_to_hub": True}, ["--push_to_hub", "--save_model"]),
+    "dev loss at the start": ({"eval_on_start": True}, ["--eval_on_start", "--num_dev"]),
+    "the worst checkpoint": (
+        {
+            **{"load_best_model_at_end": True, "greater_is_better": "True", "num_dev": 4},
+            **{"eval_strategy": "steps", "eval_steps": 3},
+        },
+        ["--greater_is_better", "lowest"],
+    ),
+    "a TPU": ({"debug": "tpu_metrics_debug"}, ["--debug tpu_metrics_debug", "TPU"]),
+    "processes": ({"ddp_backend": "gloo"}, ["--ddp_backend gloo", "torchrun"]),
+    "DeepSpeed": ({"deepspeed": "ds.json"}, ["--deepspeed", "--fsdp"]),
+    "cut batches": (
+        {"accelerator_config": '{"dispatch_batches": true}'},
+        ["--accelerator_config dispatch_batches"],
+    ),
+    "no package for the optimizer": (
+        REGULAR | {"optim": "galore_adamw", "optim_target_modules": "attn"},
+        ["--optim galore_adamw", "galore_torch"],
+    ),
+    "another one": (REGULAR | {"optim": "adamw_bnb_8bit"}, ["--optim adamw_bnb_8bit"]),
+    "and one that says it in its own way": (REGULAR | {"optim": "grokadamw"}, ["grokadamw"]),
+    "modules of an optimizer without": (
+        REGULAR | {"optim_target_modules": "attn"},
+        ["--optim_target_modules attn", "--optim adamw_torch_fused"],
+    ),
+    "arguments of no optimizer": (
+        REGULAR | {"optim_args": "momentum=0.9"},
+        ["--optim_args momentum=0.9", "changes nothing of --optim adamw_torch_fused"],
+    ),
+    "one argument of none": (
+        REGULAR | {"optim": "sgd", "optim_args": "momentum=0.9,beta=1"},
+        ["--optim_args beta=1", "--optim sgd"],
+    ),
+    "no arguments": (REGULAR | {"optim_args": "0.9"}, ["--optim_args 0.9", "name=value"]),
+    "betas of SGD": (
+        REGULAR | {"optim": "sgd", "adam_beta1": 0.5},
+        ["--adam_beta1 0.5", "changes nothing of --optim sgd"],
+    ),
+    "unknown compiler": (
+        REGULAR | {"torch_compile_backend": "nothing"},
+        ["--torch_compile_backend nothing", "inductor"],
+    ),
+    "unknown mode of the compiler": (
+        REGULAR | {"torch_compile_mode": "nothing"},
+        ["--torch_compile_mode nothing", "max-autotune"],
+    ),
+    "rank above the matrices'": (
+        {"lora": True, "lora_r": 129},
+        ["--lora_r 129", "128", "hidden size"],
+    ),
     "classes of a text": (
         {"task_name": "SQuAD"},
         ["--train_as_classification", "SQuAD", "leave it out"],
@@ -118,6 +177,10 @@ BAD_EVALUATION = {
     "no room for a prompt": (
         {"task_name": "DROP", "max_new_tokens": 1024},
         ["--max_new_tokens 1024", "1024"],
+    ),
+    "more beams than tokens": (
+        {"task_name": "SQuAD", "num_beams": 100_000},
+        ["--num_beams 100000", "1536", "vocabulary"],
     ),
     "no end": ({"task_name": "DROP", "eos_token": ""}, ["--eos_token"]),
     "temperature 0": ({"temperature": 0}, ["--temperature 0"]),
@@ -193,7 +256,7 @@ def test_report_target_that_is_not_installed(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "command_line.checks.get_available_reporting_integrations", lambda: ["tensorboard"]
+        "command_line.trainer_checks.get_available_reporting_integrations", lambda: ["tensorboard"]
     )
     argv = training(tmp_path, report_to="wandb")
     assert_refused(argv, tmp_path, capfd, ["--report_to wandb", "pip install wandb"])

@@ -38,7 +38,8 @@ def test_training_resumes_and_evaluates(tmp_path: Path, family: str, mode: str) 
     }
     whole = finish(training(tmp_path / "whole", **arguments))
     rows = (tmp_path / "rows.jsonl").read_text()
-    finish(training(tmp_path / "parted", **arguments | {"max_steps": 3, "no_eval": True}))
+    no_evaluation = {"no_eval": True, "num_eval": None, "predictions_file": None}
+    finish(training(tmp_path / "parted", **arguments | {"max_steps": 3} | no_evaluation))
     parted = finish(training(tmp_path / "parted", **arguments))
     assert parted["resumed_from"].endswith("checkpoint-3")
     assert parted["metric"] == whole["metric"]
@@ -77,7 +78,8 @@ def test_linear_probing(tmp_path: Path, family: str) -> None:
         trainer="regular",
         linear_probing=True,
         **dict.fromkeys(("hessian_smooth_type", "train_as_classification", "no_eval")),
-        **dict.fromkeys(("max_steps", "learning_rate", "save_steps")),
+        **dict.fromkeys(("max_steps", "learning_rate", "save_steps", "logging_steps")),
+        per_device_train_batch_size=None,
     )
     probe = finish(argv)["linear_probe"]
     assert (probe["tokens"], probe["rows"], probe["converged"]) == (2, 12, True)

@@ -16,6 +16,9 @@ import pytest
 from running import MODEL, ROOT, SAMPLES
 
 import run
+from command_line.arguments import parse_arguments
+from command_line.checks import check
+from utils import InputError
 
 TASKS = ["SST2", "RTE", "CB", "BoolQ", "WSC", "WIC", "MultiRC", "Copa", "ReCoRD", "SQuAD", "DROP"]
 VARIABLES = (
@@ -113,11 +116,13 @@ def test_every_task_trains(
     tmp_path: Path, task: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = {"STEPS": "2", "EVAL_STEPS": "1", "TRAIN": "4", "DEV": "2", "EVAL": "3", "BS": "2"}
-    argv = passed_arguments(tmp_path, "--max_new_tokens", "4", TASK=task, **small)
+    metric, further = "accuracy", []
+    if task in ("SQuAD", "DROP"):
+        metric, further = "f1", ["--max_new_tokens", "4"]
+    argv = passed_arguments(tmp_path, *further, TASK=task, **small)
     monkeypatch.chdir(tmp_path)
     assert run.main(argv) == 0
     out = capsys.readouterr().out
-    metric = "f1" if task in ("SQuAD", "DROP") else "accuracy"
     assert f"zero-shot {metric}: " in out and f"test {metric}: " in out
 
 
@@ -282,6 +287,21 @@ def test_best_checkpoint_needs_dev_losses_and_checkpoints(
 ) -> None:
     argv = passed_arguments(tmp_path, *line.split())
     assert ("--load_best_model_at_end" in argv) is loads_best
+
+
+def test_what_the_script_passes_is_not_given_by_the_user(tmp_path: Path) -> None:
+    for line in (
+        *("--save_strategy no", "--evaluation_strategy no --save_strategy no --no_eval"),
+        *("--eval_strategy epoch --save_strategy epoch", "--logging_strategy epoch"),
+        "--trainer regular --optim sgd",
+    ):
+        check(parse_arguments(passed_arguments(tmp_path, *line.split(), MODEL=str(MODEL))))
+    for line in ("--save_strategy no --save_steps 5", "--adam_beta1 0.5"):
+        with pytest.raises(InputError, match=r"^--save_steps 5: |^--adam_beta1 0.5: "):
+            check(parse_arguments(passed_arguments(tmp_path, *line.split(), MODEL=str(MODEL))))
+    line = ["--linear_probing", "--num_train", "9"]
+    argv = passed_arguments(tmp_path, *line, script=ROOT / "finetune.sh", MODEL=str(MODEL))
+    check(parse_arguments(argv))
 
 
 def add_gpus(folder: Path, number: int, capability: str = "7.5") -> None:

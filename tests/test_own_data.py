@@ -259,10 +259,12 @@ def test_in_context_generation(tmp_path: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize("kind", ["choice", "classes", "generation"])
 def test_training(tmp_path: Path, kind: str) -> None:
     arguments: dict[str, Any] = {"trainer": "zo", "max_steps": 2, "num_train": 6, "num_dev": 2}
-    arguments |= {"output_dir": "out", "save_steps": 2, "logging_steps": 1, "max_new_tokens": 4}
+    arguments |= {"output_dir": "out", "save_steps": 2, "logging_steps": 1}
     arguments |= {"per_device_train_batch_size": 4, "learning_rate": 1e-4}
     if kind == "classes":
         arguments["train_as_classification"] = True
+    if kind == "generation":
+        arguments["max_new_tokens"] = 4
     rows = GENERATION if kind == "generation" else CHOICE
     result = finish(own_command(tmp_path, rows, **arguments))
     metrics = ["f1", "em"] if kind == "generation" else ["accuracy"]
