@@ -1,0 +1,250 @@
+"""README and docs say what the code does: their lines run, their tables agree with the code."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running import MODEL, ROOT, SAMPLES
+
+import run
+import tasks
+import templates
+from tasks import TASKS
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
+
+# Stands in for Python: notes what it is called with. What the scripts ask of Python is answered.
+NOTES_ITS_ARGUMENTS = f"""#!/bin/sh
+case "$1" in -c) exec "{sys.executable}" "$@" ;; esac
+exec "{sys.executable}" -c '
+import json, sys
+with open("calls.jsonl", "a") as calls:
+    calls.write(json.dumps(sys.argv[1:]) + chr(10))' "$@"
+"""
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The code blocks of a page in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", TEXTS[page], re.DOTALL | re.MULTILINE)
+
+
+def rows_of(page: str, heading: str) -> dict[str, list[str]]:
+    """The cells of the table behind a heading, by what its first cell names in backticks."""
+    section = re.split(rf"^#+ {re.escape(heading)}$", TEXTS[page], flags=re.MULTILINE)[1]
+    table = re.search(r"(?:^\|.*\n)+", section, flags=re.MULTILINE)[0]
+    cells = [line.strip("|").split(" | ") for line in table.splitlines()[2:]]
+    return {row[0].strip(" `"): [cell.strip() for cell in row[1:]] for row in cells}
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: the repository's files, and no results."""
+    for path in ROOT.iterdir():
+        if path.name != "result" and not path.name.startswith("."):
+            (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def calls_of(block: str, folder: Path) -> list[list[str]]:
+    """Run a block; returns the arguments of every call of Python in it."""
+    commands = folder / "commands"
+    commands.mkdir(exist_ok=True)
+    (commands / "python").write_text(NOTES_ITS_ARGUMENTS)
+    (commands / "python").chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{commands}:{os.environ['PATH']}",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", block],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    lines = (folder / "calls.jsonl").read_text().splitlines()
+    (folder / "calls.jsonl").unlink()
+    return [json.loads(line) for line in lines]
+
+
+def shortened(argv: list[str]) -> list[str]:
+    """The same run on the bundled model, with few steps and examples."""
+    values = dict(itertools.pairwise(argv))
+    short = {"num_eval": "6"}
+    if values["--model_name"].startswith("facebook/"):
+        short |= {"model_name": str(MODEL), "data_dir": str(SAMPLES)}
+    if values.get("--task_name", "").lower() in ("squad", "drop"):
+        short |= {"max_new_tokens": "4"}
+    if "--train_file" not in values and int(values.get("--num_train", 0)) > 24:
+        short |= {"num_train": "24"}
+    if values.get("--trainer", "none") != "none" and "--linear_probing" not in argv:
+        short |= {"max_steps": "2"}
+        if "--train_file" not in values and "--num_dev" in values:
+            short |= {"num_dev": "8"}
+        evaluates = values.get("--evaluation_strategy", values.get("--eval_strategy"))
+        if evaluates == "steps":
+            short |= {"eval_steps": "1"}
+        if evaluates == "steps" and values.get("--save_strategy") == "steps":
+            short |= {"save_steps": "1"}
+    return argv + [word for name, value in short.items() for word in (f"--{name}", value)]
+
+
+def run_shortened(argv: list[str], checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Run run.py with few steps, and look at what it leaves."""
+    argv = shortened(argv)
+    assert run.main(argv) == 0, argv
+    result = json.loads(Path(capsys.readouterr().out.splitlines()[-1][8:]).read_text())
+    assert all(0 <= value <= 1 for value in result["metric"].values())
+    if "--save_model" in argv:
+        assert list(checkout.rglob("result/**/adapter_model.safetensors"))
+    if "--load_best_model_at_end" in argv:
+        adapted = "--lora" in argv or "--prefix_tuning" in argv
+        file = "adapter_model.safetensors" if adapted else "model.safetensors"
+        assert file in os.listdir(result["checkpoint"])
+
+
+BASH_BLOCKS = [(page, number) for page in TEXTS for number in range(len(blocks(page, "bash")))]
+
+
+@pytest.mark.parametrize(("page", "number"), BASH_BLOCKS)
+def test_every_command_line_runs(
+    page: str, number: int, checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if page == "own-data.md" and number:
+        calls_of(blocks(page, "bash")[0], checkout)  # It writes the file that this one reads.
+    block = blocks(page, "bash")[number]
+    calls = calls_of(block, checkout)
+    # Every line that starts something has called Python once.
+    starts = re.findall(r"\b(?:python|bash)\b (?:-m \S+|\S+\.(?:py|sh))", block)
+    assert len(calls) == len(starts) > 0
+    for call in calls:
+        if call[0] == "-m":  # an example, which tests/test_examples.py runs
+            assert (ROOT / call[1].replace(".", "/")).with_suffix(".py").is_file()
+            continue
+        assert Path(call[0]).name == "run.py"
+        run_shortened(call[1:], checkout, capsys)
+
+
+# Lines of one letter's variables stand for several, those that end in --help print it.
+COMMAND = r"`((?:[A-Z_]+=\S{2,} )*(?:bash \S+\.sh|python run\.py)\b[^`…]*)`"
+COMMANDS = sorted({line for text in TEXTS.values() for line in re.findall(COMMAND, text)})
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if "--help" not in line])
+def test_every_command_within_a_text_runs(
+    line: str, checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ((script, *argv),) = calls_of(line, checkout)
+    assert Path(script).name == "run.py"
+    run_shortened(argv, checkout, capsys)
+
+
+@pytest.mark.parametrize("page", [page for page in TEXTS if blocks(page, "python")])
+def test_every_python_block_runs(
+    page: str, checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    namespace: dict[str, Any] = {}
+    if page == "tasks.md":  # Its blocks are parts of these two files.
+        namespace = {**vars(templates), **vars(tasks), "templates": templates}
+    printed = io.StringIO()
+    for block in blocks(page, "python"):
+        with contextlib.redirect_stdout(printed):
+            exec(compile(block, page, "exec"), namespace)
+        for name, value in namespace.items():
+            if name.endswith("Template") and not hasattr(templates, name):
+                monkeypatch.setattr(templates, name, value, raising=False)
+    if page == "optimizer.md":
+        losses = [float(line.split()[-1]) for line in printed.getvalue().splitlines()]
+        shown = TEXTS[page].split("It prints\n\n```\n")[1].split("```")[0]
+        assert losses == sorted(losses, reverse=True) and losses[-1] < 0.1 * losses[0]
+        # Another processor rounds differently; the course is the same.
+        expected = [float(line.split()[-1]) for line in shown.splitlines()]
+        assert all(abs(a - b) < 0.05 * b for a, b in zip(losses, expected, strict=True))
+    if page != "tasks.md":
+        assert namespace["loss"] > 0
+
+
+def test_readme_takes_five_minutes() -> None:
+    assert len(TEXTS["README.md"].splitlines()) <= 200
+    assert TEXTS["README.md"].count("![") == 1
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)]+)\)", TEXTS[page.name]):
+            if not target.startswith("http"):
+                assert (page.parent / target.partition("#")[0]).exists(), (page.name, target)
+
+
+@pytest.mark.parametrize(
+    ("script", "heading"),
+    [
+        ("HiZOO.sh", "Variables of HiZOO.sh"),
+        ("icl.sh", "Variables of icl.sh"),
+        ("finetune.sh", "Variables of finetune.sh and finetune_fsdp.sh"),
+    ],
+)
+def test_variables_of_a_script_are_in_its_table(script: str, heading: str) -> None:
+    source = (ROOT / script).read_text(encoding="utf-8")
+    variables = re.findall(r"^ *([A-Z_]+)=\$\{\1:-(.*?)\}", source, flags=re.MULTILINE)
+    rows = {
+        name.strip("` "): cells
+        for key, cells in rows_of("scripts.md", heading).items()
+        for name in key.split(", ")
+    }
+    assert set(rows) == {name for name, _ in variables} | {"MODEL"}
+    for name, value in variables:
+        if value and not value.startswith("$") and cells_of_their_own(rows[name]):
+            assert f"`{value}`" in " ".join(rows[name][:2]), name
+
+
+def cells_of_their_own(cells: list[str]) -> bool:
+    return not cells[0].startswith("as for")
+
+
+def test_task_table_has_the_prompts_of_the_templates() -> None:
+    rows = rows_of("tasks.md", "The eleven tasks, and adding one")
+    assert set(rows) == set(TASKS)
+    for task in TASKS.values():
+        prompt, options, metric, hub = rows[task.name]
+        assert metric == task.metric_name
+        assert task.hub_path in hub and (task.hub_config or "") in hub
+        values = {column: f"{{{column}}}" for column in task.text_columns}
+        if task.name == "Copa":
+            values["question"] = "effect"
+        written = task.template.prompt(values).replace("\n", "\\n")
+        if task.name == "BoolQ":
+            written = written.replace("{Question}", "{question}")
+        assert f"`{written}`" in prompt, task.name
+        for label, word in getattr(task.template, "verbalizer", {}).items():
+            assert f"`{word}` ({label})" in options, task.name
+
+
+def test_both_commands_exist_and_ci_runs_the_second() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in ("demo", "test"):
+        assert f"**`make {target}`**" in TEXTS["README.md"]
+        assert f"\n{target}:" in makefile
+    assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_every_file_of_the_root_is_in_the_table() -> None:
+    cells = {key.replace("`", ""): None for key in rows_of("README.md", "Where things are")}
+    names = {name for cell in cells for name in cell.split(", ")}
+    assert all((ROOT / name).exists() for name in names)
+    assert {path.name for kind in ("*.py", "*.sh") for path in ROOT.glob(kind)} <= names
