@@ -4,47 +4,49 @@
 #   bash HiZOO.sh                                          the bundled model and data
 #   MODEL=facebook/opt-13b TASK=CB MODE=ft LR=1e-6 EPS=1e-3 HESSIAN_SMOOTH_TYPE=constant1e-10 \
 #       bash HiZOO.sh                                      an experiment of the paper
+#   bash HiZOO.sh --train_file train.jsonl --validation_file validation.jsonl
 #
-# Further arguments go to run.py and win over the ones here. --help lists the variables.
+# Further arguments go to run.py and win over the variables: python run.py --help lists them.
+#
+# variable              default       bundled model  meaning
+# MODEL                 the bundled one              Hub id or local directory
+# DATA_DIR              the Hub       data/samples   folder with the data, in the Hub's columns
+# TASK                  SST2                         one of the eleven tasks, in any case
+# MODE                  ft                           ft: all parameters; prefix: 5 prefix tokens;
+#                                                    lora: LoRA matrices
+# BS                    16                           examples a step
+# LR                    1e-6          1e-4           learning rate
+#                       1e-2          1              with MODE=prefix
+#                       1e-4          1e-2           with MODE=lora
+# EPS                   1e-3                         perturbation scale, in units of the weights
+#                       1e-1                         with MODE=prefix
+#                       1e-2                         with MODE=lora
+# HESSIAN_SMOOTH_TYPE   constant1e-8  constant1e-5   smoothing of the Hessian; constant0 is MeZO
+#                       constant1e-8  constant1e-4   with MODE=prefix
+# STEPS                 20000         400            training steps
+# EVAL_STEPS            2000          100            steps between dev losses, and checkpoints
+# SEED                  0                            of the training set, the batches and the noise
+# TRAIN                 1000                         training examples; your own files: all the rows
+#                                                    beside DEV, if they are fewer
+# DEV                   500           200            dev examples, by which the best checkpoint is
+#                                                    chosen; CB and Copa: 100; your own files: a
+#                                                    fifth of the rows, if that is less; 0: none,
+#                                                    the last checkpoint counts
+# EVAL                  1000                         validation examples to report on, or all there
+#                                                    are
+# WARMUP_STEP           0                            steps over which the learning rate rises from 0
+# DECAY_STEP            0                            step from which a linear or cosine rate decays
+# ZO_LR_SCHEDULER_TYPE  constant                     learning-rate schedule
+# WEIGHT_DECAY          0                            none for biases and layer norms
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$HERE/settings.sh"
+begin "$@"
+refuse_no_training "$@"
 
-if given "--help -h" "$@"; then
-    cat <<'END'
-VARIABLE=value … bash HiZOO.sh [arguments of run.py, which win]
-
-  variable              default (bundled model)   meaning
-  MODEL                 the bundled one           Hub id or local directory
-  DATA_DIR              the Hub (data/samples)    folder with the data, in the Hub's columns
-  TASK                  SST2                      one of the eleven tasks
-  MODE                  ft                        ft: all weights; prefix: 5 prefix tokens; lora
-  BS                    16                        examples a step
-  LR                    1e-6, prefix 1e-2, lora 1e-4 (1e-4, 1, 1e-2)        learning rate
-  EPS                   1e-3, prefix 1e-1, lora 1e-2                        perturbation scale
-  HESSIAN_SMOOTH_TYPE   constant1e-8 (1e-5, prefix 1e-4, lora 1e-5)         constant0 is MeZO
-  STEPS                 20000 (400)               training steps
-  EVAL_STEPS            2000 (100)                steps between dev losses, and checkpoints
-  SEED                  0                         of the training set, the batches and the noise
-  TRAIN                 1000                      training examples
-  DEV                   500 (200), CB and Copa 100, own files at most a fifth; 0: none
-  EVAL                  1000                      validation examples to report on
-  WARMUP_STEP           0                         steps over which the learning rate rises from 0
-  DECAY_STEP            0                         step from which a linear or cosine rate decays
-  ZO_LR_SCHEDULER_TYPE  constant                  learning-rate schedule
-  WEIGHT_DECAY          0                         decoupled weight decay
-
-python run.py --help lists the arguments, docs/scripts.md says more about the variables.
-END
-    exit 0
-fi
-find_python
-point_out_unknown_variables MODEL DATA_DIR TASK MODE BS LR EPS HESSIAN_SMOOTH_TYPE STEPS EVAL_STEPS \
-    SEED TRAIN DEV EVAL WARMUP_STEP DECAY_STEP ZO_LR_SCHEDULER_TYPE WEIGHT_DECAY
-TASK=${TASK:-SST2}
 MODE=${MODE:-ft}
-DATA_DIR=${DATA_DIR:-}
 choose_mode
+choose_model_and_data "$@"
 # The middle of the MeZO paper's grids: prefixes and LoRA matrices take larger steps than weights.
 case $MODE in
     ft) DEFAULT_LR=1e-6 DEFAULT_EPS=1e-3 ;;
@@ -52,9 +54,7 @@ case $MODE in
     lora) DEFAULT_LR=1e-4 DEFAULT_EPS=1e-2 ;;
 esac
 DEFAULT_SMOOTHING=constant1e-8
-EXTRA_ARGS=()
-if wants_bundled_model; then
-    use_bundled_model
+if [ "$IS_BUNDLED" ]; then
     # It has a thousandth of the parameters and learns in far fewer steps.
     case $MODE in
         ft) DEFAULT_LR=1e-4 DEFAULT_SMOOTHING=constant1e-5 ;;
@@ -63,47 +63,39 @@ if wants_bundled_model; then
     esac
     STEPS=${STEPS:-400}
     EVAL_STEPS=${EVAL_STEPS:-100}
-    EXTRA_ARGS+=(--eval_before_training --per_device_eval_batch_size 64)
 fi
-BS=${BS:-16}
 LR=${LR:-$DEFAULT_LR}
 EPS=${EPS:-$DEFAULT_EPS}
-SEED=${SEED:-0}
-TRAIN=${TRAIN:-1000}
-EVAL=${EVAL:-1000}
+HESSIAN_SMOOTH_TYPE=${HESSIAN_SMOOTH_TYPE:-$DEFAULT_SMOOTHING}
 STEPS=${STEPS:-20000}
 EVAL_STEPS=${EVAL_STEPS:-2000}
-WARMUP_STEP=${WARMUP_STEP:-0}
-DECAY_STEP=${DECAY_STEP:-0}
-ZO_LR_SCHEDULER_TYPE=${ZO_LR_SCHEDULER_TYPE:-constant}
-WEIGHT_DECAY=${WEIGHT_DECAY:-0}
-HESSIAN_SMOOTH_TYPE=${HESSIAN_SMOOTH_TYPE:-$DEFAULT_SMOOTHING}
+SEED=${SEED:-0}
 
-choose_data "$@"
 choose_objective "$@"
-DEV=${DEV:-$DEFAULT_DEV}
-choose_best "$@"
+choose_course steps "$@"
 choose_weights "$@"
-EVALUATION=(--eval_strategy steps --eval_steps "$EVAL_STEPS")
-if [ "$DEV" = 0 ]; then
-    EVALUATION=()
+choose_seeds "$@"
+LENGTH=(--max_steps "$STEPS")
+if given --num_train_epochs "$@"; then
+    LENGTH=()
+fi
+REPORT=()
+if [ "$IS_BUNDLED" ]; then
+    REPORT=(--eval_before_training --per_device_eval_batch_size 64)
 fi
 
-TAG=hizoo-$MODE-$STEPS-$BS-$LR-$EPS-$SEED-$HESSIAN_SMOOTH_TYPE
+TAG=hizoo-$MODE-$STEPS-${BS:-16}-$LR-$EPS-$SEED-$HESSIAN_SMOOTH_TYPE
 NAME=${TASK:-own}-$(basename "$MODEL")-$TAG
 
-exec "$PYTHON" "$HERE/run.py" \
-    ${DATA[@]+"${DATA[@]}"} --model_name "$MODEL" \
+# What stands before -- is the script's choice: it may be without effect beside what follows.
+exec "$PYTHON" "$HERE/run.py" --trainer zo --model_name "$MODEL" ${DATA[@]+"${DATA[@]}"} \
     --output_dir "result/$NAME" --tag "$NAME" \
-    --trainer zo --max_steps "$STEPS" --learning_rate "$LR" --zo_eps "$EPS" \
-    --hessian_smooth_type "$HESSIAN_SMOOTH_TYPE" --weight_decay "$WEIGHT_DECAY" \
-    --zo_lr_scheduler_type "$ZO_LR_SCHEDULER_TYPE" \
-    --warmup_step "$WARMUP_STEP" --decay_step "$DECAY_STEP" \
-    --per_device_train_batch_size "$BS" --seed "$SEED" --train_set_seed "$SEED" \
-    --num_train "$TRAIN" --num_dev "$DEV" --num_eval "$EVAL" \
-    ${EVALUATION[@]+"${EVALUATION[@]}"} \
-    --save_strategy steps --save_steps "$EVAL_STEPS" --save_total_limit 1 \
-    --save_on_interrupt --logging_steps 10 \
+    ${LENGTH[@]+"${LENGTH[@]}"} --learning_rate "$LR" --zo_eps "$EPS" \
+    --hessian_smooth_type "$HESSIAN_SMOOTH_TYPE" --weight_decay "${WEIGHT_DECAY:-0}" \
+    --lr_scheduler_type "${ZO_LR_SCHEDULER_TYPE:-constant}" \
+    --warmup_steps "${WARMUP_STEP:-0}" --decay_step "${DECAY_STEP:-0}" \
+    --per_device_train_batch_size "${BS:-16}" "${SEEDS[@]}" \
+    --num_train "${TRAIN:-$DEFAULT_TRAIN}" --num_eval "${EVAL:-1000}" "${COURSE[@]}" \
+    --save_on_interrupt \
     ${MODE_ARGS[@]+"${MODE_ARGS[@]}"} ${OBJECTIVE[@]+"${OBJECTIVE[@]}"} \
-    ${BEST[@]+"${BEST[@]}"} ${WEIGHTS[@]+"${WEIGHTS[@]}"} ${EXTRA_ARGS[@]+"${EXTRA_ARGS[@]}"} \
-    -- "$@"
+    ${WEIGHTS[@]+"${WEIGHTS[@]}"} ${REPORT[@]+"${REPORT[@]}"} -- "$@"

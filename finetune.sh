@@ -5,70 +5,53 @@
 #   MODEL=facebook/opt-1.3b TASK=SST2 MODE=ft LR=1e-5 bash finetune.sh  all parameters
 #   MODEL=facebook/opt-13b TASK=SST2 MODE=lora LR=1e-4 NUM_GPU=2 bash finetune.sh
 #
-# Further arguments go to run.py and win over the ones here. --help lists the variables.
+# Further arguments go to run.py and win over the variables: python run.py --help lists them.
+#
+# variable              default       bundled model  meaning
+# MODEL                 the bundled one              Hub id or local directory
+# DATA_DIR              the Hub       data/samples   folder with the data, in the Hub's columns
+# TASK                  SST2                         one of the eleven tasks, in any case
+# MODE                  ft                           ft: all parameters; prefix: 5 prefix tokens;
+#                                                    lora: LoRA matrices
+# EPOCH                 5                            epochs; dev loss and checkpoint after each
+# BS                    8                            examples a step, shared by the processes
+# LR                    1e-5                         learning rate, which falls linearly to 0
+#                       1e-2                         with MODE=prefix
+#                       1e-4                         with MODE=lora
+# SEED                  0                            of the training set and the batches
+# TRAIN                 1000                         training examples; your own files: all the rows
+#                                                    beside DEV, if they are fewer
+# DEV                   500           200            dev examples, by which the best checkpoint is
+#                                                    chosen; CB and Copa: 100; your own files: a
+#                                                    fifth of the rows, if that is less; 0: none,
+#                                                    the last checkpoint counts
+# EVAL                  1000                         validation examples to report on, or all there
+#                                                    are
+# NUM_GPU               1                            processes, one for each GPU; finetune_fsdp.sh:
+#                                                    all visible NVIDIA GPUs
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$HERE/settings.sh"
+begin "$@"
+refuse_no_training "$@"
 
-if given "--help -h" "$@"; then
-    cat <<'END'
-VARIABLE=value … bash finetune.sh [arguments of run.py, which win]; finetune_fsdp.sh takes the same
-
-  variable  default (bundled model)  meaning
-  MODEL     the bundled one          Hub id or local directory
-  DATA_DIR  the Hub (data/samples)   folder with the data, in the Hub's columns
-  TASK      SST2                     one of the eleven tasks
-  MODE      ft                       ft: all weights; prefix: 5 prefix tokens; lora
-  EPOCH     5                        epochs
-  BS        8                        examples a step, shared by the GPUs
-  LR        1e-5, prefix 1e-2, lora 1e-4
-                                     learning rate, which falls to 0
-  SEED      0                        of the training set and the batches
-  TRAIN     1000                     training examples
-  DEV       500 (200), CB and Copa 100, own files at most a fifth; 0: none
-  EVAL      1000                     validation examples to report on
-  NUM_GPU   1 (finetune_fsdp.sh: all visible ones)
-                                     processes, one for each GPU
-
-python run.py --help lists the arguments, docs/scripts.md says more about the variables.
-END
-    exit 0
-fi
-find_python
-point_out_unknown_variables MODEL DATA_DIR TASK MODE EPOCH BS LR SEED TRAIN DEV EVAL NUM_GPU
-TASK=${TASK:-SST2}
 MODE=${MODE:-ft}
-DATA_DIR=${DATA_DIR:-}
 choose_mode
+choose_model_and_data "$@"
 case $MODE in
     ft) DEFAULT_LR=1e-5 ;;
     prefix) DEFAULT_LR=1e-2 ;;
     lora) DEFAULT_LR=1e-4 ;;
 esac
-EXTRA_ARGS=()
-if wants_bundled_model; then
-    use_bundled_model
-    EXTRA_ARGS+=(--per_device_eval_batch_size 64)
-    if ! given --fsdp "$@"; then # Sharded weights are not whole before training.
-        EXTRA_ARGS+=(--eval_before_training)
-    fi
-fi
 EPOCH=${EPOCH:-5}
 BS=${BS:-8}
 LR=${LR:-$DEFAULT_LR}
 SEED=${SEED:-0}
-TRAIN=${TRAIN:-1000}
-EVAL=${EVAL:-1000}
 NUM_GPU=${NUM_GPU:-1}
 
-choose_data "$@"
 choose_objective "$@"
-DEV=${DEV:-$DEFAULT_DEV}
-choose_best "$@"
-EVALUATION=(--eval_strategy epoch)
-if [ "$DEV" = 0 ]; then
-    EVALUATION=()
-fi
+choose_course epoch "$@"
+choose_seeds "$@"
 
 case $NUM_GPU in
     "" | *[!0-9]* | 0*) refuse "NUM_GPU=$NUM_GPU: give the number of GPUs, at least 1" ;;
@@ -84,12 +67,22 @@ LAUNCHER=()
 if [ "$NUM_GPU" != 1 ] || given --fsdp "$@"; then
     LAUNCHER=(-m torch.distributed.run --standalone --nproc_per_node "$NUM_GPU")
 fi
+REPORT=()
+if [ "$IS_BUNDLED" ]; then
+    REPORT=(--per_device_eval_batch_size 64)
+    if ! given --fsdp "$@"; then # Before training nothing is sharded yet, nor whole.
+        REPORT+=(--eval_before_training)
+    fi
+fi
+if [ "$MODE" = prefix ] && given --fsdp "$@"; then
+    refuse "MODE=prefix: a prefix needs the whole weights, which are sharded; give ft or lora"
+fi
 
 # Mixed precision: AdamW on float16 weights would lose most updates, so they stay float32.
-if ! given "--fp16 --bf16 --load_float16 --load_bfloat16 --load_int8 --load_int4" "$@" &&
-    has_gpu; then
+MIXED_PRECISION=()
+if ! given "--fp16 --bf16 $WEIGHTS_ARGUMENTS --use_cpu" "$@" && has_gpu; then
     # float16 overflows in models that were trained in bfloat16.
-    if gpu_has_bfloat16; then EXTRA_ARGS+=(--bf16); else EXTRA_ARGS+=(--fp16); fi
+    if gpu_has_bfloat16; then MIXED_PRECISION=(--bf16); else MIXED_PRECISION=(--fp16); fi
 fi
 
 TAG=regular-$MODE-$EPOCH-$BS-$LR-$SEED
@@ -98,14 +91,13 @@ if given --fsdp "$@"; then # Checkpoints of sharded runs are different files.
 fi
 NAME=${TASK:-own}-$(basename "$MODEL")-$TAG
 
-exec "$PYTHON" ${LAUNCHER[@]+"${LAUNCHER[@]}"} "$HERE/run.py" \
-    ${DATA[@]+"${DATA[@]}"} --model_name "$MODEL" \
+# What stands before -- is the script's choice: it may be without effect beside what follows.
+exec "$PYTHON" ${LAUNCHER[@]+"${LAUNCHER[@]}"} "$HERE/run.py" --trainer regular \
+    --model_name "$MODEL" ${DATA[@]+"${DATA[@]}"} \
     --output_dir "result/$NAME" --tag "$NAME" \
-    --trainer regular --num_train_epochs "$EPOCH" --learning_rate "$LR" \
-    --lr_scheduler_type linear --per_device_train_batch_size "$((BS / NUM_GPU))" \
-    --seed "$SEED" --train_set_seed "$SEED" \
-    --num_train "$TRAIN" --num_dev "$DEV" --num_eval "$EVAL" \
-    ${EVALUATION[@]+"${EVALUATION[@]}"} --save_strategy epoch --save_total_limit 1 \
-    --save_on_interrupt --logging_steps 10 \
+    --num_train_epochs "$EPOCH" --learning_rate "$LR" --lr_scheduler_type linear \
+    --per_device_train_batch_size "$((BS / NUM_GPU))" "${SEEDS[@]}" \
+    --num_train "${TRAIN:-$DEFAULT_TRAIN}" --num_eval "${EVAL:-1000}" "${COURSE[@]}" \
+    --save_on_interrupt \
     ${MODE_ARGS[@]+"${MODE_ARGS[@]}"} ${OBJECTIVE[@]+"${OBJECTIVE[@]}"} \
-    ${BEST[@]+"${BEST[@]}"} ${EXTRA_ARGS[@]+"${EXTRA_ARGS[@]}"} -- "$@"
+    ${MIXED_PRECISION[@]+"${MIXED_PRECISION[@]}"} ${REPORT[@]+"${REPORT[@]}"} -- "$@"

@@ -3,15 +3,21 @@
 #
 #   MODEL=facebook/opt-13b TASK=SST2 NUM_GPU=4 bash finetune_fsdp.sh
 #
-# BS examples a step are shared by the GPUs. transformers shards each decoder layer (FSDP2);
-# --fsdp_config FILE.json changes how. NUM_GPU is the number of visible NVIDIA GPUs if not set.
-# The other variables and the further arguments are those of finetune.sh.
+# transformers shards each decoder layer (FSDP2); --fsdp_config FILE.json changes how. NUM_GPU is
+# the number of visible NVIDIA GPUs if it is not set, MODE is ft or lora. All else is as for
+# finetune.sh; python run.py --help lists the further arguments.
+#
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$HERE/settings.sh"
 
-if [ -z "${NUM_GPU:-}" ] && ! given "--help -h" "$@"; then
-    has_gpu || refuse "no NVIDIA GPU found: give NUM_GPU, or run finetune.sh"
+if given "--help -h" "$@"; then
+    print_help "$0"
+    print_help "$HERE/finetune.sh" | sed -n '/^variable /,$p'
+    exit 0
+fi
+if [ -z "${NUM_GPU:-}" ]; then
+    has_gpu || refuse "no NVIDIA GPU found: run finetune.sh, or give NUM_GPU for other GPUs"
     if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
         NUM_GPU=$(printf %s "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -c .)
     else

@@ -14,7 +14,6 @@ import pytest
 import torch
 from running import MODEL, ROOT, SAMPLES, log_of, weights
 from test_hizoo_sh import (
-    PREFIX_TUNING,
     add_gpus,
     passed_arguments,
     passed_to_python,
@@ -57,11 +56,12 @@ def test_icl_arguments(tmp_path: Path) -> None:
         "trainer": "none",
         "num_train": "32",
         "num_eval": "1000",
-        "seed": "4",
+        "train_set_seed": "4",
     }
     assert {name: value_of(argv, name) for name in expected} == expected
-    # Every example gets demonstrations of its own.
-    assert not {"--train_set_seed", "--num_train_sets", "--data_dir"} & {*argv}
+    # Without a seed every example gets demonstrations of its own.
+    argv = passed_arguments(tmp_path, script=ICL, MODEL="facebook/opt-13b")
+    assert not {"--train_set_seed", "--seed", "--num_train_sets", "--data_dir"} & {*argv}
     argv = passed_arguments(tmp_path, script=ICL, TRAIN="0", EVAL="7", DATA_DIR="some where")
     assert value_of(argv, "num_train") == "0" and value_of(argv, "num_eval") == "7"
     assert value_of(argv, "data_dir") == "some where" and value_of(argv, "model_name") == str(MODEL)
@@ -79,7 +79,7 @@ def test_icl_from_a_folder_with_spaces(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     accuracy, result = done.stdout.splitlines()
     assert accuracy.startswith("zero-shot accuracy: ") and accuracy.endswith("(6 examples)")
-    assert result == "result: result/SST2-a model-none-0-shot-seed0.json"
+    assert result.startswith("result: result/SST2-a model-none-0-shot")
 
 
 @pytest.mark.parametrize("task", ["SST2", "Copa", "SQuAD"])
@@ -141,12 +141,15 @@ def test_every_variable_of_finetune_reaches_run_py(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("mode", "flags", "learning_rate"),
-    [("ft", [], "1e-5"), ("prefix", PREFIX_TUNING, "1e-2"), ("lora", ["--lora"], "1e-4")],
+    [
+        ("ft", [], "1e-5"),
+        ("prefix", ["--prefix_tuning"], "1e-2"),
+        ("lora", ["--lora"], "1e-4"),
+    ],
 )
 def test_modes_of_finetune(tmp_path: Path, mode: str, flags: list[str], learning_rate: str) -> None:
     argv = passed_arguments(tmp_path, script=FINETUNE, MODE=mode)
-    others = {"--lora", *PREFIX_TUNING} - {*flags, "5"}
-    assert " ".join(flags) in " ".join(argv) and not others & {*argv}
+    assert [word for word in argv if word in ("--lora", "--prefix_tuning")] == flags
     assert value_of(argv, "learning_rate") == learning_rate
 
 
@@ -185,7 +188,6 @@ def test_bad_variables_are_refused(tmp_path: Path, env: dict[str, str], message:
 def test_precision_where_a_gpu_is(tmp_path: Path) -> None:
     add_gpus(tmp_path, 1)
     gpu = {"CUDA_VISIBLE_DEVICES": "0"}
-    assert "--load_float16" in passed_arguments(tmp_path, script=ICL, **gpu)
     argv = passed_arguments(tmp_path, script=FINETUNE, **gpu)
     assert "--fp16" in argv and "--load_float16" not in argv
     add_gpus(tmp_path, 1, capability="8.6")
@@ -305,7 +307,10 @@ def test_fsdp_of_the_bundled_model_is_not_evaluated_before(tmp_path: Path) -> No
 def test_fsdp_takes_all_gpus(tmp_path: Path) -> None:
     done = run_script(tmp_path, script=FSDP)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: no NVIDIA GPU found: give NUM_GPU, or run finetune.sh\n"
+    assert (
+        done.stderr
+        == "error: no NVIDIA GPU found: run finetune.sh, or give NUM_GPU for other GPUs\n"
+    )
     add_gpus(tmp_path, 8)
     lines = passed_to_python(tmp_path, script=FSDP, CUDA_VISIBLE_DEVICES="4,7")
     assert lines[lines.index("--nproc_per_node") + 1] == "2" and "--fp16" in lines
