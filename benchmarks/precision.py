@@ -43,6 +43,8 @@ MODEL, SAMPLES = str(ROOT / "data" / "tiny-opt"), str(ROOT / "data" / "samples")
 DTYPES = ("float32", "float16", "bfloat16")
 # The settings of HiZOO.sh's bundled default.
 LEARNING_RATE, SMOOTHING, BATCH = 1e-4, 1e-5, 16
+# Its accuracy before training.
+ZERO_SHOT = 0.746
 
 Step = Callable[[Callable[[], Tensor]], Any]
 
@@ -113,24 +115,29 @@ def plot(drifts: dict[str, Any], accuracies: dict[str, Any], path: Path) -> None
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
     colors = {"textbook": "tab:orange", "HiZOO": "tab:blue"}
     for shift, kind in enumerate(KINDS):
-        positions = [place + 0.36 * shift - 0.18 for place in range(len(dtypes))]
-        values = [max(drifts[kind][dtype], 1e-9) for dtype in dtypes]
-        left.bar(positions, values, 0.34, label=kind, color=colors[kind])
-        means = [statistics.mean(accuracies[kind][dtype]) for dtype in dtypes]
-        right.bar(positions, means, 0.34, label=kind, color=colors[kind])
-        for place, dtype in zip(positions, dtypes, strict=True):
-            values = accuracies[kind][dtype]
-            right.plot([place] * len(values), values, "k.", markersize=6)
-    left.set_yscale("log")
-    left.set_ylim(1e-9, 1)
-    left.set_ylabel("drift, relative to the weights (none: at the bottom)")
-    left.set_title("learning rate 0")
-    right.set_ylim(0.4, 1.02)
-    right.set_ylabel("test accuracy (dots: seeds)")
-    right.set_title("bundled SST2 demo")
+        for place, dtype in enumerate(dtypes):
+            position = place + 0.3 * shift - 0.15
+            value, values = drifts[kind][dtype], accuracies[kind][dtype]
+            if value:
+                left.plot(position, value, "o", color=colors[kind])
+            else:  # A logarithm has no place for it.
+                left.annotate("0", (position, 0), xycoords=("data", "axes fraction"), ha="center")
+            right.plot([position] * len(values), values, "o", color=colors[kind], alpha=0.5)
+            mean = statistics.mean(values)
+            right.hlines(mean, position - 0.1, position + 0.1, color=colors[kind], label=kind)
+    left.set(yscale="log", ylim=(1e-8, 1), title="200 steps at learning rate 0")
+    left.set_ylabel("drift, relative to the weights")
+    right.axhline(ZERO_SHOT, color="gray", linewidth=0.8, linestyle=":")
+    right.text(-0.45, ZERO_SHOT - 0.05, "zero-shot", color="gray", fontsize=8)
+    right.set(ylim=(0, 1.05), title="bundled SST2 demo: three seeds and their mean")
+    right.set_ylabel("test accuracy")
     for axes in (left, right):
         axes.set_xticks(range(len(dtypes)), dtypes)
-        axes.legend()
+        axes.set_xlim(-0.5, len(dtypes) - 0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = right.get_legend_handles_labels()
+    distinct = dict(zip(labels, handles, strict=True))
+    right.legend(distinct.values(), distinct.keys(), frameon=False, loc="lower left")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
