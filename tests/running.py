@@ -49,6 +49,8 @@ def training(folder: Path, task: str = "SST2", **arguments: Any) -> list[str]:
     }
     if arguments.get("trainer", "zo") == "zo":
         values["hessian_smooth_type"] = "constant1e-2"
+    if arguments.get("save_strategy", "steps") != "steps":
+        del values["save_steps"]
     evaluates = arguments.get("eval_before_training") or not arguments.get("no_eval", True)
     return command(task, **({"num_eval": 6 if evaluates else None} | values | arguments))
 
