@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -72,3 +73,26 @@ def test_modes(tmp_path: Path) -> None:
     assert row["trained_parameters"] == 0 and row["checkpoint_mib"] is None
     assert row["after"] == pytest.approx(0.746, abs=0.01)
     assert row["peak_mib"] > 100
+
+
+def test_step_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    step_size = importlib.import_module("step_size")
+    monkeypatch.setattr(step_size, "SHOWN", (1, 3))
+    losses = {name: step_size.measure(step_size.RULES[name], 0) for name in ("η 8e-4", "k 0.1")}
+    assert [passes for _, passes in losses.values()] == [6, 9]
+    assert all(0 < loss < 1 for values, _ in losses.values() for loss in values)
+    assert losses["η 8e-4"][0] != losses["k 0.1"][0]
+
+
+def test_demo_curves_are_drawn_from_their_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    demo_curves = importlib.import_module("demo_curves")
+    runs = json.loads((ROOT / "benchmarks" / "demo_curves.json").read_text())
+    assert {(run["method"], run["seed"]) for run in runs} == {
+        (method, seed) for method in demo_curves.METHODS for seed in demo_curves.SEEDS
+    }
+    demo_curves.plot(runs, tmp_path / "demo_curves.png")
+    assert (tmp_path / "demo_curves.png").stat().st_size > 10_000
