@@ -6,6 +6,7 @@ texts are joined and stripped, which tokens are scored, and what is cut.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from tasks import Sample, Task
+from utils import InputError
 
 DEMONSTRATION_SEPARATOR = "\n\n"
 
@@ -112,12 +114,32 @@ class Encoder:
         return (demonstrations + DEMONSTRATION_SEPARATOR + text).lstrip().strip(" ")
 
     def _tokens(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text)
+        tokens = self.tokenizer.encode(text)
+        return tokens[: len(tokens) - self._appended]
+
+    @functools.cached_property
+    def _appended(self) -> int:
+        """How many tokens the tokenizer puts behind every text, as with ``add_eos_token``.
+
+        They would be scored in the option's place, and end a prompt before its answer.
+        """
+        text = "a"
+        alone = self.tokenizer.encode(text, add_special_tokens=False)
+        whole = self.tokenizer.encode(text)
+        starts = range(len(whole) - len(alone) + 1)
+        start = next(start for start in starts if whole[start : start + len(alone)] == alone)
+        return len(whole) - start - len(alone)
 
     def _start_token(self) -> int:
         tokenizer = self.tokenizer
-        token = tokenizer.bos_token_id
-        return tokenizer.eos_token_id if token is None else token
+        token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        if token is None:
+            raise InputError(
+                "the tokenizer has neither a start token (bos_token) nor an end token (eos_token), "
+                "and nothing else stands before an option whose prompt is empty: give another "
+                "model, or leave out --sfc"
+            )
+        return token
 
     def _cut(self, tokens: list[int], length: int) -> tuple[int, ...]:
         if len(tokens) <= length:
