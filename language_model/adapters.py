@@ -151,34 +151,51 @@ def add_prefix(
         tokens: (num_tokens,), whose keys and values the prefix starts from; None: from noise.
 
     Raises:
-        InputError: a layer of the model has no keys and values.
+        InputError: a layer of the model has no keys and values, or none that a prefix of peft's
+            could stand for.
     """
-    activations = None if tokens is None else keys_and_values(model, tokens)
+    activations = keys_and_values(model, torch.zeros(1).long() if tokens is None else tokens)
+    shapes = {(part.shape[1], part.shape[3]) for layer in activations for part in layer}
+    if len(shapes) > 1:
+        raise _no_prefix(model, "keys and values of different sizes, and a prefix has one size")
+    ((heads, head_size),) = shapes
     config = PrefixTuningConfig(
         task_type="CAUSAL_LM",
         num_virtual_tokens=num_tokens,
         prefix_projection=reparameterise,
         encoder_hidden_size=REPARAMETERISATION_SIZE,
+        # Many families' configurations name or count these otherwise than peft expects.
+        num_layers=len(activations),
+        num_attention_heads=heads,
+        token_dim=heads * head_size,
     )
     with without_future_warnings():
         adapted = PrefixTunedModel(model, config)
-    if activations is not None:
+    if tokens is not None:
         start_from(adapted._prompt_encoder, activations)
     return adapted
 
 
 @torch.no_grad()
 def keys_and_values(model: PreTrainedModel, tokens: Tensor) -> KeysAndValues:
-    """Return the keys and values of a text in every layer, (1, heads, tokens, head size) each."""
+    """Return the keys and values of a text in every layer, (1, heads, tokens, head size) each.
+
+    Raises:
+        InputError: a layer has none.
+    """
     cache = DynamicCache()
     try:
         model(input_ids=tokens.unsqueeze(0).to(model.device), past_key_values=cache, use_cache=True)
-        return tuple((layer.keys, layer.values) for layer in cache.layers)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise InputError(
-            f"--prefix_tuning: {type(model).__name__} has layers without keys and values that a "
-            "prefix could stand in; use --lora"
-        ) from error
+        layers = tuple((layer.keys, layer.values) for layer in cache.layers)
+    except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise _no_prefix(model, "layers without keys and values") from error
+    if not layers or any(part.dim() != 4 for layer in layers for part in layer):
+        raise _no_prefix(model, "no keys and values for every token")
+    return layers
+
+
+def _no_prefix(model: PreTrainedModel, reason: str) -> InputError:
+    return InputError(f"--prefix_tuning: {type(model).__name__} has {reason}; use --lora")
 
 
 @torch.no_grad()

@@ -8,16 +8,29 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BloomConfig,
+    DbrxConfig,
+    DeepseekV2Config,
+    Exaone4Config,
+    FalconConfig,
     Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     Lfm2Config,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
+    MptConfig,
+    Olmo3Config,
     OPTConfig,
     PhiConfig,
     PreTrainedConfig,
@@ -25,6 +38,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Starcoder2Config,
+    XGLMConfig,
 )
 
 TINY_OPT = Path(__file__).parent.parent / "data" / "tiny-opt"
@@ -51,7 +66,41 @@ _OTHER: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "bloom": (BloomConfig, {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "lfm2": (Lfm2Config, {**_GROUPED, "layer_types": ["conv", "full_attention"]}),
 }
+# Windows of 16 tokens, in every other layer where a family has both kinds.
+_WINDOW = {**_GROUPED, "sliding_window": 16}
+_BOTH_KINDS = {**_WINDOW, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8}
+_WINDOWED: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "starcoder2": (Starcoder2Config, _WINDOW),
+    "gemma3": (Gemma3TextConfig, {**_BOTH_KINDS, "query_pre_attn_scalar": 8}),
+    "olmo3": (Olmo3Config, _BOTH_KINDS),
+    "exaone4": (Exaone4Config, _BOTH_KINDS),
+    "gpt_oss": (GptOssConfig, {**_BOTH_KINDS, "num_local_experts": 2, "num_experts_per_tok": 1}),
+}
+# Configurations with names of their own for what a prefix has to know.
+_OTHER_NAMES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "falcon": (FalconConfig, {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}),
+    "mpt": (MptConfig, {"d_model": 32, "n_layers": 2, "n_heads": 4}),
+    "xglm": (XGLMConfig, {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48}),
+    "dbrx": (
+        DbrxConfig,
+        {
+            **{"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 1024},
+            "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+            "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+        },
+    ),
+    "mamba": (MambaConfig, {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}),
+    "deepseek_v2": (
+        DeepseekV2Config,
+        {
+            **{**_GROUPED, "num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 8},
+            **{"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8},
+            **{"first_k_dense_replace": 2, "n_routed_experts": 2, "n_group": 1, "topk_group": 1},
+        },
+    ),
+}
 FAMILIES = tuple(_PACKABLE)
+WINDOWED_FAMILIES = tuple(_WINDOWED)
 OTHER_FAMILIES = tuple(_OTHER)
 
 
@@ -75,9 +124,10 @@ def tiny_model(family: str, **overrides: Any) -> PreTrainedModel:
 
     Weights are large, so that log-probabilities of different texts differ clearly.
     """
-    config_class, shape = {**_PACKABLE, **_OTHER}[family]
+    config_class, shape = {**_PACKABLE, **_OTHER, **_WINDOWED, **_OTHER_NAMES}[family]
     vocabulary = len(tiny_tokenizer())
-    spread = {"init_std": 0.2} if family == "opt" else {"initializer_range": 0.2}
+    name = "init_std" if family in ("opt", "xglm") else "initializer_range"
+    spread = {name: 0.2}
     special = {"bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1}
     config = config_class(vocab_size=vocabulary, **{**shape, **spread, **special, **overrides})
     with torch.random.fork_rng(devices=[]):
@@ -87,3 +137,38 @@ def tiny_model(family: str, **overrides: Any) -> PreTrainedModel:
             if parameter.dim() == 1:  # biases and norms, which start at 0 or 1: a mix-up would hide
                 parameter.data += 0.1 * torch.randn_like(parameter)
     return model.eval()
+
+
+def newline_writing_model(family: str, **overrides: Any) -> PreTrainedModel:
+    """Return a model that writes a newline in the place of every fourth token of the vocabulary."""
+    model = tiny_model(family, **overrides)
+    newline = tiny_tokenizer().encode("\n")[-1]
+
+    def write_newlines(_: Any, __: Any, logits: Tensor) -> Tensor:
+        logits[..., newline] += 100 * (logits.argmax(-1) % 4 == 0)
+        return logits
+
+    model.get_output_embeddings().register_forward_hook(write_newlines)
+    return model
+
+
+def appending_tokenizer() -> PreTrainedTokenizerBase:
+    """Return the same vocabulary with </s> before and behind every text, as by add_eos_token."""
+    state = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    tokenizer.post_processor = TemplateProcessing(
+        single="</s> $A </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        **{"bos_token": "</s>", "eos_token": "</s>", "pad_token": "<pad>"},
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def word_tokenizer() -> PreTrainedTokenizerBase:
+    """Return a tokenizer of whole words, without spaces, newlines, start and end tokens."""
+    words = {"<unk>": 0, "Yes": 1, "No": 2, "Maybe": 3, "a": 4, ".": 5}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
