@@ -20,7 +20,7 @@ from command_line.arguments import Arguments
 from command_line.checks import check_sizes
 from language_model.adapters import add_lora, add_prefix, random_tokens
 from language_model.encoding import Encoder
-from language_model.generation import GenerationSettings
+from language_model.generation import GenerationSettings, check_generation
 from language_model.head import freeze_all_but_head, head_is_tied, untie_head
 from language_model.loading import (
     choose_dtype,
@@ -78,6 +78,9 @@ def prepare(arguments: Arguments) -> Prepared:
     config, tokenizer = load_config_and_tokenizer(arguments.model_name, arguments.trust_remote_code)
     check_sizes(arguments, config)
     max_length = _room_for_texts(arguments, config)
+    generation = generation_settings(arguments)
+    if task.generation:
+        check_generation(generation, tokenizer, config, max_length)
     check_writable("--result_file", arguments.result_path)
     if arguments.predictions_file:
         check_writable("--predictions_file", Path(arguments.predictions_file))
@@ -86,15 +89,7 @@ def prepare(arguments: Arguments) -> Prepared:
     train, validation = load_samples(task, arguments.data_dir)
     return Prepared(
         Encoder(task, tokenizer, max_length, arguments.max_new_tokens),
-        GenerationSettings(
-            arguments.max_new_tokens,
-            arguments.eos_token.replace("\\n", "\n"),
-            arguments.sampling,
-            arguments.temperature,
-            arguments.num_beams,
-            arguments.top_k,
-            arguments.top_p,
-        ),
+        generation,
         draw_example_sets(
             train,
             validation,
@@ -105,6 +100,19 @@ def prepare(arguments: Arguments) -> Prepared:
             train_set_seed=arguments.train_set_seed,
             in_context=arguments.trainer == "none",
         ),
+    )
+
+
+def generation_settings(arguments: Arguments) -> GenerationSettings:
+    """Return what the arguments say about generated text."""
+    return GenerationSettings(
+        arguments.max_new_tokens,
+        arguments.eos_token.replace("\\n", "\n"),
+        arguments.sampling,
+        arguments.temperature,
+        arguments.num_beams,
+        arguments.top_k,
+        arguments.top_p,
     )
 
 
@@ -119,11 +127,6 @@ def _room_for_texts(arguments: Arguments, config: object) -> int:
                 f"--num_prefix {arguments.num_prefix} leaves no room for a text in --max_length "
                 f"{max_length + arguments.num_prefix}"
             )
-    if arguments.task.generation and arguments.max_new_tokens >= max_length:
-        raise InputError(
-            f"--max_new_tokens {arguments.max_new_tokens} leaves no room for a prompt in a text of "
-            f"{max_length} tokens (--max_length)"
-        )
     return max_length
 
 

@@ -25,6 +25,7 @@ from command_line.checks import check
 from language_model.adapters import without_adapter
 from language_model.head import fit_head
 from language_model.loading import leave_out_loading_bars
+from language_model.precision import advice_for_losses
 from language_model.prediction import Prediction, predict
 from preparation import (
     Prepared,
@@ -177,10 +178,11 @@ class Experiment:
                 f"in {last_whole_checkpoint(output_dir)}; the same command goes on from there"
             )
         if trainer.diverged:
+            from_the_start = trainer.state.global_step <= arguments.max_skipped_steps
             raise Diverged(
                 f"no finite loss in {arguments.max_skipped_steps} steps in a row: stopped after "
                 f"step {trainer.state.global_step}, checkpoint in "
-                f"{last_whole_checkpoint(output_dir)}; lower --learning_rate or --zo_eps"
+                f"{last_whole_checkpoint(output_dir)}; {advice_for_losses(model, from_the_start)}"
             )
         if arguments.save_model:
             trainer.save_model(str(output_dir))

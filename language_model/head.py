@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from language_model.batches import run_in_batches
 from language_model.encoding import EncodedExample
 from language_model.packing import collate
+from language_model.precision import not_finite
 from language_model.scoring import token_log_probabilities
 from language_model.shared_tokens import can_share_prompt
 from utils import InputError
@@ -155,8 +156,9 @@ def fit_head(
         progress: what the progress bar says.
 
     Raises:
-        InputError: all answers are of the same token, the hidden states are not finite, or the
-            model's head cannot be fitted or untied. The model is then as it was before.
+        InputError: all answers are of the same token, or the model's head cannot be fitted or
+            untied. The model is then as it was before.
+        NotFinite: the hidden states are not finite; the model is as before, too.
     """
     head = _head(model)
     features, targets = answer_features(model, examples, batch_size, progress)
@@ -168,10 +170,7 @@ def fit_head(
             "larger --num_train, or another task"
         )
     if not np.isfinite(features).all():
-        raise InputError(
-            "--linear_probing: the model's hidden states are not finite; leave out --load_float16, "
-            "or give --load_bfloat16 in its place"
-        )
+        raise not_finite("hidden states", model)
     classifier = LogisticRegression(
         **(EARLY_STOPPING if early_stopping else FITTING),
         fit_intercept=getattr(head, "bias", None) is not None,

@@ -5,6 +5,7 @@ Every objective takes a model and a batch and returns a scalar.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 import metrics
 from language_model.generation import GenerationSettings, generate
+from language_model.precision import NotFinite
 from language_model.scoring import option_sums, token_log_probabilities
 
 Objective = Callable[[nn.Module, dict[str, Any]], Tensor]
@@ -32,12 +34,15 @@ def classification_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def negative_accuracy(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Return minus the fraction of examples whose best option is acceptable; no gradient."""
+    """Return minus the fraction of examples whose best option is acceptable; no gradient.
+
+    NaN if a score is.
+    """
     with torch.no_grad():
         scores = option_scores(model, batch)
     acceptable = by_example(batch["acceptable"].to(scores.device), batch, False)
     chosen = acceptable.gather(1, scores.argmax(dim=1, keepdim=True))
-    return -chosen.float().mean()
+    return (-chosen.float().mean()).where(~scores.isnan().any(), torch.nan)
 
 
 def option_scores(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -93,8 +98,11 @@ class NegativeTextMetric:
     settings: GenerationSettings
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """Generate an answer behind every prompt of the batch, and compare."""
+        """Generate an answer behind every prompt of the batch, and compare; NaN if logits are."""
         prompts = batch["prompts"]
-        texts = generate(model, self.tokenizer, prompts, self.settings, len(prompts), None)
-        value = TEXT_METRICS[self.metric](texts, batch["answers"])
+        try:
+            texts = generate(model, self.tokenizer, prompts, self.settings, len(prompts), None)
+            value = TEXT_METRICS[self.metric](texts, batch["answers"])
+        except NotFinite:
+            value = math.nan
         return torch.tensor(-value, dtype=torch.float32, device=model.device)

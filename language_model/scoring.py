@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from language_model.batches import run_in_batches
 from language_model.encoding import EncodedExample, EncodedOption
 from language_model.packing import collate, collate_behind, pack
+from language_model.precision import not_finite
 from language_model.shared_tokens import can_share_prompt, read_shared_prefix
 
 # Scored tokens whose logits are normalised at once.
@@ -86,6 +87,9 @@ def score_options(
 
     Demonstrations that all examples share are read once; equal options (content-free prompts) too,
     whichever of them is correct.
+
+    Raises:
+        NotFinite: a log-probability is NaN or infinite.
     """
     distinct = list({example.options: example for example in examples}.values())
     options = [option for example in distinct for option in example.options]
@@ -109,6 +113,8 @@ def score_options(
             batch, cache = collate(chosen, share_prompt=share), None
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         sums, lengths = option_sums(token_log_probabilities(model, batch, cache), batch)
+        if not sums.isfinite().all():
+            raise not_finite("scores of the options", model)
         results.update({example.options: [] for example in chosen})
         owners = batch["option_examples"].tolist()
         for owner, total, count in zip(owners, sums.tolist(), lengths.tolist(), strict=True):

@@ -34,15 +34,22 @@ def can_share_prompt(model: PreTrainedModel, length: int) -> bool:
     than the window go one option at a time.
     """
     config = without_adapter(model).config.get_text_config(decoder=True)
-    window = getattr(config, "sliding_window", None)
     reason = why_not_attention_alone(model)
     if reason is None and config._attn_implementation not in ("sdpa", "eager"):
         reason = f"attention implementation {config._attn_implementation}"
-    elif reason is None and window and window < length + prefix_length(model):
+    elif reason is None and not fits_window(model, length):
+        window = config.sliding_window
         reason = f"its sliding window of {window} tokens is shorter than the longest text"
     if reason:
         _warn_once(reason)
     return reason is None
+
+
+def fits_window(model: PreTrainedModel, length: int) -> bool:
+    """Tell whether all layers see a whole text of ``length`` tokens and the prefix before it."""
+    config = without_adapter(model).config.get_text_config(decoder=True)
+    window = getattr(config, "sliding_window", None)
+    return not window or length + prefix_length(model) <= window
 
 
 def why_not_attention_alone(model: PreTrainedModel) -> str | None:

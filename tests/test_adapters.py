@@ -8,8 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from test_scoring import draw, newline_writing_model, samples_of
-from tiny_models import FAMILIES, OTHER_FAMILIES, tiny_model, tiny_tokenizer
+from test_scoring import draw, samples_of
+from tiny_models import (
+    FAMILIES,
+    OTHER_FAMILIES,
+    WINDOWED_FAMILIES,
+    newline_writing_model,
+    tiny_model,
+    tiny_tokenizer,
+)
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -76,7 +83,7 @@ def test_lora_starts_as_the_model_and_trains_projections_only(family: str) -> No
 
 
 @pytest.mark.parametrize("kind", ["prefix", "reparameterised"])
-@pytest.mark.parametrize("family", [*FAMILIES, "bloom"])
+@pytest.mark.parametrize("family", [*FAMILIES, "bloom", "falcon", "mpt", "xglm", "dbrx"])
 def test_a_prefix_starts_as_the_real_tokens(family: str, kind: str) -> None:
     model, text = tiny_model(family), torch.tensor([[5, 9, 31, 7]])
     expected = model(torch.cat([TOKENS[None], text], dim=1)).logits[:, len(TOKENS) :]
@@ -88,9 +95,20 @@ def test_a_prefix_starts_as_the_real_tokens(family: str, kind: str) -> None:
     assert prefix_length(model) == len(TOKENS)
 
 
-def test_layers_without_keys_and_values_have_no_prefix() -> None:
-    with pytest.raises(InputError, match=r"--prefix_tuning: Lfm2ForCausalLM .* use --lora"):
-        add_prefix(tiny_model("lfm2"), 5, False, TOKENS)
+@pytest.mark.parametrize("tokens", [TOKENS, None])
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("lfm2", "Lfm2ForCausalLM has layers without keys and values"),
+        ("mamba", "MambaForCausalLM has no keys and values for every token"),
+        ("deepseek_v2", "DeepseekV2ForCausalLM has keys and values of different sizes"),
+    ],
+)
+def test_layers_without_keys_and_values_have_no_prefix(
+    family: str, reason: str, tokens: Tensor | None
+) -> None:
+    with pytest.raises(InputError, match=f"--prefix_tuning: {reason}.*; use --lora"):
+        add_prefix(tiny_model(family), 5, False, tokens)
 
 
 def test_a_model_without_projections_has_no_lora() -> None:
@@ -199,6 +217,18 @@ def written(model: PeftModel, prompt: Sequence[int], max_new_tokens: int) -> str
         if tokens[-1] in stops:
             break
     return tiny_tokenizer().decode(tokens[len(prompt) :], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("family", WINDOWED_FAMILIES)
+def test_a_window_does_not_see_the_padding_behind_a_prefix(family: str) -> None:
+    model = adapted(family, "prefix")
+    prompts = [encoder("SQuAD", length).prompt(samples_of("SQuAD")[1][0]) for length in (28, 12, 6)]
+    assert len({len(prompt) for prompt in prompts}) == 3
+    settings = GenerationSettings(max_new_tokens=8)
+    expected = [written(model, prompt, 8) for prompt in prompts]
+    assert len(set(expected)) == 3
+    for batch_size in (1, 3):
+        assert generate(model, tiny_tokenizer(), prompts, settings, batch_size, "") == expected
 
 
 @pytest.mark.parametrize("kind", ["lora", "prefix"])

@@ -24,10 +24,9 @@ from test_scoring import (
     assert_equal_sums,
     log_probabilities,
     model_of,
-    newline_writing_model,
     samples_of,
 )
-from tiny_models import FAMILIES, OTHER_FAMILIES, tiny_model, tiny_tokenizer
+from tiny_models import FAMILIES, OTHER_FAMILIES, newline_writing_model, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 from language_model import scoring

@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 import torch
-from test_scoring import draw, log_probabilities, model_of, newline_writing_model, samples_of
-from tiny_models import FAMILIES, tiny_tokenizer
+from test_scoring import draw, log_probabilities, model_of, samples_of
+from tiny_models import FAMILIES, newline_writing_model, tiny_model, tiny_tokenizer
 from torch import Tensor
 
 from hizoo import HiZOO
@@ -37,6 +37,18 @@ def test_negative_accuracy(family: str, task: str, share: bool) -> None:
     loss = objectives.negative_accuracy(model, packing.collate(examples, share_prompt=share))
     assert loss.item() == pytest.approx(-right / 8)
     assert not loss.requires_grad
+
+
+def test_what_is_not_finite_is_a_loss_that_is_not_finite() -> None:
+    """So that the step is skipped: no option and no text follows from NaN."""
+    model = tiny_model("llama")
+    model.lm_head.weight.data[7] = torch.nan
+    examples = [encoder("SST2").options(sample) for sample in samples_of("SST2")[1][:4]]
+    assert objectives.negative_accuracy(model, packing.collate(examples)).isnan()
+    sample = samples_of("SQuAD")[1][0]
+    example = objectives.GenerationExample(encoder("SQuAD").prompt(sample), sample.correct)
+    objective = objectives.NegativeTextMetric("f1", tiny_tokenizer(), GenerationSettings(4))
+    assert objective(model, objectives.collate_generation([example])).isnan()
 
 
 def test_any_of_several_answers_is_right() -> None:

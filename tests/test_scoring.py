@@ -18,9 +18,11 @@ import torch
 from tiny_models import (
     FAMILIES,
     OTHER_FAMILIES,
+    appending_tokenizer,
     tiny_model,
     tiny_tokenizer,
     tokenizer_without_start,
+    word_tokenizer,
 )
 from torch import Tensor
 from transformers import (
@@ -29,14 +31,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.cache_utils import DynamicLayer
 
 from language_model import objectives, packing, scoring
 from language_model.batches import run_in_batches
 from language_model.encoding import EncodedExample, EncodedOption, Encoder
 from language_model.generation import GenerationSettings, generate
+from language_model.precision import NotFinite
 from language_model.prediction import Prediction, predict
-from language_model.shared_tokens import LayerWithRoom, _warn_once, can_share_prompt
+from language_model.shared_tokens import _warn_once, can_share_prompt
 from tasks import Sample, Task, get_task, load_samples
 from utils import InputError
 
@@ -285,6 +287,20 @@ def test_bfloat16_scores_are_close_to_float32(family: str) -> None:
         assert one.scores == pytest.approx(other.scores, abs=0.1, rel=0)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "remedy"),
+    [(torch.float16, "--load_bfloat16 in place"), (torch.float32, "a lower --learning_rate")],
+)
+def test_scores_that_are_not_finite_choose_no_option(dtype: torch.dtype, remedy: str) -> None:
+    model = tiny_model("llama").to(dtype)
+    model.lm_head.weight.data[7] = torch.nan
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(
+        NotFinite, match=f"scores of the options are not finite in {name}: .*{remedy}"
+    ):
+        scoring.score_options(model, encode("SST2", 2, 0), 2, "")
+
+
 def test_logits_are_made_only_where_a_scored_token_is_predicted() -> None:
     seen: list[int] = []
     model = tiny_model("opt")
@@ -411,81 +427,6 @@ def assert_same_loss_and_gradient(model: PreTrainedModel, found: Tensor, expecte
             assert (one - other).abs().max() < 1e-5 + 1e-4 * other.abs().max()
 
 
-# ------------------------------------------------------------------------------------- generation
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_generation_is_the_argmax_loop(family: str) -> None:
-    model, tokenizer = newline_writing_model(family), tiny_tokenizer()
-    samples = draw("SQuAD", 8, 0)[0]
-    shown = [draw("SQuAD", 2, 1)[1][0] * (index % 3) for index in range(8)]
-    encoder = Encoder(get_task("SQuAD"), tokenizer, 300, 12)
-    prompts = [encoder.prompt(*pair) for pair in zip(samples, shown, strict=True)]
-    written = [argmax_loop(model, prompt, 12) for prompt in prompts]
-    assert any(len(tokens) < 12 for tokens in written)  # the newline stops it
-    expected = [tokenizer.decode(t, skip_special_tokens=True).strip() for t in written]
-    assert len(set(expected)) > 2
-    settings = GenerationSettings(max_new_tokens=12)
-    for batch_size in (1, 5):
-        found = predict(model, encoder, samples, shown, batch_size, generation=settings)
-        assert [prediction.answer for prediction in found] == expected
-        assert all(prediction.scores is None for prediction in found)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    "settings",
-    [
-        GenerationSettings(max_new_tokens=5, num_beams=2),
-        GenerationSettings(max_new_tokens=5, sampling=True, temperature=0.7, top_k=20, top_p=0.9),
-        GenerationSettings(max_new_tokens=5, sampling=True),
-        GenerationSettings(max_new_tokens=5, eos_token="."),
-    ],
-    ids=["beams", "sampling", "default sampling", "full stop"],
-)
-def test_every_way_of_generating_runs(family: str, settings: GenerationSettings) -> None:
-    tokenizer = tokenizer_without_start()
-    prompts = [tuple(tokenizer.encode(text)) for text in ("Yes", "It was a film . It was", "No no")]
-    texts = generate(model_of(family), tokenizer, prompts, settings, 2, "")
-    assert len(texts) == 3
-    assert all(text and text == text.strip() for text in texts)
-
-
-@pytest.mark.parametrize("room", [1, 5, 50])
-def test_a_layer_with_room_holds_what_a_growing_one_holds(room: int) -> None:
-    grown, roomy = DynamicLayer(), LayerWithRoom(room)
-    torch.manual_seed(0)
-    for tokens in (7, 1, 1, 1, 9, 1, 1):
-        new = torch.randn(2, 2, 3, tokens, 4).unbind()
-        for one, other in zip(grown.update(*new), roomy.update(*new), strict=True):
-            assert torch.equal(one, other)
-        assert roomy.get_seq_length() == grown.get_seq_length()
-
-
-def newline_writing_model(family: str) -> PreTrainedModel:
-    """Return a model that writes a newline in the place of every fourth token of the vocabulary."""
-    model = tiny_model(family)
-    newline = tiny_tokenizer().encode("\n")[-1]
-
-    def write_newlines(_: Any, __: Any, logits: Tensor) -> Tensor:
-        logits[..., newline] += 100 * (logits.argmax(-1) % 4 == 0)
-        return logits
-
-    model.get_output_embeddings().register_forward_hook(write_newlines)
-    return model
-
-
-@torch.no_grad()
-def argmax_loop(model: PreTrainedModel, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
-    tokenizer, tokens = tiny_tokenizer(), list(prompt)
-    stops = (tokenizer.eos_token_id, tokenizer.encode("\n")[-1])
-    for _ in range(max_new_tokens):
-        tokens.append(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax().item())
-        if tokens[-1] in stops:
-            break
-    return tokens[len(prompt) :]
-
-
 # --------------------------------------------------------------------------------- text to tokens
 
 
@@ -588,6 +529,29 @@ def test_content_free_prompts() -> None:
     )
     (cb,) = draw("CB", 1, 0)[0]
     assert texts("CB", cb) == [("</s>" + word, word) for word in ("Yes", "No", "Maybe")]
+
+
+@pytest.mark.parametrize("task", ["SST2", "Copa", "CB", "SQuAD"])
+def test_an_end_token_behind_every_text_is_left_out(task: str) -> None:
+    """It would be scored in the option's place, and would end a prompt before its answer."""
+    tokenizers = appending_tokenizer(), tiny_tokenizer()
+    assert tokenizers[0].encode("Yes") == [*tokenizers[1].encode("Yes"), 2]
+    one, other = (Encoder(get_task(task), tokenizer, 100, 8) for tokenizer in tokenizers)
+    for sample, shown in zip(*draw(task, 3, 2), strict=True):
+        assert one.prompt(sample, shown) == other.prompt(sample, shown)
+        assert one.correct_option(sample) == other.correct_option(sample)
+        assert one.options(sample, shown) == other.options(sample, shown)
+        if task in ("SST2", "CB"):
+            free = {"content_free": True}
+            assert one.options(sample, **free) == other.options(sample, **free)
+
+
+def test_nothing_stands_before_an_option_without_start_and_end_token() -> None:
+    (cb,) = draw("CB", 1, 0)[0]
+    encoder = Encoder(get_task("CB"), word_tokenizer(), 1024)
+    assert encoder.options(cb).options
+    with pytest.raises(InputError, match=r"neither a start token .* nor an end token .* --sfc"):
+        encoder.options(cb, content_free=True)
 
 
 def test_a_text_without_a_start_gets_one_where_nothing_precedes_the_option() -> None:

@@ -1,0 +1,39 @@
+"""What is said where a model's dtype does not hold its numbers."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from language_model.adapters import without_adapter
+from utils import InputError
+
+OVERFLOW = (
+    "float16 holds no number above 65504, and models that were trained in bfloat16 reach it; give "
+    "--load_bfloat16 in place of --load_float16"
+)
+
+
+class NotFinite(InputError):
+    """Scores, hidden states or logits are NaN or infinite, so that no answer follows from them."""
+
+
+def not_finite(what: str, model: nn.Module) -> NotFinite:
+    """Return the error to raise; ``what`` says which numbers of the model are not finite."""
+    dtype = without_adapter(model).dtype
+    remedy = (
+        "its weights are damaged, or were trained with too large a step; load other weights, or "
+        "train with a lower --learning_rate"
+    )
+    return NotFinite(
+        f"the model's {what} are not finite in {str(dtype).removeprefix('torch.')}: "
+        f"{OVERFLOW if dtype == torch.float16 else remedy}"
+    )
+
+
+def advice_for_losses(model: nn.Module, from_the_start: bool) -> str:
+    """Return what to change where training has no finite loss, or had none from the first step."""
+    remedy = "lower --learning_rate or --zo_eps"
+    if from_the_start and without_adapter(model).dtype == torch.float16:
+        return f"{OVERFLOW}, or {remedy}"
+    return remedy
