@@ -121,7 +121,8 @@ def plot(drifts: dict[str, Any], accuracies: dict[str, Any], path: Path) -> None
             if value:
                 left.plot(position, value, "o", color=colors[kind])
             else:  # A logarithm has no place for it.
-                left.annotate("0", (position, 0), xycoords=("data", "axes fraction"), ha="center")
+                place_of_zero = {"xycoords": ("data", "axes fraction"), "ha": "center"}
+                left.annotate("0", (position, 0.02), color=colors[kind], **place_of_zero)
             right.plot([position] * len(values), values, "o", color=colors[kind], alpha=0.5)
             mean = statistics.mean(values)
             right.hlines(mean, position - 0.1, position + 0.1, color=colors[kind], label=kind)
