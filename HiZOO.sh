@@ -84,18 +84,13 @@ if [ "$IS_BUNDLED" ]; then
     REPORT=(--eval_before_training --per_device_eval_batch_size 64)
 fi
 
-TAG=hizoo-$MODE-$STEPS-${BS:-16}-$LR-$EPS-$SEED-$HESSIAN_SMOOTH_TYPE
-NAME=${TASK:-own}-$(basename "$MODEL")-$TAG
-
 # What stands before -- is the script's choice: it may be without effect beside what follows.
 exec "$PYTHON" "$HERE/run.py" --trainer zo --model_name "$MODEL" ${DATA[@]+"${DATA[@]}"} \
-    --output_dir "result/$NAME" --tag "$NAME" \
     ${LENGTH[@]+"${LENGTH[@]}"} --learning_rate "$LR" --zo_eps "$EPS" \
     --hessian_smooth_type "$HESSIAN_SMOOTH_TYPE" --weight_decay "${WEIGHT_DECAY:-0}" \
     --lr_scheduler_type "${ZO_LR_SCHEDULER_TYPE:-constant}" \
     --warmup_steps "${WARMUP_STEP:-0}" --decay_step "${DECAY_STEP:-0}" \
     --per_device_train_batch_size "${BS:-16}" "${SEEDS[@]}" \
     --num_train "${TRAIN:-$DEFAULT_TRAIN}" --num_eval "${EVAL:-1000}" "${COURSE[@]}" \
-    --save_on_interrupt \
     ${MODE_ARGS[@]+"${MODE_ARGS[@]}"} ${OBJECTIVE[@]+"${OBJECTIVE[@]}"} \
     ${WEIGHTS[@]+"${WEIGHTS[@]}"} ${REPORT[@]+"${REPORT[@]}"} -- "$@"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -17,6 +19,9 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_callback import ExportableState
+
+from checkpoints import read_trainer_state
 
 # The log's entries that a person wants to see, and how they are called in little room.
 SHOWN = {
@@ -112,6 +117,29 @@ class SaveOnInterrupt(TrainerCallback):
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
+
+
+class TrainingTime(TrainerCallback, ExportableState):
+    """Counts a run's seconds of training, those before an interruption too.
+
+    Args:
+        checkpoint: the one that the run goes on from.
+    """
+
+    def __init__(self, checkpoint: Path | None) -> None:
+        saved = (checkpoint and read_trainer_state(checkpoint)) or {}
+        counted = saved.get("stateful_callbacks", {}).get("TrainingTime", {}).get("attributes", {})
+        self._before = counted.get("seconds", 0.0)
+        self._started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """The seconds until now, to a thousandth."""
+        return round(self._before + time.perf_counter() - self._started, 3)
+
+    def state(self) -> dict[str, Any]:
+        """Return what the Trainer saves."""
+        return {"args": {}, "attributes": {"seconds": self.seconds}}
 
 
 class LossProgress(ProgressCallback):

@@ -12,7 +12,13 @@ from typing import Any
 
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import (
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import ExportableState
 
 from language_model.adapters import adapter_file
@@ -21,7 +27,7 @@ from utils import InputError, first_line
 
 
 class RunSettings(TrainerCallback, ExportableState):
-    """Writes what a run was started with into ``trainer_state.json`` of its checkpoints."""
+    """Writes what a run was started with, and its length, into its checkpoints' state."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.settings = dict(settings)
@@ -42,9 +48,10 @@ def find_checkpoint(
     model: PreTrainedModel | PeftModel,
     settings: Mapping[str, Any],
     *,
+    length: Mapping[str, float],
     wanted: str | None,
     overwrite: bool,
-    max_steps: int,
+    has_result: bool,
 ) -> Path | None:
     """Return the checkpoint to go on from, checked; None to start anew.
 
@@ -52,18 +59,21 @@ def find_checkpoint(
         output_dir: the run's folder.
         model: the model as it is trained.
         settings: what decides the course of the run (``settings_of_a_checkpoint``).
+        length: of the run: ``max_steps`` or ``num_train_epochs``.
         wanted: ``--resume_from_checkpoint``: a folder; true, which takes the newest one and needs
             one; false, which takes none. None takes the newest one, if there is one.
-        overwrite: take none, unless one is wanted.
-        max_steps: of the run; 0 or less: not bounded by steps.
+        overwrite: take none, unless one is wanted or the run itself began it and did not finish.
+        has_result: whether the run's result is written.
 
     Raises:
         InputError: there is none where one is wanted, or it is not one of this run.
     """
     if wanted is not None and wanted.lower() not in ("true", "false"):
         checkpoint = Path(wanted)
-    elif overwrite or (wanted and wanted.lower() == "false"):
+    elif wanted and wanted.lower() == "false":
         return None
+    elif overwrite and not wanted:
+        return unfinished_checkpoint(output_dir, model, {**settings, **length}, has_result)
     else:
         checkpoint = last_whole_checkpoint(output_dir)
         if checkpoint is None:
@@ -73,11 +83,36 @@ def find_checkpoint(
     check_settings(checkpoint, settings)
     check_checkpoint(str(checkpoint), model)
     check_state_files(checkpoint)
-    if 0 < max_steps < read_trainer_state(checkpoint)["global_step"]:
+    max_steps = length.get("max_steps")
+    if max_steps and max_steps < read_trainer_state(checkpoint)["global_step"]:
         raise InputError(
             f"{checkpoint} has more than --max_steps {max_steps}: give another "
             "--output_dir, or --overwrite_output_dir to start anew"
         )
+    return checkpoint
+
+
+def unfinished_checkpoint(
+    output_dir: Path,
+    model: PreTrainedModel | PeftModel,
+    settings: Mapping[str, Any],
+    has_result: bool,
+) -> Path | None:
+    """Return the newest whole checkpoint if a run of these very settings began it and is not done.
+
+    A run is done when its last step is taken and its result is written.
+    """
+    checkpoint = last_whole_checkpoint(output_dir)
+    if checkpoint is None or RunSettings.read(checkpoint) != settings:
+        return None
+    state = read_trainer_state(checkpoint)
+    if has_result and state["global_step"] >= state["max_steps"]:
+        return None
+    try:
+        check_checkpoint(str(checkpoint), model)
+        check_state_files(checkpoint)
+    except InputError:
+        return None
     return checkpoint
 
 
@@ -145,6 +180,17 @@ def check_state_files(checkpoint: str | Path) -> None:
                 f"{checkpoint} is no whole checkpoint: {name} is missing or cut off; give another "
                 "one, or --overwrite_output_dir to start anew"
             )
+
+
+class RemoveEarlierCheckpoints(TrainerCallback):
+    """Deletes an earlier run's checkpoints after the first step: bad input deletes nothing."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Delete the checkpoints there are before the first one of this run."""
+        if state.global_step == 1 and state.is_world_process_zero:
+            remove_checkpoints(args.output_dir)
 
 
 def remove_checkpoints(output_dir: str | Path) -> None:

@@ -85,19 +85,11 @@ if ! given "--fp16 --bf16 $WEIGHTS_ARGUMENTS --use_cpu" "$@" && has_gpu; then
     if gpu_has_bfloat16; then MIXED_PRECISION=(--bf16); else MIXED_PRECISION=(--fp16); fi
 fi
 
-TAG=regular-$MODE-$EPOCH-$BS-$LR-$SEED
-if given --fsdp "$@"; then # Checkpoints of sharded runs are different files.
-    TAG=$TAG-fsdp
-fi
-NAME=${TASK:-own}-$(basename "$MODEL")-$TAG
-
 # What stands before -- is the script's choice: it may be without effect beside what follows.
 exec "$PYTHON" ${LAUNCHER[@]+"${LAUNCHER[@]}"} "$HERE/run.py" --trainer regular \
     --model_name "$MODEL" ${DATA[@]+"${DATA[@]}"} \
-    --output_dir "result/$NAME" --tag "$NAME" \
     --num_train_epochs "$EPOCH" --learning_rate "$LR" --lr_scheduler_type linear \
     --per_device_train_batch_size "$((BS / NUM_GPU))" "${SEEDS[@]}" \
     --num_train "${TRAIN:-$DEFAULT_TRAIN}" --num_eval "${EVAL:-1000}" "${COURSE[@]}" \
-    --save_on_interrupt \
     ${MODE_ARGS[@]+"${MODE_ARGS[@]}"} ${OBJECTIVE[@]+"${OBJECTIVE[@]}"} \
     ${MIXED_PRECISION[@]+"${MIXED_PRECISION[@]}"} ${REPORT[@]+"${REPORT[@]}"} -- "$@"

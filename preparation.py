@@ -5,6 +5,7 @@ Everything is checked here before it is used; nothing is written.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,7 +42,12 @@ from language_model.packing import collate
 from language_model.shared_tokens import can_share_prompt
 from sampling import ExampleSet, draw_example_sets
 from tasks import Sample, load_samples
-from trainer import SmoothingSchedule, ZerothOrderSettings
+from trainer import (
+    ObjectiveTrainer,
+    SmoothingSchedule,
+    ZerothOrderSettings,
+    ZerothOrderTrainer,
+)
 from utils import InputError, check_writable
 
 
@@ -196,6 +202,37 @@ def choose_objective(
     metric = arguments.non_diff_metric or "f1"
     objective = NegativeTextMetric(metric, encoder.tokenizer, prepared.generation)
     return Training(objective, encode_for_generation, collate_generation)
+
+
+def make_trainer(
+    arguments: Arguments,
+    model: PreTrainedModel | PeftModel,
+    prepared: Prepared,
+    examples: ExampleSet,
+    output_dir: Path,
+) -> ObjectiveTrainer:
+    """Return what trains ``model`` on a run's examples.
+
+    Raises:
+        InputError: the model, the machine and the arguments do not go together.
+    """
+    arguments = copy.copy(arguments)
+    arguments.output_dir = str(output_dir)
+    training = choose_objective(arguments, model, prepared)
+    shared = {
+        "model": model,
+        "args": arguments,
+        "train_dataset": [training.encode(sample) for sample in examples.train],
+        "eval_dataset": [training.encode(sample) for sample in examples.dev] or None,
+        "processing_class": prepared.encoder.tokenizer,
+        "objective": training.objective,
+        "data_collator": training.collate,
+        "decay_step": arguments.decay_step,
+        "max_skipped_steps": arguments.max_skipped_steps,
+    }
+    if arguments.trainer == "zo":
+        return ZerothOrderTrainer(settings=zeroth_order_settings(arguments), **shared)
+    return ObjectiveTrainer(**shared)
 
 
 def zeroth_order_settings(arguments: Arguments) -> ZerothOrderSettings:

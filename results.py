@@ -1,20 +1,35 @@
-"""What a run leaves behind: its result JSON, its rows of predictions, and what is printed."""
+"""What a run leaves behind: its result JSON, its rows of predictions, and what is printed.
+
+A result tells by the hash of its settings which experiment it is of: what is there is not computed
+a second time, and not written over by another one.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import math
 import platform
-from collections.abc import Iterator, Sequence
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from command_line.arguments import Arguments, changed_settings
+from command_line.arguments import Arguments
+from command_line.settings import changed_settings, experiment_hash, length_of_run
+from folders import predictions_files
 from language_model.encoding import Encoder
 from language_model.prediction import Prediction
 from sampling import ExampleSet
 from tasks import Sample, Task
+from utils import InputError
 
 VERSIONS = ("torch", "transformers", "accelerate", "peft", "numpy")
 SHOWN_EXAMPLES = 3
+KINDS_OF_METRICS = ("metric_before_training", "dev_metric", "metric")
+# What a run's losses are called in the Trainer's log, and in the result.
+LOSSES = {"loss": "loss", "eval_loss": "dev_loss"}
+LOWER = "lower --learning_rate"
 
 
 def describe(metrics: dict[str, float]) -> str:
@@ -57,26 +72,176 @@ def prediction_rows(
     return rows
 
 
-def summarize(arguments: Arguments, runs: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
-    """Return the content of the result JSON: one run as it is, several with their mean."""
-    if len(runs) == 1:
-        outcome = runs[0]
-    else:
-        kinds = ("metric_before_training", "dev_metric", "metric")
-        outcome = {kind: mean_metrics(runs, kind) for kind in kinds if kind in runs[0]}
-        outcome["runs"] = runs
+def history(log: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Return a run's losses, the means since the entry before, and dev losses, by their steps.
+
+    Args:
+        log: ``log_history`` of the Trainer's state. A loss that is not finite becomes None.
+    """
+    return {
+        name: {
+            str(row["step"]): row[logged] if math.isfinite(row[logged]) else None
+            for row in log
+            if logged in row
+        }
+        for logged, name in LOSSES.items()
+    }
+
+
+def summarize(
+    arguments: Arguments,
+    runs: list[dict[str, Any]],
+    used: Mapping[str, Any],
+    seconds: float,
+) -> dict[str, Any]:
+    """Return the content of the result JSON: one run as it is, several with their mean.
+
+    Args:
+        arguments: of all runs.
+        runs: what each of them gave.
+        used: settings as they came to be, where they can differ from the arguments.
+        seconds: of all runs together.
+    """
+    outcome = runs[0] if len(runs) == 1 else {**over_sets(runs), "runs": runs}
     versions = {name: importlib.metadata.version(name) for name in VERSIONS}
     return {
         "task": arguments.task.name,
         "model": arguments.model_name,
         "trainer": arguments.trainer,
+        "experiment": experiment_hash(arguments),
         **outcome,
         "seconds": round(seconds, 3),
-        "settings": changed_settings(arguments),
+        "settings": changed_settings(arguments) | used,
         "versions": {"python": platform.python_version(), **versions},
     }
 
 
-def mean_metrics(runs: list[dict[str, Any]], kind: str) -> dict[str, float]:
-    """Return the mean over the runs of each metric of one kind."""
-    return {name: sum(run[kind][name] for run in runs) / len(runs) for name in runs[0][kind]}
+def over_sets(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return mean and sample standard deviation over at least 2 runs of the metrics they have."""
+    outcome = {}
+    for kind in (kind for kind in KINDS_OF_METRICS if kind in runs[0]):
+        values = {name: [run[kind][name] for run in runs] for name in runs[0][kind]}
+        outcome[kind] = {name: statistics.fmean(numbers) for name, numbers in values.items()}
+        outcome[f"{kind}_std"] = {
+            name: statistics.stdev(numbers) for name, numbers in values.items()
+        }
+    return outcome
+
+
+def used_settings(examples: ExampleSet, max_length: int) -> dict[str, int]:
+    """Return how many examples there really were, and tokens of a text at most."""
+    shown = len(examples.demonstrations[0]) if examples.demonstrations else 0
+    return {
+        "num_train": len(examples.train) or shown,
+        "num_dev": len(examples.dev),
+        "num_eval": len(examples.evaluation),
+        "max_length": max_length,
+    }
+
+
+def metric_names(arguments: Arguments) -> dict[str, str]:
+    """Return how the metrics of a run are called in the lines that are printed, by their kinds."""
+    zero_shot, after = "zero-shot", "test"
+    if arguments.trainer == "none":
+        after = "in-context" if arguments.num_train else zero_shot
+    metric = arguments.task.metric_name
+    return {
+        kind: f"{words} {metric}"
+        for kind, words in zip(KINDS_OF_METRICS, (zero_shot, "dev", after), strict=True)
+    }
+
+
+def result_lines(arguments: Arguments, result: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a whole result in words: its metrics, what is wrong with it, and where it lies."""
+    names = metric_names(arguments)
+    for kind in (kind for kind in KINDS_OF_METRICS if kind in result):
+        line = f"{names[kind]}: {describe(result[kind])}"
+        if f"{kind}_std" in result:
+            line += f" (mean of {len(result['runs'])} sets, standard deviation "
+            line += f"{describe(result[f'{kind}_std'])})"
+        yield line
+    yield from last_lines(arguments, result)
+
+
+def last_lines(arguments: Arguments, result: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with a result, of several sets with the set's name, and where it lies."""
+    for run in result.get("runs", [result]):
+        for line in concerns(run):
+            yield f"set {run['train_set_seed']}: {line}" if "runs" in result else line
+    yield f"result: {arguments.result_path}"
+
+
+def concerns(result: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for everything that speaks against a run: it diverged, or did only harm.
+
+    Dev losses count where there are any, training losses otherwise. Far above the first means by
+    more than the first itself and by more than 0.1, which the noise of batches does not reach.
+    """
+    losses = result.get("history", {})
+    name, values = next(
+        ((name, [*losses[name].values()]) for name in ("dev_loss", "loss") if losses.get(name)),
+        ("", []),
+    )
+    if len(values) > 1 and values[0] is not None:
+        first, last = values[0], values[-1]
+        words = name.replace("_", " ")
+        if last is None:
+            yield f"warning: the last {words} is not finite (the first: {first:.4g}); {LOWER}"
+        elif last - first > max(abs(first), 0.1):
+            yield f"warning: the {words} went up from {first:.4g} to {last:.4g}; {LOWER}"
+    before, after = result.get("metric_before_training"), result.get("metric")
+    if before and after:
+        metric = next(iter(before))
+        if after[metric] < before[metric]:
+            yield (
+                f"warning: the {metric} of {after[metric]:.4f} is below that before training, "
+                f"{before[metric]:.4f}; {LOWER}"
+            )
+
+
+def earlier_result(arguments: Arguments) -> dict[str, Any] | None:
+    """Return what the very same experiment has written as its result, None if it has not.
+
+    Raises:
+        InputError: something else is in the place, and is not to be written over.
+    """
+    path = arguments.result_path
+    if not path.is_file():
+        if not arguments.overwrite_output_dir:
+            _keep_predictions(arguments)
+        return None
+    result = read_result(path)
+    if result.get("experiment") == experiment_hash(arguments):
+        length = length_of_run(arguments)
+        then = {name: result["settings"].get(name) for name in length}
+        if then == length:
+            return result
+        # A longer run goes on from this one.
+        if all(then[name] and then[name] < length[name] for name in length):
+            return None
+    if arguments.overwrite_output_dir:
+        return None
+    option = "--result_file" if arguments.result_file else "--tag"
+    raise InputError(
+        f"{option} {arguments.result_file or arguments.tag}: {path} holds something else than the "
+        "result of this experiment; give another name, or --overwrite_output_dir to replace it"
+    )
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Return the content of a result JSON, nothing if the file is none."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return result if isinstance(result, dict) and "settings" in result else {}
+
+
+def _keep_predictions(arguments: Arguments) -> None:
+    """Refuse to write over predictions whose result is not there: nobody knows whose they are."""
+    for path in predictions_files(arguments):
+        if path.is_file():
+            raise InputError(
+                f"--predictions_file {path}: it is there already, and its result is not; give "
+                "another name, or --overwrite_output_dir to replace it"
+            )

@@ -5,9 +5,17 @@ python run.py --task_name SST2 --model_name facebook/opt-125m --trainer zo ...
 
 from __future__ import annotations
 
-import copy
-import dataclasses
+import os
+import signal
 import sys
+
+if __name__ == "__main__":
+    # Before torch is imported: idle threads leave the cores to other programs, and Ctrl-C while the
+    # libraries load ends this one without a traceback.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,27 +26,37 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from callbacks import SaveOnInterrupt
-from checkpoints import RunSettings, find_checkpoint, last_whole_checkpoint, remove_checkpoints
-from command_line.arguments import USAGE, Arguments, parse_arguments, settings_of_a_checkpoint
+from callbacks import SaveOnInterrupt, TrainingTime
+from checkpoints import (
+    RemoveEarlierCheckpoints,
+    RunSettings,
+    find_checkpoint,
+    last_whole_checkpoint,
+)
+from command_line.arguments import USAGE, Arguments, parse_arguments
 from command_line.checks import check
+from command_line.settings import length_of_run, name_run, settings_of_a_checkpoint
+from folders import has_all_files, locked_folders, predictions_files, run_folders
 from language_model.adapters import without_adapter
 from language_model.head import fit_head
 from language_model.loading import leave_out_loading_bars
 from language_model.precision import advice_for_losses
 from language_model.prediction import Prediction, predict
-from preparation import (
-    Prepared,
-    choose_objective,
-    choose_trained_weights,
-    load_pretrained,
-    prepare,
-    zeroth_order_settings,
+from preparation import Prepared, choose_trained_weights, load_pretrained, make_trainer, prepare
+from results import (
+    describe,
+    earlier_result,
+    example_lines,
+    history,
+    last_lines,
+    metric_names,
+    prediction_rows,
+    result_lines,
+    summarize,
+    used_settings,
 )
-from results import describe, example_lines, prediction_rows, summarize
 from sampling import ExampleSet
 from tasks import Sample
-from trainer import ObjectiveTrainer, ZerothOrderTrainer
 from utils import InputError, leave_process_group_at_exit, write_json, write_json_lines
 
 
@@ -52,26 +70,31 @@ class Diverged(Exception):
 
 @dataclass
 class Experiment:
-    """What all runs share: the arguments, what was prepared from them, and the printed lines."""
+    """What all runs share: the arguments, what was prepared from them, and the printed lines.
+
+    Attributes:
+        has_result: whether this very experiment has written its result before.
+    """
 
     arguments: Arguments
     prepared: Prepared
+    has_result: bool
 
     def run(self, examples: ExampleSet, output_dir: Path) -> tuple[dict[str, Any], list[dict]]:
         """Do one run: evaluate, or train and evaluate. Returns its results and prediction rows."""
         arguments, encoder = self.arguments, self.prepared.encoder
+        names = metric_names(arguments)
         result: dict[str, Any] = {"train_set_seed": examples.seed}
         model = load_pretrained(arguments)
-        name = f"zero-shot {encoder.task.metric_name}"
-        if arguments.trainer == "none":
-            if arguments.num_train:
-                name = f"in-context {encoder.task.metric_name}"
-        else:
+        if arguments.trainer != "none":
             model = choose_trained_weights(arguments, model, encoder, self.say)
             checkpoint = self.find_checkpoint(output_dir, model)
             if arguments.eval_before_training:
                 result["metric_before_training"], _ = self.evaluate(
-                    without_adapter(model), examples.evaluation, examples.demonstrations, name
+                    without_adapter(model),
+                    examples.evaluation,
+                    examples.demonstrations,
+                    names["metric_before_training"],
                 )
             trained = [p.numel() for p in model.parameters() if p.requires_grad]
             result["trained_parameters"] = sum(trained)
@@ -79,15 +102,15 @@ class Experiment:
                 result |= self.probe(model, examples, output_dir)
             else:
                 result |= self.train(model, examples, output_dir, checkpoint)
-            name = f"test {encoder.task.metric_name}"
             if arguments.no_eval:
                 return result, []
             if examples.dev:
                 shown: list[list[Sample]] = [[]] * len(examples.dev)
-                dev_name = f"dev {encoder.task.metric_name}"
-                result["dev_metric"], _ = self.evaluate(model, examples.dev, shown, dev_name)
+                result["dev_metric"], _ = self.evaluate(
+                    model, examples.dev, shown, names["dev_metric"]
+                )
         result["metric"], predictions = self.evaluate(
-            model, examples.evaluation, examples.demonstrations, name
+            model, examples.evaluation, examples.demonstrations, names["metric"]
         )
         if arguments.verbose:
             for line in example_lines(encoder, examples, predictions):
@@ -118,7 +141,7 @@ class Experiment:
         return metrics, predictions
 
     def find_checkpoint(self, output_dir: Path, model: PreTrainedModel) -> Path | None:
-        """Return the checkpoint to go on from; None to start anew, without those of before."""
+        """Return the checkpoint to go on from; None to start anew."""
         arguments = self.arguments
         if arguments.linear_probing:
             return None
@@ -126,14 +149,13 @@ class Experiment:
             output_dir,
             model,
             settings_of_a_checkpoint(arguments),
+            length=length_of_run(arguments),
             wanted=arguments.resume_from_checkpoint,
             overwrite=arguments.overwrite_output_dir,
-            max_steps=arguments.max_steps,
+            has_result=self.has_result,
         )
         if checkpoint:
             self.say(f"going on from {checkpoint}")
-        elif arguments.overwrite_output_dir and arguments.process_index == 0:
-            remove_checkpoints(output_dir)
         return checkpoint
 
     def train(
@@ -143,32 +165,19 @@ class Experiment:
         output_dir: Path,
         checkpoint: Path | None,
     ) -> dict[str, Any]:
-        """Train ``model`` in place; returns steps and seconds."""
-        arguments = copy.copy(self.arguments)
-        arguments.output_dir = str(output_dir)
-        training = choose_objective(arguments, model, self.prepared)
-        shared = {
-            "model": model,
-            "args": arguments,
-            "train_dataset": [training.encode(sample) for sample in examples.train],
-            "eval_dataset": [training.encode(sample) for sample in examples.dev] or None,
-            "processing_class": self.prepared.encoder.tokenizer,
-            "objective": training.objective,
-            "data_collator": training.collate,
-            "decay_step": arguments.decay_step,
-            "max_skipped_steps": arguments.max_skipped_steps,
-        }
-        if arguments.trainer == "zo":
-            trainer: ObjectiveTrainer = ZerothOrderTrainer(
-                settings=zeroth_order_settings(arguments), **shared
-            )
-        else:
-            trainer = ObjectiveTrainer(**shared)
-        trainer.add_callback(RunSettings(settings_of_a_checkpoint(arguments)))
+        """Train ``model`` in place; returns steps, seconds and losses."""
+        arguments = self.arguments
+        trainer = make_trainer(arguments, model, self.prepared, examples, output_dir)
+        trainer.add_callback(
+            RunSettings(settings_of_a_checkpoint(arguments) | length_of_run(arguments))
+        )
+        time_of_training = TrainingTime(checkpoint)
+        trainer.add_callback(time_of_training)
+        if arguments.overwrite_output_dir and not checkpoint:
+            trainer.add_callback(RemoveEarlierCheckpoints())
         interrupt = SaveOnInterrupt()
         if arguments.save_on_interrupt:
             trainer.add_callback(interrupt)
-        started = time.perf_counter()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         # What is reported comes from the model's own dtype, not from mixed precision.
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
@@ -192,9 +201,10 @@ class Experiment:
             self.say(f"checkpoint: {best}")
         return {
             "steps": trainer.state.global_step,
-            "train_seconds": round(time.perf_counter() - started, 3),
+            "train_seconds": time_of_training.seconds,
             "resumed_from": str(checkpoint) if checkpoint else None,
             "checkpoint": str(best) if best else None,
+            "history": history(trainer.state.log_history),
         }
 
     def probe(
@@ -232,28 +242,29 @@ class Experiment:
 
 
 def run_experiment(arguments: Arguments) -> None:
-    """Do every run and write the result JSON and the predictions."""
+    """Do every run and write the result JSON and the predictions, where they are not there yet."""
     started = time.perf_counter()
+    earlier = earlier_result(arguments)
+    if earlier and not arguments.overwrite_output_dir and has_all_files(arguments):
+        if arguments.process_index == 0:
+            print("these settings have a result already (--overwrite_output_dir makes it anew)")
+            print("\n".join(result_lines(arguments, earlier)))
+        return
     transformers.set_seed(arguments.seed)
-    prepared = prepare(arguments)
-    experiment = Experiment(arguments, prepared)
-    runs = []
-    several = len(prepared.example_sets) > 1
-    output_dir = Path(arguments.output_dir)
-    for examples in prepared.example_sets:
-        result, rows = experiment.run(
-            examples, output_dir / f"set{examples.seed}" if several else output_dir
-        )
-        runs.append(result)
-        if arguments.predictions_file and rows and arguments.process_index == 0:
-            path = Path(arguments.predictions_file)
-            write_json_lines(
-                path.with_stem(f"{path.stem}-set{examples.seed}") if several else path, rows
-            )
-    if arguments.process_index == 0:
-        seconds = time.perf_counter() - started
-        write_json(arguments.result_path, summarize(arguments, runs, seconds))
-        print(f"result: {arguments.result_path}")
+    experiment = Experiment(arguments, prepare(arguments), has_result=earlier is not None)
+    example_sets, folders = experiment.prepared.example_sets, run_folders(arguments)
+    with locked_folders(arguments):
+        outcomes = [experiment.run(*each) for each in zip(example_sets, folders, strict=True)]
+        if arguments.process_index == 0:
+            used = used_settings(example_sets[0], experiment.prepared.encoder.max_length)
+            results = [result for result, _ in outcomes]
+            summary = summarize(arguments, results, used, time.perf_counter() - started)
+            write_json(arguments.result_path, summary)
+            for path, (_, rows) in zip(predictions_files(arguments), outcomes, strict=False):
+                write_json_lines(path, rows)
+            # Each metric of a single run is printed already.
+            lines = last_lines if len(results) == 1 else result_lines
+            print("\n".join(lines(arguments, summary)))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -268,6 +279,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         arguments = parse_arguments(argv)
         check(arguments)
+        name_run(arguments)
         if torch.distributed.is_initialized():
             leave_process_group_at_exit()
         run_experiment(arguments)
@@ -284,4 +296,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main(sys.argv[1:]))

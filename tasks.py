@@ -444,15 +444,25 @@ def load_samples(task: Task, data_dir: str | None) -> tuple[list[Sample], list[S
     Raises:
         InputError: files are missing, empty or malformed, or the Hub cannot be reached.
     """
-    if isinstance(task, OwnTask):
-        train = _load_file(task, task.train_file) if task.train_file else []
-        return train, _load_file(task, task.validation_file)
-    if data_dir is None:
+    files = split_files(task, data_dir)
+    if files is None:
         return _load_hub(task)
-    folder = _task_folder(task, Path(data_dir))
-    files = (_split_file(folder, split) for split in ("train", "validation"))
-    train, validation = (_load_file(task, path) for path in files)
+    train, validation = (_load_file(task, path) if path else [] for path in files)
     return train, validation
+
+
+def split_files(task: Task, data_dir: str | None) -> tuple[Path | None, Path] | None:
+    """Return the files of the train split, where there is one, and of validation; None: the Hub's.
+
+    Raises:
+        InputError: they are missing.
+    """
+    if isinstance(task, OwnTask):
+        return task.train_file, task.validation_file
+    if data_dir is None:
+        return None
+    folder = _task_folder(task, Path(data_dir))
+    return _split_file(folder, "train"), _split_file(folder, "validation")
 
 
 def _task_folder(task: Task, data_dir: Path) -> Path:

@@ -60,7 +60,7 @@ EVERY_RUN = Scope(
         *("train_set_seed", "model_name", "load_float16", "load_bfloat16", "load_int8"),
         *("load_int4", "max_length", "no_auto_device", "trust_remote_code", "trainer", "seed"),
         *("per_device_eval_batch_size", "tag", "result_file", "use_cpu", "tf32", "local_rank"),
-        *("ddp_backend", "ddp_timeout"),
+        *("ddp_backend", "ddp_timeout", "overwrite_output_dir"),
     ),
     where="every run",
 )
@@ -85,7 +85,7 @@ STEPS = Scope(
         *("logging_strategy", "logging_first_step", "logging_nan_inf_filter"),
         *("log_on_each_node", "log_level", "log_level_replica", "disable_tqdm", "report_to"),
         *("eval_strategy", "eval_on_start", "save_strategy", "load_best_model_at_end"),
-        *("overwrite_output_dir", "resume_from_checkpoint", "save_on_interrupt", "push_to_hub"),
+        *("resume_from_checkpoint", "save_on_interrupt", "push_to_hub"),
         *("ignore_data_skip", "restore_callback_states_from_checkpoint"),
     ),
     where="training in steps: no `--linear_probing`",

@@ -1,4 +1,4 @@
-"""The command line of run.py: how it is read, its help, and what belongs to a run."""
+"""The command line of run.py: how it is read, and its help."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import functools
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
@@ -74,10 +74,7 @@ class Arguments(
     given_by_user: frozenset[str] = field(default=frozenset(), init=False)
 
     def __post_init__(self) -> None:
-        if self.tag is None:
-            self.tag = default_tag(self)
-        if self.output_dir is None:
-            self.output_dir = str(Path("result") / self.tag)
+        output_dir = self.output_dir
         if not torch.accelerator.is_available():
             # Without it, processes that torchrun starts on CPUs would not find one another.
             self.use_cpu = True
@@ -87,6 +84,8 @@ class Arguments(
                 "torchrun, or leave it out"
             )
         super().__post_init__()
+        # The Trainer would call it trainer_output; settings.name_run names it after the run.
+        self.output_dir = output_dir
         # Batches of encoded examples have no columns that a model's forward could name.
         self.remove_unused_columns = False
 
@@ -104,24 +103,6 @@ class Arguments(
     def result_path(self) -> Path:
         """Where the result JSON goes."""
         return Path(self.result_file or Path("result") / f"{self.tag}.json")
-
-
-def default_tag(arguments: Arguments) -> str:
-    """Name a run after what distinguishes it."""
-    model = Path(arguments.model_name or "model").name
-    own = Path(arguments.train_file or arguments.validation_file or "task").absolute()
-    parts = [arguments.task_name or f"{own.parent.name}-{own.stem}", model, arguments.trainer]
-    parts += [name for name in (*TUNING_MODES, "non_diff") if getattr(arguments, name)]
-    if arguments.trainer == "none":
-        parts += [f"{arguments.num_train}-shot"]
-        parts += [name for name in ("sfc", "icl_sfc") if getattr(arguments, name)]
-    else:
-        parts += [f"lr{arguments.learning_rate:g}", f"bs{arguments.per_device_train_batch_size}"]
-    if arguments.trainer == "zo":
-        parts += [f"eps{arguments.zo_eps:g}", arguments.hessian_smooth_type]
-    if arguments.train_set_seed is not None:
-        parts += [f"set{arguments.train_set_seed}"]
-    return "-".join([*parts, f"seed{arguments.seed}"])
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -236,78 +217,6 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     arguments.given = frozenset(values)
     arguments.given_by_user = frozenset(by_user)
     return arguments
-
-
-# What belongs to an experiment, whether it was given or not.
-EXAMPLES = ("num_train", "num_dev", "num_train_sets", "train_set_seed")
-WEIGHTS = ("load_float16", "load_bfloat16", "load_int8", "load_int4")
-EVALUATION = ("num_eval", "max_length", "sfc", "icl_sfc", "per_device_eval_batch_size")
-GENERATION = (
-    *("sampling", "temperature", "num_beams", "top_k", "top_p"),
-    *("max_new_tokens", "eos_token"),
-)
-TRAINING = (
-    *("train_as_classification", "only_train_option", "seed", "learning_rate", "weight_decay"),
-    *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "decay_step"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("data_seed", "dataloader_drop_last"),
-)
-FIRST_ORDER = (
-    *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
-    *("bf16", "fp16"),
-)
-ZEROTH_ORDER = (
-    *("zo_eps", "hessian_smooth_type", "hessian", "hessian_dtype", "zo_perturbation"),
-    "zo_num_samples",
-)
-OF_TRAINER = {"none": (), "regular": FIRST_ORDER, "zo": (*ZEROTH_ORDER, "non_diff")}
-TUNING = (*TUNING_MODES, "untie_emb")
-
-
-def changed_settings(arguments: Arguments) -> dict[str, Any]:
-    """Return what the user gave and what belongs to the experiment; no secrets."""
-    names = {*arguments.given, *EXAMPLES, *WEIGHTS, *EVALUATION, *OF_TRAINER[arguments.trainer]}
-    if arguments.trainer != "none":
-        length = "max_steps" if arguments.max_steps > 0 else "num_train_epochs"
-        names |= {length, *_names_of_training(arguments)}
-    if arguments.task.generation:
-        names |= {*GENERATION}
-    return _plain_values(arguments, names - {"hub_token"})
-
-
-def settings_of_a_checkpoint(arguments: Arguments) -> dict[str, Any]:
-    """Return what decides the course of a training run, whatever its length and its folders."""
-    names = {*EXAMPLES, *WEIGHTS, *_names_of_training(arguments)}
-    # Every set has a folder of its own, whatever their number.
-    names.remove("num_train_sets")
-    return {
-        "trainer": arguments.trainer,
-        "task_name": arguments.task.name,
-        "train_file": arguments.train_file and str(Path(arguments.train_file).resolve()),
-        "model_name": Path(arguments.model_name).name,
-        "nproc_per_node": arguments.world_size,
-        **_plain_values(arguments, names),
-    }
-
-
-def _names_of_training(arguments: Arguments) -> set[str]:
-    names = {*TRAINING, *TUNING, *OF_TRAINER[arguments.trainer]}
-    for mode, settings in TUNING_MODES.items():
-        if getattr(arguments, mode):
-            names |= {*settings}
-    if arguments.non_diff:
-        names |= {"non_diff_metric", *GENERATION}
-    return names
-
-
-def _plain_values(arguments: Arguments, names: Collection[str]) -> dict[str, Any]:
-    """Return the values as JSON has them, in the order of the fields."""
-    values = {
-        field.name: getattr(arguments, field.name)
-        for field in dataclasses.fields(arguments)
-        if field.name in names
-    }
-    return {name: plain_value(value) for name, value in values.items()}
 
 
 def plain_value(value: Any) -> Any:

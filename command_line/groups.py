@@ -228,12 +228,8 @@ class Training:
     max_skipped_steps: int = argument(
         50, "Steps in a row without a finite loss, after which the run stops with a checkpoint."
     )
-    overwrite_output_dir: bool = argument(
-        False,
-        "Delete the checkpoints in output_dir and start anew. Default: go on from the newest one.",
-    )
     save_on_interrupt: bool = argument(
-        False,
+        True,
         "On Ctrl-C, SIGTERM, SIGUSR1 or SIGUSR2 finish the step, save a checkpoint and stop; the "
         "same command then goes on from there.",
     )
@@ -309,6 +305,12 @@ class EvaluationAndResults:
         None,
         "JSON Lines file with id, prediction, correct and scores of every eval example. Default: "
         "not written.",
+    )
+    overwrite_output_dir: bool = argument(
+        False,
+        "Make the result anew where there is one: delete the checkpoints in output_dir and start "
+        "again. What the very same settings began there and did not finish goes on all the same. "
+        "Default: go on from the newest checkpoint; compute nothing where the result is there.",
     )
     tag: str | None = argument(
         None, "Name of the run, of its result file and output_dir. Default: made of the settings."

@@ -240,7 +240,6 @@ def test_modes(tmp_path: Path, mode: str, flags: list[str], learning_rate: str, 
     argv = passed_arguments(tmp_path, MODE=mode, MODEL="a/b")
     assert [word for word in argv if word in ("--lora", "--prefix_tuning")] == flags
     assert value_of(argv, "learning_rate") == learning_rate and value_of(argv, "zo_eps") == eps
-    assert f"-{mode}-" in value_of(argv, "tag")
     argv = passed_arguments(tmp_path, MODE=mode, LR="3", EPS="4")
     assert value_of(argv, "learning_rate") == "3" and value_of(argv, "zo_eps") == "4"
 

@@ -22,7 +22,7 @@ ROOMS = (
     {"checkpoints", "callbacks"},
     {"trainer"},
     {"command_line"},
-    {"preparation"},
+    {"preparation", "folders"},
     {"results"},
     {"run"},
 )

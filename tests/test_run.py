@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from running import MODEL, SAMPLES, command, contents, finish, start, training
 
 import run
 import tasks
-from command_line.arguments import changed_settings, parse_arguments
+from command_line.arguments import parse_arguments
+from command_line.settings import changed_settings
 
 
 def evaluation(folder: Path, task: str = "SST2", **arguments: Any) -> list[str]:
@@ -205,7 +207,9 @@ def test_default_files_are_named_after_the_settings(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert run.main(command(num_eval=2)) == 0
-    assert list(contents(tmp_path)) == ["result", "result/SST2-tiny-opt-none-0-shot-seed42.json"]
+    folder, file = contents(tmp_path)
+    assert folder == "result"
+    assert re.fullmatch(r"result/SST2-tiny-opt-none-0-shot-seed42-[0-9a-f]{8}\.json", file)
     assert run.main(command(num_eval=2, tag="mine")) == 0
     assert (tmp_path / "result/mine.json").is_file()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -79,7 +80,8 @@ def test_icl_from_a_folder_with_spaces(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     accuracy, result = done.stdout.splitlines()
     assert accuracy.startswith("zero-shot accuracy: ") and accuracy.endswith("(6 examples)")
-    assert result.startswith("result: result/SST2-a model-none-0-shot")
+    name = re.escape("result: result/SST2-a model-none-0-shot-")
+    assert re.fullmatch(name + r"(set0-)?seed\d+-[0-9a-f]{8}\.json", result)
 
 
 @pytest.mark.parametrize("task", ["SST2", "Copa", "SQuAD"])
@@ -294,7 +296,6 @@ def test_processes_of_finetune_fsdp(tmp_path: Path) -> None:
         assert launcher[-2:] == ["--nproc_per_node", processes]
         assert value_of(argv, "per_device_train_batch_size") == share
         assert argv[-3:] == ["--fsdp", "--fsdp_config", "my file.json"]
-        assert value_of(argv, "tag") == "Copa-b-regular-ft-5-12-3e-5-0-fsdp"
         assert value_of(argv, "trainer") == "regular" and value_of(argv, "num_dev") == "100"
 
 

@@ -1,0 +1,220 @@
+"""The settings of a run: those that its result holds, those that its checkpoints and name go by."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from command_line.arguments import TUNING_MODES, Arguments, plain_value
+from tasks import split_files
+from utils import fingerprint
+
+# What belongs to an experiment, whether it was given or not.
+EXAMPLES = ("num_train", "num_dev", "num_train_sets", "train_set_seed")
+WEIGHTS = ("load_float16", "load_bfloat16", "load_int8", "load_int4")
+EVALUATION = ("num_eval", "max_length", "sfc", "icl_sfc", "per_device_eval_batch_size")
+GENERATION = (
+    *("sampling", "temperature", "num_beams", "top_k", "top_p"),
+    *("max_new_tokens", "eos_token"),
+)
+TRAINING = (
+    *("train_as_classification", "only_train_option", "seed", "learning_rate", "weight_decay"),
+    *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "decay_step"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("data_seed", "dataloader_drop_last"),
+)
+FIRST_ORDER = (
+    *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+    *("bf16", "fp16"),
+)
+ZEROTH_ORDER = (
+    *("zo_eps", "hessian_smooth_type", "hessian", "hessian_dtype", "zo_perturbation"),
+    "zo_num_samples",
+)
+OF_TRAINER = {"none": (), "regular": FIRST_ORDER, "zo": (*ZEROTH_ORDER, "non_diff")}
+TUNING = (*TUNING_MODES, "untie_emb")
+
+LENGTH = ("max_steps", "num_train_epochs")
+# Where the model and the data lie: their content distinguishes runs, not their place.
+PLACES = ("task_name", "model_name", "data_dir", "train_file", "validation_file")
+# What does not change the result. All else does, the Trainer's arguments of tomorrow too.
+FOLDERS_AND_FILES = (
+    *("tag", "output_dir", "result_file", "predictions_file", "save_model"),
+    *("overwrite_output_dir", "resume_from_checkpoint", "save_on_interrupt", "save_only_model"),
+    *("save_total_limit", "save_on_each_node", "enable_jit_checkpoint"),
+    *("restore_callback_states_from_checkpoint", "trust_remote_code"),
+    *("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy"),
+    *("hub_always_push", "hub_revision"),
+)
+SHOWN_AND_LOGGED = (
+    *("verbose", "disable_tqdm", "debug", "skip_memory_metrics", "include_num_input_tokens_seen"),
+    *("logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node"),
+    *("logging_nan_inf_filter", "log_level", "log_level_replica", "report_to", "run_name"),
+    *("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+)
+SPEED_AND_MACHINE = (
+    *("per_device_eval_batch_size", "no_auto_device", "use_cpu", "local_rank", "ddp_backend"),
+    *("ddp_timeout", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers"),
+    *("ddp_static_graph", "torch_empty_cache_steps", "activation_checkpointing"),
+    *("activation_checkpointing_kwargs", "gradient_checkpointing"),
+    *("gradient_checkpointing_kwargs", "dataloader_num_workers", "dataloader_pin_memory"),
+    *("dataloader_persistent_workers", "dataloader_prefetch_factor"),
+    *("dataloader_multiprocessing_context", "dataloader_in_order"),
+)
+NOT_OF_THE_RESULT = {*PLACES, *FOLDERS_AND_FILES, *SHOWN_AND_LOGGED, *SPEED_AND_MACHINE}
+# When checkpoints are saved matters where one of them is chosen.
+CHOICE_OF_CHECKPOINT = ("save_strategy", "save_steps")
+
+WAYS_OF_TUNING = {
+    "lora": "lora",
+    "prefix_tuning": "prefix",
+    "head_tuning": "head",
+    "linear_probing": "probe",
+}
+# File systems allow 255 bytes; a suffix and a temporary file's name come on top.
+READABLE_CHARACTERS = 120
+
+
+def name_run(arguments: Arguments) -> None:
+    """Give a run its tag, and a folder of that name, where the command line gives none."""
+    if arguments.tag is None:
+        arguments.tag = default_tag(arguments)
+    if arguments.output_dir is None:
+        arguments.output_dir = str(Path("result") / arguments.tag)
+
+
+def default_tag(arguments: Arguments) -> str:
+    """Name a run after what distinguishes it: a readable part, and a hash of all settings.
+
+    The length of a run is in the readable part alone, so that a longer run of the same settings has
+    the same hash.
+    """
+    parts = [_task_part(arguments), _model_part(arguments.model_name), arguments.trainer]
+    if arguments.trainer == "none":
+        parts += [f"{arguments.num_train}-shot"]
+    else:
+        parts += [next((WAYS_OF_TUNING[m] for m in TUNING_MODES if getattr(arguments, m)), "ft")]
+    parts += [name for name in ("non_diff", "sfc", "icl_sfc") if getattr(arguments, name)]
+    if arguments.trainer != "none" and not arguments.linear_probing:
+        parts += [f"lr{arguments.learning_rate:g}", f"bs{arguments.per_device_train_batch_size}"]
+    if arguments.trainer == "zo":
+        parts += [f"eps{arguments.zo_eps:g}", arguments.hessian_smooth_type]
+        parts += ["lowrank"] if arguments.hessian == "lowrank" else []
+    parts += ["fsdp"] if arguments.fsdp else []
+    length = [
+        f"{name.removeprefix('num_train_').removeprefix('max_')}{value:g}"
+        for name, value in length_of_run(arguments).items()
+    ]
+    if arguments.train_set_seed is not None:
+        parts += [f"set{arguments.train_set_seed}"]
+    parts += [f"seed{arguments.seed}"]
+    readable = "-".join(parts)[:READABLE_CHARACTERS]
+    return "-".join([readable, *length, experiment_hash(arguments)])
+
+
+def _task_part(arguments: Arguments) -> str:
+    if not arguments.train_file and not arguments.validation_file:
+        return arguments.task.name
+    own = Path(arguments.train_file or arguments.validation_file).absolute()
+    return f"{own.parent.name}-{own.stem}"[:40]
+
+
+def _model_part(name: str) -> str:
+    path = Path(name)
+    if path.is_dir():
+        path = path.resolve()
+    # Checkpoints of all runs are called alike.
+    part = f"{path.parent.name}-{path.name}" if path.name.startswith("checkpoint-") else path.name
+    return part[-40:].lstrip("-")
+
+
+def length_of_run(arguments: Arguments) -> dict[str, float]:
+    """Return how long a training run is, by the argument that says so; nothing without steps."""
+    if arguments.trainer == "none" or arguments.linear_probing:
+        return {}
+    name = "max_steps" if arguments.max_steps > 0 else "num_train_epochs"
+    return {name: getattr(arguments, name)}
+
+
+def experiment_hash(arguments: Arguments) -> str:
+    """Return 8 hexadecimal digits of all that changes a run's result, except its length.
+
+    The model and the data count by their content where they lie on disk, and by their names on the
+    Hub, so that an experiment is the same one on another machine.
+
+    Raises:
+        InputError: a file of data is missing.
+    """
+    names = {field.name for field in dataclasses.fields(arguments) if field.init}
+    names -= NOT_OF_THE_RESULT.union(LENGTH)
+    if not arguments.load_best_model_at_end:
+        names -= {*CHOICE_OF_CHECKPOINT}
+    model = Path(arguments.model_name)
+    identity = {
+        **_plain_values(arguments, names),
+        "task": arguments.task.name,
+        "model": fingerprint(model_files(model)) if model.is_dir() else arguments.model_name,
+        "data": [
+            path and fingerprint([path])
+            for path in split_files(arguments.task, arguments.data_dir) or ()
+        ],
+        "processes": arguments.world_size if arguments.trainer != "none" else 1,
+    }
+    text = json.dumps(identity, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def model_files(folder: Path) -> list[Path]:
+    """Return the files of a model's folder that can change what it computes, by name."""
+    suffixes = {".json", ".safetensors", ".bin", ".model", ".txt", ".py", ".jinja"}
+    return sorted(path for path in folder.iterdir() if path.suffix in suffixes and path.is_file())
+
+
+def changed_settings(arguments: Arguments) -> dict[str, Any]:
+    """Return what the user gave and what belongs to the experiment; no secrets."""
+    names = {*arguments.given, *EXAMPLES, *WEIGHTS, *EVALUATION, *OF_TRAINER[arguments.trainer]}
+    if arguments.trainer != "none":
+        length = "max_steps" if arguments.max_steps > 0 else "num_train_epochs"
+        names |= {length, *_names_of_training(arguments)}
+    if arguments.task.generation:
+        names |= {*GENERATION}
+    return _plain_values(arguments, names - {"hub_token"})
+
+
+def settings_of_a_checkpoint(arguments: Arguments) -> dict[str, Any]:
+    """Return what decides the course of a training run, whatever its length and its folders."""
+    names = {*EXAMPLES, *WEIGHTS, *_names_of_training(arguments)}
+    # Every set has a folder of its own, whatever their number.
+    names.remove("num_train_sets")
+    return {
+        "trainer": arguments.trainer,
+        "task_name": arguments.task.name,
+        "train_file": arguments.train_file and str(Path(arguments.train_file).resolve()),
+        "model_name": Path(arguments.model_name).name,
+        "nproc_per_node": arguments.world_size,
+        **_plain_values(arguments, names),
+    }
+
+
+def _names_of_training(arguments: Arguments) -> set[str]:
+    names = {*TRAINING, *TUNING, *OF_TRAINER[arguments.trainer]}
+    for mode, settings in TUNING_MODES.items():
+        if getattr(arguments, mode):
+            names |= {*settings}
+    if arguments.non_diff:
+        names |= {"non_diff_metric", *GENERATION}
+    return names
+
+
+def _plain_values(arguments: Arguments, names: Collection[str]) -> dict[str, Any]:
+    """Return the values as JSON has them, in the order of the fields."""
+    values = {
+        field.name: getattr(arguments, field.name)
+        for field in dataclasses.fields(arguments)
+        if field.name in names
+    }
+    return {name: plain_value(value) for name, value in values.items()}
