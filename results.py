@@ -17,7 +17,7 @@ from typing import Any
 
 from command_line.arguments import Arguments
 from command_line.settings import changed_settings, experiment_hash, length_of_run
-from folders import predictions_files
+from folders import has_all_files, predictions_files
 from language_model.encoding import Encoder
 from language_model.prediction import Prediction
 from sampling import ExampleSet
@@ -29,6 +29,8 @@ SHOWN_EXAMPLES = 3
 KINDS_OF_METRICS = ("metric_before_training", "dev_metric", "metric")
 # What a run's losses are called in the Trainer's log, and in the result.
 LOSSES = {"loss": "loss", "eval_loss": "dev_loss"}
+# By as much they may rise by chance: a small batch can be hard, the dev examples are the same.
+NOISE = {"loss": 1.0, "dev_loss": 0.1}
 LOWER = "lower --learning_rate"
 
 
@@ -174,8 +176,8 @@ def last_lines(arguments: Arguments, result: Mapping[str, Any]) -> Iterator[str]
 def concerns(result: Mapping[str, Any]) -> Iterator[str]:
     """Yield a line for everything that speaks against a run: it diverged, or did only harm.
 
-    Dev losses count where there are any, training losses otherwise. Far above the first means by
-    more than the first itself and by more than 0.1, which the noise of batches does not reach.
+    Dev losses count where there are any, training losses otherwise. They diverged if they end above
+    the first by more than the first itself, and by more than ``NOISE``.
     """
     losses = result.get("history", {})
     name, values = next(
@@ -187,7 +189,7 @@ def concerns(result: Mapping[str, Any]) -> Iterator[str]:
         words = name.replace("_", " ")
         if last is None:
             yield f"warning: the last {words} is not finite (the first: {first:.4g}); {LOWER}"
-        elif last - first > max(abs(first), 0.1):
+        elif last - first > max(abs(first), NOISE[name]):
             yield f"warning: the {words} went up from {first:.4g} to {last:.4g}; {LOWER}"
     before, after = result.get("metric_before_training"), result.get("metric")
     if before and after:
@@ -226,6 +228,12 @@ def earlier_result(arguments: Arguments) -> dict[str, Any] | None:
         f"{option} {arguments.result_file or arguments.tag}: {path} holds something else than the "
         "result of this experiment; give another name, or --overwrite_output_dir to replace it"
     )
+
+
+def is_wanted_again(arguments: Arguments) -> bool:
+    """Whether a result that is there is to be made all the same, or other files are missing."""
+    asked = arguments.overwrite_output_dir or arguments.resume_from_checkpoint
+    return bool(asked) or not has_all_files(arguments)
 
 
 def read_result(path: Path) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from checkpoints import (
 from command_line.arguments import USAGE, Arguments, parse_arguments
 from command_line.checks import check
 from command_line.settings import length_of_run, name_run, settings_of_a_checkpoint
-from folders import has_all_files, locked_folders, predictions_files, run_folders
+from folders import locked_folders, predictions_files, run_folders
 from language_model.adapters import without_adapter
 from language_model.head import fit_head
 from language_model.loading import leave_out_loading_bars
@@ -48,6 +48,7 @@ from results import (
     earlier_result,
     example_lines,
     history,
+    is_wanted_again,
     last_lines,
     metric_names,
     prediction_rows,
@@ -245,7 +246,7 @@ def run_experiment(arguments: Arguments) -> None:
     """Do every run and write the result JSON and the predictions, where they are not there yet."""
     started = time.perf_counter()
     earlier = earlier_result(arguments)
-    if earlier and not arguments.overwrite_output_dir and has_all_files(arguments):
+    if earlier and not is_wanted_again(arguments):
         if arguments.process_index == 0:
             print("these settings have a result already (--overwrite_output_dir makes it anew)")
             print("\n".join(result_lines(arguments, earlier)))

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from running import MODEL, SAMPLES, command, contents, finish, start, training
+from running import MODEL, ROOT, SAMPLES, command, contents, finish, start, training
 
 import run
 import tasks
@@ -231,3 +235,21 @@ def test_no_arguments_print_what_to_type(
     out, err = capfd.readouterr()
     assert out.startswith("python run.py --task_name TASK --model_name MODEL") and err == ""
     assert contents(tmp_path) == {}
+
+
+def test_interrupt_while_the_libraries_load_ends_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(
+        "import os, time\nprint(os.environ['OMP_WAIT_POLICY'], flush=True)\ntime.sleep(60)\n"
+    )
+    environment = {n: value for n, value in os.environ.items() if n != "OMP_WAIT_POLICY"}
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "run.py"), "--task_name", "SST2"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**environment, "PYTHONPATH": str(tmp_path)},
+    )
+    assert process.stdout.readline() == "passive\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == ("", "") and process.returncode == 130

@@ -85,7 +85,7 @@ def test_training_changes_the_weights_from_step_to_step(tmp_path: Path) -> None:
 def test_half_written_checkpoint_falls_back_to_the_one_before(tmp_path: Path, damage: str) -> None:
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     finish(training(whole))
-    shutil.copytree(whole, parted)
+    shutil.copytree(whole / "out", parted / "out")
     state = parted / "out/checkpoint-6/trainer_state.json"
     if damage == "missing":
         state.unlink()
@@ -173,6 +173,7 @@ def test_finished_run_reports_again_without_training(
     first = finish(training(tmp_path, **arguments))
     assert first["checkpoint"].endswith("checkpoint-3")
     written = contents(tmp_path / "out")
+    (tmp_path / "result.json").unlink()
     second = finish(training(tmp_path, **arguments))
     assert second["resumed_from"].endswith("checkpoint-6")
     assert contents(tmp_path / "out") == written
@@ -183,6 +184,7 @@ def test_finished_run_reports_again_without_training(
 def test_finished_run_within_an_epoch_takes_no_further_step(tmp_path: Path) -> None:
     finish(training(tmp_path, max_steps=4))
     written = contents(tmp_path / "out")
+    (tmp_path / "result.json").unlink()
     result = finish(training(tmp_path, max_steps=4, no_eval=None))
     assert result["steps"] == 4 and result["resumed_from"].endswith("checkpoint-4")
     assert contents(tmp_path / "out") == written
@@ -610,6 +612,7 @@ def test_checkpoints_that_are_not_gone_on_from(
 ) -> None:
     few = {"max_steps": 4, "save_steps": 2}
     finish(training(tmp_path, **few))
+    (tmp_path / "result.json").unlink()
     folder = tmp_path / "out/checkpoint-4"
     assert "--max_steps 3" in refused(capsys, training(tmp_path, **few | {"max_steps": 3}))
     assert "--data_seed None, not 7" in refused(capsys, training(tmp_path, **few, data_seed=7))

@@ -1,0 +1,257 @@
+"""Results: never computed twice nor written over in silence, and what they say about a run."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import MODEL, command, contents, finish, training
+
+import run
+from checkpoints import RunSettings, unfinished_checkpoint
+from command_line.arguments import parse_arguments
+from folders import predictions_files
+from language_model.loading import load_model
+from results import concerns, history, over_sets
+from trainer import ZerothOrderTrainer
+from utils import locked_folder
+
+SHORT = {"max_steps": 2, "num_train": 4, "per_device_train_batch_size": 2}
+
+
+def run_again(
+    argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> str:
+    """Run to the end without loading a model; return what is printed."""
+    capsys.readouterr()
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "load_pretrained", None)
+        assert run.main(argv) == 0
+    return capsys.readouterr().out
+
+
+def refusal(argv: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """Run bad input; return its one line."""
+    before = contents(folder)
+    capsys.readouterr()
+    assert run.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and len(err.splitlines()) == 1
+    assert contents(folder) == before
+    return err
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["evaluation", "training"])
+def test_result_that_is_there_is_shown(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    trained: bool,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    more = {**SHORT, "no_eval": None, "output_dir": None, "result_file": None, "save_steps": 1}
+    argv = training(tmp_path, **more) if trained else command()
+    assert run.main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (path,) = Path("result").glob("*.json")
+    before, written = json.loads(path.read_text()), contents(tmp_path)
+    shown = run_again(argv, monkeypatch, capsys).splitlines()
+    assert shown[0] == (
+        "these settings have a result already (--overwrite_output_dir makes it anew)"
+    )
+    assert lines[-2].startswith(shown[-2]) and shown[-1] == lines[-1]
+    assert contents(tmp_path) == written
+    # Files that are asked for later are written, from what is there.
+    assert run.main([*argv, "--predictions_file", "rows.jsonl"]) == 0
+    assert len(Path("rows.jsonl").read_text().splitlines()) == 6
+    after = json.loads(path.read_text())
+    assert after["metric"] == before["metric"]
+    if trained:
+        assert after["train_seconds"] >= before["train_seconds"] > 0.1
+        assert after["resumed_from"] and after["history"] == before["history"]
+    assert run.main([*argv, "--overwrite_output_dir"]) == 0
+    anew = json.loads(path.read_text())
+    assert anew["metric"] == before["metric"] and not anew.get("resumed_from")
+
+
+def test_other_results_and_predictions_in_the_way(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "result.json"
+    argv = command(result_file=file)
+    finish(argv)
+    for other in (command(result_file=file, num_eval=2), training(tmp_path, **SHORT)):
+        line = refusal(other, tmp_path, capsys)
+        assert f"--result_file {file}" in line and "--overwrite_output_dir" in line
+    for text in ("", "[]", '{"settings": {}}', '{"experiment": "1"}'):
+        file.write_text(text)
+        assert f"--result_file {file}" in refusal(argv, tmp_path, capsys)
+    finish([*argv, "--overwrite_output_dir"])
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("mine")
+    more = command(result_file=tmp_path / "new.json", predictions_file=rows)
+    assert f"--predictions_file {rows}" in refusal(more, tmp_path, capsys)
+    assert rows.read_text() == "mine"
+
+
+def test_a_shorter_run_does_not_replace_a_longer_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finish(training(tmp_path, **SHORT, save_strategy="no", save_steps=None))
+    shorter = SHORT | {"max_steps": 1, "save_strategy": "no", "save_steps": None}
+    assert "--result_file" in refusal(training(tmp_path, **shorter), tmp_path, capsys)
+    longer = finish(training(tmp_path, **shorter | {"max_steps": 3}))
+    assert longer["steps"] == 3
+
+
+def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Ctrl-C arrive during a step."""
+    training_step = ZerothOrderTrainer.training_step
+
+    def interrupted_step(self: ZerothOrderTrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == step - 1:
+            signal.raise_signal(signal.SIGINT)
+        return training_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(ZerothOrderTrainer, "training_step", interrupted_step)
+
+
+def test_overwriting_goes_on_with_what_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = training(tmp_path, **SHORT | {"max_steps": 3}, overwrite_output_dir=True)
+    for resumed in (False, True):
+        # The second time a finished run and its result lie there.
+        with monkeypatch.context() as patched:
+            stop_after(2, patched)
+            assert run.main(argv) == 130
+        assert capsys.readouterr().err.splitlines()[-1] == (
+            f"interrupted: SIGINT: stopped after step 2, checkpoint in "
+            f"{tmp_path}/out/checkpoint-2; the same command goes on from there"
+        )
+        assert not (tmp_path / "out/.lock").exists()
+        assert (tmp_path / "result.json").exists() is resumed
+        result = finish(argv)
+        assert result["resumed_from"] == str(tmp_path / "out/checkpoint-2")
+        assert list(result["history"]["loss"]) == ["1", "2", "3"]
+    # It does not go on with what is done, or was begun by other settings or for another length.
+    last, model = tmp_path / "out/checkpoint-3", load_model(str(MODEL), torch.float32)
+    settings = RunSettings.read(last)
+    assert unfinished_checkpoint(tmp_path / "out", model, settings, has_result=False) == last
+    assert unfinished_checkpoint(tmp_path / "out", model, settings, has_result=True) is None
+    for other in ({"learning_rate": 1e-5}, {"max_steps": 4}):
+        different = settings | other
+        assert unfinished_checkpoint(tmp_path / "out", model, different, has_result=False) is None
+    (last / "optimizer.pt").write_bytes(b"damaged")
+    assert unfinished_checkpoint(tmp_path / "out", model, settings, has_result=False) is None
+
+
+def test_bad_input_during_preparation_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    too_small = training(tmp_path, **SHORT, zo_eps=1e-30)
+    assert "--zo_eps" in refusal(too_small, tmp_path, capsys)
+    finish(training(tmp_path, **SHORT, save_steps=2))
+    (tmp_path / "result.json").unlink()
+    written = contents(tmp_path / "out")
+    capsys.readouterr()
+    assert run.main([*too_small, "--overwrite_output_dir"]) == 2
+    assert contents(tmp_path / "out") == written
+    refused = training(tmp_path, **SHORT, lora=True, lora_r=9999, output_dir=tmp_path / "new")
+    assert "--lora_r 9999" in refusal(refused, tmp_path, capsys)
+
+
+def test_folder_in_use_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with locked_folder("--output_dir", tmp_path / "out"):
+        line = refusal(training(tmp_path, **SHORT), tmp_path / "out", capsys)
+        assert line.startswith(f"error: --output_dir {tmp_path}/out is used by process ")
+    assert contents(tmp_path) == {}
+
+
+def test_result_says_what_was_used_and_keeps_the_losses(tmp_path: Path) -> None:
+    curve = {"eval_strategy": "steps", "eval_steps": 2, "num_dev": 4, "save_strategy": "no"}
+    curve |= {"num_train": 5000, "save_steps": None, "no_eval": None}
+    argv = training(tmp_path, **SHORT | curve)
+    result = finish(argv)
+    assert result["settings"]["num_train"] == 1596 and result["settings"]["num_dev"] == 4
+    assert result["settings"]["num_eval"] == 6 and result["settings"]["max_length"] == 1024
+    losses = result["history"]
+    assert list(losses["loss"]) == ["1", "2"] and list(losses["dev_loss"]) == ["2"]
+    assert all(0 < value < 5 for values in losses.values() for value in values.values())
+    assert not (tmp_path / "out").exists()
+
+
+def test_mean_and_deviation_of_several_sets(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = {"num_eval": 8, "num_train": 2, "num_train_sets": 3}
+    rows = tmp_path / "rows.jsonl"
+    result = finish(command(**few, result_file=tmp_path / "r.json", predictions_file=rows))
+    values = [one["metric"]["accuracy"] for one in result["runs"]]
+    mean = sum(values) / 3
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / 2)
+    assert result["metric"] == {"accuracy": pytest.approx(mean)}
+    assert result["metric_std"] == {"accuracy": pytest.approx(deviation)}
+    assert capsys.readouterr().out.splitlines()[-2] == (
+        f"in-context accuracy: {mean:.4f} (mean of 3 sets, standard deviation {deviation:.4f})"
+    )
+    assert result["settings"]["num_train"] == 2
+    assert sorted(path.name for path in tmp_path.glob("rows*")) == [
+        f"rows-set{seed}.jsonl" for seed in range(3)
+    ]
+
+
+def test_spread_of_two_metrics() -> None:
+    runs = [{"metric": {"f1": f1, "em": 0.5}, "dev_metric": {"f1": 1.0}} for f1 in (0.2, 0.4)]
+    assert over_sets(runs) == {
+        "dev_metric": {"f1": 1.0},
+        "dev_metric_std": {"f1": 0.0},
+        "metric": {"f1": pytest.approx(0.3), "em": 0.5},
+        "metric_std": {"f1": pytest.approx(0.1 * math.sqrt(2)), "em": 0.0},
+    }
+
+
+def test_history_of_a_log() -> None:
+    log = [{"loss": 0.5, "step": 1}, {"eval_loss": math.inf, "step": 1}, {"loss": 0.4, "step": 2}]
+    expected = {"loss": {"1": 0.5, "2": 0.4}, "dev_loss": {"1": None}}
+    assert history([*log, {"train_runtime": 3.0, "step": 2}]) == expected
+
+
+CONCERNS = {
+    "diverged": ({"dev_loss": {"1": 0.7, "2": 8.7e10}}, {}, ["from 0.7 to 8.7e+10"]),
+    "not finite": ({"loss": {"1": 0.7, "2": None}, "dev_loss": {}}, {}, ["is not finite"]),
+    "learned": ({"loss": {"1": 0.7, "2": 0.4}}, {}, []),
+    "noise": ({"loss": {"1": 0.01, "2": 0.7}, "dev_loss": {}}, {}, []),
+    "dev loss counts": ({"loss": {"1": 0.1, "2": 9}, "dev_loss": {"1": 0.7, "2": 0.6}}, {}, []),
+    "one loss": ({"loss": {"1": 0.7}, "dev_loss": {}}, {}, []),
+    "a metric that grows": ({"loss": {"1": -0.5, "2": -0.1}}, {}, []),
+    "harm": ({}, {"metric_before_training": {"f1": 0.7}, "metric": {"f1": 0.6}}, ["0.7000"]),
+    "help": ({}, {"metric_before_training": {"f1": 0.7}, "metric": {"f1": 0.7}}, []),
+}
+
+
+@pytest.mark.parametrize(("losses", "metrics", "parts"), CONCERNS.values(), ids=CONCERNS)
+def test_concerns(losses: dict[str, Any], metrics: dict[str, Any], parts: list[str]) -> None:
+    lines = list(concerns({"history": losses, **metrics}))
+    assert len(lines) == len(parts)
+    for line, part in zip(lines, parts, strict=True):
+        assert line.startswith("warning: ") and part in line and "--learning_rate" in line
+
+
+def test_diverged_run_says_so_in_its_last_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finish(training(tmp_path, **SHORT, learning_rate=100, no_eval=None, eval_before_training=True))
+    *_, concern, last = capsys.readouterr().out.splitlines()
+    assert concern.startswith("warning: ") and last == f"result: {tmp_path}/result.json"
+
+
+def test_predictions_of_sets_have_names_of_their_own() -> None:
+    argv = command(num_train=1, num_train_sets=2, predictions_file="a/rows.jsonl")
+    paths = predictions_files(parse_arguments(argv))
+    assert paths == [Path("a/rows-set0.jsonl"), Path("a/rows-set1.jsonl")]
