@@ -16,7 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from command_line.arguments import Arguments
-from command_line.settings import changed_settings, experiment_hash, length_of_run
+from command_line.settings import (
+    NOT_OF_THE_RESULT,
+    changed_settings,
+    experiment_hash,
+    length_of_run,
+)
 from folders import has_all_files, predictions_files
 from language_model.encoding import Encoder
 from language_model.prediction import Prediction
@@ -29,6 +34,8 @@ SHOWN_EXAMPLES = 3
 KINDS_OF_METRICS = ("metric_before_training", "dev_metric", "metric")
 # What a run's losses are called in the Trainer's log, and in the result.
 LOSSES = {"loss": "loss", "eval_loss": "dev_loss"}
+# The settings that are what was used, and not what was asked for.
+USED = ("num_train", "num_dev", "num_eval", "max_length")
 # By as much they may rise by chance: a small batch can be hard, the dev examples are the same.
 NOISE = {"loss": 1.0, "dev_loss": 0.1}
 LOWER = "lower --learning_rate"
@@ -133,12 +140,8 @@ def over_sets(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 def used_settings(examples: ExampleSet, max_length: int) -> dict[str, int]:
     """Return how many examples there really were, and tokens of a text at most."""
     shown = len(examples.demonstrations[0]) if examples.demonstrations else 0
-    return {
-        "num_train": len(examples.train) or shown,
-        "num_dev": len(examples.dev),
-        "num_eval": len(examples.evaluation),
-        "max_length": max_length,
-    }
+    counts = len(examples.train) or shown, len(examples.dev), len(examples.evaluation)
+    return dict(zip(USED, (*counts, max_length), strict=True))
 
 
 def metric_names(arguments: Arguments) -> dict[str, str]:
@@ -225,9 +228,25 @@ def earlier_result(arguments: Arguments) -> dict[str, Any] | None:
         return None
     option = "--result_file" if arguments.result_file else "--tag"
     raise InputError(
-        f"{option} {arguments.result_file or arguments.tag}: {path} holds something else than the "
-        "result of this experiment; give another name, or --overwrite_output_dir to replace it"
+        f"{path} is {_other_content(arguments, result)}: give another {option}, or "
+        "--overwrite_output_dir to replace it"
     )
+
+
+def _other_content(arguments: Arguments, result: Mapping[str, Any]) -> str:
+    """Return what is in the place of this experiment's result, by a setting if one is known."""
+    if not result:
+        return "no result of a run"
+    then, now = result["settings"], changed_settings(arguments)
+    shared = [name for name in then if name in now and name not in NOT_OF_THE_RESULT]
+    # What was used can differ from what was asked for: these say the least.
+    shared.sort(key=lambda name: name in USED)
+    if result.get("trainer") != arguments.trainer:
+        return f"of a run with --trainer {result.get('trainer')}, not {arguments.trainer}"
+    for name in shared:
+        if then[name] != now[name]:
+            return f"of a run with --{name} {then[name]}, not {now[name]}"
+    return "of a run with other settings, another model or other data"
 
 
 def is_wanted_again(arguments: Arguments) -> bool:

@@ -122,8 +122,13 @@ def assert_same_tensors(first: dict[str, torch.Tensor], second: dict[str, torch.
 
 
 def contents(folder: Path) -> dict[str, tuple[int, int]]:
-    """Every path below ``folder``, with size and time of change."""
+    """Every path below ``folder``, those of files with size and time of change.
+
+    A folder's own time changes when it is locked.
+    """
     return {
         str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns)
+        if path.is_file()
+        else (0, 0)
         for path in sorted(folder.rglob("*"))
     }

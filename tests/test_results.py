@@ -85,12 +85,16 @@ def test_other_results_and_predictions_in_the_way(
     file = tmp_path / "result.json"
     argv = command(result_file=file)
     finish(argv)
-    for other in (command(result_file=file, num_eval=2), training(tmp_path, **SHORT)):
+    for other, part in (
+        (command(result_file=file, num_eval=2), f"{file} is of a run with --num_eval 6, not 2: "),
+        (command(result_file=file, seed=2, num_eval=2), "with --seed 42, not 2: "),
+        (training(tmp_path, **SHORT), "with --trainer none, not zo: "),
+    ):
         line = refusal(other, tmp_path, capsys)
-        assert f"--result_file {file}" in line and "--overwrite_output_dir" in line
-    for text in ("", "[]", '{"settings": {}}', '{"experiment": "1"}'):
+        assert part in line and "give another --result_file, or --overwrite_output_dir" in line
+    for text in ("", "[]", '{"experiment": "1"}'):
         file.write_text(text)
-        assert f"--result_file {file}" in refusal(argv, tmp_path, capsys)
+        assert f"{file} is no result of a run: " in refusal(argv, tmp_path, capsys)
     finish([*argv, "--overwrite_output_dir"])
     rows = tmp_path / "rows.jsonl"
     rows.write_text("mine")
@@ -104,7 +108,7 @@ def test_a_shorter_run_does_not_replace_a_longer_one(
 ) -> None:
     finish(training(tmp_path, **SHORT, save_strategy="no", save_steps=None))
     shorter = SHORT | {"max_steps": 1, "save_strategy": "no", "save_steps": None}
-    assert "--result_file" in refusal(training(tmp_path, **shorter), tmp_path, capsys)
+    assert "--max_steps 2, not 1: " in refusal(training(tmp_path, **shorter), tmp_path, capsys)
     longer = finish(training(tmp_path, **shorter | {"max_steps": 3}))
     assert longer["steps"] == 3
 
