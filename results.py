@@ -239,12 +239,14 @@ def _other_content(arguments: Arguments, result: Mapping[str, Any]) -> str:
         return "no result of a run"
     then, now = result["settings"], changed_settings(arguments)
     shared = [name for name in then if name in now and name not in NOT_OF_THE_RESULT]
-    # What was used can differ from what was asked for: these say the least.
-    shared.sort(key=lambda name: name in USED)
+    # What was used can differ from what was asked for, and a longer run of the same settings goes
+    # on: these say the least.
+    shared.sort(key=lambda name: (name in length_of_run(arguments), name in USED))
     if result.get("trainer") != arguments.trainer:
         return f"of a run with --trainer {result.get('trainer')}, not {arguments.trainer}"
     for name in shared:
-        if then[name] != now[name]:
+        asked_for = name not in USED or now[name] is not None
+        if asked_for and then[name] != now[name]:
             return f"of a run with --{name} {then[name]}, not {now[name]}"
     return "of a run with other settings, another model or other data"
 
