@@ -6,6 +6,7 @@ a second time, and not written over by another one.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import math
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from command_line.arguments import Arguments
+from command_line.arguments import Arguments, plain_value
 from command_line.settings import (
     NOT_OF_THE_RESULT,
     changed_settings,
@@ -237,14 +238,17 @@ def _other_content(arguments: Arguments, result: Mapping[str, Any]) -> str:
     """Return what is in the place of this experiment's result, by a setting if one is known."""
     if not result:
         return "no result of a run"
-    then, now = result["settings"], changed_settings(arguments)
-    shared = [name for name in then if name in now and name not in NOT_OF_THE_RESULT]
+    defaults = {field.name: plain_value(field.default) for field in dataclasses.fields(arguments)}
+    # What is not written down has its default.
+    then, now = defaults | result["settings"], defaults | changed_settings(arguments)
+    written = {**result["settings"], **changed_settings(arguments)}
+    names = [name for name in written if name not in NOT_OF_THE_RESULT]
     # What was used can differ from what was asked for, and a longer run of the same settings goes
     # on: these say the least.
-    shared.sort(key=lambda name: (name in length_of_run(arguments), name in USED))
+    names.sort(key=lambda name: (name in length_of_run(arguments), name in USED))
     if result.get("trainer") != arguments.trainer:
         return f"of a run with --trainer {result.get('trainer')}, not {arguments.trainer}"
-    for name in shared:
+    for name in names:
         asked_for = name not in USED or now[name] is not None
         if asked_for and then[name] != now[name]:
             return f"of a run with --{name} {then[name]}, not {now[name]}"
