@@ -19,6 +19,8 @@ from running import MODEL, ROOT, SAMPLES, command
 import run
 import tasks
 import templates
+from command_line.arguments import parse_arguments
+from command_line.settings import name_run
 from tasks import TASKS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -260,6 +262,17 @@ def test_both_commands_exist_and_ci_runs_the_second() -> None:
         assert f"**`make {target}`**" in TEXTS["README.md"]
         assert f"\n{target}:" in makefile
     assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_demo_is_called_as_readme_shows(checkout: Path) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (line,) = re.findall(r"bash HiZOO\.sh.*", makefile)
+    ((_, *argv),) = calls_of(line, checkout)
+    arguments = parse_arguments(argv)
+    name_run(arguments)
+    shown = blocks("README.md", "text")[0]
+    assert f"checkpoint: {arguments.output_dir}/checkpoint-400\n" in shown
+    assert f"result: {arguments.result_path}\n" in shown
 
 
 def test_every_file_of_the_root_is_in_the_table() -> None:
