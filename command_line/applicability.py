@@ -54,13 +54,17 @@ def _is_on(arguments: Arguments, name: str) -> bool:
     return plain_value(getattr(arguments, name)) != "no"
 
 
+def _has_dev_losses(arguments: Arguments) -> bool:
+    return _is_on(arguments, "eval_strategy") or arguments.eval_on_start
+
+
 EVERY_RUN = Scope(
     (
         *("task_name", "data_dir", "train_file", "validation_file", "num_train"),
         *("train_set_seed", "model_name", "load_float16", "load_bfloat16", "load_int8"),
-        *("load_int4", "max_length", "no_auto_device", "trust_remote_code", "trainer", "seed"),
-        *("per_device_eval_batch_size", "tag", "result_file", "use_cpu", "tf32", "local_rank"),
-        *("ddp_backend", "ddp_timeout", "overwrite_output_dir"),
+        *("load_int4", "max_length", "no_auto_device", "trust_remote_code", "trainer"),
+        *("tag", "result_file", "overwrite_output_dir", "use_cpu", "tf32", "local_rank"),
+        *("ddp_backend", "ddp_timeout"),
     ),
     where="every run",
 )
@@ -176,6 +180,26 @@ SCOPES = (
         instead="give --num_train",
     ),
     Scope(
+        ("seed",),
+        where="training in steps, or `--sampling`",
+        holds=lambda arguments: (
+            (arguments.trainer != "none" and not arguments.linear_probing) or arguments.sampling
+        ),
+        reason="nothing is drawn but examples, which have a seed of their own",
+        instead="give --train_set_seed",
+    ),
+    Scope(
+        ("per_device_eval_batch_size",),
+        where="an evaluation, dev losses or `--linear_probing`",
+        holds=lambda arguments: (
+            not arguments.no_eval
+            or arguments.eval_before_training
+            or arguments.linear_probing
+            or _has_dev_losses(arguments)
+        ),
+        reason="nothing is evaluated with --no_eval",
+    ),
+    Scope(
         ("num_eval",),
         where="an evaluation: no `--no_eval`, or `--eval_before_training`",
         holds=lambda arguments: not arguments.no_eval or arguments.eval_before_training,
@@ -221,9 +245,7 @@ SCOPES = (
         ("num_dev",),
         where="training with dev losses (`--eval_strategy`, `--eval_on_start`) or without "
         "`--no_eval`",
-        holds=lambda arguments: (
-            not arguments.no_eval or _is_on(arguments, "eval_strategy") or arguments.eval_on_start
-        ),
+        holds=lambda arguments: not arguments.no_eval or _has_dev_losses(arguments),
         reason="with --no_eval and without --eval_strategy no dev example is looked at",
         outer=TRAINING,
     ),

@@ -106,7 +106,7 @@ class Arguments(
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows an argument under the one name that README uses, and no default where it is None."""
+    """Shows an argument without its names in dashes, and no default where it is None."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)

@@ -373,5 +373,6 @@ COMMON_TRAINER_ARGUMENTS = {
     "resume_from_checkpoint": "Folder of a checkpoint to go on from. Default: the newest one in "
     "--output_dir.",
     "report_to": "Where losses are reported: tensorboard, wandb, … or none.",
-    "seed": "Seed of the batches, the noise and an adapter's first weights, from 0 to 2^32 - 1.",
+    "seed": "Seed of the batches, the noise, an adapter's first weights and sampled text; examples "
+    "are drawn by --train_set_seed. From 0 to 2^32 - 1.",
 }

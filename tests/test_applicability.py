@@ -96,6 +96,14 @@ WITHOUT_EFFECT = {
         ZO | {"num_train_epochs": 2},
         ["--num_train_epochs 2: --max_steps 4 says", "give --max_steps -1"],
     ),
+    "demonstrations by the wrong seed": (
+        {"num_train": 4, "seed": 1},
+        ["--seed 1: nothing is drawn but examples", "give --train_set_seed"],
+    ),
+    "batches of no evaluation": (
+        ZO | {"no_eval": True, "per_device_eval_batch_size": 4},
+        ["--per_device_eval_batch_size 4: nothing is evaluated"],
+    ),
     "steps of a probe": (
         PROBING | {"max_steps": 4, "fp16": True},
         ["--max_steps 4, --fp16: --linear_probing fits without steps"],
@@ -112,7 +120,8 @@ ACCEPTED = {
         **{"num_dev": 0, "train_as_classification": False, "evaluation_strategy": "no"},
         **{"lora": False, "warmup_step": 0, "report_to": "none", "no_reparam": True},
     },
-    "in context": {"num_train": 32, "num_train_sets": 2, "icl_sfc": True, "seed": 1},
+    "in context": {"num_train": 32, "num_train_sets": 2, "icl_sfc": True},
+    "sampled text": {"task_name": "SQuAD", "sampling": True, "seed": 1, "top_p": 0.5},
     "zero-shot before training alone": {
         **ZO | {"no_eval": True, "eval_before_training": True, "num_eval": 5},
         **{"task_name": "SQuAD", "max_new_tokens": 5},
