@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -221,6 +222,20 @@ def test_every_block_runs_or_says_that_it_does_not() -> None:
 def test_readme_takes_five_minutes() -> None:
     assert len(TEXTS["README.md"].splitlines()) <= 200
     assert TEXTS["README.md"].count("![") == 1
+
+
+def test_table_of_results_has_the_measured_numbers() -> None:
+    runs = json.loads((ROOT / "benchmarks" / "demo_curves.json").read_text())
+    for method, cells in rows_of("README.md", "Results on the bundled data").items():
+        of_method = [run for run in runs if run["method"] == method]
+        assert len(of_method) == 3
+        for step, cell in zip(("100", "200", "400"), cells[2:5], strict=True):
+            losses = [run["dev_loss"][step] for run in of_method]
+            error = statistics.stdev(losses) / len(losses) ** 0.5
+            assert cell == f"{statistics.mean(losses):.3f} ± {error:.3f}"
+        for name, cell in (("zero_shot", cells[1]), ("accuracy", cells[5])):
+            assert {f"{run[name]:.3f}" for run in of_method} == {cell}
+        assert cells[0].startswith(f"{400 * of_method[0]['passes_a_step']:,}")
 
 
 def test_links_lead_somewhere() -> None:
