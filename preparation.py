@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from command_line.arguments import Arguments
 from command_line.checks import check_sizes
-from language_model.adapters import add_lora, add_prefix, random_tokens
+from language_model.adapters import add_lora, add_prefix, random_tokens, without_adapter
 from language_model.encoding import Encoder
 from language_model.generation import GenerationSettings, check_generation
 from language_model.head import freeze_all_but_head, head_is_tied, untie_head
@@ -39,6 +39,7 @@ from language_model.objectives import (
     negative_accuracy,
 )
 from language_model.packing import collate
+from language_model.saved_adapters import SavedAdapter
 from language_model.shared_tokens import can_share_prompt
 from sampling import ExampleSet, draw_example_sets
 from tasks import Sample, load_samples
@@ -83,7 +84,13 @@ def prepare(arguments: Arguments) -> Prepared:
     task = arguments.task
     config, tokenizer = load_config_and_tokenizer(arguments.model_name, arguments.trust_remote_code)
     check_sizes(arguments, config)
-    max_length = _room_for_texts(arguments, config)
+    adapter = SavedAdapter.find(arguments.model_name)
+    if adapter and arguments.trainer != "none":
+        _check_trained_further(arguments, adapter)
+    num_prefix = arguments.num_prefix if arguments.prefix_tuning else 0
+    max_length = _room_for_texts(
+        arguments.max_length, config, adapter.num_prefix if adapter else num_prefix
+    )
     generation = generation_settings(arguments)
     if task.generation:
         check_generation(generation, tokenizer, config, max_length)
@@ -122,22 +129,36 @@ def generation_settings(arguments: Arguments) -> GenerationSettings:
     )
 
 
-def _room_for_texts(arguments: Arguments, config: object) -> int:
-    """Return the tokens that a text may have, beside those of prefix-tuning."""
-    max_length = choose_max_length(arguments.max_length, config)
-    if arguments.prefix_tuning:
-        # The prefix takes positions of its own before every text.
-        max_length -= arguments.num_prefix
-        if max_length < 2:
+def _check_trained_further(arguments: Arguments, adapter: SavedAdapter) -> None:
+    """Refuse to train anything but the adapter that ``--model_name`` brings along."""
+    mode = adapter.mode
+    if not getattr(arguments, mode):
+        raise InputError(
+            f"--model_name {adapter.folder} is a checkpoint of --{mode}: train it further with "
+            f"--{mode}, or give its model {adapter.base}"
+        )
+    for name, value in adapter.settings.items():
+        if getattr(arguments, name) != value:
             raise InputError(
-                f"--num_prefix {arguments.num_prefix} leaves no room for a text in --max_length "
-                f"{max_length + arguments.num_prefix}"
+                f"--{name} {getattr(arguments, name)}: the adapter in {adapter.folder} has "
+                f"{value}; give --{name} {value}"
             )
+
+
+def _room_for_texts(requested: int | None, config: PreTrainedConfig, num_prefix: int) -> int:
+    """Return the tokens that a text may have, beside those of prefix-tuning."""
+    # The prefix takes positions of its own before every text.
+    max_length = choose_max_length(requested, config) - num_prefix
+    if max_length < 2:
+        raise InputError(
+            f"--num_prefix {num_prefix} leaves no room for a text in --max_length "
+            f"{max_length + num_prefix}"
+        )
     return max_length
 
 
-def load_pretrained(arguments: Arguments) -> PreTrainedModel:
-    """Load the model anew: each run starts from the pre-trained weights.
+def load_pretrained(arguments: Arguments) -> PreTrainedModel | PeftModel:
+    """Load the model anew: each run starts from the pre-trained weights, or from a saved adapter.
 
     Raises:
         InputError: there is no such model, or it does not fit the arguments.
@@ -156,13 +177,18 @@ def load_pretrained(arguments: Arguments) -> PreTrainedModel:
 
 
 def choose_trained_weights(
-    arguments: Arguments, model: PreTrainedModel, encoder: Encoder, say: Callable[[str], None]
+    arguments: Arguments,
+    model: PreTrainedModel | PeftModel,
+    encoder: Encoder,
+    say: Callable[[str], None],
 ) -> PreTrainedModel | PeftModel:
     """Return the model with what is trained: an adapter, the head, or all of its weights."""
     # Whatever ran before, a run's adapter starts from the same random numbers.
     transformers.set_seed(arguments.seed)
     if arguments.untie_emb:
-        untie_head(model)
+        untie_head(without_adapter(model))
+    if isinstance(model, PeftModel):
+        return model
     if arguments.lora:
         return add_lora(model, arguments.lora_r, arguments.lora_alpha)
     if arguments.prefix_tuning:

@@ -37,7 +37,6 @@ from command_line.arguments import USAGE, Arguments, parse_arguments
 from command_line.checks import check
 from command_line.settings import length_of_run, name_run, settings_of_a_checkpoint
 from folders import locked_folders, predictions_files, run_folders
-from language_model.adapters import without_adapter
 from language_model.head import fit_head
 from language_model.loading import leave_out_loading_bars
 from language_model.precision import advice_for_losses
@@ -86,13 +85,13 @@ class Experiment:
         arguments, encoder = self.arguments, self.prepared.encoder
         names = metric_names(arguments)
         result: dict[str, Any] = {"train_set_seed": examples.seed}
-        model = load_pretrained(arguments)
+        model = pretrained = load_pretrained(arguments)
         if arguments.trainer != "none":
             model = choose_trained_weights(arguments, model, encoder, self.say)
             checkpoint = self.find_checkpoint(output_dir, model)
             if arguments.eval_before_training:
                 result["metric_before_training"], _ = self.evaluate(
-                    without_adapter(model),
+                    pretrained,
                     examples.evaluation,
                     examples.demonstrations,
                     names["metric_before_training"],

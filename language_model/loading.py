@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
+import pickle
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
 import transformers
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
-from safetensors import SafetensorError
+from peft import PeftModel
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.core_model_loading import revert_weight_conversion
 
+from language_model.saved_adapters import SavedAdapter
 from utils import InputError, first_line
 
 logger = logging.getLogger(__name__)
 
 # What MeZO and HiZOO use; a model with fewer positions uses all of them.
 DEFAULT_MAX_LENGTH = 2048
-
-# What transformers raises where a model is missing, damaged or of another kind.
-LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError)
 
 
 def choose_dtype(load_float16: bool, load_bfloat16: bool) -> torch.dtype:
@@ -52,11 +54,12 @@ def load_model(
     quantised_bits: int | None = None,
     auto_device: bool = True,
     trust_remote_code: bool = False,
-) -> PreTrainedModel:
+) -> PreTrainedModel | PeftModel:
     """Load a causal language model for evaluation (no dropout).
 
     Args:
-        name: a Hub id or a local directory.
+        name: a Hub id or a local directory, of a model or of an adapter, which is loaded with the
+            model that it belongs to.
         dtype: of the weights.
         quantised_bits: 8 or 4 (NF4) bits a weight, by bitsandbytes; needs a GPU.
         auto_device: spread the model over the GPUs there are, if any. Otherwise, and in a run of
@@ -64,23 +67,68 @@ def load_model(
         trust_remote_code: run code that comes with the model.
 
     Raises:
-        InputError: there is no such model, or it is no causal language model.
+        InputError: there is no such model, it is no causal language model, its files are damaged,
+            or they lack some of its weights.
     """
+    adapter = SavedAdapter.find(name)
     quantisation = quantisation_of(quantised_bits, dtype) if quantised_bits else None
     several_processes = int(os.environ.get("WORLD_SIZE", "1")) > 1
     spread = auto_device and torch.cuda.is_available() and not several_processes
+    base = adapter.base if adapter else name
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=dtype,
-            device_map="auto" if spread else None,
-            quantization_config=quantisation,
-            trust_remote_code=trust_remote_code,
-        ).eval()
+        with _without_report():
+            model, found = AutoModelForCausalLM.from_pretrained(
+                base,
+                dtype=dtype,
+                device_map="auto" if spread else None,
+                quantization_config=quantisation,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                # What does not match is refused below, by name.
+                ignore_mismatched_sizes=True,
+            )
     except torch.OutOfMemoryError:
         raise
-    except (*LOADING_ERRORS, RuntimeError) as error:
-        raise _loading_error(name, error) from error
+    except Exception as error:  # pickle, tokenizers and others have errors of their own
+        raise _loading_error(base, "no causal language model there", error) from error
+    _check_nothing_is_drawn(base, model, found["missing_keys"], found["mismatched_keys"])
+    return adapter.load(model) if adapter else model.eval()
+
+
+def _check_nothing_is_drawn(
+    name: str,
+    model: PreTrainedModel,
+    missing: Collection[str],
+    mismatched: Collection[tuple[str, Sequence[int], Sequence[int]]],
+) -> None:
+    """Refuse weights that transformers has drawn at random, as the head of a ``LlamaModel``."""
+    for weight, there, here in sorted(mismatched):
+        raise InputError(
+            f"--model_name {name}: {weight} is {tuple(there)} in its files and {tuple(here)} by "
+            "its config.json; give a whole model"
+        )
+    untied = set(missing) & dict(model.named_parameters()).keys() - tied_weights(model)
+    if untied:
+        raise InputError(
+            f"--model_name {name}: its files lack weights of {type(model).__name__}, as "
+            f"{min(untied)} ({len(untied)} in all); give a model that was saved whole, with its "
+            "language-model head"
+        )
+
+
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """Keep transformers' table of missing and unexpected weights from the user."""
+    reporting = logging.getLogger("transformers.modeling_utils")
+
+    def is_no_report(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    reporting.addFilter(is_no_report)
+    try:
+        yield
+    finally:
+        reporting.removeFilter(is_no_report)
 
 
 def quantisation_of(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -106,19 +154,22 @@ def quantisation_of(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
 
 def load_config_and_tokenizer(
     name: str, trust_remote_code: bool = False
-) -> tuple[object, PreTrainedTokenizerBase]:
+) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
     """Load a model's configuration and its own tokenizer, without its weights.
+
+    For an adapter they are its model's, the tokenizer its own if it was saved with one.
 
     Raises:
         InputError: as ``load_model``.
     """
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise InputError(f"--model_name {name}: this folder holds no model, config.json is missing")
+    config = load_config(name, trust_remote_code)
+    adapter = SavedAdapter.find(name)
+    own = adapter is None or (adapter.folder / "tokenizer_config.json").is_file()
+    place = name if own else adapter.base
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except LOADING_ERRORS as error:
-        raise _loading_error(name, error) from error
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise _loading_error(place, "no tokenizer there that can be read", error) from error
     if any(kind.endswith("ForMaskedLM") for kind in config.architectures or ()):
         raise InputError(
             f"--model_name {name}: {config.architectures[0]} is no causal language model; give one "
@@ -130,6 +181,34 @@ def load_config_and_tokenizer(
             "tokenizer_config.json beside the weights"
         )
     return config, tokenizer
+
+
+def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Load the configuration of a model, for an adapter that of its model.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    adapter = SavedAdapter.find(name)
+    base = adapter.base if adapter else name
+    if Path(base).is_dir() and not (Path(base) / "config.json").is_file():
+        raise InputError(f"--model_name {base}: this folder holds no model, config.json is missing")
+    try:
+        return AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise _loading_error(base, "no causal language model there", error) from error
+
+
+def saved_dtype(name: str, trust_remote_code: bool = False) -> torch.dtype | None:
+    """Return the dtype that a model's weights were saved in; None if its configuration says none.
+
+    Only the configuration is read. An adapter's weights are float32; this is its model's dtype.
+
+    Raises:
+        InputError: as ``load_config``.
+    """
+    config = load_config(name, trust_remote_code)
+    return config.dtype or config.get_text_config(decoder=True).dtype
 
 
 def choose_max_length(requested: int | None, config: object) -> int:
@@ -185,9 +264,15 @@ def load_renamed_weights(model: nn.Module, folder: Path) -> bool:
     return True
 
 
-def _loading_error(name: str, error: Exception) -> InputError:
+def _loading_error(name: str, what: str, error: Exception) -> InputError:
+    reason = first_line(error)
+    if isinstance(error, pickle.UnpicklingError):
+        reason = "its pickle holds more than tensors, and nothing in it is run; save it again"
+    elif not isinstance(error, OSError | ValueError):
+        # A message as of KeyError says little without its kind.
+        reason = f"{type(error).__name__}: {reason}"
     return InputError(
-        f"--model_name {name}: no causal language model there ({first_line(error)}); "
+        f"--model_name {name}: {what} ({reason}); "
         "give a Hub id, or a local directory with config.json, weights and tokenizer"
     )
 

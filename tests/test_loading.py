@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from running import MODEL
-from transformers import AutoConfig
+from tiny_models import tiny_model, tiny_tokenizer
+from transformers import AutoConfig, LlamaForSequenceClassification, LlamaModel
 
 from language_model.loading import (
     choose_dtype,
     choose_max_length,
     load_config_and_tokenizer,
     load_model,
+    saved_dtype,
     tied_weights,
 )
 from utils import InputError
@@ -69,3 +75,108 @@ def test_longrope_reads_as_far_as_positions_stay_the_same() -> None:
     assert choose_max_length(None, config) == 50
     with pytest.raises(InputError, match="--max_length 51: the model reads 50 tokens at most"):
         choose_max_length(51, config)
+
+
+# ------------------------------------------------------------------------------- damaged models
+
+
+class Command:
+    """What would run a command where a pickle is trusted."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (os.mkdir, ("executed",))
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"lm_head.weight": Command()}, folder / "pytorch_model.bin")
+
+
+def without_head(folder: Path) -> None:
+    LlamaModel(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
+
+
+def for_classification(folder: Path) -> None:
+    LlamaForSequenceClassification(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
+
+
+def written(name: str, content: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(content)
+
+
+def cut(name: str) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: len(content) // 2])
+
+    return change
+
+
+def with_setting(name: str, value: int) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {name: value}))
+
+    return change
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "pickle": (pickled, "its pickle holds more than tensors, and nothing in it is run"),
+    "no head": (without_head, r"lack weights of LlamaForCausalLM, as lm_head.weight \(1 in all"),
+    "classifier": (for_classification, "lack weights of LlamaForCausalLM, as lm_head.weight"),
+    "layers missing": (with_setting("num_hidden_layers", 3), r"as model.layers.2.* \(9 in all"),
+    "other size": (with_setting("intermediate_size", 50), r"is \(32, 48\) in its .*\(32, 50\) by"),
+    "cut weights": (cut("model.safetensors"), "no causal language model there"),
+    "empty weights": (written("model.safetensors", ""), "no causal language model there"),
+    "empty config": (written("config.json", ""), "no causal language model there"),
+    "null config": (written("config.json", "null"), "no causal language model there"),
+    "cut config": (cut("config.json"), "no causal language model there"),
+    "empty tokenizer": (written("tokenizer.json", ""), "no tokenizer there that can be read"),
+    "cut tokenizer": (cut("tokenizer.json"), "no tokenizer there that can be read"),
+    "hollow tokenizer": (written("tokenizer.json", "{}"), "no tokenizer there that can be read"),
+    "other tokenizer": (written("tokenizer_config.json", "[]"), "no tokenizer there that can be"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_model_is_refused_in_one_line(
+    damage: Callable[[Path], object],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "model"
+    tiny_model("llama").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    damage(folder)
+    with pytest.raises(InputError, match=message) as error:
+        load_config_and_tokenizer(str(folder))
+        load_model(str(folder), torch.float32)
+    assert "\n" not in str(error.value) and str(error.value).startswith(f"--model_name {folder}: ")
+    assert "REPORT" not in capfd.readouterr().err  # transformers' table
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_tied_head_is_not_missing(tmp_path: Path) -> None:
+    model = tiny_model("llama", tie_word_embeddings=True)
+    model.model.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), torch.float32)
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [
+        ({"torch_dtype": "float16"}, torch.float16),
+        ({"dtype": "bfloat16"}, torch.bfloat16),
+        ({"dtype": "float32"}, torch.float32),
+        ({}, None),
+    ],
+)
+def test_the_dtype_that_a_model_was_saved_in(
+    config: dict[str, str], dtype: torch.dtype | None, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | config))
+    assert saved_dtype(str(tmp_path)) == dtype
