@@ -63,15 +63,44 @@ def draw_example_sets(
     if num_train_sets is None and train_set_seed is None and in_context and num_train:
         evaluation = permutation_subset(validation, num_eval, seed=0)
         seeds = demonstration_seeds(len(evaluation))
+        _warn_of_few(len(train), num_train, 0)
         shown = [permutation_subset(train, num_train, seed) for seed in seeds]
         return [ExampleSet(0, [], [], evaluation, shown)]
     sets = []
     for seed in range(num_train_sets) if num_train_sets else [train_set_seed or 0]:
         drawn, dev = sample_train_dev(train, num_train, num_dev, seed)
+        if not in_context:
+            drawn, dev = with_a_correct_option(drawn, dev)
         evaluation = permutation_subset(validation, num_eval, seed)
         demonstrations = drawn if in_context else []
         sets.append(ExampleSet(seed, drawn, dev, evaluation, [demonstrations] * len(evaluation)))
     return sets
+
+
+def with_a_correct_option(
+    train: list[Sample], dev: list[Sample]
+) -> tuple[list[Sample], list[Sample]]:
+    """Leave out the samples none of whose options is correct, as in some rows of ReCoRD.
+
+    They are drawn all the same, so that a seed means the same rows with and without them. In
+    evaluation they stay: every answer to them is wrong.
+
+    Raises:
+        InputError: none is left to train on.
+    """
+    kept = [[sample for sample in part if sample.has_correct_option] for part in (train, dev)]
+    if train and not kept[0]:
+        raise InputError(
+            f"none of the {len(train)} training examples has a correct answer among its options; "
+            "give a larger --num_train, or other data"
+        )
+    left_out = len(train) + len(dev) - len(kept[0]) - len(kept[1])
+    if left_out:
+        logger.warning(
+            "%d of %d training and dev examples are left out: none of their options is correct",
+            *(left_out, len(train) + len(dev)),
+        )
+    return kept[0], kept[1]
 
 
 def permutation_subset(samples: Sequence[Sample], k: int, seed: int) -> list[Sample]:
@@ -110,21 +139,23 @@ def sample_train_dev(
     wanted, available = num_train + num_dev, len(samples)
     if num_train and not samples:
         raise _no_train_file(num_train)
-    if wanted > available:
-        if num_dev >= available:
-            raise InputError(
-                f"{num_dev} dev examples leave none to train on, of {available}: lower --num_dev"
-            )
-        logger.warning(
-            "only %d examples for %d train + %d dev: training on %d",
-            available,
-            num_train,
-            num_dev,
-            available - num_dev,
+    if wanted > available and num_dev >= available:
+        raise InputError(
+            f"{num_dev} dev examples leave none to train on, of {available}: lower --num_dev"
         )
+    _warn_of_few(available, num_train, num_dev)
     drawn = permutation_subset(samples, wanted, seed)
     split = len(drawn) - num_dev
     return drawn[:split], drawn[split:]
+
+
+def _warn_of_few(available: int, num_train: int, num_dev: int) -> None:
+    if num_train + num_dev > available:
+        dev = f" and --num_dev {num_dev}" if num_dev else ""
+        logger.warning(
+            "only %d examples for --num_train %d%s: num_train is %d",
+            *(available, num_train, dev, available - num_dev),
+        )
 
 
 def _no_train_file(num_train: int) -> InputError:

@@ -48,6 +48,11 @@ class Sample:
     candidates: tuple[Any, ...]
     correct: tuple[Any, ...]
 
+    @property
+    def has_correct_option(self) -> bool:
+        """Whether a candidate is correct; a generated answer has no candidates, and always is."""
+        return not self.candidates or any(choice in self.correct for choice in self.candidates)
+
 
 @dataclass(frozen=True)
 class Task(ABC):

@@ -87,11 +87,9 @@ class BoolQTemplate(LabelTemplate):
     verbalizer = {True: "Yes", False: "No"}
 
     def prompt(self, row: Row) -> str:
-        question = row["question"]
         # The data set's questions are in lower case, and most have no question mark.
-        question = question[:1].upper() + question[1:]
-        mark = "" if question.endswith("?") else "?"
-        return f"{row['passage']} {question}{mark}\n"
+        question = row["question"].strip().rstrip("? ")
+        return f"{row['passage']} {question[:1].upper()}{question[1:]}?\n"
 
 
 class WSCTemplate(LabelTemplate):
@@ -194,7 +192,7 @@ class DROPTemplate(AnswerTemplate):
     """Questions that need discrete reasoning over a paragraph."""
 
     def prompt(self, row: Row) -> str:
-        return f"Passage: {row['passage']}\nQuestion: {row['question']}\nAnswer:"
+        return f"Passage: {row['passage']}\nQuestion: {row['question'].strip()}\nAnswer:"
 
 
 class OwnTemplate(Template):

@@ -17,6 +17,8 @@ from tasks import Sample, Task
 from utils import InputError
 
 DEMONSTRATION_SEPARATOR = "\n\n"
+# A cross-entropy leaves examples with this label out.
+NONE_CORRECT = -100
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class EncodedOption:
 class EncodedExample:
     """All options of an example, in the task's order, and the indices of the correct ones.
 
-    ``correct`` is trained on; evaluation counts ``also_correct`` too.
+    ``correct`` is trained on; evaluation counts ``also_correct`` too. Where no option is correct,
+    as in some rows of ReCoRD, it is ``NONE_CORRECT``.
     """
 
     options: tuple[EncodedOption, ...]
@@ -84,8 +87,9 @@ class Encoder:
                 # No start-of-text token of its own, and no prompt: something has to come first.
                 tokens = [self._start_token(), *tokens]
             encoded.append(EncodedOption(self._cut(tokens, self.max_length), scored))
-        right = [index for index, c in enumerate(candidates) if c in sample.correct] or [0]
-        return EncodedExample(tuple(encoded), right[0], tuple(right[1:]))
+        right = [index for index, c in enumerate(candidates) if c in sample.correct]
+        correct = right[0] if right else NONE_CORRECT
+        return EncodedExample(tuple(encoded), correct, tuple(right[1:]))
 
     def correct_option(self, sample: Sample, only_option: bool = True) -> EncodedExample:
         """Encode the correct answer alone, for language-model training.

@@ -14,6 +14,7 @@ from hizoo import HiZOO
 from language_model import objectives, packing
 from language_model.encoding import Encoder
 from language_model.generation import GenerationSettings, generate
+from language_model.prediction import predict
 from layerwise import LayerwiseWeights
 from metrics import mean_exact_match, mean_f1
 from tasks import get_task
@@ -59,6 +60,23 @@ def test_any_of_several_answers_is_right() -> None:
     assert {sample.candidates[index] for index in right} == set(sample.correct)
     batch = packing.collate([example, encoder("ReCoRD").options(samples_of("ReCoRD")[1][0])])
     assert batch["acceptable"][: len(example.options)].nonzero().flatten().tolist() == sorted(right)
+
+
+def test_no_option_is_right_where_none_is_correct() -> None:
+    """Not the first one: the classification loss leaves the example out."""
+    model, (first, second) = model_of("llama"), samples_of("ReCoRD")[1][:2]
+    without = dataclasses.replace(first, correct=("another name",))
+    one, other = (encoder("ReCoRD").options(sample) for sample in (without, second))
+    assert objectives.negative_accuracy(model, packing.collate([one])) == 0
+    both, alone = (
+        objectives.classification_loss(model, packing.collate(examples))
+        for examples in ([one, other], [other])
+    )
+    assert both.item() == pytest.approx(alone.item(), abs=1e-6)
+    answers = [
+        prediction.answer for prediction in predict(model, encoder("ReCoRD"), [without], [[]], 1)
+    ]
+    assert get_task("ReCoRD").score(answers, [without]) == {"accuracy": 0.0}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,8 +4,16 @@ import logging
 
 import numpy as np
 import pytest
+from running import SAMPLES
 
-from sampling import demonstration_seeds, permutation_subset, sample_train_dev
+from sampling import (
+    demonstration_seeds,
+    draw_example_sets,
+    permutation_subset,
+    sample_train_dev,
+    with_a_correct_option,
+)
+from tasks import get_task, load_samples
 from utils import InputError
 
 
@@ -74,8 +82,45 @@ def test_more_than_there_is(caplog):
     with caplog.at_level(logging.WARNING):
         train, dev = sample_train_dev(list(range(250)), 1000, 100, seed=0)
     assert (train, dev) == (order[:150], order[150:])
-    assert "only 250 examples" in caplog.text
-    assert "training on 150" in caplog.text
+    (record,) = caplog.records
+    assert record.message == (
+        "only 250 examples for --num_train 1000 and --num_dev 100: num_train is 150"
+    )
+
+
+def test_more_demonstrations_than_there_are(caplog):
+    """All are shown, in another order before every example."""
+    samples = load_samples(get_task("SST2"), str(SAMPLES))[1][:9]
+    draws = {"num_dev": 0, "num_eval": 2, "num_train_sets": None, "train_set_seed": None}
+    (drawn,) = draw_example_sets(samples, samples, num_train=10**8, in_context=True, **draws)
+    assert [len(shown) for shown in drawn.demonstrations] == [9, 9]
+    (record,) = caplog.records
+    assert record.message == "only 9 examples for --num_train 100000000: num_train is 9"
+
+
+def record_sample(index, answers):
+    row = {"passage": "Ada met Bob.", "query": "@placeholder left.", "entities": ["Ada", "Bob"]}
+    return get_task("ReCoRD").sample(row | {"answers": answers}, index)
+
+
+def test_rows_without_a_correct_option_are_not_trained_on(caplog):
+    """The draw is the one with them, and evaluation has them."""
+    samples = [record_sample(i, ["Ada"] if i % 3 else ["Ada Lovelace"]) for i in range(30)]
+    draws = {"num_train": 12, "num_dev": 6, "num_eval": 30, "num_train_sets": None}
+    (drawn,) = draw_example_sets(samples, samples, train_set_seed=4, in_context=False, **draws)
+    order = np.random.RandomState(4).permutation(30).tolist()
+    assert [sample.id for sample in drawn.train] == [i for i in order[:12] if i % 3]
+    assert [sample.id for sample in drawn.dev] == [i for i in order[12:18] if i % 3]
+    assert [sample.id for sample in drawn.evaluation] == order
+    left_out = sum(i % 3 == 0 for i in order[:18])
+    (record,) = caplog.records
+    assert record.message == (
+        f"{left_out} of 18 training and dev examples are left out: none of their options is correct"
+    )
+    with pytest.raises(InputError, match="none of the 2 training examples has a correct answer"):
+        with_a_correct_option([samples[0], samples[3]], [])
+    generated = load_samples(get_task("SQuAD"), str(SAMPLES))[0][:2]
+    assert with_a_correct_option(generated, []) == (generated, [])
 
 
 @pytest.mark.parametrize("num_dev", [50, 51])

@@ -108,6 +108,10 @@ def test_sst2_inner_and_outer_spaces():
     [
         ("is it wet", "Is it wet?"),
         ("is it wet?", "Is it wet?"),
+        ("is it wet ", "Is it wet?"),
+        ("is it wet? ", "Is it wet?"),
+        (" is it wet ?", "Is it wet?"),
+        ("is it wet? ?\n", "Is it wet?"),
         ("Is NASA old", "Is NASA old?"),
         ("3d printers are new", "3d printers are new?"),
         ("", "?"),
@@ -160,9 +164,9 @@ def test_record_without_highlights():
     assert template("ReCoRD").prompt(row) == "Kim met Lee @highlight\n-"
 
 
-def test_drop_question_is_not_stripped():
-    prompt = template("DROP").prompt({"passage": "P.", "question": "Q? "})
-    assert prompt == "Passage: P.\nQuestion: Q? \nAnswer:"
+def test_drop_question_is_stripped():
+    prompt = template("DROP").prompt({"passage": "P.", "question": " Q? \n"})
+    assert prompt == "Passage: P.\nQuestion: Q?\nAnswer:"
 
 
 @pytest.mark.parametrize("name", YES_NO)
