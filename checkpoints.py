@@ -1,15 +1,18 @@
-"""Checkpoints of a training run on disk: which are whole, and which one a run goes on from."""
+"""Checkpoints of a training run on disk: written whole, and which one a run goes on from."""
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import (
@@ -20,10 +23,16 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import safe_globals
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from language_model.adapters import adapter_file
 from language_model.loading import saved_names, tied_weights
-from utils import InputError, first_line
+from manifest import MANIFEST, damage, missing_file, write_manifest
+from utils import InputError, NotWritten, first_line, write_json
+
+logger = logging.getLogger(__name__)
+Value = TypeVar("Value")
 
 
 class RunSettings(TrainerCallback, ExportableState):
@@ -69,7 +78,7 @@ def find_checkpoint(
         InputError: there is none where one is wanted, or it is not one of this run.
     """
     if wanted is not None and wanted.lower() not in ("true", "false"):
-        checkpoint = Path(wanted)
+        checkpoint = named_checkpoint(wanted)
     elif wanted and wanted.lower() == "false":
         return None
     elif overwrite and not wanted:
@@ -134,25 +143,159 @@ def check_settings(checkpoint: Path, settings: Mapping[str, Any]) -> None:
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
     """Return the ``checkpoint-<step>`` folders of a training run, oldest step first."""
-    folders = Path(output_dir).glob("checkpoint-*")
+    folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     numbered = [
         (int(match[1]), folder)
         for folder in folders
-        if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name)) and folder.is_dir()
+        if (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name))
+        and folder.is_dir()
     ]
     return [folder for _, folder in sorted(numbered)]
 
 
-def last_whole_checkpoint(output_dir: str | Path) -> Path | None:
-    """Return the newest checkpoint that was written to its end, None if there is none.
+def last_checkpoint(output_dir: str | Path) -> Path | None:
+    """Return the newest checkpoint that was written to its end, None if there is none."""
+    written = (folder for folder in reversed(checkpoints(output_dir)) if not missing_file(folder))
+    return next(written, None)
 
-    The Trainer writes ``trainer_state.json`` last: a checkpoint that a dying node left behind half
-    written has none, or one that cannot be read.
+
+def last_whole_checkpoint(output_dir: str | Path) -> Path | None:
+    """Return the newest checkpoint whose files are as they were written, None if there is none.
+
+    A line is logged for each one that is passed over. The first process reads for all.
     """
-    for folder in reversed(checkpoints(output_dir)):
-        if read_trainer_state(folder) is not None:
-            return folder
-    return None
+
+    def find() -> Path | None:
+        for folder in reversed(checkpoints(output_dir)):
+            reason = damage(folder)
+            if reason is None:
+                return folder
+            logger.warning("%s is not whole and is passed over: %s", folder, reason)
+        return None
+
+    return from_first_process(find)
+
+
+def named_checkpoint(wanted: str) -> Path:
+    """Return the checkpoint that ``--resume_from_checkpoint`` names.
+
+    One of an earlier version has no manifest. Who names it may go on from it, told so by a line.
+
+    Raises:
+        InputError: its files are not as they were written.
+    """
+    folder = Path(wanted)
+    if not (folder / MANIFEST).exists():
+        if read_trainer_state(folder) is not None and PartialState().is_main_process:
+            logger.warning("%s has no %s: its files are taken as they are", folder, MANIFEST)
+    elif reason := from_first_process(lambda: damage(folder)):
+        raise InputError(
+            f"--resume_from_checkpoint {wanted} is no whole checkpoint: {reason}; give another "
+            "one, or leave it out to go on from the newest whole one"
+        )
+    return folder
+
+
+def from_first_process(compute: Callable[[], Value]) -> Value:
+    """Return in every process what the first one computes, which must not raise."""
+    values = [compute() if PartialState().is_main_process else None]
+    return broadcast_object_list(values)[0]
+
+
+def best_checkpoint(resumed: Path, step: int | None) -> str | None:
+    """Return the best checkpoint of a run that goes on; it lies beside the one gone on from.
+
+    Args:
+        resumed: the checkpoint that the run goes on from, wherever its folder is now.
+        step: of the best checkpoint, None if there is none yet.
+    """
+    if step is None:
+        return None
+    best = resumed.parent / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+    if not best.is_dir():
+        logger.warning("the best checkpoint, %s, is not there any more", best)
+        return None
+    return str(best)
+
+
+def write_checkpoint(folder: Path, write: Callable[[], None], *, writes_manifest: bool) -> None:
+    """Write a checkpoint to its end, or leave nothing of it behind.
+
+    Args:
+        folder: of the checkpoint; one of the same step is replaced.
+        write: writes the files of this process; all processes call it.
+        writes_manifest: whether this process writes what belongs to all of them.
+
+    Raises:
+        NotWritten: in all processes, where one could not write; names the checkpoint before.
+    """
+
+    def remove() -> None:
+        if writes_manifest and folder.exists():
+            shutil.rmtree(folder)
+
+    def complete() -> None:
+        if writes_manifest:
+            # The best checkpoint is found by its step: a path would not outlast a renamed folder.
+            state = read_trainer_state(folder) | {"best_model_checkpoint": None}
+            write_json(folder / "trainer_state.json", state)
+            write_manifest(folder)
+
+    try:
+        for part in (remove, write, complete):
+            write_together(folder, part)
+    except NotWritten as error:
+        if writes_manifest:
+            shutil.rmtree(folder, ignore_errors=True)
+        before = last_checkpoint(folder.parent)
+        way_out = (
+            f"{before} is whole, the same command goes on from there"
+            if before
+            else "there is no checkpoint before it"
+        )
+        raise NotWritten(f"{error}; {way_out}") from error
+
+
+def write_together(place: Path, write: Callable[[], None]) -> None:
+    """Let every process write, and wait for all of them.
+
+    Raises:
+        NotWritten: in all processes, where one could not write, as on a full disk.
+    """
+    failure = None
+    try:
+        write()
+    except NotWritten as error:
+        failure = str(error)
+    except (OSError, SafetensorError) as error:
+        failure = str(NotWritten.of(place, error))
+    except RuntimeError as error:
+        # By this, and no type of its own, torch.save tells that it could not write.
+        if "inline_container" not in str(error):
+            raise
+        failure = str(NotWritten.of(place, OSError("torch.save could not write a file")))
+    failures = [each for each in gather_object([failure]) if each is not None]
+    if failures:
+        raise NotWritten(failures[0])
+
+
+def remove_older_checkpoints(newest: Path, limit: int | None, best: str | None) -> None:
+    """Delete checkpoints before the newest, the oldest first, until ``limit`` are left.
+
+    Args:
+        newest: the checkpoint that was written last; it stays. Those of later steps, from which
+            the run did not go on, are not counted.
+        limit: ``--save_total_limit``; None keeps all.
+        best: the best checkpoint, which stays too.
+    """
+    if limit is None:
+        return
+    folders = checkpoints(newest.parent)
+    up_to_newest = folders[: folders.index(newest) + 1]
+    kept = {newest, Path(best) if best else newest}
+    older = [folder for folder in up_to_newest if folder not in kept]
+    for folder in older[: max(0, len(up_to_newest) - max(limit, len(kept)))]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_trainer_state(checkpoint: str | Path) -> dict[str, Any] | None:
@@ -164,22 +307,33 @@ def read_trainer_state(checkpoint: str | Path) -> dict[str, Any] | None:
 
 
 def check_state_files(checkpoint: str | Path) -> None:
-    """Check that a checkpoint holds the states of the optimizer and the scheduler.
+    """Check that the states of the optimizer, the scheduler and the random numbers can be loaded.
 
-    Without them the Trainer goes on all the same, with new ones.
+    Without the first two the Trainer goes on all the same, with new ones. No code in a file is run.
 
     Raises:
-        InputError: one of them is missing or cut off.
+        InputError: one of them is missing, cut off, or holds more than tensors and numbers.
     """
     folder = Path(checkpoint)
     # The state of sharded weights is in files of another name.
     sharded = any(path.name != "optimizer.pt" for path in folder.glob("optimizer*"))
-    for name in ("scheduler.pt",) if sharded else ("optimizer.pt", "scheduler.pt"):
-        if not zipfile.is_zipfile(folder / name):
+    needed = ("scheduler.pt",) if sharded else ("optimizer.pt", "scheduler.pt")
+    for file in (*(folder / name for name in needed), *sorted(folder.glob("rng_state*.pth"))):
+        if not file.is_file():
             raise InputError(
-                f"{checkpoint} is no whole checkpoint: {name} is missing or cut off; give another "
-                "one, or --overwrite_output_dir to start anew"
+                f"{checkpoint} is no whole checkpoint: {file.name} is missing; give another one, "
+                "or --overwrite_output_dir to start anew"
             )
+        try:
+            with safe_globals():
+                # Tensors are left on the disk: only what is around them is read.
+                torch.load(file, map_location="meta", mmap=True, weights_only=True)
+        except Exception as error:  # a damaged pickle may raise anything
+            raise InputError(
+                f"{checkpoint} cannot be gone on from: torch refuses {file.name} "
+                f"({type(error).__name__}); give another one, or --overwrite_output_dir to start "
+                "anew"
+            ) from error
 
 
 class RemoveEarlierCheckpoints(TrainerCallback):
@@ -252,5 +406,5 @@ def shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
     except SafetensorError as error:
         raise InputError(
             f"{folder} is no whole checkpoint: {file.name} is damaged ({first_line(error)}); "
-            "delete this folder to go on from the one before"
+            "give another one"
         ) from error

@@ -31,7 +31,8 @@ from checkpoints import (
     RemoveEarlierCheckpoints,
     RunSettings,
     find_checkpoint,
-    last_whole_checkpoint,
+    last_checkpoint,
+    write_together,
 )
 from command_line.arguments import USAGE, Arguments, parse_arguments
 from command_line.checks import check
@@ -57,7 +58,7 @@ from results import (
 )
 from sampling import ExampleSet
 from tasks import Sample
-from utils import InputError, leave_process_group_at_exit, write_json, write_json_lines
+from utils import InputError, NotWritten, leave_process_group_at_exit, write_json, write_json_lines
 
 
 class Interrupted(Exception):
@@ -184,19 +185,19 @@ class Experiment:
         if interrupt.received:
             raise Interrupted(
                 f"{interrupt.received}: stopped after step {trainer.state.global_step}, checkpoint "
-                f"in {last_whole_checkpoint(output_dir)}; the same command goes on from there"
+                f"in {last_checkpoint(output_dir)}; the same command goes on from there"
             )
         if trainer.diverged:
             from_the_start = trainer.state.global_step <= arguments.max_skipped_steps
             raise Diverged(
                 f"no finite loss in {arguments.max_skipped_steps} steps in a row: stopped after "
                 f"step {trainer.state.global_step}, checkpoint in "
-                f"{last_whole_checkpoint(output_dir)}; {advice_for_losses(model, from_the_start)}"
+                f"{last_checkpoint(output_dir)}; {advice_for_losses(model, from_the_start)}"
             )
         if arguments.save_model:
             trainer.save_model(str(output_dir))
             self.say(f"model: {output_dir}")
-        best = trainer.state.best_model_checkpoint or last_whole_checkpoint(output_dir)
+        best = trainer.state.best_model_checkpoint or last_checkpoint(output_dir)
         if best:
             self.say(f"checkpoint: {best}")
         return {
@@ -220,9 +221,8 @@ class Experiment:
             arguments.per_device_eval_batch_size,
             arguments.lp_early_stopping,
         )
-        if arguments.save_model and arguments.process_index == 0:
-            model.save_pretrained(output_dir)
-            self.prepared.encoder.tokenizer.save_pretrained(output_dir)
+        if arguments.save_model:
+            write_together(output_dir, lambda: self.save_probed(model, output_dir))
             self.say(f"model: {output_dir}")
         if not fitted.converged:
             self.say("the logistic regression stopped before it converged (--lp_early_stopping)")
@@ -234,6 +234,12 @@ class Experiment:
             ),
             "train_seconds": round(time.perf_counter() - started, 3),
         }
+
+    def save_probed(self, model: PreTrainedModel, output_dir: Path) -> None:
+        """Write a model whose head was fitted, from one process only."""
+        if self.arguments.process_index == 0:
+            model.save_pretrained(output_dir)
+            self.prepared.encoder.tokenizer.save_pretrained(output_dir)
 
     def say(self, line: str) -> None:
         """Print a line, from one process only."""
@@ -270,7 +276,8 @@ def run_experiment(arguments: Arguments) -> None:
 def main(argv: Sequence[str]) -> int:
     """Run the command line; returns the exit code.
 
-    0: done. 1: the losses were not finite any more. 2: bad input. 130: interrupted.
+    0: done. 1: the losses were not finite any more, or a file could not be written. 2: bad input.
+    130: interrupted.
     """
     if not argv:
         print(USAGE)
@@ -289,7 +296,7 @@ def main(argv: Sequence[str]) -> int:
     except (Interrupted, KeyboardInterrupt) as error:
         print(f"interrupted: {error}" if str(error) else "interrupted", file=sys.stderr)
         return 130
-    except Diverged as error:
+    except (Diverged, NotWritten) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
     return 0

@@ -7,6 +7,7 @@ passes into ``training_step`` and leaves the rest to it.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
@@ -21,10 +22,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
 from transformers.optimization import get_scheduler
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from callbacks import LogLines, LossProgress, ShownObjective, StopWithoutFiniteLoss
-from checkpoints import read_trainer_state
+from checkpoints import (
+    best_checkpoint,
+    from_first_process,
+    read_trainer_state,
+    remove_older_checkpoints,
+    write_checkpoint,
+    write_together,
+)
 from hizoo import HiZOO
 from language_model.loading import load_renamed_weights, tied_weights
 from language_model.objectives import (
@@ -34,7 +42,8 @@ from language_model.objectives import (
     negative_accuracy,
 )
 from layerwise import LayerwiseWeights
-from utils import InputError
+from manifest import damage
+from utils import InputError, NotWritten
 
 logger = logging.getLogger(__name__)
 
@@ -170,15 +179,22 @@ class ObjectiveTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
         """Train; a checkpoint that has reached ``max_steps`` already is loaded and left at that."""
+        self._resumed_from = resume_from_checkpoint
         saved = read_trainer_state(resume_from_checkpoint) if resume_from_checkpoint else None
         if not saved or not 0 < self.args.max_steps <= saved["global_step"]:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            try:
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            except NotWritten:
+                # Close progress bars, give signals back.
+                self.callback_handler.on_train_end(self.args, self.state, self.control)
+                raise
         # The Trainer would go one step further.
         state_file = Path(resume_from_checkpoint) / "trainer_state.json"
         self.state = TrainerState.load_from_json(str(state_file))
-        best = self.state.best_model_checkpoint
-        if self.args.load_best_model_at_end and best and Path(best).is_dir():
-            resume_from_checkpoint = best
+        self._find_best_checkpoint()
+        if self.args.load_best_model_at_end:
+            self._forget_damaged_best_checkpoint()
+            resume_from_checkpoint = self.state.best_model_checkpoint or resume_from_checkpoint
         self._load_from_checkpoint(resume_from_checkpoint, self.model)
         return TrainOutput(self.state.global_step, math.nan, {})
 
@@ -188,7 +204,46 @@ class ObjectiveTrainer(Trainer):
         if not load_renamed_weights(model or self.model, Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _load_callback_state(self) -> None:
+        super()._load_callback_state()
+        self._find_best_checkpoint()
+
+    def _find_best_checkpoint(self) -> None:
+        self.state.best_model_checkpoint = best_checkpoint(
+            Path(self._resumed_from), self.state.best_global_step
+        )
+
+    def _forget_damaged_best_checkpoint(self) -> None:
+        best = self.state.best_model_checkpoint
+        reason = from_first_process(lambda: damage(Path(best))) if best else None
+        if reason:
+            logger.warning(
+                "the best checkpoint, %s, is not whole (%s): the last weights stay", best, reason
+            )
+            self.state.best_model_checkpoint = None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model; where one process cannot, all of them raise ``NotWritten``."""
+        write = functools.partial(super().save_model, output_dir, _internal_call)
+        write_together(Path(output_dir or self.args.output_dir), write)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder = Path(self._get_output_dir(trial=trial), name)
+        write = functools.partial(super()._save_checkpoint, model, trial)
+        # The Trainer would delete older checkpoints before this one is whole.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            write_checkpoint(folder, write, writes_manifest=self.args.should_save)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            remove_older_checkpoints(folder, limit, self.state.best_model_checkpoint)
+
     def _load_best_model(self) -> None:
+        self._forget_damaged_best_checkpoint()
+        if self.state.best_model_checkpoint is None:
+            return
         if not load_renamed_weights(self.model, Path(self.state.best_model_checkpoint)):
             super()._load_best_model()
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,6 +26,17 @@ SAMPLES, SAMPLE_SIZE = 64, 2**16
 
 class InputError(ValueError):
     """Bad input: the message is one line that names the value and the way out; exit code 2."""
+
+
+class NotWritten(OSError):
+    """A file could not be written: the message is one line that names it; exit code 1."""
+
+    @classmethod
+    def of(cls, place: Path, error: Exception) -> NotWritten:
+        """Make one of what a library raised, with the room that the disk has left."""
+        existing = next(each for each in (place, *place.absolute().parents) if each.exists())
+        free = shutil.disk_usage(existing).free / 2**20
+        return cls(f"{place} could not be written: {one_line(error)} ({free:,.0f} MiB are free)")
 
 
 def first_line(error: Exception) -> str:
@@ -59,7 +71,18 @@ def check_writable(option: str, path: Path, is_folder: bool = False) -> None:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Write a file so that, whenever the process is killed, it is whole or as it was before."""
+    """Write a file so that, whenever the process is killed, it is whole or as it was before.
+
+    Raises:
+        NotWritten: the disk is full, or the place cannot be written to.
+    """
+    try:
+        _replace_text(path, text)
+    except OSError as error:
+        raise NotWritten.of(path, error) from error
+
+
+def _replace_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

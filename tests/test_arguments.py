@@ -370,15 +370,6 @@ def test_checkpoint_of_another_experiment(
     assert_refused(argv, tmp_path, capfd, [part, "--overwrite_output_dir"])
 
 
-def test_damaged_weights_of_a_checkpoint(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    finish(training(tmp_path, max_steps=1, save_steps=1))
-    file = tmp_path / "out/checkpoint-1/model.safetensors"
-    file.write_bytes(file.read_bytes()[:1000])
-    assert_refused(training(tmp_path), tmp_path, capfd, ["checkpoint-1", "model.safetensors"])
-    file.unlink()
-    assert_refused(training(tmp_path), tmp_path, capfd, ["checkpoint-1", "model.safetensors"])
-
-
 # ------------------------------------------------------------------------------------ good input
 
 

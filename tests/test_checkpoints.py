@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import resource
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from running import MODEL
+from running import (
+    MODEL,
+    assert_same_checkpoint,
+    contents,
+    finish,
+    let_every_dev_loss_be_worse,
+    trainer_state,
+    training,
+    weights,
+)
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import run
 from checkpoints import (
     RunSettings,
     check_checkpoint,
     checkpoints,
+    last_checkpoint,
     last_whole_checkpoint,
     remove_checkpoints,
+    remove_older_checkpoints,
     saved_shapes,
 )
 from language_model.loading import load_model
+from manifest import MANIFEST, damage, write_manifest
+from trainer import ObjectiveTrainer
 from utils import InputError
 
 
@@ -39,12 +58,27 @@ def test_checkpoints_are_ordered_by_step(tmp_path: Path) -> None:
     assert checkpoints(tmp_path / "nowhere") == []
 
 
-@pytest.mark.parametrize("state", [None, "", '{"global_step": 1'])
-def test_half_written_checkpoint_is_passed_over(tmp_path: Path, state: str | None) -> None:
-    assert last_whole_checkpoint(tmp_path) is None
+def test_last_checkpoint_was_written_to_its_end(tmp_path: Path) -> None:
+    assert last_checkpoint(tmp_path) is None
     whole = make_checkpoint(tmp_path / "checkpoint-1")
-    make_checkpoint(tmp_path / "checkpoint-2", state)
-    assert last_whole_checkpoint(tmp_path) == whole
+    write_manifest(whole)
+    make_checkpoint(tmp_path / "checkpoint-2")
+    write_manifest(make_checkpoint(tmp_path / "checkpoint-3"))
+    (tmp_path / "checkpoint-3" / "trainer_state.json").unlink()
+    assert last_checkpoint(tmp_path) == whole
+
+
+def test_older_checkpoints_are_removed(tmp_path: Path) -> None:
+    folders = [make_checkpoint(tmp_path / f"checkpoint-{step}") for step in (1, 2, 3, 4, 9)]
+    _, second, third, newest, beyond = folders
+    remove_older_checkpoints(newest, None, None)
+    assert checkpoints(tmp_path) == folders
+    remove_older_checkpoints(newest, 3, None)
+    assert checkpoints(tmp_path) == [second, third, newest, beyond]
+    remove_older_checkpoints(newest, 2, str(second))
+    assert checkpoints(tmp_path) == [second, newest, beyond]
+    remove_older_checkpoints(newest, 1, str(second))
+    assert checkpoints(tmp_path) == [second, newest, beyond]
 
 
 def test_only_checkpoints_are_removed(tmp_path: Path) -> None:
@@ -90,3 +124,221 @@ def test_checkpoint_with_fewer_or_more_layers(tmp_path: Path, layers: int) -> No
     model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(InputError, match="is a checkpoint of another model"):
         check_checkpoint(str(as_checkpoint(tmp_path / "checkpoint-1")), model)
+
+
+# ------------------------------------------------------------------------------- damaged files
+
+FILES = (
+    *("config.json", "generation_config.json", "model.safetensors", "optimizer.pt"),
+    *("rng_state.pth", "scheduler.pt", "trainer_state.json", "training_args.bin", MANIFEST),
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps with a checkpoint after each."""
+    folder = tmp_path_factory.mktemp("finished")
+    finish(short_training(folder))
+    return folder
+
+
+def short_training(folder: Path, **arguments: Any) -> list[str]:
+    return training(folder, **({"max_steps": 2, "save_steps": 1} | arguments))
+
+
+def flip_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def zero_end(file: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[: -len(content) // 4].ljust(len(content), b"\0"))
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def empty(file: Path) -> None:
+    os.truncate(file, 0)
+
+
+@pytest.mark.parametrize("harm", [flip_bit, zero_end, cut, empty, Path.unlink])
+def test_every_damage_to_every_file_is_noticed(
+    finished: Path, tmp_path: Path, harm: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in FILES:
+        folder = tmp_path / name
+        shutil.copytree(finished / "out", folder)
+        assert last_whole_checkpoint(folder) == folder / "checkpoint-2"
+        harm(folder / "checkpoint-2" / name)
+        caplog.clear()
+        assert last_whole_checkpoint(folder) == folder / "checkpoint-1"
+        (line,) = caplog.messages
+        assert line.startswith(f"{folder / 'checkpoint-2'} is not whole and is passed over: ")
+        assert name in line or harm is flip_bit
+
+
+def test_manifest_lists_every_file(finished: Path) -> None:
+    for folder in checkpoints(finished / "out"):
+        assert damage(folder) is None
+        assert {path.name for path in folder.iterdir()} >= set(FILES)
+        listed = json.loads((folder / MANIFEST).read_text())["sha256"]
+        assert {MANIFEST, *listed} == {path.name for path in folder.iterdir()}
+
+
+def test_run_goes_on_from_the_whole_checkpoint_before(
+    finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished / "out", tmp_path / "out")
+    flip_bit(tmp_path / "out/checkpoint-2/model.safetensors")
+    assert finish(short_training(tmp_path))["resumed_from"].endswith("checkpoint-1")
+    assert damage(tmp_path / "out/checkpoint-2") is None
+    assert_same_checkpoint(finished / "out/checkpoint-2", tmp_path / "out/checkpoint-2")
+
+
+def assert_refused(argv: list[str], capsys: pytest.CaptureFixture[str], *parts: str) -> None:
+    capsys.readouterr()
+    assert run.main(argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and all(part in line for part in parts), line
+
+
+def test_named_checkpoint_that_is_not_whole_is_refused(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = tmp_path / "checkpoint-2"
+    shutil.copytree(finished / "out/checkpoint-2", named)
+    flip_bit(named / "optimizer.pt")
+    before = contents(tmp_path)
+    argv = short_training(tmp_path, resume_from_checkpoint=named)
+    assert_refused(argv, capsys, f"--resume_from_checkpoint {named}", "optimizer.pt is not what")
+    assert contents(tmp_path) == before
+
+
+def test_checkpoint_without_manifest_is_gone_on_from_only_by_name(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(finished / "out/checkpoint-1", tmp_path / "out/checkpoint-1")
+    (tmp_path / "out/checkpoint-1" / MANIFEST).unlink()
+    named = tmp_path / "out/checkpoint-1"
+    result = finish(short_training(tmp_path, resume_from_checkpoint=named))
+    assert result["resumed_from"] == str(named)
+    assert f"{named} has no {MANIFEST}: its files are taken as they are" in caplog.messages
+    shutil.rmtree(tmp_path / "out/checkpoint-2")
+    assert last_whole_checkpoint(tmp_path / "out") is None
+    assert f"passed over: {MANIFEST} is missing" in caplog.messages[-1]
+
+
+class Executed:
+    """Makes a folder if it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Callable, tuple[str]]:
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_pickle_that_torch_refuses_is_not_executed(
+    finished: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = tmp_path / "out/checkpoint-1"
+    shutil.copytree(finished / "out/checkpoint-1", checkpoint)
+    torch.save({"state": Executed(tmp_path / "executed")}, checkpoint / name)
+    (checkpoint / MANIFEST).unlink()
+    write_manifest(checkpoint)
+    assert_refused(short_training(tmp_path), capsys, str(checkpoint), f"torch refuses {name}")
+    assert not (tmp_path / "executed").exists()
+
+
+# ------------------------------------------------------------------------------ renamed folders
+
+
+@pytest.mark.parametrize("old_stays", [False, True])
+@pytest.mark.parametrize("max_steps", [2, 3])
+def test_best_checkpoint_of_a_copied_folder(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    old_stays: bool,
+    max_steps: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    let_every_dev_loss_be_worse(monkeypatch)
+    arguments = {
+        **{"num_dev": 4, "eval_strategy": "steps", "eval_steps": 1},
+        **{"load_best_model_at_end": True, "save_model": True},
+    }
+    finish(short_training(tmp_path / "old", **arguments))
+    assert trainer_state(tmp_path / "old/out/checkpoint-2")["best_model_checkpoint"] is None
+    (shutil.copytree if old_stays else shutil.move)(tmp_path / "old", tmp_path / "new")
+    result = finish(short_training(tmp_path / "new", **(arguments | {"max_steps": max_steps})))
+    best = tmp_path / "new/out/checkpoint-1"
+    assert result["checkpoint"] == str(best)
+    assert torch.equal(
+        weights(tmp_path / "new/out")["model.decoder.final_layer_norm.weight"],
+        weights(best)["model.decoder.final_layer_norm.weight"],
+    )
+    assert not caplog.messages
+    flip_bit(best / "model.safetensors")
+    result = finish(short_training(tmp_path / "new", **(arguments | {"max_steps": max_steps})))
+    assert result["checkpoint"].endswith(f"checkpoint-{max_steps}")
+    assert f"the best checkpoint, {best}, is not whole" in caplog.messages[-1]
+
+
+# --------------------------------------------------------------------------------- full disks
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Let the operating system refuse to write more bytes into a file, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("part", ["save_model", "_save_optimizer_and_scheduler", "_save_rng_state"])
+def test_full_disk_leaves_the_checkpoint_before(
+    finished: Path,
+    tmp_path: Path,
+    part: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write = getattr(ObjectiveTrainer, part)
+
+    def write_on_a_full_disk(self: ObjectiveTrainer, *args: Any, **kwargs: Any) -> None:
+        with files_of_at_most(2000) if self.state.global_step == 2 else contextlib.nullcontext():
+            write(self, *args, **kwargs)
+
+    argv = short_training(tmp_path, save_total_limit=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(ObjectiveTrainer, part, write_on_a_full_disk)
+        assert run.main(argv) == 1
+    before = tmp_path / "out/checkpoint-1"
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "could not" in line]
+    assert line.startswith(f"stopped: {tmp_path / 'out/checkpoint-2'} could not be written: ")
+    assert line.endswith(f"{before} is whole, the same command goes on from there")
+    assert checkpoints(tmp_path / "out") == [before] and damage(before) is None
+    assert finish(argv)["resumed_from"] == str(before)
+    assert checkpoints(tmp_path / "out") == [tmp_path / "out/checkpoint-2"]
+    assert_same_checkpoint(finished / "out/checkpoint-2", tmp_path / "out/checkpoint-2")
+
+
+def test_first_checkpoint_and_model_on_a_full_disk(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with files_of_at_most(2000):
+        assert run.main(short_training(tmp_path)) == 1
+        assert "there is no checkpoint before it" in capsys.readouterr().err
+        assert checkpoints(tmp_path / "out") == []
+        argv = training(tmp_path, save_strategy="no", save_steps=None, save_model=True, max_steps=1)
+        assert run.main(argv) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"stopped: {tmp_path / 'out'} could not be written: ")

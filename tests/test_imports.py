@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = (
     {"hizoo", "layerwise"},
     {"utils"},
+    {"manifest"},
     {"data_files", "metrics", "templates", "tasks", "sampling"},
     {"language_model"},
     {"checkpoints", "callbacks"},
