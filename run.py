@@ -58,7 +58,14 @@ from results import (
 )
 from sampling import ExampleSet
 from tasks import Sample
-from utils import InputError, NotWritten, leave_process_group_at_exit, write_json, write_json_lines
+from utils import (
+    InputError,
+    NotWritten,
+    leave_process_group_at_exit,
+    say_last,
+    write_json,
+    write_json_lines,
+)
 
 
 class Interrupted(Exception):
@@ -291,13 +298,13 @@ def main(argv: Sequence[str]) -> int:
             leave_process_group_at_exit()
         run_experiment(arguments)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_last(f"error: {error}")
         return 2
     except (Interrupted, KeyboardInterrupt) as error:
-        print(f"interrupted: {error}" if str(error) else "interrupted", file=sys.stderr)
+        say_last(f"interrupted: {error}" if str(error) else "interrupted")
         return 130
     except (Diverged, NotWritten) as error:
-        print(f"stopped: {error}", file=sys.stderr)
+        say_last(f"stopped: {error}")
         return 1
     return 0
 

@@ -12,7 +12,9 @@ import logging
 import os
 import shutil
 import socket
+import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -47,6 +49,18 @@ def first_line(error: Exception) -> str:
 def one_line(error: Exception) -> str:
     """Return an error's whole message in one line, or its type's name if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def say_last(line: str) -> None:
+    """Print the line in which a command fails, once for all processes that torchrun has started.
+
+    The first process prints it. For each, torchrun reads it from a file that it names.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        details = {"py_callstack": line, "timestamp": str(int(time.time()))}
+        write_json(Path(file), {"message": {"message": line, "extraInfo": details}})
 
 
 def check_writable(option: str, path: Path, is_folder: bool = False) -> None:
