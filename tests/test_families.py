@@ -39,11 +39,13 @@ def test_training_resumes_and_evaluates(tmp_path: Path, family: str, mode: str) 
     whole = finish(training(tmp_path / "whole", **arguments))
     rows = (tmp_path / "rows.jsonl").read_text()
     no_evaluation = {"no_eval": True, "num_eval": None, "predictions_file": None}
+    no_evaluation |= {"result_file": tmp_path / "begun.json"}
     finish(training(tmp_path / "parted", **arguments | {"max_steps": 3} | no_evaluation))
+    arguments |= {"predictions_file": tmp_path / "parted.jsonl"}
     parted = finish(training(tmp_path / "parted", **arguments))
     assert parted["resumed_from"].endswith("checkpoint-3")
     assert parted["metric"] == whole["metric"]
-    assert (tmp_path / "rows.jsonl").read_text() == rows
+    assert (tmp_path / "parted.jsonl").read_text() == rows
     first, second = (tmp_path / name / "out" / "checkpoint-6" for name in ("whole", "parted"))
     assert log_of(first, "loss") == log_of(second, "loss")
     if mode in ("lora", "prefix"):

@@ -98,13 +98,13 @@ def test_perturbation_scale_that_does_not_fit_is_one_line(
 
 def test_hessian_arguments_reach_the_optimizer(tmp_path: Path, optimizers: list[Any]) -> None:
     once = {"max_steps": 1, "save_strategy": "no"}
-    finish(training(tmp_path, load_float16=True, hessian_dtype="float32", **once))
+    finish(training(tmp_path / "1", load_float16=True, hessian_dtype="float32", **once))
     dtypes = {t["hessian_minus_one"].dtype for t in optimizers[-1].state.values()}
     assert dtypes == {torch.float32}
-    finish(training(tmp_path, load_float16=True, **once))
+    finish(training(tmp_path / "2", load_float16=True, **once))
     dtypes = {t["hessian_minus_one"].dtype for t in optimizers[-1].state.values()}
     assert dtypes == {torch.bfloat16}
-    finish(training(tmp_path, hessian="lowrank", zo_num_samples=2, **once))
+    finish(training(tmp_path / "3", hessian="lowrank", zo_num_samples=2, **once))
     names = {name for state in optimizers[-1].state.values() for name in state}
     assert names == {"hessian_rows", "hessian_columns", "hessian_minus_one"}
     assert optimizers[-1].num_samples == 2
