@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, get_scheduler
 
 import run
 import trainer as trainer_module
+from manifest import MANIFEST
 from trainer import ObjectiveTrainer, SmoothingSchedule, ZerothOrderTrainer
 from utils import InputError
 
@@ -111,7 +112,7 @@ def test_interrupted_process_goes_on(tmp_path: Path, long_run: Path, number: int
     argv = training(tmp_path, save_on_interrupt=True, **LONG)
     process = start(argv, tmp_path)
     deadline = time.monotonic() + 120
-    while not (tmp_path / "out/checkpoint-6/trainer_state.json").is_file():
+    while not (tmp_path / "out/checkpoint-6" / MANIFEST).is_file():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
     process.send_signal(number)
@@ -621,9 +622,12 @@ def test_checkpoints_that_are_not_gone_on_from(
     assert "--overwrite_output_dir deletes" in refused(capsys, both)
     sets = training(tmp_path, **few, **path, num_train_sets=2)
     assert "is of one training set" in refused(capsys, sets)
+    named = training(tmp_path, **few, **path)
     state = (folder / "optimizer.pt").read_bytes()
     (folder / "optimizer.pt").write_bytes(state[:100])
-    assert "optimizer.pt is missing or cut off" in refused(capsys, training(tmp_path, **few))
+    assert "optimizer.pt is not what was written" in refused(capsys, named)
     (folder / "optimizer.pt").write_bytes(state)
     (folder / "scheduler.pt").unlink()
-    assert "scheduler.pt is missing or cut off" in refused(capsys, training(tmp_path, **few))
+    assert "scheduler.pt is missing" in refused(capsys, named)
+    (folder / MANIFEST).unlink()  # as of an earlier version
+    assert "scheduler.pt is missing" in refused(capsys, named)
