@@ -275,6 +275,7 @@ def test_best_checkpoint_of_a_copied_folder(
     finish(short_training(tmp_path / "old", **arguments))
     assert trainer_state(tmp_path / "old/out/checkpoint-2")["best_model_checkpoint"] is None
     (shutil.copytree if old_stays else shutil.move)(tmp_path / "old", tmp_path / "new")
+    (tmp_path / "new/result.json").unlink()
     result = finish(short_training(tmp_path / "new", **(arguments | {"max_steps": max_steps})))
     best = tmp_path / "new/out/checkpoint-1"
     assert result["checkpoint"] == str(best)
@@ -284,6 +285,7 @@ def test_best_checkpoint_of_a_copied_folder(
     )
     assert not caplog.messages
     flip_bit(best / "model.safetensors")
+    (tmp_path / "new/result.json").unlink()
     result = finish(short_training(tmp_path / "new", **(arguments | {"max_steps": max_steps})))
     assert result["checkpoint"].endswith(f"checkpoint-{max_steps}")
     assert f"the best checkpoint, {best}, is not whole" in caplog.messages[-1]

@@ -362,9 +362,15 @@ def test_a_checkpoint_of_another_mode_is_refused(
     assert contents(tmp_path) == before
 
 
-def test_a_damaged_adapter_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_adapter_is_passed_over_and_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     finish(training(tmp_path, lora=True, max_steps=3))
-    file = tmp_path / "out" / "checkpoint-3" / "adapter_model.safetensors"
+    checkpoint = tmp_path / "out" / "checkpoint-3"
+    file = checkpoint / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:100])
-    assert run.main(training(tmp_path, lora=True)) == 2
-    assert "adapter_model.safetensors is damaged" in capsys.readouterr().err
+    assert run.main(training(tmp_path, lora=True, resume_from_checkpoint=checkpoint)) == 2
+    assert "adapter_model.safetensors is not what was written" in capsys.readouterr().err
+    result = finish(training(tmp_path, lora=True))
+    assert result["resumed_from"] is None and result["steps"] == 6
+    assert any("is passed over: adapter_model.safetensors" in line for line in caplog.messages)
