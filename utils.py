@@ -60,7 +60,8 @@ def say_last(line: str) -> None:
         print(line, file=sys.stderr)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         details = {"py_callstack": line, "timestamp": str(int(time.time()))}
-        write_json(Path(file), {"message": {"message": line, "extraInfo": details}})
+        with contextlib.suppress(NotWritten):  # the disk may be full, which the line tells
+            write_json(Path(file), {"message": {"message": line, "extraInfo": details}})
 
 
 def check_writable(option: str, path: Path, is_folder: bool = False) -> None:

@@ -219,13 +219,15 @@ class Numbers:
         """The newline's token."""
         return [NEWLINE]
 
+    def decode(self, tokens: list[int], skip_special_tokens: bool = False) -> str:
+        """The numbers up to the first end token, and the newline where it is one."""
+        ends = [i for i, token in enumerate(tokens) if token in (2, NEWLINE)]
+        numbers = " ".join(map(str, tokens[: ends[0]] if ends else tokens))
+        return f"{numbers}\n" if ends and tokens[ends[0]] == NEWLINE else numbers
+
     def batch_decode(self, rows: Tensor, skip_special_tokens: bool = False) -> list[str]:
-        """Numbers up to the first token that ends a text."""
-        texts = []
-        for row in rows.tolist():
-            ends = [i for i, token in enumerate(row) if token in (2, NEWLINE)]
-            texts.append(" ".join(map(str, row[: ends[0]] if ends else row)))
-        return texts
+        """As ``decode``, of rows of tokens."""
+        return [self.decode(row) for row in rows.tolist()]
 
 
 def measure_memory(model: nn.Module) -> dict[str, Any]:

@@ -72,7 +72,8 @@ def test_result_that_is_there_is_shown(
     after = json.loads(path.read_text())
     assert after["metric"] == before["metric"]
     if trained:
-        assert after["train_seconds"] >= before["train_seconds"] > 0.1
+        # Without the time that writing the last checkpoint took.
+        assert min(after["train_seconds"], before["train_seconds"]) > 0.1
         assert after["resumed_from"] and after["history"] == before["history"]
     assert run.main([*argv, "--overwrite_output_dir"]) == 0
     anew = json.loads(path.read_text())
@@ -87,7 +88,10 @@ def test_other_results_and_predictions_in_the_way(
     finish(argv)
     for other, part in (
         (command(result_file=file, num_eval=2), f"{file} is of a run with --num_eval 6, not 2: "),
-        (command(result_file=file, seed=2, num_eval=2), "with --seed 42, not 2: "),
+        (
+            command(result_file=file, load_float16=True, num_eval=2),
+            "with --load_float16 False, not True: ",
+        ),
         (training(tmp_path, **SHORT), "with --trainer none, not zo: "),
     ):
         line = refusal(other, tmp_path, capsys)
@@ -151,8 +155,10 @@ def test_overwriting_goes_on_with_what_it_began(
     for other in ({"learning_rate": 1e-5}, {"max_steps": 4}):
         different = settings | other
         assert unfinished_checkpoint(tmp_path / "out", model, different, has_result=False) is None
+    # A damaged one is passed over, for the one before it.
     (last / "optimizer.pt").write_bytes(b"damaged")
-    assert unfinished_checkpoint(tmp_path / "out", model, settings, has_result=False) is None
+    before = unfinished_checkpoint(tmp_path / "out", model, settings, has_result=False)
+    assert before == tmp_path / "out/checkpoint-2"
 
 
 def test_bad_input_during_preparation_changes_nothing(

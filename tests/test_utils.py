@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import socket
 import subprocess
@@ -190,3 +191,17 @@ def test_fingerprints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert fingerprint([first]) != fingerprint([second])
         second.write_bytes(content + b"x")
         assert fingerprint([first]) != fingerprint([second])
+
+
+def test_last_line_is_said_by_the_first_process_and_kept_for_torchrun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank, said in (("0", "error: a value\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / rank))
+        utils.say_last("error: a value")
+        assert capsys.readouterr().err == said
+        assert json.loads((tmp_path / rank).read_text())["message"]["message"] == "error: a value"
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "file" / "0"))  # not writable
+    utils.say_last("error: a value")
