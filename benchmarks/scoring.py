@@ -194,7 +194,7 @@ def measure_generation(
             eos_token_id=[NEWLINE, Numbers.eos_token_id],
             pad_token_id=Numbers.eos_token_id,
         )
-        return Numbers().batch_decode(rows[:, len(prompt) :])[0]
+        return Numbers().batch_decode(rows[:, len(prompt) :])[0].strip()
 
     # One run is enough for what takes longest; 32 answers are a warm-up for each other.
     start = time.perf_counter()
