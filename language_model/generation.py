@@ -29,6 +29,7 @@ from language_model.precision import not_finite
 from language_model.shared_tokens import (
     ReadPrefix,
     can_share_prompt,
+    first_position,
     fits_window,
     read_shared_prefix,
     why_not_attention_alone,
@@ -157,6 +158,7 @@ def generate(
     # What stands for the tokens of prefix-tuning is never looked at: they are in the cache.
     cached = (*[pad] * prefix.virtual_tokens, *shared)
     given = room or prefix.layers
+    first = first_position(model)
     texts = [""] * len(prompts)
 
     def write(indices: list[int]) -> None:
@@ -168,22 +170,22 @@ def generate(
         # The root of sharded weights gathers what stands outside the layers: it must be called.
         generator = model if isinstance(model, FSDPModule) else without_adapter(model)
         start = len(tokens[0])
+        end_text = EndText(tokenizer, settings.eos_token, start)
+        cache = prefix.cache(len(rows) * settings.num_beams, room) if given else None
+        shown = torch.tensor(mask, device=model.device)
+        # generate() itself counts from 0 in every family.
+        positions = {"position_ids": shown.cumsum(-1) - 1 + first} if first else {}
         with only_what_is_asked_for(generator):
             output = generator.generate(
                 torch.tensor(tokens, device=model.device),
-                attention_mask=torch.tensor(mask, device=model.device),
-                past_key_values=prefix.cache(len(rows) * settings.num_beams, room)
-                if given
-                else None,
-                max_new_tokens=settings.max_new_tokens,
-                num_beams=settings.num_beams,
+                attention_mask=shown,
+                past_key_values=cache,
                 eos_token_id=ends or None,
                 pad_token_id=pad,
                 logits_processor=LogitsProcessorList([FiniteLogits(model)]),
-                stopping_criteria=StoppingCriteriaList(
-                    [EndText(tokenizer, settings.eos_token, start)]
-                ),
-                **sampling_arguments(settings),
+                stopping_criteria=StoppingCriteriaList([end_text]),
+                **positions,
+                **generation_arguments(settings),
             )
         for index, row in zip(indices, output[:, start:].tolist(), strict=True):
             texts[index] = answer_text(tokenizer, row, ends, settings.eos_token)
@@ -222,15 +224,14 @@ def answer_text(
     return text.partition(end_text)[0].strip()
 
 
-def sampling_arguments(settings: GenerationSettings) -> dict[str, Any]:
-    """Return how ``generate()`` draws tokens; None is off."""
-    if not settings.sampling:
-        return {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+def generation_arguments(settings: GenerationSettings) -> dict[str, Any]:
+    """Return the settings as transformers' ``generate()`` takes them; None is off."""
+    names = ("temperature", "top_k", "top_p")
     return {
-        "do_sample": True,
-        "temperature": settings.temperature,
-        "top_k": settings.top_k,
-        "top_p": settings.top_p,
+        "max_new_tokens": settings.max_new_tokens,
+        "num_beams": settings.num_beams,
+        "do_sample": settings.sampling,
+        **{name: getattr(settings, name) if settings.sampling else None for name in names},
     }
 
 

@@ -65,10 +65,18 @@ def why_not_attention_alone(model: PreTrainedModel) -> str | None:
         return f"{type(model).__name__} does not take a 4-D attention mask"
     if other_layers:
         return f"it has layers of type {', '.join(sorted(other_layers))}"
-    for name, module in model.named_modules():
-        if "position" in name and getattr(module, "padding_idx", None) is not None:
-            return f"{type(model).__name__} counts positions from its padding token"
+    if first_position(model):
+        return f"{type(model).__name__} counts positions from its padding token"
     return None
+
+
+def first_position(model: PreTrainedModel) -> int:
+    """Return the position of a text's first token: 0, or behind the padding token (RoBERTa)."""
+    for name, module in without_adapter(model).named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if "position" in name and padding is not None:
+            return padding + 1
+    return 0
 
 
 @functools.cache

@@ -69,6 +69,17 @@ def test_greedy_generation_is_the_argmax_loop(family: str) -> None:
         assert all(prediction.scores is None for prediction in found)
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+def test_positions_counted_from_the_padding_token(beams: int) -> None:
+    model, tokenizer, prompts = tiny_model("roberta"), tiny_tokenizer(), prompts_of(3)
+    settings = GenerationSettings(max_new_tokens=8, num_beams=beams, eos_token="never")
+    texts = generate(model, tokenizer, prompts, settings, 3, "")
+    assert texts == [generate(model, tokenizer, [p], settings, 1, "")[0] for p in prompts]
+    if beams == 1:
+        written = [argmax_loop(model, prompt, 8, (2,)) for prompt in prompts]
+        assert texts == [tokenizer.decode(t, skip_special_tokens=True).strip() for t in written]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     "settings",

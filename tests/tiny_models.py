@@ -38,6 +38,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    RobertaConfig,
     Starcoder2Config,
     XGLMConfig,
 )
@@ -89,6 +90,7 @@ _OTHER_NAMES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
             "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
         },
     ),
+    "roberta": (RobertaConfig, {**_SHAPE, "intermediate_size": 48, "is_decoder": True}),
     "mamba": (MambaConfig, {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}),
     "deepseek_v2": (
         DeepseekV2Config,
