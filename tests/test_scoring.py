@@ -210,14 +210,16 @@ def test_models_that_cannot_share_a_prompt_score_as_the_oracle(family: str, task
     assert_same_as_oracle(model_of(family), task, 5)
 
 
-# Models that mix tokens without attention, count positions from the padding token, or keep keys and
-# values of different sizes.
+# Models that mix tokens without attention, count positions from the first token or the padding
+# token, whatever they are told, or keep keys and values of different sizes.
 _EXPERTS = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
 _LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
+_DECODER = {"decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
 UNUSUAL = {
     "rwkv": {"num_hidden_layers": 2, "attention_hidden_size": 32, "context_length": 512},
     "recurrent_gemma": {"num_hidden_layers": 3, "intermediate_size": 96, "lru_width": 32},
     "minimax": {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 2},
+    "bart": {**_DECODER, "d_model": 32, "is_decoder": True, "init_std": 0.2},
     "roberta": {"intermediate_size": 48, "is_decoder": True},
     "deepseek_v3": {**_EXPERTS, **_LATENT, "v_head_dim": 8, "moe_intermediate_size": 16},
 }
