@@ -22,7 +22,12 @@ from transformers import PreTrainedModel
 
 from hizoo import HiZOO
 from language_model import objectives, packing, scoring
-from language_model.adapters import add_lora, add_prefix, prefix_length
+from language_model.adapters import (
+    add_lora,
+    add_prefix,
+    prefix_length,
+    without_future_warnings,
+)
 from language_model.encoding import Encoder
 from language_model.generation import GenerationSettings, generate
 from language_model.shared_tokens import can_share_prompt
@@ -57,7 +62,8 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 def reloaded(family: str, model: PeftModel, folder: Path) -> PeftModel:
     """Return what another user gets from the saved adapter, with peft alone."""
     model.save_pretrained(str(folder))
-    return PeftModel.from_pretrained(tiny_model(family), folder).eval()
+    with without_future_warnings():
+        return PeftModel.from_pretrained(tiny_model(family), folder).eval()
 
 
 @torch.no_grad()
