@@ -17,8 +17,10 @@ import transformers
 from peft import PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from checkpoints import RunSettings
 from command_line.arguments import Arguments
 from command_line.checks import check_sizes
+from command_line.settings import length_of_run, settings_of_a_checkpoint
 from language_model.adapters import add_lora, add_prefix, random_tokens, without_adapter
 from language_model.encoding import Encoder
 from language_model.generation import GenerationSettings, check_generation
@@ -255,6 +257,7 @@ def make_trainer(
         "data_collator": training.collate,
         "decay_step": arguments.decay_step,
         "max_skipped_steps": arguments.max_skipped_steps,
+        "callbacks": [RunSettings(settings_of_a_checkpoint(arguments) | length_of_run(arguments))],
     }
     if arguments.trainer == "zo":
         return ZerothOrderTrainer(settings=zeroth_order_settings(arguments), **shared)

@@ -27,13 +27,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from callbacks import SaveOnInterrupt, TrainingTime
-from checkpoints import (
-    RemoveEarlierCheckpoints,
-    RunSettings,
-    find_checkpoint,
-    last_checkpoint,
-    write_together,
-)
+from checkpoints import RemoveEarlierCheckpoints, find_checkpoint, last_checkpoint, write_together
 from command_line.arguments import USAGE, Arguments, parse_arguments
 from command_line.checks import check
 from command_line.settings import length_of_run, name_run, settings_of_a_checkpoint
@@ -98,11 +92,9 @@ class Experiment:
             model = choose_trained_weights(arguments, model, encoder, self.say)
             checkpoint = self.find_checkpoint(output_dir, model)
             if arguments.eval_before_training:
-                result["metric_before_training"], _ = self.evaluate(
-                    pretrained,
-                    examples.evaluation,
-                    examples.demonstrations,
-                    names["metric_before_training"],
+                kind = "metric_before_training"
+                result[kind], _ = self.evaluate(
+                    pretrained, examples.evaluation, examples.demonstrations, names[kind]
                 )
             trained = [p.numel() for p in model.parameters() if p.requires_grad]
             result["trained_parameters"] = sum(trained)
@@ -176,14 +168,10 @@ class Experiment:
         """Train ``model`` in place; returns steps, seconds and losses."""
         arguments = self.arguments
         trainer = make_trainer(arguments, model, self.prepared, examples, output_dir)
-        trainer.add_callback(
-            RunSettings(settings_of_a_checkpoint(arguments) | length_of_run(arguments))
-        )
-        time_of_training = TrainingTime(checkpoint)
+        time_of_training, interrupt = TrainingTime(checkpoint), SaveOnInterrupt()
         trainer.add_callback(time_of_training)
         if arguments.overwrite_output_dir and not checkpoint:
             trainer.add_callback(RemoveEarlierCheckpoints())
-        interrupt = SaveOnInterrupt()
         if arguments.save_on_interrupt:
             trainer.add_callback(interrupt)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

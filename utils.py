@@ -166,7 +166,7 @@ def locked_folder(option: str, folder: Path) -> Iterator[None]:
             yield
     finally:
         for place in made:
-            if not any(place.iterdir()):
+            with contextlib.suppress(OSError):  # it is not empty, or somebody has removed it
                 place.rmdir()
 
 

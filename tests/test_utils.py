@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -137,6 +138,8 @@ def test_folder_that_a_lock_made_goes_if_it_is_empty(tmp_path: Path) -> None:
     with locked_folder("--output_dir", tmp_path / "a" / "b"):
         (tmp_path / "a" / "file").touch()
     assert [path.name for path in tmp_path.rglob("*")] == ["a", "file"]
+    with locked_folder("--output_dir", tmp_path / "gone"):
+        shutil.rmtree(tmp_path / "gone")  # by somebody else
     (tmp_path / "mine").mkdir()
     with (
         pytest.raises(KeyboardInterrupt),
