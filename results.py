@@ -239,10 +239,10 @@ def _other_content(arguments: Arguments, result: Mapping[str, Any]) -> str:
     if not result:
         return "no result of a run"
     defaults = {field.name: plain_value(field.default) for field in dataclasses.fields(arguments)}
+    written, changed = result["settings"], changed_settings(arguments)
     # What is not written down has its default.
-    then, now = defaults | result["settings"], defaults | changed_settings(arguments)
-    written = {**result["settings"], **changed_settings(arguments)}
-    names = [name for name in written if name not in NOT_OF_THE_RESULT]
+    then, now = defaults | written, defaults | changed
+    names = [name for name in {**written, **changed} if name not in NOT_OF_THE_RESULT]
     # What was used can differ from what was asked for, and a longer run of the same settings goes
     # on: these say the least.
     names.sort(key=lambda name: (name in length_of_run(arguments), name in USED))

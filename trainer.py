@@ -453,12 +453,7 @@ class ZerothOrderTrainer(ObjectiveTrainer):
 
     def skipped_in_a_row(self) -> int:
         """Return how many of the last steps in a row had no finite loss."""
-        return self.hizoo.param_groups[0]["skipped_in_a_row"]
-
-    @property
-    def hizoo(self) -> HiZOO:
-        """The optimizer itself, without accelerate's wrapper."""
-        return getattr(self.optimizer, "optimizer", self.optimizer)
+        return self.optimizer.param_groups[0]["skipped_in_a_row"]
 
     def training_step(
         self,
@@ -471,7 +466,7 @@ class ZerothOrderTrainer(ObjectiveTrainer):
         model.eval()
         inputs = self._prepare_inputs(inputs)
         smooth = self.settings.smoothing.at(self.state.global_step, self.state.max_steps)
-        for group in self.hizoo.param_groups:
+        for group in self.optimizer.param_groups:
             group["hessian_smooth"] = smooth
 
         weight = torch.tensor(self.batch_weight(inputs), device=self.args.device)
@@ -482,7 +477,7 @@ class ZerothOrderTrainer(ObjectiveTrainer):
                 loss = self.compute_loss(self.model, inputs)
             return self.accelerator.reduce(loss * weight, "sum") / weight_of_all
 
-        loss = self.hizoo.estimate(batch_loss, float(weight_of_all))
+        loss = self.optimizer.estimate(batch_loss, float(weight_of_all))
         return torch.tensor(loss, device=self.args.device) * weight_of_all / num_items_in_batch
 
     def _wrap_model(
@@ -497,8 +492,8 @@ class ZerothOrderTrainer(ObjectiveTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the optimizer's scalars beside the training loss."""
         if "loss" in logs:
-            logs["projected_gradient"] = self.hizoo.projected_gradient
-            logs["curvature"] = self.hizoo.curvature
-            logs["hessian_mean"], logs["hessian_max"] = self.hizoo.hessian_mean_and_max()
-            logs["skipped_steps"] = self.hizoo.skipped_steps
+            logs["projected_gradient"] = self.optimizer.projected_gradient
+            logs["curvature"] = self.optimizer.curvature
+            logs["hessian_mean"], logs["hessian_max"] = self.optimizer.hessian_mean_and_max()
+            logs["skipped_steps"] = self.optimizer.skipped_steps
         super().log(logs, start_time)
