@@ -30,7 +30,7 @@ from callbacks import SaveOnInterrupt, TrainingTime
 from checkpoints import RemoveEarlierCheckpoints, find_checkpoint, last_checkpoint, write_together
 from command_line.arguments import USAGE, Arguments, parse_arguments
 from command_line.checks import check
-from command_line.settings import length_of_run, name_run, settings_of_a_checkpoint
+from command_line.settings import length_of_run, name_run, settings_of_a_checkpoint, settle_dtype
 from folders import locked_folders, predictions_files, run_folders
 from language_model.head import fit_head
 from language_model.loading import leave_out_loading_bars
@@ -281,6 +281,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         arguments = parse_arguments(argv)
         check(arguments)
+        settle_dtype(arguments)
         name_run(arguments)
         if torch.distributed.is_initialized():
             leave_process_group_at_exit()

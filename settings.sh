@@ -285,39 +285,12 @@ gpu_has_bfloat16() {
     [ "$capabilities" ] && ! printf '%s\n' "$capabilities" | grep -qv '^[89]\.\|^[1-9][0-9]\.'
 }
 
-# MODEL and the further arguments -> WEIGHTS: on a GPU the half precision that the model was saved
-# in; float16 overflows in models that were trained in bfloat16.
+# The further arguments -> WEIGHTS: half precision on a GPU, unless they say something else.
 choose_weights() { # ARGUMENTS...
-    WEIGHTS=()
-    if given "$WEIGHTS_ARGUMENTS --use_cpu" "$@" || ! has_gpu; then
-        return
+    WEIGHTS=(--load_saved_dtype)
+    if given "$WEIGHTS_ARGUMENTS" "$@"; then
+        WEIGHTS=()
     fi
-    case $(saved_dtype) in
-        float16) WEIGHTS=(--load_float16) ;;
-        bfloat16) if gpu_has_bfloat16; then WEIGHTS=(--load_bfloat16); fi ;;
-    esac
-}
-
-# MODEL -> the dtype that its configuration names, or that of the model that its adapter is for.
-# Python without transformers, whose import takes seconds; what cannot be read, run.py says.
-saved_dtype() {
-    "$PYTHON" -c '
-import json, sys
-from pathlib import Path
-from huggingface_hub import hf_hub_download
-
-def read(model, name):
-    path = Path(model, name) if Path(model).is_dir() else hf_hub_download(model, name)
-    return json.loads(Path(path).read_text())
-
-model = sys.argv[1]
-if Path(model, "adapter_config.json").is_file():
-    model = read(model, "adapter_config.json")["base_model_name_or_path"]
-config = read(model, "config.json")
-parts = (config, config.get("text_config", {}))
-named = (part.get(key) for part in parts for key in ("dtype", "torch_dtype"))
-print(next(filter(None, named), ""))
-' "$MODEL" 2>/dev/null || true
 }
 
 # SEED and the further arguments -> SEEDS: --num_train_sets has seeds of its own.

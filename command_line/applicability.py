@@ -62,9 +62,9 @@ EVERY_RUN = Scope(
     (
         *("task_name", "data_dir", "train_file", "validation_file", "num_train"),
         *("train_set_seed", "model_name", "load_float16", "load_bfloat16", "load_int8"),
-        *("load_int4", "max_length", "no_auto_device", "trust_remote_code", "trainer"),
-        *("tag", "result_file", "overwrite_output_dir", "use_cpu", "tf32", "local_rank"),
-        *("ddp_backend", "ddp_timeout"),
+        *("load_int4", "load_saved_dtype", "max_length", "no_auto_device", "trust_remote_code"),
+        *("trainer", "tag", "result_file", "overwrite_output_dir", "use_cpu", "tf32"),
+        *("local_rank", "ddp_backend", "ddp_timeout"),
     ),
     where="every run",
 )

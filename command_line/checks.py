@@ -10,6 +10,7 @@ from transformers.training_args import ParallelMode
 
 from command_line.applicability import check_applicability, show_argument
 from command_line.arguments import TUNING_MODES, Arguments
+from command_line.settings import WEIGHTS
 from command_line.trainer_checks import check_steps
 from tasks import Task
 from trainer import SmoothingSchedule
@@ -19,6 +20,7 @@ ADAPTERS = ("lora", "prefix_tuning")
 EXCLUDE_EACH_OTHER = (
     ("load_float16", "load_bfloat16"),
     ("load_int8", "load_int4"),
+    *(("load_saved_dtype", other) for other in WEIGHTS),
     ("sfc", "icl_sfc"),
     ("train_set_seed", "num_train_sets"),
     ("task_name", "train_file"),

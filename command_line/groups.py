@@ -80,20 +80,30 @@ class Model:
 
     model_name: str | None = argument(None, "Hub id or local directory of a causal language model.")
     load_float16: bool = argument(
-        False, "Load the weights in float16. Default: float32. Excludes --load_bfloat16."
+        False,
+        "Load the weights in float16. Default: float32. Excludes --load_bfloat16 and "
+        "--load_saved_dtype.",
     )
     load_bfloat16: bool = argument(
         False,
         "Load the weights in bfloat16. Default: float32. With --trainer zo take --zo_eps 1e-2: "
-        "losses are rounded by as much as 1e-3 changes them. Excludes --load_float16.",
+        "losses are rounded by as much as 1e-3 changes them. Excludes "
+        "--load_float16 and --load_saved_dtype.",
+    )
+    load_saved_dtype: bool = argument(
+        False,
+        "On a GPU, load the weights in the half precision that the model was saved in: float16, or "
+        "bfloat16 where the GPU has it. Otherwise, and on a CPU, in float32. Excludes "
+        "--load_float16, --load_bfloat16, --load_int8 and --load_int4.",
     )
     load_int8: bool = argument(
         False,
         "Load 8-bit weights with bitsandbytes, for --trainer none or adapters (--lora, "
-        "--prefix_tuning). Needs a CUDA GPU. Excludes --load_int4.",
+        "--prefix_tuning). Needs a CUDA GPU. Excludes --load_int4 and --load_saved_dtype.",
     )
     load_int4: bool = argument(
-        False, "As --load_int8, with 4-bit weights (NF4). Excludes --load_int8."
+        False,
+        "As --load_int8, with 4-bit weights (NF4). Excludes --load_int8 and --load_saved_dtype.",
     )
     max_length: int | None = argument(
         None,

@@ -9,7 +9,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from command_line.arguments import TUNING_MODES, Arguments, plain_value
+from language_model.loading import saved_dtype
 from tasks import split_files
 from utils import fingerprint
 
@@ -77,6 +80,25 @@ WAYS_OF_TUNING = {
 }
 # File systems allow 255 bytes; a suffix and a temporary file's name come on top.
 READABLE_CHARACTERS = 120
+
+
+def settle_dtype(arguments: Arguments) -> None:
+    """Replace ``--load_saved_dtype`` by the flag of the dtype that it means, if it is not float32.
+
+    So weights of the same dtype make the same experiment, whichever way they were asked for.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    if not arguments.load_saved_dtype:
+        return
+    arguments.load_saved_dtype = False
+    arguments.given -= {"load_saved_dtype"}
+    if not arguments.use_cpu:
+        dtype = saved_dtype(arguments.model_name, arguments.trust_remote_code)
+        arguments.load_float16 = dtype == torch.float16
+        # float16 would overflow in what was trained in bfloat16.
+        arguments.load_bfloat16 = dtype == torch.bfloat16 and torch.cuda.is_bf16_supported(False)
 
 
 def name_run(arguments: Arguments) -> None:

@@ -21,7 +21,7 @@ import run
 import tasks
 import templates
 from command_line.arguments import parse_arguments
-from command_line.settings import name_run
+from command_line.settings import name_run, settle_dtype
 from tasks import TASKS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -284,6 +284,7 @@ def test_demo_is_called_as_readme_shows(checkout: Path) -> None:
     (line,) = re.findall(r"bash HiZOO\.sh.*", makefile)
     ((_, *argv),) = calls_of(line, checkout)
     arguments = parse_arguments(argv)
+    settle_dtype(arguments)
     name_run(arguments)
     shown = blocks("README.md", "text")[0]
     assert f"checkpoint: {arguments.output_dir}/checkpoint-400\n" in shown

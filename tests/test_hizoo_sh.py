@@ -302,66 +302,15 @@ def test_what_the_script_passes_is_not_given_by_the_user(tmp_path: Path) -> None
         check(parse_arguments(argv))
 
 
-def add_gpus(folder: Path, number: int, capability: str = "7.5") -> None:
-    """Put an nvidia-smi that finds so many GPUs on the path of the scripts run in ``folder``."""
-    commands = folder / ".commands"
-    commands.mkdir(exist_ok=True)
-    listed, asked = (
-        "; ".join([f"echo {line}"] * number) or "true" for line in ("GPU 0: a name", capability)
-    )
-    (commands / "nvidia-smi").write_text(
-        f"#!/bin/sh\ncase $1 in -L) {listed} ;; --query-gpu=compute_cap) {asked} ;; esac\n"
-    )
-    (commands / "nvidia-smi").chmod(0o755)
-
-
-def model_saved_in(folder: Path, dtype: str, name: str = "dtype") -> str:
-    """A model's folder as far as the scripts look into it."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({name: dtype}))
-    return str(folder)
-
-
-@pytest.mark.parametrize(
-    ("saved", "capability", "expected"),
-    [
-        ("float16", "7.5", ["--load_float16"]),
-        ("float16", "9.0", ["--load_float16"]),
-        ("bfloat16", "8.0", ["--load_bfloat16"]),
-        ("bfloat16", "10.0", ["--load_bfloat16"]),
-        ("bfloat16", "7.5", []),  # float16 would overflow
-        ("float32", "9.0", []),
-    ],
-)
-def test_half_precision_is_that_of_the_saved_model(
-    tmp_path: Path, saved: str, capability: str, expected: list[str]
-) -> None:
-    add_gpus(tmp_path, 2, capability)
-    model = model_saved_in(tmp_path / "a model", saved)
-    adapted = tmp_path / "adapted"
-    adapted.mkdir()
-    (adapted / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": model}))
-    old = model_saved_in(tmp_path / "old", saved, name="torch_dtype")
-    for script, name in ((None, model), (None, str(adapted)), (ROOT / "icl.sh", old)):
-        argv = passed_arguments(tmp_path, script=script, CUDA_VISIBLE_DEVICES="0,1", MODEL=name)
-        assert re.findall(r"--load_\w*(?:float|int)\w*", " ".join(argv)) == expected
-
-
-def test_half_precision_only_where_a_gpu_is(tmp_path: Path) -> None:
-    model = model_saved_in(tmp_path / "model", "float16")
-    add_gpus(tmp_path, 1)
-    gpu = {"CUDA_VISIBLE_DEVICES": "0", "MODEL": model}
-    assert "--load_float16" in passed_arguments(tmp_path, **gpu)
-    for line in ("--load_bfloat16", "--load-int8", "--use_cpu"):
-        assert "--load_float16" not in passed_arguments(tmp_path, line, **gpu)
+def test_half_precision_is_that_of_the_saved_model(tmp_path: Path) -> None:
+    for script in (None, ROOT / "icl.sh"):
+        assert "--load_saved_dtype" in passed_arguments(tmp_path, script=script)
+        for line in ("--load_float16", "--load_bfloat16", "--load-int8", "--load_int4=True"):
+            argv = passed_arguments(tmp_path, line, script=script)
+            assert "--load_saved_dtype" not in argv
     # Another argument that begins with --load_ says nothing about the weights.
     line = ["--load_best_model_at_end", "False"]
-    assert "--load_float16" in passed_arguments(tmp_path, *line, **gpu)
-    assert "--load_float16" not in passed_arguments(tmp_path, CUDA_VISIBLE_DEVICES="", MODEL=model)
-    # What is neither a folder nor to be had from the Hub is run.py's to complain about.
-    assert "--load_float16" not in passed_arguments(tmp_path, **gpu | {"MODEL": "no/such"})
-    (tmp_path / ".commands" / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
-    assert "--load_float16" not in passed_arguments(tmp_path, **gpu)
+    assert "--load_saved_dtype" in passed_arguments(tmp_path, *line)
 
 
 def test_repository_in_a_folder_with_spaces(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ import pytest
 import torch
 from running import MODEL, ROOT, SAMPLES, log_of, weights
 from test_hizoo_sh import (
-    add_gpus,
     passed_arguments,
     passed_to_python,
     run_script,
@@ -40,6 +39,19 @@ def finish(
     assert run.main(argv) == 0
     (result_file,) = (folder / "result").glob("*.json")
     return json.loads(result_file.read_text())
+
+
+def add_gpus(folder: Path, number: int, capability: str = "7.5") -> None:
+    """Put an nvidia-smi that finds so many GPUs on the path of the scripts run in ``folder``."""
+    commands = folder / ".commands"
+    commands.mkdir(exist_ok=True)
+    listed, asked = (
+        "; ".join([f"echo {line}"] * number) or "true" for line in ("GPU 0: a name", capability)
+    )
+    (commands / "nvidia-smi").write_text(
+        f"#!/bin/sh\ncase $1 in -L) {listed} ;; --query-gpu=compute_cap) {asked} ;; esac\n"
+    )
+    (commands / "nvidia-smi").chmod(0o755)
 
 
 def checkpoint_of(result: dict[str, Any], folder: Path) -> Path:
@@ -199,6 +211,8 @@ def test_precision_where_a_gpu_is(tmp_path: Path) -> None:
     for precision in ("--bf16", "--load_bfloat16"):
         assert "--fp16" not in passed_arguments(tmp_path, precision, script=FINETUNE, **gpu)
     assert "--fp16" not in passed_arguments(tmp_path, script=FINETUNE)
+    (tmp_path / ".commands" / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    assert "--fp16" not in passed_arguments(tmp_path, script=FINETUNE, **gpu)
 
 
 def test_finetune_from_a_folder_with_spaces(tmp_path: Path) -> None:
