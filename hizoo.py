@@ -33,9 +33,12 @@ than drawing with torch's generator alone; without a compiler the same functions
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -164,8 +167,10 @@ HESSIANS = ("full", "lowrank")
 ROUNDING_WEIGHTS, ROUNDING_HESSIAN = -1, -2
 # No number of u is larger.
 LARGEST_NOISE = 5.4
-# Of μ, in units of the weights' root mean square.
-LARGEST_SHIFT = 1e3
+# Part of the weights that a perturbation has to change, at least.
+CHANGED_WEIGHTS = 0.01
+# What taking a shift back may leave, at most, in units of the weights' root mean square.
+LARGEST_REMAINDER = 0.1
 # Part of a perturbation's change of the loss by which two equal calls may differ.
 NOISY_LOSS = 0.1
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -194,6 +199,7 @@ class HiZOO(torch.optim.Optimizer):
         layers: None shifts the weights in place and back, which rounds: by up to a unit in the
             last place a step. ``layerwise.LayerwiseWeights(model)`` leaves them as they are and
             perturbs one module at a time, with scratch memory for the largest; for half precision.
+            Two forward passes at the first estimate try whether the model allows it.
         seed: the noise is a function of it and of the step's number.
         compile: whether torch.compile makes one kernel of the arithmetic on a tile, which takes 10
             to 30 seconds in a first run. None: from 16 million weights on. Where it fails, a
@@ -211,6 +217,7 @@ class HiZOO(torch.optim.Optimizer):
     Raises:
         ValueError: an argument out of range, a parameter that is not contiguous or not of a
             floating-point dtype, or none that requires a gradient.
+        layerwise.OnlyInPlace: the first estimate found that ``layers`` does not fit the model.
     """
 
     # What accelerate asks for: it then wraps nothing, and step() returns the loss there too.
@@ -278,12 +285,10 @@ class HiZOO(torch.optim.Optimizer):
         """Check μ against the weights, which the first ``estimate`` does too; reads all of them.
 
         Raises:
-            ValueError: eps is so small that no weight would change, or so large beside the weights
-                that shifting them back would not restore them.
+            ValueError: eps is so small that hardly a weight would change, or so large beside the
+                weights that shifting them back would not restore them.
         """
-        for group in self.param_groups:
-            slots = [slot for slot in self._slots if slot.group is group]
-            check_perturbation_scale(group["eps"], slots)
+        check_perturbation_scale(self._slots, in_place=self.layers is None)
 
     @property
     def optimizer(self) -> HiZOO:
@@ -303,8 +308,9 @@ class HiZOO(torch.optim.Optimizer):
         """Apply the estimates made since the last step; with ``closure``, make one first.
 
         Returns the loss of ``closure``, None without. A step in which a loss was not finite takes
-        the shift back, changes nothing else and counts in ``skipped_steps``. An exception within
-        the update itself, after the forward passes, leaves a part of the weights updated.
+        the shift back, changes nothing else and counts in ``skipped_steps``. A signal (Ctrl-C)
+        that arrives within the update waits for its end. An exception within the update leaves
+        a part of the weights updated and the others as they were; the step does not count.
         """
         loss = None if closure is None else self.estimate(closure)
         if not self._estimates:
@@ -314,15 +320,17 @@ class HiZOO(torch.optim.Optimizer):
             )
         differences = self._mean_differences()
         skipped = not all(math.isfinite(value) for pair in differences for value in pair)
-        if skipped:
-            self.restore()
-        else:
-            self._apply(differences)
-        for group in self.param_groups:
-            group["step"] += 1
-            group["skipped_steps"] += skipped
-            group["skipped_in_a_row"] = group["skipped_in_a_row"] + 1 if skipped else 0
-        self._forget_estimates()
+        with signals_wait():
+            if skipped:
+                self.restore()
+            else:
+                self._apply(differences)
+            for group in self.param_groups:
+                group["step"] += 1
+                group["skipped_steps"] += skipped
+                group["skipped_in_a_row"] = group["skipped_in_a_row"] + 1 if skipped else 0
+            self._forget_estimates()
+        torch.clear_autocast_cache()
         return loss
 
     @torch.no_grad()
@@ -340,6 +348,8 @@ class HiZOO(torch.optim.Optimizer):
         points = [(draw, sign) for draw in range(self.num_samples) for sign in (1, -1)]
         order = [None, *points] if with_curvature else points
         self._prepare()
+        if self.layers is not None and not self.layers.checked:
+            self._check_layers(closure)
         if len(self._estimates) % 2:
             # Every other batch goes backwards, from where the one before it ended.
             order.reverse()
@@ -350,30 +360,37 @@ class HiZOO(torch.optim.Optimizer):
                 losses[point] = self._loss_at(point, closure)
             if first:
                 self._compare_again(losses, order[-1], closure)
+            center = losses.get(None, sum(losses.values()) / len(losses))
+            pairs = [(losses[draw, 1], losses[draw, -1]) for draw in range(self.num_samples)]
+            differences = [
+                (plus - minus, plus + minus - 2 * center if with_curvature else 0.0)
+                for plus, minus in pairs
+            ]
+            self._estimates.append((1.0 if weight is None else float(weight), differences))
         except BaseException:
             self.restore()
             self._forget_estimates()
             raise
-        center = losses.get(None, sum(losses.values()) / len(losses))
-        pairs = [(losses[draw, 1], losses[draw, -1]) for draw in range(self.num_samples)]
-        differences = [
-            (plus - minus, plus + minus - 2 * center if with_curvature else 0.0)
-            for plus, minus in pairs
-        ]
-        self._estimates.append((1.0 if weight is None else float(weight), differences))
+        finally:
+            torch.clear_autocast_cache()
         return center
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Take back the shift that ``estimate`` may have left on the parameters."""
+        """Take back the shift that ``estimate`` may have left on the parameters.
+
+        If this raises, the shift is whole or gone, and a further call takes back what there is.
+        """
         self._move_to(None)
+        torch.clear_autocast_cache()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what ``copy`` and ``pickle`` keep: all there is, torch's own would be less.
+        """Return what ``copy`` and ``pickle`` keep: all but hooks, torch's own would be less.
 
         A scheduler puts a ``step`` into the object that steps the original, whoever calls it.
         """
-        return {name: value for name, value in self.__dict__.items() if name != "step"}
+        kept = self.__dict__.items()
+        return {n: v for n, v in kept if n != "step" and not n.endswith("_hooks")}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as of the last whole step; takes a shift back first."""
@@ -411,7 +428,7 @@ class HiZOO(torch.optim.Optimizer):
         # The direction's number and its sign if the parameters are shifted in place.
         self._point: tuple[int, int] | None = None
         # How many tiles a shift in place has written, should it end early.
-        self._shifted_tiles = 0
+        self._written_tiles = 0
         self._moments: dict[tuple[Tensor, int], tuple[Tensor, Tensor]] = {}
 
     def _mean_differences(self) -> list[list[float]]:
@@ -441,7 +458,9 @@ class HiZOO(torch.optim.Optimizer):
         """Take a loss a second time, and warn if it differs by what the perturbation may change."""
         difference = abs(self._loss_at(point, closure) - losses[point])
         change = max(losses.values()) - min(losses.values())
-        if difference > NOISY_LOSS * change:
+        # Kernels that add in any order differ by rounding.
+        precision = max(torch.finfo(slot.parameter.dtype).eps for slot in self._slots)
+        if difference > max(NOISY_LOSS * change, precision * abs(losses[point])):
             warnings.warn(
                 f"the closure's loss differs by {difference:.2g} between two calls with the same "
                 f"weights, the perturbation changes it by {change:.2g}: give the same batch, and "
@@ -449,44 +468,58 @@ class HiZOO(torch.optim.Optimizer):
                 stacklevel=4,
             )
 
+    def _check_layers(self, closure: Callable[[], Any]) -> None:
+        """Try whether the closure's model can be perturbed module by module."""
+        unused = self.layers.check(closure)
+        if unused:
+            raise RuntimeError(
+                f"the loss does not depend on {unused[0]}: freeze it before "
+                "LayerwiseWeights(model), with requires_grad_(False)"
+            )
+
     def _move_to(self, point: tuple[int, int] | None) -> None:
         """Shift the parameters in place from the point they are at to ``point``."""
         if self._point and (point is None or point[0] != self._point[0]):
             draw, sign = self._point
-            self._shift(draw, -sign)
-            self._point = None
+            self._shift(draw, -sign, None)
         if point and point != self._point:
             draw, sign = point
-            self._shift(draw, sign - (self._point[1] if self._point else 0))
-            self._point = point
+            self._shift(draw, sign - (self._point[1] if self._point else 0), point)
 
-    def _shift(self, draw: int, scale: int) -> None:
-        """Add ``scale`` μ u/√h in place to all parameters, or, if it raises, to none."""
-        self._shifted_tiles = 0
-        try:
-            self._perturb(draw, scale)
-        except BaseException:
-            self._perturb(draw, -scale, tiles=self._shifted_tiles)
-            raise
+    def _shift(self, draw: int, scale: int, point: tuple[int, int] | None) -> None:
+        """Add ``scale`` μ u/√h in place to all parameters, or, if it raises, to none.
+
+        ``point`` is where they are then.
+        """
+        with signals_wait():
+            self._written_tiles = 0
+            try:
+                self._perturb(draw, scale)
+            except BaseException:
+                self._perturb(draw, -scale, stop=self._written_tiles)
+                raise
+            self._point = point
 
     def _perturb(
         self,
         draw: int,
         scale: int,
         outputs: dict[Tensor, Tensor] | None = None,
-        tiles: int | None = None,
+        start: int = 0,
+        stop: int | None = None,
     ) -> None:
         """Write θ + scale μ u/√h into ``outputs``, or in place for all parameters.
 
         On the way, the row and column means of h u² are taken for a low-rank h, which needs them
-        once for every direction, before the update. ``tiles`` ends it after so many tiles.
+        once for every direction, before the update. ``start`` and ``stop`` are the numbers of the
+        first tile that is written, and of the first that is not any more.
         """
         slots = self._slots
         if outputs is not None:
             slots = [slot for slot in slots if slot.parameter in outputs]
         hessians = {slot: self._hessian(slot) for slot in slots}
         new: dict[tuple[Tensor, int], tuple[Tensor, Tensor]] = {}
-        for slot, tile, noise in itertools.islice(self._tiles_with_noise(slots, draw), tiles):
+        for slot, tile, noise in itertools.islice(self._tiles_with_noise(slots, draw), start, stop):
             parameter, hessian = slot.parameter, hessians[slot]
             measured = (
                 isinstance(hessian, LowRankHessian) and (parameter, draw) not in self._moments
@@ -502,7 +535,7 @@ class HiZOO(torch.optim.Optimizer):
                 self._scalars([scale * slot.group["eps"]], slot)[0],
                 measured,
             )
-            self._shifted_tiles += 1
+            self._written_tiles += 1
             if measured:
                 if (parameter, draw) not in new:
                     new[parameter, draw] = hessian.no_moments()
@@ -521,32 +554,59 @@ class HiZOO(torch.optim.Optimizer):
             self.restore()
         gradients, curvatures = scalars(differences, self.param_groups[0]["eps"])
         self.projected_gradient, self.curvature = sum(gradients), sum(curvatures)
-        shifted_with: dict[Slot, LowRankHessian] = {}
-        for slot in self._slots:
-            hessian, smooth = self._hessian(slot), slot.group["hessian_smooth"]
+        before = {slot: self._hessian(slot) for slot in self._slots}
+        averaged = self._averaged_hessians(before, differences)
+        begun, own = 0, None
+        try:
+            for slot, tile, noises, keys in self._tiles_to_update():
+                hessian = averaged.get(slot, before[slot])
+                begun, own = begun + 1, slot.view(slot.parameter, tile)
+                run(update_tile, slot)(
+                    own,
+                    tile_of(hessian, tile),
+                    tile_of(before[slot], tile) if slot in averaged else None,
+                    noises,
+                    self._coefficients(slot, hessian, differences),
+                    keys,
+                )
+        except BaseException:
+            if self._point:
+                draw, sign = self._point
+                # What is written first to a tile takes its shift back.
+                written = begun if own is None or own._version > 0 else begun - 1
+                self._perturb(draw, -sign, start=written)
+            self._forget_estimates()
+            raise
+        for slot, hessian in averaged.items():
+            self.state[slot.parameter] = hessian.state
+        self._point = None
+
+    def _averaged_hessians(
+        self, hessians: dict[Slot, Hessian | None], differences: list[list[float]]
+    ) -> dict[Slot, LowRankHessian]:
+        """Low-rank h after this step's average; a full h is averaged tile by tile."""
+        averaged = {}
+        for slot, hessian in hessians.items():
+            smooth = slot.group["hessian_smooth"]
             if isinstance(hessian, LowRankHessian) and smooth > 0:
-                shifted_with[slot] = hessian
                 _, curvatures = scalars(differences, slot.group["eps"])
                 moments = [self._moments[slot.parameter, d] for d in range(self.num_samples)]
-                self.state[slot.parameter] = hessian.averaged(smooth, curvatures, moments)
-        hessians = {slot: self._hessian(slot) for slot in self._slots}
+                averaged[slot] = hessian.averaged(smooth, curvatures, moments)
+        return averaged
+
+    def _tiles_to_update(
+        self,
+    ) -> Iterator[tuple[Slot, int, Sequence[Tensor], Sequence[Sequence[int] | Tensor]]]:
+        """Yield every tile with u of every direction and the keys of its rounding."""
         for packet in cut_into_packets(self._slots):
             noises = zip(*(self._noise(packet, d) for d in range(self.num_samples)), strict=True)
-            rounding = zip(
+            keys = zip(
                 self._keys(packet, ROUNDING_WEIGHTS),
                 self._keys(packet, ROUNDING_HESSIAN),
                 strict=True,
             )
-            for (slot, tile), noise, keys in zip(packet, noises, rounding, strict=True):
-                run(update_tile, slot)(
-                    slot.view(slot.parameter, tile),
-                    tile_of(hessians[slot], tile),
-                    tile_of(shifted_with.get(slot), tile),
-                    noise,
-                    self._coefficients(slot, hessians[slot], differences),
-                    keys,
-                )
-        self._point = None
+            for (slot, tile), of_tile, its_keys in zip(packet, noises, keys, strict=True):
+                yield slot, tile, of_tile, its_keys
 
     def _coefficients(
         self, slot: Slot, hessian: Hessian | None, differences: list[list[float]]
@@ -720,7 +780,7 @@ class LowRankHessian:
     """
 
     def __init__(self, slot: Slot, state: dict[str, Any]) -> None:
-        self.slot = slot
+        self.slot, self.state = slot, state
         self.rows, self.columns = state["hessian_rows"], state["hessian_columns"]
         self.row_factors = self.rows / self.rows.mean()
 
@@ -751,13 +811,13 @@ class LowRankHessian:
 
     def averaged(
         self, smooth: float, curvatures: list[float], moments: list[tuple[Tensor, Tensor]]
-    ) -> dict[str, Any]:
-        """State after a step, from the row and column means of h u² of every direction."""
+    ) -> LowRankHessian:
+        """Return h after a step, from the row and column means of h u² of every direction."""
         rows, columns = (1 - smooth) * self.rows, (1 - smooth) * self.columns
         for curvature, (of_rows, of_columns) in zip(curvatures, moments, strict=True):
             rows += smooth * curvature * of_rows
             columns += smooth * curvature * of_columns
-        return {"hessian_rows": rows, "hessian_columns": columns}
+        return LowRankHessian(self.slot, {"hessian_rows": rows, "hessian_columns": columns})
 
     def mean_and_max(self) -> tuple[float, float]:
         """Mean and maximum of h."""
@@ -860,31 +920,41 @@ def check_parameter(parameter: Tensor) -> None:
         raise ValueError(f"{shown} not contiguous")
 
 
-def check_perturbation_scale(eps: float, slots: Sequence[Slot]) -> None:
+def check_perturbation_scale(slots: Sequence[Slot], in_place: bool) -> None:
     """Check that a shift by μ u changes weights, and that shifting back restores them.
+
+    Weights that are 0, as LoRA's second matrix at the start, take any shift and do not count.
 
     Raises:
         ValueError: it does not.
     """
-    tiles = [slot.view(slot.parameter, tile) for slot in slots for tile in range(len(slot))]
-    tiles = [tile for tile in tiles if tile.numel()]
-    if not tiles:
-        return
-    shift = LARGEST_NOISE * eps
-    # A quarter of a number times the dtype's eps is at most half a unit in its last place.
-    if all(shift < tile.abs().min() * torch.finfo(tile.dtype).eps / 4 for tile in tiles):
+    changed = others = weights = 0
+    norm, remainder = 0.0, 0.0
+    for slot in slots:
+        dtype = slot.parameter.dtype
+        limits, shift = torch.finfo(dtype), LARGEST_NOISE * slot.group["eps"]
+        # Half a unit in a number's last place is at least a quarter of it times its dtype's eps.
+        largest_changed = 4 * shift / limits.eps
+        rounding = torch.finfo(dtype if in_place else compute_dtype(dtype)).eps / 2
+        remainder = max(remainder, shift * rounding if shift < limits.max else math.inf)
+        for tile in range(len(slot)):
+            values = slot.view(slot.parameter, tile)
+            others += int(values.count_nonzero())
+            changed += int((values.ne(0) & values.abs().lt(largest_changed)).sum())
+            weights += values.numel()
+            of_tile = torch.linalg.vector_norm(values, dtype=compute_dtype(dtype))
+            norm = math.hypot(norm, float(of_tile))
+    eps = max((slot.group["eps"] for slot in slots), default=0.0)
+    size = norm / math.sqrt(weights) if weights else 0.0
+    if changed < CHANGED_WEIGHTS * others:
         raise ValueError(
-            f"eps {eps!r} changes none of the weights, it is below their precision; give a larger "
-            "one"
+            f"eps {eps!r} is below the precision of the weights, it changes {changed:,} of "
+            f"{others:,}; give a larger one"
         )
-    norms = [torch.linalg.vector_norm(tile, dtype=compute_dtype(tile.dtype)) for tile in tiles]
-    size = math.hypot(*map(float, norms)) / math.sqrt(sum(tile.numel() for tile in tiles))
-    representable = min(torch.finfo(tile.dtype).max for tile in tiles)
-    if shift > representable or eps > LARGEST_SHIFT * size > 0:
+    if remainder > LARGEST_REMAINDER * size > 0 or remainder == math.inf:
         raise ValueError(
-            f"eps {eps!r} would destroy the weights, whose root mean square is {size:.2g}: "
-            f"shifting them back restores them up to {LARGEST_SHIFT:g} times that; give a smaller "
-            "one"
+            f"eps {eps!r} would destroy the weights: taking such a shift back leaves "
+            f"{remainder:.2g} of it, their root mean square is {size:.2g}; give a smaller one"
         )
 
 
@@ -1060,3 +1130,32 @@ def add_rounding_stochastically(
     value = torch.where(outgrown, 0.0, value)
     moves = fractions(key, target).add_(torch.where(outgrown, total, change).div_(unit)).floor_()
     target.copy_(moves.mul_(unit).add_(value))
+
+
+# ------------------------------------------------------------------------------------ signals
+
+# Those that schedulers and people end or pause a program with, as far as the platform has them.
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGUSR1", "SIGUSR2")
+SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+
+
+@contextlib.contextmanager
+def signals_wait() -> Iterator[None]:
+    """Let signals wait for the end of the block: Ctrl-C raises between any two operations.
+
+    Python runs the handlers of signals in its main thread, and lets only that one set them.
+    """
+    handlers: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        found = ((number, signal.getsignal(number)) for number in SIGNALS)
+        handlers = {number: handler for number, handler in found if callable(handler)}
+    arrived: list[tuple[int, Any]] = []
+    try:
+        for number in handlers:
+            signal.signal(number, lambda *signal_and_frame: arrived.append(signal_and_frame))
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number, frame in arrived:
+            handlers[number](number, frame)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,8 +20,10 @@ from torch import Tensor, nn
 Weights = dict[nn.Parameter, Tensor]
 # Bytes: a module's weights lie in one piece of scratch, each as a tensor of its own would.
 ALIGNMENT = 64
-# Relative difference of two losses with the same weights, on a device that adds in any order.
-SAME_LOSS = 1e-4
+
+
+class OnlyInPlace(RuntimeError):
+    """Weights of a model are read where their module does not run: shift them in place."""
 
 
 class LayerwiseWeights:
@@ -40,7 +44,7 @@ class LayerwiseWeights:
         self.uses = Counter(parameter for _, owned in self.owners for parameter in owned)
         self.names = {parameter: name for name, parameter in module.named_parameters()}
         self.free: list[torch.UntypedStorage] = []
-        # Whether a module that does not run is known to have no part in the loss.
+        # Whether ``check`` has found that this model can be perturbed so.
         self.checked = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -48,89 +52,45 @@ class LayerwiseWeights:
         return {**self.__dict__, "free": []}
 
     @contextlib.contextmanager
-    def replaced(self, write: Callable[[Weights], None]) -> Iterator[None]:
+    def replaced(
+        self, write: Callable[[Weights], None], alone: bool = False
+    ) -> Iterator[set[nn.Parameter]]:
         """Evaluate with the weights that ``write`` puts into the tensors it is given.
 
-        Raises:
-            RuntimeError: the module of a parameter did not run, so that its own weights may count;
-                not after ``check``, which has shown that they do not.
+        With ``alone`` all weights are NaN but those of the modules that run, so that it shows in
+        what they return if one reads another one's weights. Yields the parameters whose modules
+        have run so far.
         """
-        with self._swapped(write) as finished:
-            yield
-        missed = self._names_but(finished)
-        if missed and not self.checked:
-            raise RuntimeError(
-                f"{missed[0]} was not perturbed: the forward of its module did not run; perturb "
-                "this model in place"
-            )
-
-    def check(self, loss: Callable[[], Any]) -> list[str]:
-        """Try whether a model's weights are read by their own modules alone, while these run.
-
-        ``loss`` is evaluated twice: once as it is, and once with NaN in place of all weights whose
-        module is not running, so that a read from elsewhere shows. No weight is touched.
-
-        Returns:
-            The names of the weights whose module does not run: the loss does not depend on them.
-
-        Raises:
-            RuntimeError: the two losses differ, or the second is an exception: with this model
-                perturbed weights would not be seen everywhere.
-        """
-        expected = float(loss())
         own = {parameter: parameter.data for parameter in self.uses}
-
-        def write(weights: Weights) -> None:
-            for parameter, scratch in weights.items():
-                scratch.copy_(own[parameter])
-
-        try:
-            for parameter, data in own.items():
-                parameter.data = data.new_full((), torch.nan).expand(data.shape)
-            with self._swapped(write) as finished:
-                found = float(loss())
-        except Exception as error:  # of any module, which may do anything with a weight
-            raise RuntimeError(f"a module needs another one's weights ({error})") from error
-        finally:
-            for parameter, data in own.items():
-                parameter.data = data
-        if not abs(found - expected) <= SAME_LOSS * abs(expected):
-            raise RuntimeError("a module reads another one's weights")
-        self.checked = True
-        return self._names_but(finished)
-
-    def _names_but(self, finished: set[nn.Parameter]) -> list[str]:
-        return [self.names[parameter] for parameter in self.uses if parameter not in finished]
-
-    @contextlib.contextmanager
-    def _swapped(self, write: Callable[[Weights], None]) -> Iterator[set[nn.Parameter]]:
-        """As ``replaced``, for whatever modules run; yields the parameters whose module has."""
-        own: Weights = {}
+        idle = own
+        if alone:
+            idle = {p: data.new_full((), torch.nan).expand(data.shape) for p, data in own.items()}
+        running: set[nn.Parameter] = set()
+        reached: set[nn.Parameter] = set()
         kept: Weights = {}
         depth: Counter[nn.Parameter] = Counter()
-        finished: set[nn.Parameter] = set()
 
         def enter(parameters: list[nn.Parameter], *_: Any) -> None:
-            entering = [p for p in parameters if p not in own]
+            entering = [p for p in parameters if p not in running]
             fresh = self._borrow([p for p in entering if p not in kept])
             if fresh:
+                give({p: own[p] for p in fresh})
                 write(fresh)
-            for parameter in entering:
-                own[parameter] = parameter.data
-                parameter.data = fresh[parameter] if parameter in fresh else kept[parameter]
+            give({p: fresh[p] if p in fresh else kept[p] for p in entering})
+            running.update(entering)
             depth.update(parameters)
 
         def leave(parameters: list[nn.Parameter], *_: Any) -> None:
             depth.subtract(parameters)
-            leaving = [p for p in parameters if p in own and not depth[p]]
+            leaving = [p for p in parameters if p in running and not depth[p]]
             used = {p: p.data for p in leaving if p not in kept}
-            for parameter in leaving:
-                parameter.data = own.pop(parameter)
-            if any(self.uses[p] > 1 or p in finished for p in used):
+            give({p: idle[p] for p in leaving})
+            running.difference_update(leaving)
+            if any(self.uses[p] > 1 or p in reached for p in used):
                 kept.update(used)
             else:
                 self._give_back(used)
-            finished.update(leaving)
+            reached.update(leaving)
 
         with contextlib.ExitStack() as hooks:
             for part, parameters in self.owners:
@@ -139,11 +99,59 @@ class LayerwiseWeights:
                 hooks.callback(part.register_forward_pre_hook(before, prepend=True).remove)
                 hooks.callback(part.register_forward_hook(after, always_call=True).remove)
             try:
-                yield finished
+                give(idle)
+                yield reached
             finally:
-                for parameter, data in own.items():
-                    parameter.data = data
+                give(own)
                 self._give_back(kept)
+
+    def check(self, loss: Callable[[], Any]) -> list[str]:
+        """Try whether a model's weights are read by their own modules alone, while these run.
+
+        ``loss`` is evaluated twice, as it is and ``alone``. The weights keep every bit.
+
+        Returns:
+            The names of the weights that no module reads, so that the loss does not depend on
+            them. Those of an expert that got no token are not among them: another one did.
+
+        Raises:
+            OnlyInPlace: a module reads another one's weights, and would not see the perturbed ones.
+        """
+        own = {parameter: parameter.data for parameter in self.uses}
+
+        def write(weights: Weights) -> None:
+            for parameter, scratch in weights.items():
+                scratch.copy_(own[parameter])
+
+        expected = self._count_nan(loss)
+        try:
+            with self.replaced(write, alone=True) as reached:
+                found = self._count_nan(loss)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of any module, which may do anything with a weight
+            raise OnlyInPlace(f"a module needs another one's weights ({error})") from error
+        if found > expected:
+            raise OnlyInPlace("a module reads another one's weights")
+        self.checked = True
+        kinds = {kind_of(self.names[parameter]) for parameter in reached}
+        return [name for name in map(self.names.get, self.uses) if kind_of(name) not in kinds]
+
+    def _count_nan(self, loss: Callable[[], Any]) -> int:
+        """Evaluate ``loss``; return how many times a module, or itself, returned NaN."""
+        found: list[bool] = []
+
+        def look(part: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                found.append(bool(output.isnan().any()))
+
+        # Under autocast torch keeps weights that it has cast, and would not see other ones.
+        torch.clear_autocast_cache()
+        with contextlib.ExitStack() as hooks:
+            for part, _ in self.owners:
+                hooks.callback(part.register_forward_hook(look).remove)
+            found.append(math.isnan(float(loss())))
+        return sum(found)
 
     def _borrow(self, parameters: list[nn.Parameter]) -> Weights:
         """Scratch for a module's parameters, in the smallest free piece that is large enough."""
@@ -169,3 +177,14 @@ class LayerwiseWeights:
     def _give_back(self, weights: Weights) -> None:
         pieces = [tensor.untyped_storage() for tensor in weights.values()]
         self.free += {piece.data_ptr(): piece for piece in pieces}.values()
+
+
+def give(weights: Weights) -> None:
+    """Let parameters hold these weights."""
+    for parameter, weight in weights.items():
+        parameter.data = weight
+
+
+def kind_of(name: str) -> str:
+    """Return a weight's name without the numbers of its layer and its expert."""
+    return re.sub(r"\d+", "*", name)

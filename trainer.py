@@ -41,7 +41,7 @@ from language_model.objectives import (
     language_model_loss,
     negative_accuracy,
 )
-from layerwise import LayerwiseWeights
+from layerwise import LayerwiseWeights, OnlyInPlace
 from manifest import damage
 from utils import InputError, NotWritten
 
@@ -144,8 +144,8 @@ class ObjectiveTrainer(Trainer):
     ) -> None:
         self.objective = objective
         self.decay_step = decay_step
-        self._skipped_in_a_row = 0
-        self._step_is_finite = True
+        self._skipped_steps = self._skipped_in_a_row = 0
+        self._first_loss = 0.0
         arguments = kwargs["args"]
         if arguments.n_gpu > 1:
             # DataParallel would cut a batch's tensors apart, and multiplies the batch size.
@@ -158,6 +158,7 @@ class ObjectiveTrainer(Trainer):
         if arguments.fsdp and not self.is_fsdp_enabled:
             # accelerate would train with whole weights in every process, without a word.
             raise InputError("--fsdp shards the weights over GPUs, there are none: leave it out")
+        self._finite = torch.ones((), dtype=torch.bool, device=arguments.device)
         # Losses come weighted (compute_loss): the Trainer need not divide them by their number.
         self.model_accepts_loss_kwargs = True
         shown = shown_objective(objective)
@@ -177,10 +178,22 @@ class ObjectiveTrainer(Trainer):
         """Return how many of the last steps in a row had no finite loss."""
         return self._skipped_in_a_row
 
+    def skipped_steps(self) -> int:
+        """Return how many steps had no finite loss, those before a checkpoint included."""
+        return self._skipped_steps
+
+    def warn(self, line: str) -> None:
+        """Print a line on the standard error, from one process only."""
+        if self.args.process_index == 0:
+            logger.warning(line)
+
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
         """Train; a checkpoint that has reached ``max_steps`` already is loaded and left at that."""
         self._resumed_from = resume_from_checkpoint
         saved = read_trainer_state(resume_from_checkpoint) if resume_from_checkpoint else None
+        if saved:
+            logged = [row.get("skipped_steps", 0) for row in saved["log_history"]]
+            self._skipped_steps = max(logged, default=0)
         if not saved or not 0 < self.args.max_steps <= saved["global_step"]:
             try:
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -247,13 +260,21 @@ class ObjectiveTrainer(Trainer):
         if not load_renamed_weights(self.model, Path(self.state.best_model_checkpoint)):
             super()._load_best_model()
 
+    def collate(self, examples: list[Any]) -> dict[str, Any]:
+        """Make a batch, as the Trainer does: without columns that the model does not take."""
+        return self._get_collator_with_removed_columns(self.data_collator)(examples)
+
     def batch_weight(self, batch: dict[str, Any]) -> int:
-        """Return what the loss of a batch is the mean over: its scored tokens, or its examples."""
+        """Return what the loss of a batch is the mean over: its scored tokens, or its examples.
+
+        Where a batch has neither, batches count alike.
+        """
         if self.objective is language_model_loss:
             return len(batch["targets"])
         if "labels" in batch:  # of a data set in the Trainer's own form
-            return int((batch["labels"][..., 1:] != -100).sum())
-        return len(next(batch[name] for name in ("correct", "prompts") if name in batch))
+            labels = batch["labels"][..., 1:] if self._loss_shifts_labels else batch["labels"]
+            return int((labels != -100).sum())
+        return next((len(batch[name]) for name in ("correct", "prompts") if name in batch), 1)
 
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, Any]], device: torch.device
@@ -283,20 +304,43 @@ class ObjectiveTrainer(Trainer):
         inputs: dict[str, Tensor],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Compute gradients of a batch; without a finite loss the whole step is left without."""
+        """Compute gradients of a batch, and see whether its loss is finite."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._step_is_finite &= bool(torch.isfinite(loss))
-        if self.accelerator.sync_gradients:
-            finite = torch.tensor(float(self._step_is_finite), device=self.args.device)
-            if self.accelerator.reduce(finite, "mean") < 1:
-                if self.accelerator.scaler is None:  # which would leave the step out itself
-                    # An optimizer leaves alone what has no gradient.
-                    model.zero_grad(set_to_none=True)
-                self._skipped_in_a_row += 1
-            else:
-                self._skipped_in_a_row = 0
-            self._step_is_finite = True
+        self._finite = self._finite & torch.isfinite(loss)
+        self._note_first_loss(loss)
         return loss
+
+    def _note_first_loss(self, loss: Tensor) -> None:
+        """Add what a batch contributes to the loss of the first step."""
+        if self.state.global_step == 0:
+            self._first_loss += float(loss)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Return the norm; what is not finite is left out, just before the optimizer's step."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        # A scaler of float16 gradients looks for overflow itself, and leaves such steps out.
+        scaled = self.accelerator.scaler is not None
+        finite = self._finite & (scaled or math.isfinite(float(grad_norm)))
+        # One process whose loss is not finite is enough.
+        finite = bool(self.accelerator.reduce(finite.float(), "mean") == 1)
+        if not finite and not scaled:
+            # An optimizer leaves alone what has no gradient.
+            model.zero_grad(set_to_none=True)
+        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
+        self._skipped_steps += not finite
+        self._finite = torch.ones((), dtype=torch.bool, device=self.args.device)
+        return grad_norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the number of skipped steps beside the training loss.
+
+        The first entry also has the loss of the first step alone, ``first_loss``.
+        """
+        if "loss" in logs:
+            logs["skipped_steps"] = self.skipped_steps()
+            if not any("first_loss" in row for row in self.state.log_history):
+                logs["first_loss"] = self._first_loss
+        super().log(logs, start_time)
 
     @torch.no_grad()
     def evaluation_loop(
@@ -322,7 +366,7 @@ class ObjectiveTrainer(Trainer):
         sums = torch.zeros(2, dtype=torch.float64)
         for start in range(0, len(own), size):
             examples = [dataset[index] for index in own[start : start + size]]
-            batch = self.data_collator(examples)
+            batch = self.collate(examples)
             weight = self.batch_weight(batch)
             with self.compute_loss_context_manager():
                 loss = float(self.compute_loss(self.model, self._prepare_inputs(batch)))
@@ -429,27 +473,34 @@ class ZerothOrderTrainer(ObjectiveTrainer):
         if perturbation == "inplace" or (perturbation == "auto" and not half_precision):
             return None
         self.model.eval()
-        examples = itertools.islice(self.train_dataset, self.args.per_device_train_batch_size)
-        inputs = self._prepare_inputs(self.data_collator(list(examples)))
+        inputs = self._prepare_inputs(self.first_batch())
         layers = LayerwiseWeights(self.model)
         try:
             with torch.no_grad(), self.compute_loss_context_manager():
                 unused = layers.check(lambda: self.compute_loss(self.model, inputs))
-        except RuntimeError as error:
+        except OnlyInPlace as error:
             reason = f"{type(self.model).__name__} cannot be perturbed layer by layer: {error}"
             if perturbation == "layerwise":
                 raise InputError(f"{reason}; use --zo_perturbation inplace") from error
-            logger.warning("%s; its weights are shifted in place and back, which rounds", reason)
+            self.warn(f"{reason}; its weights are shifted in place and back, which rounds")
             return None
         if unused:
             for name in unused:
                 self.model.get_parameter(name).requires_grad_(False)
-            logger.warning(
-                "not trained, since no text passes through: %s (%d in all)", unused[0], len(unused)
-            )
+            of = f", the first of {len(unused)} such weights" if len(unused) > 1 else ""
+            self.warn(f"not trained, since no text passes through: {unused[0]}{of}")
             layers = LayerwiseWeights(self.model)
             layers.checked = True
         return layers
+
+    def first_batch(self) -> dict[str, Any]:
+        """Return the first examples, unshuffled, as one batch; the same in every process."""
+        examples = itertools.islice(self.train_dataset, self.args.per_device_train_batch_size)
+        return self.collate(list(examples))
+
+    def skipped_steps(self) -> int:
+        """Return how many steps had no finite loss, those before a checkpoint included."""
+        return self.optimizer.skipped_steps
 
     def skipped_in_a_row(self) -> int:
         """Return how many of the last steps in a row had no finite loss."""
@@ -478,7 +529,9 @@ class ZerothOrderTrainer(ObjectiveTrainer):
             return self.accelerator.reduce(loss * weight, "sum") / weight_of_all
 
         loss = self.optimizer.estimate(batch_loss, float(weight_of_all))
-        return torch.tensor(loss, device=self.args.device) * weight_of_all / num_items_in_batch
+        loss = torch.tensor(loss, device=self.args.device) * weight_of_all / num_items_in_batch
+        self._note_first_loss(loss)
+        return loss
 
     def _wrap_model(
         self, model: nn.Module, training: bool = True, dataloader: Any = None
@@ -495,5 +548,4 @@ class ZerothOrderTrainer(ObjectiveTrainer):
             logs["projected_gradient"] = self.optimizer.projected_gradient
             logs["curvature"] = self.optimizer.curvature
             logs["hessian_mean"], logs["hessian_max"] = self.optimizer.hessian_mean_and_max()
-            logs["skipped_steps"] = self.optimizer.skipped_steps
         super().log(logs, start_time)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import signal
 import warnings
 
 import accelerate
@@ -53,6 +54,65 @@ def test_a_shift_that_fails_in_the_middle_is_taken_back(failing_tile, hessian, m
         own = [slot.parameter for slot in one._slots]
         one.step(lambda own=own: make_loss()(own))
     assert largest_difference(parameters, [slot.parameter for slot in other._slots]) < 1e-12
+
+
+@pytest.mark.parametrize("hessian", ["full", "lowrank"])
+@pytest.mark.parametrize("function", ["shift_tile", "update_tile"])
+def test_an_interrupt_waits_until_every_weight_is_written(function, hessian, monkeypatch) -> None:
+    parameters = make_parameters(torch.float64)
+    before = [parameter.detach().clone() for parameter in parameters]
+    settings = {"lr": 1e-3, "eps": 0.1, "hessian_smooth": 1e-2, "hessian": hessian}
+    optimizer = HiZOO(parameters, **settings)
+    real, tiles = getattr(hizoo, function), itertools.count()
+
+    def interrupted_after_it_has_written(*arguments):
+        written = real(*arguments)
+        if next(tiles) == 7:
+            signal.raise_signal(signal.SIGINT)
+        return written
+
+    with monkeypatch.context() as patched:
+        patched.setattr(hizoo, function, interrupted_after_it_has_written)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step(lambda: make_loss()(parameters))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if function == "shift_tile":
+        assert largest_difference(parameters, before) < 1e-15
+        optimizer.step(lambda: make_loss()(parameters))
+    other = make_parameters(torch.float64)
+    HiZOO(other, **settings).step(lambda: make_loss()(other))
+    assert optimizer.param_groups[0]["step"] == 1
+    assert largest_difference(parameters, other) < 1e-12
+
+
+@pytest.mark.parametrize("hessian", ["full", "lowrank"])
+@pytest.mark.parametrize("failing_sum", [0, 1, 20, 21, 22])
+def test_an_update_that_fails_leaves_no_weight_shifted(failing_sum, hessian, monkeypatch) -> None:
+    """Before a tile's shift is taken back, and after it; the others are whole or as they were."""
+    parameters, whole = make_parameters(torch.float64), make_parameters(torch.float64)
+    before = [parameter.detach().clone() for parameter in parameters]
+    settings = {"lr": 1e-3, "eps": 0.1, "hessian_smooth": 1e-2, "hessian": hessian}
+    HiZOO(whole, **settings).step(lambda: make_loss()(whole))
+    optimizer = HiZOO(parameters, **settings)
+    weighted_sum, sums = hizoo.weighted_sum, itertools.count()
+
+    def fails_once(*arguments):
+        if next(sums) == failing_sum:
+            raise torch.OutOfMemoryError("no room")
+        return weighted_sum(*arguments)
+
+    monkeypatch.setattr(hizoo, "weighted_sum", fails_once)
+    with pytest.raises(torch.OutOfMemoryError):
+        optimizer.step(lambda: make_loss()(parameters))
+    moved = 0
+    for parameter, old, new in zip(parameters, before, whole, strict=True):
+        updated = (parameter - new).abs() < 1e-12
+        assert (updated | ((parameter - old).abs() < 1e-12)).all()
+        moved += updated.sum()
+    assert (moved > 0) == (failing_sum > 1)
+    assert optimizer.param_groups[0]["step"] == 0
+    optimizer.restore()
+    optimizer.step(lambda: make_loss()(parameters))
 
 
 def test_frozen_parameters_are_left_alone() -> None:
@@ -130,8 +190,12 @@ def test_autocast_around_a_step_sees_the_perturbation(layerwise) -> None:
     optimizer = HiZOO(model.parameters(), **settings)
     with torch.autocast("cpu", torch.bfloat16):
         optimizer.step(lambda: model_loss(model))
-    gradient = expected.projected_gradient
-    assert optimizer.projected_gradient == pytest.approx(gradient, rel=0.3)
+        gradient = expected.projected_gradient
+        assert optimizer.projected_gradient == pytest.approx(gradient, rel=0.3)
+        # Nor does what comes next see the perturbed weights that the last loss has cast.
+        inside = model(torch.ones(6))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(torch.ones(6)), inside)
 
 
 def test_a_loss_that_changes_by_itself_is_noticed_at_the_first_step() -> None:
@@ -147,17 +211,45 @@ def test_a_loss_that_changes_by_itself_is_noticed_at_the_first_step() -> None:
         assert all("leave dropout out" in str(one.message) for one in caught)
 
 
+@pytest.mark.parametrize("dtype, noise", [(torch.float32, 1e-7), (torch.bfloat16, 4e-3)], ids=str)
+def test_a_loss_that_differs_by_rounding_is_no_news(dtype, noise) -> None:
+    """As from kernels that add in any order, where the perturbation changes nothing."""
+    losses = itertools.cycle([2.0, 2.0 * (1 + noise)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        HiZOO(make_parameters(dtype), eps=1e-2).step(lambda: next(losses))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_perturbation_scale_that_does_not_fit_is_refused_before_anything_moves(dtype) -> None:
     parameters = make_parameters(dtype)
     before = [parameter.detach().clone() for parameter in parameters]
-    for eps, message in [(1e30, "would destroy"), (1e-30, "below their precision")]:
-        optimizer = HiZOO(parameters, eps=eps)
-        with pytest.raises(ValueError, match=message):
-            optimizer.step(lambda: 1.0)
-        assert largest_difference(parameters, before) == 0
-    # Weights that are 0, as LoRA's second matrix, take any shift.
-    HiZOO([nn.Parameter(torch.zeros(9, dtype=dtype))], eps=1e-3).step(lambda: 1.0)
+    zeros = nn.Parameter(torch.zeros(5000, dtype=dtype))  # as LoRA's second matrices
+    for eps, message in [(1e30, "eps 1e[+]30 would destroy"), (1e-30, "eps 1e-30 is below")]:
+        for trained in (parameters, [*parameters, zeros]):
+            optimizer = HiZOO(trained, eps=eps)
+            with pytest.raises(ValueError, match=message):
+                optimizer.step(lambda: 1.0)
+            assert largest_difference(parameters, before) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_perturbation_scale_that_fits_most_weights_is_taken(dtype) -> None:
+    zeros = nn.Parameter(torch.zeros(9, dtype=dtype))
+    HiZOO([zeros]).step(lambda: 1.0)
+    # Norms that are 1 do not feel what matrices feel, and biases may be tiny.
+    norms, biases = torch.ones(99, dtype=dtype), torch.full((99,), 1e-7, dtype=dtype)
+    matrix = torch.full((99, 99), 0.02, dtype=dtype)
+    groups = [{"params": [nn.Parameter(tensor)]} for tensor in (norms, biases, matrix)]
+    HiZOO(groups, eps=1e-4).step(lambda: 1.0)
+
+
+def test_half_precision_in_place_takes_no_shift_that_it_cannot_return() -> None:
+    model = quadratic_model(torch.bfloat16)
+    with pytest.raises(ValueError, match="would destroy the weights"):
+        HiZOO(model.parameters(), eps=10.0).check_perturbation_scale()
+    layers = LayerwiseWeights(model)
+    HiZOO(model.parameters(), eps=10.0, layers=layers).check_perturbation_scale()
 
 
 def test_batches_count_by_their_weight() -> None:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BartConfig
 
 import hizoo
 from hizoo import HiZOO
-from layerwise import LayerwiseWeights
+from layerwise import LayerwiseWeights, OnlyInPlace
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOKENS = torch.tensor([[2, 9, 17, 30, 5, 8], [2, 11, 40, 7, 21, 3]])
@@ -45,14 +45,14 @@ def test_every_family_runs_with_exactly_the_perturbed_weights(family, dtype) -> 
     # The first shift in place, from the untouched weights, rounds as the scratch weights do (in
     # float32 the one multiplies and adds at once).
     reference = HiZOO(shifted.parameters(), **settings)
-    # The first step takes its last loss twice.
-    for sign, loss in zip((1, -1, -1), seen, strict=True):
+    # Before the first step two losses tell whether the model allows it; its last is taken twice.
+    for sign, loss in zip((1, -1, -1), seen[2:], strict=True):
         shifted.load_state_dict(before)
         reference._point = None
         reference._move_to((0, sign))
         exact = 0.0 if dtype != torch.float32 else 1e-6
         assert loss_of(shifted) == pytest.approx(loss, rel=exact, abs=0)
-    assert seen[0] != seen[1]
+    assert seen[2] != seen[3]
     optimizer.step()
     assert_bits_equal(model, before)
 
@@ -119,7 +119,7 @@ def test_a_parameter_whose_module_does_not_run_is_an_error() -> None:
     model = Unused()
     before = bits_of(model)
     optimizer = HiZOO(model.parameters(), layers=LayerwiseWeights(model))
-    with pytest.raises(RuntimeError, match=r"forgotten\.weight was not perturbed"):
+    with pytest.raises(RuntimeError, match=r"does not depend on forgotten\.weight: freeze"):
         optimizer.step(lambda: model(torch.ones(2, 3)).sum())
     assert_bits_equal(model, before)
 
@@ -192,8 +192,15 @@ def test_check_finds_weights_that_another_module_reads(dtype) -> None:
         def loss(model=model, inputs=inputs) -> float:
             return loss_of(model) if inputs is None else model(inputs).sum()
 
-        with torch.no_grad(), pytest.raises(RuntimeError, match="another one's weights"):
-            layers.check(loss)
+        # Casts that autocast keeps would hide it, and so would a loss that hardly ever changes.
+        for autocast in (False, True):
+            for objective in (loss, lambda loss=loss: float(loss() > 1e9)):
+                with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    with pytest.raises(OnlyInPlace, match="another one's weights"):
+                        layers.check(objective)
+                    assert_bits_equal(model, before)
+        with pytest.raises(OnlyInPlace, match="another one's weights"):
+            HiZOO(model.parameters(), layers=LayerwiseWeights(model)).step(loss)
         assert_bits_equal(model, before)
 
 
@@ -222,3 +229,28 @@ def test_check_names_weights_that_no_text_passes_through() -> None:
     assert unused and all("encoder_attn" in name for name in unused)
     # It is known now that the loss does not depend on them.
     HiZOO(model.parameters(), layers=layers).step(loss)
+
+
+class RoutesToOneExpert(nn.Module):
+    """As a mixture of experts: not every one gets a token of every batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
+        self.forgotten = nn.Linear(3, 3)
+
+    def forward(self, inputs: torch.Tensor, expert: int) -> torch.Tensor:
+        return self.experts[expert](inputs)
+
+
+def test_experts_without_a_token_are_no_weights_that_nothing_reads() -> None:
+    model = RoutesToOneExpert()
+    layers = LayerwiseWeights(model)
+    with torch.no_grad():
+        unused = layers.check(lambda: model(torch.ones(2, 3), 1).sum())
+    assert unused == ["forgotten.weight", "forgotten.bias"]
+    model.forgotten.requires_grad_(False)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = HiZOO(trained, layers=LayerwiseWeights(model))
+    for expert in (0, 2):
+        optimizer.step(lambda expert=expert: model(torch.ones(2, 3), expert).sum())

@@ -124,6 +124,8 @@ def test_generation_inside_a_layerwise_loss(
 
     monkeypatch.setattr(HiZOO, "_perturb", count)
     layers = LayerwiseWeights(model)
+    assert layers.check(closure) == []
+    texts.clear()
     optimizer = HiZOO(parameters, lr=0.0, eps=0.5, hessian_smooth=0.0, layers=layers)
     optimizer.estimate(closure)
     # Every weight twice: in the first run of its module and, kept from then on, in the second.

@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, get_scheduler
 import run
 import trainer as trainer_module
 from manifest import MANIFEST
-from trainer import ObjectiveTrainer, SmoothingSchedule, ZerothOrderTrainer
+from trainer import SmoothingSchedule, ZerothOrderTrainer
 from utils import InputError
 
 RESUMED = {
@@ -77,6 +77,7 @@ def test_training_changes_the_weights_from_step_to_step(tmp_path: Path) -> None:
     assert any(not torch.equal(first[name], second[name]) for name in first)
     losses = log_of(tmp_path / "out/checkpoint-6", "loss")
     assert len(losses) == len(set(losses)) == 6
+    assert log_of(tmp_path / "out/checkpoint-6", "first_loss") == pytest.approx(losses[:1])
     state = torch.load(tmp_path / "out/checkpoint-6/optimizer.pt", weights_only=True)
     tensors = [tensor for h in state["state"].values() for tensor in h.values()]
     assert any(tensor.std() > 1e-4 for tensor in tensors if tensor.numel() > 1)
@@ -423,53 +424,7 @@ def test_no_warnings_and_no_bars_of_files(
     assert "6/6" in err and "loss=" in err
 
 
-# --------------------------------------------------------------------------- first-order training
-
-
-@pytest.mark.parametrize(
-    "objective",
-    [
-        {"train_as_classification": True},
-        {"train_as_classification": None},
-        {"train_as_classification": None, "only_train_option": "False"},
-    ],
-    ids=["options", "language_model", "whole_text"],
-)
-def test_regular_training_lowers_the_loss(tmp_path: Path, objective: dict[str, Any]) -> None:
-    arguments = {"max_steps": 12, "per_device_train_batch_size": 12, "learning_rate": 1e-3}
-    finish(
-        training(
-            tmp_path,
-            trainer="regular",
-            hessian_smooth_type=None,
-            save_steps=12,
-            **arguments,
-            **objective,
-        )
-    )
-    losses = log_of(tmp_path / "out/checkpoint-12", "loss")
-    assert losses[-1] < 0.7 * losses[0]
-    assert log_of(tmp_path / "out/checkpoint-12", "grad_norm")[0] > 0
-
-
-def test_regular_training_leaves_out_steps_without_a_finite_loss(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    real, calls = ObjectiveTrainer.compute_loss, itertools.count()
-
-    def fails_in_the_second_half_of_a_step(*arguments: Any, **settings: Any) -> Any:
-        loss = real(*arguments, **settings)
-        return loss * float("nan") if (number := next(calls)) >= 4 and number % 2 else loss
-
-    monkeypatch.setattr(ObjectiveTrainer, "compute_loss", fails_in_the_second_half_of_a_step)
-    arguments = {"trainer": "regular", "hessian_smooth_type": None, "max_skipped_steps": 3}
-    arguments |= {"max_steps": 20, "save_steps": 2, "gradient_accumulation_steps": 2}
-    arguments |= {"num_train": 16}  # an even number of batches
-    assert run.main(training(tmp_path, **arguments)) == 1
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("stopped: no finite loss in 3 steps in a row: stopped after step 5")
-    before, after = (weights(tmp_path / f"out/checkpoint-{step}") for step in (2, 5))
-    assert_same_tensors(before, after)
+# ------------------------------------------------------------------------------- what is shown
 
 
 @pytest.mark.parametrize(
