@@ -535,15 +535,17 @@ def test_closure_runs_twice_for_mezo_and_three_times_for_hizoo() -> None:
 # ------------------------------------------------------------------------------- at the edges
 
 
-def test_weight_decay_of_float16_does_not_underflow() -> None:
+def test_weight_decay_of_float16_does_not_underflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hizoo, "CACHED_TILE_ELEMENTS", 4096)
     parameter = nn.Parameter(torch.full((3000,), 0.02, dtype=torch.float16))
     # The others are there since a perturbation that changes hardly a weight is refused.
     parameters = [parameter, nn.Parameter(torch.full((60,), 1e-5, dtype=torch.float16))]
     optimizer = HiZOO(parameters, lr=1e-4, weight_decay=0.01, hessian_smooth=0.0, eps=1e-9)
+    before = parameter.detach().double().mean().item()
     for _ in range(1000):
         optimizer.step(lambda: 0.0)
-    moved = parameter.detach().double().mean().item() - 0.02
-    assert moved == pytest.approx(-2e-5, rel=0.2)
+    moved = parameter.detach().double().mean().item() - before
+    assert moved == pytest.approx(-2e-5, rel=0.1)
 
 
 def test_load_state_dict_takes_a_shift_back() -> None:
