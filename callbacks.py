@@ -142,12 +142,44 @@ class TrainingTime(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"seconds": self.seconds}}
 
 
-class LossProgress(ProgressCallback):
-    """The Trainer's progress bar, with the loss in it instead of a line for every log entry."""
+class LogLines(TrainerCallback):
+    """A line for every entry of the log, with its step, where there is no progress bar."""
 
     def __init__(self, objective: ShownObjective) -> None:
         super().__init__()
         self.objective = objective
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the training loss or the dev loss, whichever the entry has."""
+        if not state.is_world_process_zero or not logs:
+            return
+        if "loss" in logs:
+            self.show(state, shown_values(logs, self.objective))
+        if "eval_loss" in logs:
+            self.write(
+                f"step {state.global_step}: dev {self.objective.name} "
+                f"{self.objective.text(logs['eval_loss'])}"
+            )
+
+    def show(self, state: TrainerState, values: Mapping[str, str]) -> None:
+        """Show the values of a step."""
+        shown = ", ".join(f"{name} {value}" for name, value in values.items())
+        self.write(f"step {state.global_step} of {state.max_steps}: {shown}")
+
+    def write(self, line: str) -> None:
+        """Print a line."""
+        print(line, flush=True)
+
+
+class LossProgress(LogLines, ProgressCallback):
+    """The Trainer's progress bar: the training loss in it, each dev loss in a line of its own."""
 
     def on_prediction_step(
         self,
@@ -162,46 +194,14 @@ class LossProgress(ProgressCallback):
         if self.prediction_bar is not None:
             self.prediction_bar.set_description(f"dev {self.objective.name}", refresh=False)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Show the training loss in the bar, and each dev loss in a line of its own."""
-        if not state.is_world_process_zero or self.training_bar is None or not logs:
-            return
-        if "loss" in logs:
-            self.training_bar.set_postfix(shown_values(logs, self.objective))
-        if "eval_loss" in logs:
-            tqdm.write(dev_line(state, logs, self.objective))
+    def show(self, state: TrainerState, values: Mapping[str, str]) -> None:
+        """Show the values of a step in the bar."""
+        if self.training_bar is not None:
+            self.training_bar.set_postfix(values)
 
-
-class LogLines(TrainerCallback):
-    """A line for every entry of the log, with its step, where there is no progress bar."""
-
-    def __init__(self, objective: ShownObjective) -> None:
-        self.objective = objective
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Print what the progress bar would show."""
-        if not state.is_world_process_zero or not logs:
-            return
-        if "loss" in logs:
-            values = shown_values(logs, self.objective)
-            shown = ", ".join(f"{name} {value}" for name, value in values.items())
-            print(f"step {state.global_step} of {state.max_steps}: {shown}", flush=True)
-        if "eval_loss" in logs:
-            print(dev_line(state, logs, self.objective), flush=True)
+    def write(self, line: str) -> None:
+        """Print a line above the bars."""
+        tqdm.write(line)
 
 
 def shown_values(logs: Mapping[str, Any], objective: ShownObjective) -> dict[str, str]:
@@ -212,8 +212,3 @@ def shown_values(logs: Mapping[str, Any], objective: ShownObjective) -> dict[str
         if name in logs and (name != "skipped_steps" or logs[name]):
             shown[short] = format(logs[name], form)
     return shown
-
-
-def dev_line(state: TrainerState, logs: Mapping[str, Any], objective: ShownObjective) -> str:
-    """Return the line of a dev loss."""
-    return f"step {state.global_step}: dev {objective.name} {objective.text(logs['eval_loss'])}"

@@ -51,7 +51,7 @@ from trainer import (
     ZerothOrderSettings,
     ZerothOrderTrainer,
 )
-from utils import InputError, check_writable
+from utils import InputError
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,6 @@ def prepare(arguments: Arguments) -> Prepared:
     generation = generation_settings(arguments)
     if task.generation:
         check_generation(generation, tokenizer, config, max_length)
-    check_writable("--result_file", arguments.result_path)
-    if arguments.predictions_file:
-        check_writable("--predictions_file", Path(arguments.predictions_file))
-    if arguments.trainer != "none":
-        check_writable("--output_dir", Path(arguments.output_dir), is_folder=True)
     train, validation = load_samples(task, arguments.data_dir)
     return Prepared(
         Encoder(task, tokenizer, max_length, arguments.max_new_tokens),

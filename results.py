@@ -20,7 +20,6 @@ from command_line.arguments import Arguments, plain_value
 from command_line.settings import (
     NOT_OF_THE_RESULT,
     changed_settings,
-    experiment_hash,
     length_of_run,
 )
 from folders import has_all_files, predictions_files
@@ -28,7 +27,7 @@ from language_model.encoding import Encoder
 from language_model.prediction import Prediction
 from sampling import ExampleSet
 from tasks import Sample, Task
-from utils import InputError
+from utils import InputError, write_json, write_json_lines
 
 VERSIONS = ("torch", "transformers", "accelerate", "peft", "numpy")
 SHOWN_EXAMPLES = 3
@@ -100,7 +99,7 @@ def history(log: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | Non
 
 def summarize(
     arguments: Arguments,
-    runs: list[dict[str, Any]],
+    runs: Sequence[dict[str, Any]],
     used: Mapping[str, Any],
     seconds: float,
 ) -> dict[str, Any]:
@@ -118,12 +117,24 @@ def summarize(
         "task": arguments.task.name,
         "model": arguments.model_name,
         "trainer": arguments.trainer,
-        "experiment": experiment_hash(arguments),
+        "experiment": arguments.experiment,
         **outcome,
         "seconds": round(seconds, 3),
         "settings": changed_settings(arguments) | used,
         "versions": {"python": platform.python_version(), **versions},
     }
+
+
+def write_results(
+    arguments: Arguments, result: Mapping[str, Any], predictions: Sequence[list[dict[str, Any]]]
+) -> None:
+    """Write the result JSON and each run's rows of predictions, and print what is left to say."""
+    write_json(arguments.result_path, result)
+    for path, rows in zip(predictions_files(arguments), predictions, strict=False):
+        write_json_lines(path, rows)
+    # Each metric of a single run is printed already.
+    lines = result_lines if "runs" in result else last_lines
+    print("\n".join(lines(arguments, result)))
 
 
 def over_sets(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -217,7 +228,7 @@ def earlier_result(arguments: Arguments) -> dict[str, Any] | None:
             _keep_predictions(arguments)
         return None
     result = read_result(path)
-    if result.get("experiment") == experiment_hash(arguments):
+    if result.get("experiment") == arguments.experiment:
         length = length_of_run(arguments)
         then = {name: result["settings"].get(name) for name in length}
         if then == length:

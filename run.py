@@ -31,7 +31,7 @@ from checkpoints import RemoveEarlierCheckpoints, find_checkpoint, last_checkpoi
 from command_line.arguments import USAGE, Arguments, parse_arguments
 from command_line.checks import check
 from command_line.settings import length_of_run, name_run, settings_of_a_checkpoint, settle_dtype
-from folders import locked_folders, predictions_files, run_folders
+from folders import locked_places, run_folders
 from language_model.head import fit_head
 from language_model.loading import leave_out_loading_bars
 from language_model.precision import advice_for_losses
@@ -43,23 +43,16 @@ from results import (
     example_lines,
     history,
     is_wanted_again,
-    last_lines,
     metric_names,
     prediction_rows,
     result_lines,
     summarize,
     used_settings,
+    write_results,
 )
 from sampling import ExampleSet
 from tasks import Sample
-from utils import (
-    InputError,
-    NotWritten,
-    leave_process_group_at_exit,
-    say_last,
-    write_json,
-    write_json_lines,
-)
+from utils import InputError, NotWritten, leave_process_group_at_exit, say_last
 
 
 class Interrupted(Exception):
@@ -253,19 +246,13 @@ def run_experiment(arguments: Arguments) -> None:
         return
     transformers.set_seed(arguments.seed)
     experiment = Experiment(arguments, prepare(arguments), has_result=earlier is not None)
-    example_sets, folders = experiment.prepared.example_sets, run_folders(arguments)
-    with locked_folders(arguments):
-        outcomes = [experiment.run(*each) for each in zip(example_sets, folders, strict=True)]
-        if arguments.process_index == 0:
-            used = used_settings(example_sets[0], experiment.prepared.encoder.max_length)
-            results = [result for result, _ in outcomes]
-            summary = summarize(arguments, results, used, time.perf_counter() - started)
-            write_json(arguments.result_path, summary)
-            for path, (_, rows) in zip(predictions_files(arguments), outcomes, strict=False):
-                write_json_lines(path, rows)
-            # Each metric of a single run is printed already.
-            lines = last_lines if len(results) == 1 else result_lines
-            print("\n".join(lines(arguments, summary)))
+    example_sets = experiment.prepared.example_sets
+    runs = zip(example_sets, run_folders(arguments), strict=True)
+    results, predictions = zip(*(experiment.run(*each) for each in runs), strict=True)
+    if arguments.process_index == 0:
+        used = used_settings(example_sets[0], experiment.prepared.encoder.max_length)
+        summary = summarize(arguments, results, used, time.perf_counter() - started)
+        write_results(arguments, summary, predictions)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -285,7 +272,8 @@ def main(argv: Sequence[str]) -> int:
         name_run(arguments)
         if torch.distributed.is_initialized():
             leave_process_group_at_exit()
-        run_experiment(arguments)
+        with locked_places(arguments):
+            run_experiment(arguments)
     except InputError as error:
         say_last(f"error: {error}")
         return 2

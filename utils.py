@@ -1,25 +1,20 @@
-"""Small shared pieces: errors of the user's input, files written whole, locked folders."""
+"""Small shared pieces: errors of the user's input, files written whole, fingerprints."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
-import logging
 import os
 import shutil
-import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
-
-logger = logging.getLogger(__name__)
+from typing import Any
 
 # Of files beyond this many bytes, fingerprints take so many samples of so many bytes.
 WHOLLY_READ = 2**28
@@ -145,66 +140,6 @@ def fingerprint(paths: Iterable[Path]) -> str:
                 file.seek(start)
                 digest.update(file.read(SAMPLE_SIZE))
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def locked_folder(option: str, folder: Path) -> Iterator[None]:
-    """Keep a folder, which is made if need be, from other processes that would lock it too.
-
-    The lock is the operating system's on the file ``.lock``: it ends with the process, however and
-    on whichever host that ends. A file that a killed process left behind locks nothing. A folder
-    that is made here is removed if it is empty at the end.
-
-    Raises:
-        InputError: another process has locked the folder.
-    """
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".lock"
-    try:
-        with _locked_file(option, path):
-            yield
-    finally:
-        for place in made:
-            with contextlib.suppress(OSError):  # it is not empty, or somebody has removed it
-                place.rmdir()
-
-
-@contextlib.contextmanager
-def _locked_file(option: str, path: Path) -> Iterator[None]:
-    file = path.open("a+", encoding="utf-8")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise InputError(
-                f"{option} {path.parent} is used by {file.read().strip() or 'another run'}: wait "
-                "for its end, or give another folder"
-            ) from error
-        except OSError as error:
-            # Some network file systems have no locks. A run need not fail for that.
-            logger.warning("%s is not locked against a second run (%s)", path.parent, error)
-        if not _is_at(file, path):
-            # Whoever held it has removed it since it was opened.
-            with _locked_file(option, path):
-                yield
-            return
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _is_at(file: TextIO, path: Path) -> bool:
-    """Whether an open file is still the one at a path."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _umask() -> int:

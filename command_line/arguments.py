@@ -72,6 +72,8 @@ class Arguments(
     # Names of the arguments on the command line; and without those that are a script's choice.
     given: frozenset[str] = field(default=frozenset(), init=False)
     given_by_user: frozenset[str] = field(default=frozenset(), init=False)
+    # What tells this experiment from others (settings.name_run).
+    experiment: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
         output_dir = self.output_dir

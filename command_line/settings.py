@@ -102,7 +102,12 @@ def settle_dtype(arguments: Arguments) -> None:
 
 
 def name_run(arguments: Arguments) -> None:
-    """Give a run its tag, and a folder of that name, where the command line gives none."""
+    """Give a run its hash, and a tag and a folder of its name where the command line gives none.
+
+    Raises:
+        InputError: a file of data is missing.
+    """
+    arguments.experiment = experiment_hash(arguments)
     if arguments.tag is None:
         arguments.tag = default_tag(arguments)
     if arguments.output_dir is None:
@@ -135,7 +140,7 @@ def default_tag(arguments: Arguments) -> str:
         parts += [f"set{arguments.train_set_seed}"]
     parts += [f"seed{arguments.seed}"]
     readable = "-".join(parts)[:READABLE_CHARACTERS]
-    return "-".join([readable, *length, experiment_hash(arguments)])
+    return "-".join([readable, *length, arguments.experiment])
 
 
 def _task_part(arguments: Arguments) -> str:
@@ -200,8 +205,7 @@ def changed_settings(arguments: Arguments) -> dict[str, Any]:
     """Return what the user gave and what belongs to the experiment; no secrets."""
     names = {*arguments.given, *EXAMPLES, *WEIGHTS, *EVALUATION, *OF_TRAINER[arguments.trainer]}
     if arguments.trainer != "none":
-        length = "max_steps" if arguments.max_steps > 0 else "num_train_epochs"
-        names |= {length, *_names_of_training(arguments)}
+        names |= {*length_of_run(arguments), *_names_of_training(arguments)}
     if arguments.task.generation:
         names |= {*GENERATION}
     return _plain_values(arguments, names - {"hub_token"})

@@ -15,11 +15,10 @@ from running import MODEL, command, contents, finish, training
 import run
 from checkpoints import RunSettings, unfinished_checkpoint
 from command_line.arguments import parse_arguments
-from folders import predictions_files
+from folders import locked, predictions_files
 from language_model.loading import load_model
 from results import concerns, history, over_sets
 from trainer import ZerothOrderTrainer
-from utils import locked_folder
 
 SHORT = {"max_steps": 2, "num_train": 4, "per_device_train_batch_size": 2}
 
@@ -176,10 +175,18 @@ def test_bad_input_during_preparation_changes_nothing(
     assert "--lora_r 9999" in refusal(refused, tmp_path, capsys)
 
 
-def test_folder_in_use_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with locked_folder("--output_dir", tmp_path / "out"):
-        line = refusal(training(tmp_path, **SHORT), tmp_path / "out", capsys)
-        assert line.startswith(f"error: --output_dir {tmp_path}/out is used by process ")
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [("output_dir", "out"), ("result_file", "result.json"), ("predictions_file", "rows.jsonl")],
+)
+def test_place_in_use_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, name: str
+) -> None:
+    place = tmp_path / name
+    more = {"predictions_file": tmp_path / "rows.jsonl", "no_eval": None}
+    with locked(f"--{option}", place, is_folder=option == "output_dir"):
+        line = refusal(training(tmp_path, **SHORT, **more), tmp_path, capsys)
+        assert line.startswith(f"error: --{option} {place} is used by process ")
     assert contents(tmp_path) == {}
 
 

@@ -24,7 +24,12 @@ from command_line.settings import (
 
 
 def tag(**arguments: Any) -> str:
-    return default_tag(parse_arguments(command(**arguments)))
+    return named(parse_arguments(command(**arguments))).tag
+
+
+def named(arguments: Arguments) -> Arguments:
+    name_run(arguments)
+    return arguments
 
 
 def hash_of(name: str) -> str:
@@ -168,4 +173,4 @@ def test_saved_dtype_is_that_of_a_flag(
     settle_dtype(arguments)
     assert {name for name in WEIGHTS if getattr(arguments, name)} == expected
     flagged = parse_arguments([*plain, *(f"--{name}" for name in expected)])
-    assert default_tag(arguments) == default_tag(flagged)
+    assert named(arguments).tag == named(flagged).tag

@@ -1,25 +1,18 @@
-"""Files that are whole or absent, folders that one process has, fingerprints."""
+"""Files that are whole or absent, fingerprints, the line in which a command fails."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from running import ROOT
 
 import utils
 from utils import (
     InputError,
     check_writable,
     fingerprint,
-    locked_folder,
     write_json,
     write_json_lines,
     write_text_atomically,
@@ -105,78 +98,6 @@ def test_check_writable_without_permission(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(utils.tempfile, "TemporaryFile", refuse)
     with pytest.raises(InputError, match=r"cannot write there \(Permission denied\)"):
         check_writable("--result_file", tmp_path / "x.json")
-
-
-def test_lock_of_another_process_ends_with_it(tmp_path: Path) -> None:
-    folder = tmp_path / "new" / "out"
-    lock = (
-        "import pathlib, sys, time; from utils import locked_folder\n"
-        "with locked_folder('--output_dir', pathlib.Path(sys.argv[1])): print(1, flush=True); "
-        "time.sleep(60)"
-    )
-    other = subprocess.Popen(
-        [sys.executable, "-c", lock, folder], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    assert other.stdout.readline() == "1\n"
-    holder = f"process {other.pid} on {socket.gethostname()}"
-    for _ in range(2):  # a refusal leaves the other's lock as it is
-        with (
-            pytest.raises(InputError, match=rf"--output_dir {folder} is used by {holder}: wait "),
-            locked_folder("--output_dir", folder),
-        ):
-            pass
-    other.kill()
-    other.wait()
-    other.stdout.close()
-    assert (folder / ".lock").read_text() == f"{holder}\n"
-    with locked_folder("--output_dir", folder):
-        assert f"process {os.getpid()} on " in (folder / ".lock").read_text()
-    assert list(folder.iterdir()) == []
-
-
-def test_folder_that_a_lock_made_goes_if_it_is_empty(tmp_path: Path) -> None:
-    with locked_folder("--output_dir", tmp_path / "a" / "b"):
-        (tmp_path / "a" / "file").touch()
-    assert [path.name for path in tmp_path.rglob("*")] == ["a", "file"]
-    with locked_folder("--output_dir", tmp_path / "gone"):
-        shutil.rmtree(tmp_path / "gone")  # by somebody else
-    (tmp_path / "mine").mkdir()
-    with (
-        pytest.raises(KeyboardInterrupt),
-        locked_folder("--output_dir", tmp_path / "mine"),
-        locked_folder("--output_dir", tmp_path / "c" / "d"),
-    ):
-        raise KeyboardInterrupt
-    assert {path.name for path in tmp_path.rglob("*")} == {"a", "file", "mine"}
-
-
-def test_lock_file_that_its_holder_removed_meanwhile_is_no_lock(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flock, path = fcntl.flock, tmp_path / ".lock"
-
-    def remove_first(file: object, operation: int) -> None:
-        monkeypatch.setattr(utils.fcntl, "flock", flock)
-        path.unlink()
-        flock(file, operation)
-
-    monkeypatch.setattr(utils.fcntl, "flock", remove_first)
-    with locked_folder("--output_dir", tmp_path):
-        with pytest.raises(InputError), locked_folder("--output_dir", tmp_path):
-            pass
-        assert path.is_file()
-    assert not path.exists()
-
-
-def test_file_system_without_locks_is_no_obstacle(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def refuse(file: object, operation: int) -> None:
-        raise OSError(38, "Function not implemented")
-
-    monkeypatch.setattr(utils.fcntl, "flock", refuse)
-    with locked_folder("--output_dir", tmp_path):
-        assert "is not locked against a second run" in caplog.text
 
 
 def test_fingerprints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,99 @@
+"""Files and folders that one process has."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from running import ROOT
+
+import folders
+from folders import locked
+from utils import InputError
+
+
+def test_lock_of_another_process_ends_with_it(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "out"
+    lock = (
+        "import pathlib, sys, time; from folders import locked\n"
+        "with locked('--output_dir', pathlib.Path(sys.argv[1]), True): print(1, flush=True); "
+        "time.sleep(60)"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", lock, folder], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "1\n"
+    holder = f"process {other.pid} on {socket.gethostname()}"
+    for _ in range(2):  # a refusal leaves the other's lock as it is
+        with (
+            pytest.raises(InputError, match=rf"--output_dir {folder} is used by {holder}: wait "),
+            locked("--output_dir", folder, is_folder=True),
+        ):
+            pass
+    other.kill()
+    other.wait()
+    other.stdout.close()
+    assert (folder / ".lock").read_text() == f"{holder}\n"
+    with locked("--output_dir", folder, is_folder=True):
+        assert f"process {os.getpid()} on " in (folder / ".lock").read_text()
+    assert list(folder.iterdir()) == []
+
+
+def test_folder_that_a_lock_made_goes_if_it_is_empty(tmp_path: Path) -> None:
+    with locked("--output_dir", tmp_path / "a" / "b", is_folder=True):
+        (tmp_path / "a" / "file").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "file"]
+    with locked("--output_dir", tmp_path / "gone", is_folder=True):
+        shutil.rmtree(tmp_path / "gone")  # by somebody else
+    (tmp_path / "mine").mkdir()
+    with (
+        pytest.raises(KeyboardInterrupt),
+        locked("--output_dir", tmp_path / "mine", is_folder=True),
+        locked("--output_dir", tmp_path / "c" / "d", is_folder=True),
+    ):
+        raise KeyboardInterrupt
+    assert {path.name for path in tmp_path.rglob("*")} == {"a", "file", "mine"}
+
+
+def test_lock_file_that_its_holder_removed_meanwhile_is_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock, path = fcntl.flock, tmp_path / ".lock"
+
+    def remove_first(file: object, operation: int) -> None:
+        monkeypatch.setattr(folders.fcntl, "flock", flock)
+        path.unlink()
+        flock(file, operation)
+
+    monkeypatch.setattr(folders.fcntl, "flock", remove_first)
+    with locked("--output_dir", tmp_path, is_folder=True):
+        with pytest.raises(InputError), locked("--output_dir", tmp_path, is_folder=True):
+            pass
+        assert path.is_file()
+    assert not path.exists()
+
+
+def test_lock_file_that_cannot_be_opened(tmp_path: Path) -> None:
+    (tmp_path / ".rows.jsonl.lock").mkdir()
+    with (
+        pytest.raises(InputError, match=r"--predictions_file .*/rows\.jsonl: cannot open .*\.lock"),
+        locked("--predictions_file", tmp_path / "rows.jsonl"),
+    ):
+        pass
+
+
+def test_file_system_without_locks_is_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(file: object, operation: int) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(folders.fcntl, "flock", refuse)
+    with locked("--output_dir", tmp_path, is_folder=True):
+        assert "is not locked against a second run" in caplog.text
