@@ -9,7 +9,7 @@
 # Further arguments go to run.py and win over the variables: python run.py --help lists them.
 #
 # variable              default       bundled model  meaning
-# MODEL                 the bundled one              Hub id or local directory
+# MODEL                 the bundled one              Hub id, local directory or GGUF file
 # DATA_DIR              the Hub       data/samples   folder with the data, in the Hub's columns
 # TASK                  SST2                         one of the eleven tasks, in any case
 # MODE                  ft                           ft: all parameters; prefix: 5 prefix tokens;

@@ -41,7 +41,8 @@ python run.py --task_name TASK --model_name MODEL [arguments]
                      --train_as_classification --num_train 1000 --num_dev 500 --num_eval 1000 \\
                      --max_steps 20000 --learning_rate 1e-6 --zo_eps 1e-3
 
-  MODEL is a Hub id or a local directory; --data_dir DIR reads DIR/<task>/*.jsonl, no Hub needed.
+  MODEL is a Hub id, a local directory or a GGUF file (pip install gguf); --data_dir DIR reads
+  DIR/<task>/*.jsonl, no Hub needed.
   bash HiZOO.sh does the same with environment variables. python run.py --help explains the
   arguments, python run.py --help_all those of transformers' Trainer too.
 """

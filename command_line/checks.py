@@ -45,7 +45,7 @@ def check(arguments: Arguments) -> None:
             raise InputError(f"--{first} and --{second} exclude each other: give one")
     task = arguments.task
     if not arguments.model_name:
-        raise InputError("--model_name is missing: give a Hub id or a local model directory")
+        raise InputError("--model_name is missing: give a Hub id, a local directory or a GGUF file")
     SmoothingSchedule.parse(arguments.hessian_smooth_type)
     if arguments.linear_probing and arguments.trainer == "zo":
         raise InputError(

@@ -78,7 +78,9 @@ class TaskAndData:
 class Model:
     """Model."""
 
-    model_name: str | None = argument(None, "Hub id or local directory of a causal language model.")
+    model_name: str | None = argument(
+        None, "Causal language model: Hub id, local directory or GGUF file."
+    )
     load_float16: bool = argument(
         False,
         "Load the weights in float16. Default: float32. Excludes --load_bfloat16 and "

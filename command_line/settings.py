@@ -156,7 +156,7 @@ def _model_part(name: str) -> str:
         path = path.resolve()
     # Checkpoints of all runs are called alike.
     part = f"{path.parent.name}-{path.name}" if path.name.startswith("checkpoint-") else path.name
-    return part[-40:].lstrip("-")
+    return part.removesuffix(".gguf")[-40:].lstrip("-")
 
 
 def length_of_run(arguments: Arguments) -> dict[str, float]:
@@ -184,7 +184,7 @@ def experiment_hash(arguments: Arguments) -> str:
     identity = {
         **_plain_values(arguments, names),
         "task": arguments.task.name,
-        "model": fingerprint(model_files(model)) if model.is_dir() else arguments.model_name,
+        "model": fingerprint(model_files(model)) if model.exists() else arguments.model_name,
         "data": [
             path and fingerprint([path])
             for path in split_files(arguments.task, arguments.data_dir) or ()
@@ -195,10 +195,12 @@ def experiment_hash(arguments: Arguments) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def model_files(folder: Path) -> list[Path]:
-    """Return the files of a model's folder that can change what it computes, by name."""
+def model_files(model: Path) -> list[Path]:
+    """Return the files of a model that can change what it computes, by name: a folder's, or one."""
+    if model.is_file():
+        return [model]
     suffixes = {".json", ".safetensors", ".bin", ".model", ".txt", ".py", ".jinja"}
-    return sorted(path for path in folder.iterdir() if path.suffix in suffixes and path.is_file())
+    return sorted(path for path in model.iterdir() if path.suffix in suffixes and path.is_file())
 
 
 def changed_settings(arguments: Arguments) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.core_model_loading import revert_weight_conversion
 
+from language_model.gguf_files import GgufFile
 from language_model.saved_adapters import SavedAdapter
 from utils import InputError, first_line
 
@@ -58,8 +59,8 @@ def load_model(
     """Load a causal language model for evaluation (no dropout).
 
     Args:
-        name: a Hub id or a local directory, of a model or of an adapter, which is loaded with the
-            model that it belongs to.
+        name: a Hub id, a local directory or a GGUF file, of a model or of an adapter, which is
+            loaded with the model that it belongs to.
         dtype: of the weights.
         quantised_bits: 8 or 4 (NF4) bits a weight, by bitsandbytes; needs a GPU.
         auto_device: spread the model over the GPUs there are, if any. Otherwise, and in a run of
@@ -71,22 +72,32 @@ def load_model(
             or they lack some of its weights.
     """
     adapter = SavedAdapter.find(name)
+    base = adapter.base if adapter else name
+    gguf = GgufFile.find(base)
+    if gguf and quantised_bits:
+        raise InputError(
+            f"--load_int{quantised_bits}: the weights of a GGUF file, quantised ones too, are "
+            "loaded as ordinary ones; leave it out, or give the model as a directory"
+        )
     quantisation = quantisation_of(quantised_bits, dtype) if quantised_bits else None
     several_processes = int(os.environ.get("WORLD_SIZE", "1")) > 1
     spread = auto_device and torch.cuda.is_available() and not several_processes
-    base = adapter.base if adapter else name
+    device_map = "auto" if spread else None
     try:
         with _without_report():
-            model, found = AutoModelForCausalLM.from_pretrained(
-                base,
-                dtype=dtype,
-                device_map="auto" if spread else None,
-                quantization_config=quantisation,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                # What does not match is refused below, by name.
-                ignore_mismatched_sizes=True,
-            )
+            if gguf:
+                model, found = gguf.load(dtype, device_map)
+            else:
+                model, found = AutoModelForCausalLM.from_pretrained(
+                    base,
+                    dtype=dtype,
+                    device_map=device_map,
+                    quantization_config=quantisation,
+                    trust_remote_code=trust_remote_code,
+                    output_loading_info=True,
+                    # What does not match is refused below, by name.
+                    ignore_mismatched_sizes=True,
+                )
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # pickle, tokenizers and others have errors of their own
@@ -105,7 +116,7 @@ def _check_nothing_is_drawn(
     for weight, there, here in sorted(mismatched):
         raise InputError(
             f"--model_name {name}: {weight} is {tuple(there)} in its files and {tuple(here)} by "
-            "its config.json; give a whole model"
+            "its configuration; give a whole model"
         )
     untied = set(missing) & dict(model.named_parameters()).keys() - tied_weights(model)
     if untied:
@@ -166,8 +177,13 @@ def load_config_and_tokenizer(
     adapter = SavedAdapter.find(name)
     own = adapter is None or (adapter.folder / "tokenizer_config.json").is_file()
     place = name if own else adapter.base
+    gguf = GgufFile.find(place)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+        tokenizer = (
+            gguf.tokenizer()
+            if gguf
+            else AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+        )
     except Exception as error:
         raise _loading_error(place, "no tokenizer there that can be read", error) from error
     if any(kind.endswith("ForMaskedLM") for kind in config.architectures or ()):
@@ -189,25 +205,40 @@ def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     Raises:
         InputError: there is none, or it is damaged.
     """
-    adapter = SavedAdapter.find(name)
-    base = adapter.base if adapter else name
+    base = _base_of(name)
+    gguf = GgufFile.find(base)
     if Path(base).is_dir() and not (Path(base) / "config.json").is_file():
-        raise InputError(f"--model_name {base}: this folder holds no model, config.json is missing")
+        files = sorted(Path(base).glob("*.gguf"))
+        way_out = f"; give its GGUF file, as {files[0]}" if files else ""
+        raise InputError(
+            f"--model_name {base}: this folder holds no model, config.json is missing{way_out}"
+        )
     try:
+        if gguf:
+            return gguf.config()
         return AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise _loading_error(base, "no causal language model there", error) from error
+
+
+def _base_of(name: str) -> str:
+    """Return the model that an adapter belongs to, or the model itself."""
+    adapter = SavedAdapter.find(name)
+    return adapter.base if adapter else name
 
 
 def saved_dtype(name: str, trust_remote_code: bool = False) -> torch.dtype | None:
     """Return the dtype that a model's weights were saved in; None if its configuration says none.
 
     Only the configuration is read. An adapter's weights are float32; this is its model's dtype.
+    Quantised weights of a GGUF file count as bfloat16.
 
     Raises:
         InputError: as ``load_config``.
     """
     config = load_config(name, trust_remote_code)
+    if gguf := GgufFile.find(_base_of(name)):
+        return gguf.saved_dtype()
     return config.dtype or config.get_text_config(decoder=True).dtype
 
 
@@ -271,10 +302,11 @@ def _loading_error(name: str, what: str, error: Exception) -> InputError:
     elif not isinstance(error, OSError | ValueError):
         # A message as of KeyError says little without its kind.
         reason = f"{type(error).__name__}: {reason}"
-    return InputError(
-        f"--model_name {name}: {what} ({reason}); "
-        "give a Hub id, or a local directory with config.json, weights and tokenizer"
-    )
+    way_out = "give a Hub id, or a local directory with config.json, weights and tokenizer"
+    if Path(name).is_file():
+        what = "transformers cannot load this GGUF file"
+        way_out = "give a whole one of a model that it knows, or a Hub id or a local directory"
+    return InputError(f"--model_name {name}: {what} ({reason}); {way_out}")
 
 
 def leave_out_loading_bars() -> None:

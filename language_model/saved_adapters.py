@@ -55,15 +55,16 @@ class SavedAdapter:
 
     @property
     def base(self) -> str:
-        """The model that the adapter belongs to: a folder, or a Hub id.
+        """The model that the adapter belongs to: a folder, a GGUF file, or a Hub id.
 
-        A relative folder is looked for below this one first, as it was when the adapter was saved,
+        A relative path is looked for below this folder first, as it was when the adapter was saved,
         then below the folders that hold the adapter.
         """
         name = self.config.base_model_name_or_path or ""
         for place in (Path(), *self.folder.absolute().parents):
-            if name and (place / name).is_dir():
-                return str(place / name)
+            path = place / name
+            if name and (path.is_dir() or (path.suffix == ".gguf" and path.is_file())):
+                return str(path)
         return name
 
     @property
