@@ -65,7 +65,7 @@ fi
 LAUNCHER=()
 # The Trainer shards only in processes that torchrun has started, even if it is one.
 if [ "$NUM_GPU" != 1 ] || given --fsdp "$@"; then
-    LAUNCHER=(-m torch.distributed.run --standalone --nproc_per_node "$NUM_GPU")
+    LAUNCHER=(-P "$HERE/command_line/processes.py" --standalone --nproc_per_node "$NUM_GPU")
 fi
 REPORT=()
 if [ "$IS_BUNDLED" ]; then

@@ -157,7 +157,10 @@ class ObjectiveTrainer(Trainer):
         super().__init__(**kwargs)
         if arguments.fsdp and not self.is_fsdp_enabled:
             # accelerate would train with whole weights in every process, without a word.
-            raise InputError("--fsdp shards the weights over GPUs, there are none: leave it out")
+            raise InputError(
+                "no GPU found: --fsdp, which finetune_fsdp.sh adds, shards the weights over GPUs; "
+                "run finetune.sh, or leave it out"
+            )
         self._finite = torch.ones((), dtype=torch.bool, device=arguments.device)
         # Losses come weighted (compute_loss): the Trainer need not divide them by their number.
         self.model_accepts_loss_kwargs = True

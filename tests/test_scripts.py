@@ -26,6 +26,7 @@ import run
 ICL = ROOT / "icl.sh"
 FINETUNE = ROOT / "finetune.sh"
 FSDP = ROOT / "finetune_fsdp.sh"
+PROCESSES = ROOT / "command_line" / "processes.py"
 SMALL = {"TRAIN": "16", "DEV": "4", "EVAL": "6", "EPOCH": "1"}
 
 
@@ -296,7 +297,7 @@ def test_processes_of_finetune(tmp_path: Path) -> None:
     launcher, argv = launcher_and_arguments(
         passed_to_python(tmp_path, script=FINETUNE, NUM_GPU="2")
     )
-    assert launcher == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    assert launcher == ["-P", str(PROCESSES), "--standalone", "--nproc_per_node", "2"]
     assert value_of(argv, "per_device_train_batch_size") == "4" and "--fsdp" not in argv
 
 
@@ -311,6 +312,26 @@ def test_processes_of_finetune_fsdp(tmp_path: Path) -> None:
         assert value_of(argv, "per_device_train_batch_size") == share
         assert argv[-3:] == ["--fsdp", "--fsdp_config", "my file.json"]
         assert value_of(argv, "trainer") == "regular" and value_of(argv, "num_dev") == "100"
+
+
+@pytest.mark.parametrize(("said", "code"), [("bad input", 2), (None, 1)], ids=["said", "unsaid"])
+def test_processes_end_in_few_words(tmp_path: Path, said: str | None, code: int) -> None:
+    (tmp_path / "failing.py").write_text(
+        f"import sys, utils\nif {said!r}: utils.say_last({said!r})\nsys.exit(2)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", PROCESSES, "--nproc_per_node", "2", "--standalone", "failing.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert (done.returncode, done.stdout) == (code, "")
+    if said:
+        assert done.stderr == f"{said}\n"
+    else:
+        assert "exitcode  : 2" in done.stderr  # torchrun's report
 
 
 def test_fsdp_of_the_bundled_model_is_not_evaluated_before(tmp_path: Path) -> None:
