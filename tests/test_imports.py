@@ -18,6 +18,7 @@ ROOMS = (
     {"hizoo", "layerwise"},
     {"utils"},
     {"manifest"},
+    {"differences", "step_sizes", "probe_plot"},
     {"data_files", "metrics", "templates", "tasks", "sampling"},
     {"language_model"},
     {"checkpoints", "callbacks"},
