@@ -189,7 +189,7 @@ def keys_and_values(model: PreTrainedModel, tokens: Tensor) -> KeysAndValues:
         layers = tuple((layer.keys, layer.values) for layer in cache.layers)
     except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise _no_prefix(model, "layers without keys and values") from error
-    if not layers or any(part.dim() != 4 for layer in layers for part in layer):
+    if not layers or any(part is None or part.dim() != 4 for layer in layers for part in layer):
         raise _no_prefix(model, "no keys and values for every token")
     return layers
 

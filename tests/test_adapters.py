@@ -107,6 +107,7 @@ def test_a_prefix_starts_as_the_real_tokens(family: str, kind: str) -> None:
     [
         ("lfm2", "Lfm2ForCausalLM has layers without keys and values"),
         ("mamba", "MambaForCausalLM has no keys and values for every token"),
+        ("recurrent_gemma", "RecurrentGemmaForCausalLM has no keys and values for every token"),
         ("deepseek_v2", "DeepseekV2ForCausalLM has keys and values of different sizes"),
     ],
 )
@@ -212,8 +213,8 @@ def test_texts_are_those_of_the_argmax(
 
 
 @torch.no_grad()
-def written(model: PeftModel, prompt: Sequence[int], max_new_tokens: int) -> str:
-    """The likeliest next token, again and again, with the whole text through peft's model."""
+def written(model: PreTrainedModel | PeftModel, prompt: Sequence[int], max_new_tokens: int) -> str:
+    """The likeliest next token, again and again, with the whole text in one forward pass."""
     tokens = list(prompt)
     stops = {tiny_tokenizer().encode("\n", add_special_tokens=False)[-1], 2}
     for _ in range(max_new_tokens):
@@ -225,9 +226,11 @@ def written(model: PeftModel, prompt: Sequence[int], max_new_tokens: int) -> str
     return tiny_tokenizer().decode(tokens[len(prompt) :], skip_special_tokens=True).strip()
 
 
-@pytest.mark.parametrize("family", WINDOWED_FAMILIES)
-def test_a_window_does_not_see_the_padding_behind_a_prefix(family: str) -> None:
-    model = adapted(family, "prefix")
+@pytest.mark.parametrize("kind", [None, "prefix"])
+@pytest.mark.parametrize("family", [*WINDOWED_FAMILIES, "gemma2"])
+def test_a_window_does_not_see_padding(family: str, kind: str | None) -> None:
+    model = tiny_model(family, sliding_window=16)
+    model = adapted(family, kind, model) if kind else model
     prompts = [encoder("SQuAD", length).prompt(samples_of("SQuAD")[1][0]) for length in (28, 12, 6)]
     assert len({len(prompt) for prompt in prompts}) == 3
     settings = GenerationSettings(max_new_tokens=8)

@@ -21,6 +21,7 @@ from transformers import (
     Exaone4Config,
     FalconConfig,
     Gemma2Config,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -38,6 +39,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    RecurrentGemmaConfig,
     RobertaConfig,
     Starcoder2Config,
     XGLMConfig,
@@ -73,6 +75,15 @@ _BOTH_KINDS = {**_WINDOW, "layer_types": ["sliding_attention", "full_attention"]
 _WINDOWED: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "starcoder2": (Starcoder2Config, _WINDOW),
     "gemma3": (Gemma3TextConfig, {**_BOTH_KINDS, "query_pre_attn_scalar": 8}),
+    "gemma3n": (
+        Gemma3nTextConfig,
+        {
+            **{**_BOTH_KINDS, "intermediate_size": [48, 48]},
+            **{"activation_sparsity_pattern": [0.0, 0.0]},
+            **{"hidden_size_per_layer_input": 8, "laurel_rank": 4, "altup_num_inputs": 2},
+            **{"num_kv_shared_layers": 0, "vocab_size_per_layer_input": 1536},
+        },
+    ),
     "olmo3": (Olmo3Config, _BOTH_KINDS),
     "exaone4": (Exaone4Config, _BOTH_KINDS),
     "gpt_oss": (GptOssConfig, {**_BOTH_KINDS, "num_local_experts": 2, "num_experts_per_tok": 1}),
@@ -92,6 +103,10 @@ _OTHER_NAMES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     ),
     "roberta": (RobertaConfig, {**_SHAPE, "intermediate_size": 48, "is_decoder": True}),
     "mamba": (MambaConfig, {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}),
+    "recurrent_gemma": (
+        RecurrentGemmaConfig,
+        {**_GROUPED, "num_hidden_layers": 3, "head_dim": 8, "lru_width": 32},
+    ),
     "deepseek_v2": (
         DeepseekV2Config,
         {
