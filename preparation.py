@@ -21,6 +21,7 @@ from checkpoints import RunSettings
 from command_line.arguments import Arguments
 from command_line.checks import check_sizes
 from command_line.settings import length_of_run, settings_of_a_checkpoint
+from hizoo import HiZOO
 from language_model.adapters import add_lora, add_prefix, random_tokens, without_adapter
 from language_model.encoding import Encoder
 from language_model.generation import GenerationSettings, check_generation
@@ -257,6 +258,21 @@ def make_trainer(
     if arguments.trainer == "zo":
         return ZerothOrderTrainer(settings=zeroth_order_settings(arguments), **shared)
     return ObjectiveTrainer(**shared)
+
+
+def chosen_by_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, str | None]:
+    """Return what HiZOO has made of settings that may be "auto"; nothing for other optimizers.
+
+    ``hessian_dtype`` is that of the full h, None if there is none.
+    """
+    if not isinstance(optimizer, HiZOO):
+        return {}
+    full = (state.get("hessian_minus_one") for state in optimizer.state.values())
+    dtypes = {str(h.dtype).removeprefix("torch.") for h in full if h is not None}
+    return {
+        "zo_perturbation": "inplace" if optimizer.layers is None else "layerwise",
+        "hessian_dtype": ", ".join(sorted(dtypes)) or None,
+    }
 
 
 def zeroth_order_settings(arguments: Arguments) -> ZerothOrderSettings:

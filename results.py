@@ -35,7 +35,7 @@ KINDS_OF_METRICS = ("metric_before_training", "dev_metric", "metric")
 # What a run's losses are called in the Trainer's log, and in the result.
 LOSSES = {"loss": "loss", "eval_loss": "dev_loss"}
 # The settings that are what was used, and not what was asked for.
-USED = ("num_train", "num_dev", "num_eval", "max_length")
+USED = ("num_train", "num_dev", "num_eval", "max_length", "hessian_dtype", "zo_perturbation")
 # By as much they may rise by chance: a small batch can be hard, the dev examples are the same.
 NOISE = {"loss": 1.0, "dev_loss": 0.1}
 LOWER = "lower --learning_rate"
@@ -137,6 +137,13 @@ def write_results(
     print("\n".join(lines(arguments, result)))
 
 
+def show_again(arguments: Arguments, result: Mapping[str, Any]) -> None:
+    """Print a result that is there already, from one process only."""
+    if arguments.process_index == 0:
+        print("these settings have a result already (--overwrite_output_dir makes it anew)")
+        print("\n".join(result_lines(arguments, result)))
+
+
 def over_sets(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """Return mean and sample standard deviation over at least 2 runs of the metrics they have."""
     outcome = {}
@@ -152,8 +159,12 @@ def over_sets(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 def used_settings(examples: ExampleSet, max_length: int) -> dict[str, int]:
     """Return how many examples there really were, and tokens of a text at most."""
     shown = len(examples.demonstrations[0]) if examples.demonstrations else 0
-    counts = len(examples.train) or shown, len(examples.dev), len(examples.evaluation)
-    return dict(zip(USED, (*counts, max_length), strict=True))
+    return {
+        "num_train": len(examples.train) or shown,
+        "num_dev": len(examples.dev),
+        "num_eval": len(examples.evaluation),
+        "max_length": max_length,
+    }
 
 
 def metric_names(arguments: Arguments) -> dict[str, str]:
@@ -260,7 +271,7 @@ def _other_content(arguments: Arguments, result: Mapping[str, Any]) -> str:
     if result.get("trainer") != arguments.trainer:
         return f"of a run with --trainer {result.get('trainer')}, not {arguments.trainer}"
     for name in names:
-        asked_for = name not in USED or now[name] is not None
+        asked_for = name not in USED or now[name] not in (None, "auto")
         if asked_for and then[name] != now[name]:
             return f"of a run with --{name} {then[name]}, not {now[name]}"
     return "of a run with other settings, another model or other data"

@@ -18,7 +18,7 @@ if __name__ == "__main__":
 import dataclasses
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,14 @@ from language_model.head import fit_head
 from language_model.loading import leave_out_loading_bars
 from language_model.precision import advice_for_losses
 from language_model.prediction import Prediction, predict
-from preparation import Prepared, choose_trained_weights, load_pretrained, make_trainer, prepare
+from preparation import (
+    Prepared,
+    choose_trained_weights,
+    chosen_by_optimizer,
+    load_pretrained,
+    make_trainer,
+    prepare,
+)
 from results import (
     describe,
     earlier_result,
@@ -45,7 +52,7 @@ from results import (
     is_wanted_again,
     metric_names,
     prediction_rows,
-    result_lines,
+    show_again,
     summarize,
     used_settings,
     write_results,
@@ -69,11 +76,13 @@ class Experiment:
 
     Attributes:
         has_result: whether this very experiment has written its result before.
+        chosen: what training has made of settings that may be "auto".
     """
 
     arguments: Arguments
     prepared: Prepared
     has_result: bool
+    chosen: dict[str, Any] = field(default_factory=dict)
 
     def run(self, examples: ExampleSet, output_dir: Path) -> tuple[dict[str, Any], list[dict]]:
         """Do one run: evaluate, or train and evaluate. Returns its results and prediction rows."""
@@ -168,6 +177,7 @@ class Experiment:
         if arguments.save_on_interrupt:
             trainer.add_callback(interrupt)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        self.chosen = chosen_by_optimizer(trainer.optimizer)
         # What is reported comes from the model's own dtype, not from mixed precision.
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         if interrupt.received:
@@ -240,9 +250,7 @@ def run_experiment(arguments: Arguments) -> None:
     started = time.perf_counter()
     earlier = earlier_result(arguments)
     if earlier and not is_wanted_again(arguments):
-        if arguments.process_index == 0:
-            print("these settings have a result already (--overwrite_output_dir makes it anew)")
-            print("\n".join(result_lines(arguments, earlier)))
+        show_again(arguments, earlier)
         return
     transformers.set_seed(arguments.seed)
     experiment = Experiment(arguments, prepare(arguments), has_result=earlier is not None)
@@ -251,6 +259,7 @@ def run_experiment(arguments: Arguments) -> None:
     results, predictions = zip(*(experiment.run(*each) for each in runs), strict=True)
     if arguments.process_index == 0:
         used = used_settings(example_sets[0], experiment.prepared.encoder.max_length)
+        used |= experiment.chosen
         summary = summarize(arguments, results, used, time.perf_counter() - started)
         write_results(arguments, summary, predictions)
 

@@ -197,10 +197,33 @@ def test_result_says_what_was_used_and_keeps_the_losses(tmp_path: Path) -> None:
     result = finish(argv)
     assert result["settings"]["num_train"] == 1596 and result["settings"]["num_dev"] == 4
     assert result["settings"]["num_eval"] == 6 and result["settings"]["max_length"] == 1024
+    assert result["settings"]["zo_perturbation"] == "inplace"
+    assert result["settings"]["hessian_dtype"] == "float32"
     losses = result["history"]
     assert list(losses["loss"]) == ["1", "2"] and list(losses["dev_loss"]) == ["2"]
     assert all(0 < value < 5 for values in losses.values() for value in values.values())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "dtype"),
+    [
+        ({"load_float16": True}, "bfloat16"),
+        ({"load_bfloat16": True, "hessian_dtype": "float32"}, "float32"),
+        ({"load_bfloat16": True, "hessian_smooth_type": "constant0"}, None),
+    ],
+)
+def test_result_says_what_auto_came_to_be(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: dict[str, Any],
+    dtype: str | None,
+) -> None:
+    settings = finish(training(tmp_path, **SHORT, zo_eps=1e-2, **arguments))["settings"]
+    assert (settings["zo_perturbation"], settings["hessian_dtype"]) == ("layerwise", dtype)
+    # It is not what tells another experiment apart.
+    other = training(tmp_path, **SHORT, zo_eps=1e-1, **arguments)
+    assert "--zo_eps 0.01, not 0.1: " in refusal(other, tmp_path, capsys)
 
 
 def test_mean_and_deviation_of_several_sets(
