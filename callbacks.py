@@ -194,6 +194,13 @@ class LossProgress(LogLines, ProgressCallback):
         if self.prediction_bar is not None:
             self.prediction_bar.set_description(f"dev {self.objective.name}", refresh=False)
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the bar, if training had begun."""
+        if self.training_bar is not None:
+            super().on_train_end(args, state, control, **kwargs)
+
     def show(self, state: TrainerState, values: Mapping[str, str]) -> None:
         """Show the values of a step in the bar."""
         if self.training_bar is not None:

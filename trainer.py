@@ -200,7 +200,7 @@ class ObjectiveTrainer(Trainer):
         if not saved or not 0 < self.args.max_steps <= saved["global_step"]:
             try:
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-            except NotWritten:
+            except (InputError, NotWritten, KeyboardInterrupt):
                 # Close progress bars, give signals back.
                 self.callback_handler.on_train_end(self.args, self.state, self.control)
                 raise

@@ -160,6 +160,16 @@ def test_overwriting_goes_on_with_what_it_began(
     assert before == tmp_path / "out/checkpoint-2"
 
 
+def test_interrupt_that_saves_nothing_has_its_own_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop_after(2, monkeypatch)
+    more = {"save_on_interrupt": "False", "save_strategy": "no", "save_steps": None}
+    assert run.main(training(tmp_path, **SHORT, **more)) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
+    assert contents(tmp_path) == {}
+
+
 def test_bad_input_during_preparation_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
