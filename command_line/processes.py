@@ -7,6 +7,7 @@ for every process, and end with 1. This adds nothing, and ends with the processe
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 from torch.distributed.elastic.multiprocessing import SignalException
@@ -16,6 +17,10 @@ from torch.distributed.run import main
 if __name__ == "__main__":
     # What it says about processes that end is in the exception, too.
     logging.disable(logging.ERROR)
+    # What ends a run lets it save a checkpoint first: the processes get the signal, and the time.
+    signals = "SIGINT,SIGTERM,SIGHUP,SIGUSR1,SIGUSR2"
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", signals)
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     try:
         main()
     except ChildFailedError as error:
@@ -24,5 +29,5 @@ if __name__ == "__main__":
             raise
         # torchrun has stopped those that were slower to end.
         sys.exit(max(failure.exitcode for failure in error.failures.values()))
-    except SignalException as error:
-        sys.exit(128 + error.sigval)
+    except SignalException:
+        sys.exit(130)

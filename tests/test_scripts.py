@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import MODEL, ROOT, SAMPLES, log_of, weights
+from running import MODEL, ROOT, SAMPLES, log_of, start, weights
 from test_hizoo_sh import (
     passed_arguments,
     passed_to_python,
@@ -332,6 +333,19 @@ def test_processes_end_in_few_words(tmp_path: Path, said: str | None, code: int)
         assert done.stderr == f"{said}\n"
     else:
         assert "exitcode  : 2" in done.stderr  # torchrun's report
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGUSR1"])
+def test_processes_get_a_signal_and_its_time(tmp_path: Path, name: str) -> None:
+    (tmp_path / "saving.py").write_text(
+        "import signal, sys, time\n"
+        f"signal.signal(signal.{name}, lambda *_: (print('saved'), sys.exit(130)))\n"
+        "print('ready', flush=True)\ntime.sleep(100)"
+    )
+    process = start(["saving.py"], tmp_path, "-P", script=PROCESSES)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.Signals[name])
+    assert process.communicate(timeout=60) == ("saved\n", "") and process.returncode == 130
 
 
 def test_fsdp_of_the_bundled_model_is_not_evaluated_before(tmp_path: Path) -> None:
