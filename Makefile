@@ -12,7 +12,7 @@ demo: .venv/demo-installed
 test: .venv/test-installed
 	$(VENV_PATH) ruff check .
 	$(VENV_PATH) ruff format --check .
-	$(VENV_PATH) python -m pytest -q -n 2
+	$(VENV_PATH) python -m pytest -q -n 2 --dist loadgroup
 
 # pip comes last into an environment: without it the environment is not whole.
 .venv/bin/pip:

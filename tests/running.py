@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_models import tiny_model, tiny_tokenizer
 
 import run
 from trainer import ObjectiveTrainer
@@ -20,6 +23,15 @@ from trainer import ObjectiveTrainer
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "data" / "tiny-opt"
 SAMPLES = ROOT / "data" / "samples"
+
+
+@functools.cache
+def small_model() -> TemporaryDirectory:
+    """A folder with an OPT of a tenth of the bundled model's parameters, and random ones."""
+    folder = TemporaryDirectory(prefix="small-opt-")
+    tiny_model("opt", dropout=0.0).save_pretrained(folder.name)
+    tiny_tokenizer().save_pretrained(folder.name)
+    return folder
 
 
 def command(task: str = "SST2", **arguments: Any) -> list[str]:
@@ -33,8 +45,9 @@ def command(task: str = "SST2", **arguments: Any) -> list[str]:
 
 
 def training(folder: Path, task: str = "SST2", **arguments: Any) -> list[str]:
-    """Arguments of a short HiZOO run that writes below ``folder`` only."""
+    """Arguments of a short HiZOO run of a small model that writes below ``folder`` only."""
     values: dict[str, Any] = {
+        "model_name": small_model().name,
         "trainer": "zo",
         "train_as_classification": True,
         "num_train": 12,

@@ -339,7 +339,7 @@ def test_train_file_without_a_column(tmp_path: Path, capfd: pytest.CaptureFixtur
 
 
 def test_checkpoint_of_another_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    finish(training(tmp_path, max_steps=3))
+    finish(training(tmp_path, model_name=MODEL, max_steps=3))
     (tmp_path / "result.json").unlink()
     config = json.loads((MODEL / "config.json").read_text())
     for name, change in (("wide", {"ffn_dim": 256}), ("deep", {"num_hidden_layers": 4})):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import subprocess
+import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +15,25 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def measured(name: str, folder: Path, *arguments: str) -> Any:
-    """What a script of benchmarks/ writes with --json."""
-    file = folder / "figures.json"
-    process = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / name), *arguments, "--json", str(file)],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=200,
-    )
-    assert process.returncode == 0, process.stderr
-    return json.loads(file.read_text(encoding="utf-8"))
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Runs a script of benchmarks/ in this process; returns what it writes with --json."""
+
+    def run(name: str, *arguments: str) -> Any:
+        file = tmp_path / "figures.json"
+        with monkeypatch.context() as patched:
+            patched.chdir(tmp_path)
+            patched.setattr(sys, "path", [*sys.path])
+            patched.setattr(sys, "argv", [name, *arguments, "--json", str(file)])
+            runpy.run_path(str(ROOT / "benchmarks" / name), run_name="__main__")
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    return run
 
 
-def test_step(tmp_path: Path) -> None:
+def test_step(measured: Callable[..., Any]) -> None:
     small = ("--model", "tiny", "--batch", "2", "--tokens", "4", "--repeats", "1")
-    rows = measured("step.py", tmp_path, *small)
+    rows = measured("step.py", *small)
     for dtype, shifts in (("float32", 3), ("bfloat16", 0)):
         names = [row["what"] for row in rows if row["dtype"] == dtype]
         assert names[:3] == ["forward", "draw", "torch's draw"]
@@ -45,19 +46,19 @@ def test_step(tmp_path: Path) -> None:
     assert ratios == [1, 1]
 
 
-def test_scoring(tmp_path: Path) -> None:
+def test_scoring(measured: Callable[..., Any]) -> None:
     small = ("--model", "tiny", "--examples", "4", "--usual_examples", "2", "--repeats", "1")
-    rows = measured("scoring.py", tmp_path, *small, "--only", "icl", "SST2", "generation 20")
+    rows = measured("scoring.py", *small, "--only", "icl", "SST2", "generation 20")
     in_context, training, generation = rows
     assert in_context["same_predictions"] and in_context["largest_difference"] < 1e-4
     assert training["over_bare"] > 0 and training["times"] > 0
     assert generation["same_text"]
 
 
-def test_precision(tmp_path: Path) -> None:
+def test_precision(tmp_path: Path, measured: Callable[..., Any]) -> None:
     small = ("--steps", "1", "--drift_steps", "20", "--long_steps", "20", "--seeds", "0")
     plot = tmp_path / "precision.png"
-    figures = measured("precision.py", tmp_path, *small, "--plot", str(plot))
+    figures = measured("precision.py", *small, "--plot", str(plot))
     drift = figures["drift"]
     assert drift["HiZOO"]["float16"] == drift["HiZOO"]["bfloat16"] == 0
     assert drift["textbook"]["bfloat16"] > drift["textbook"]["float16"] > 1e-4
@@ -68,8 +69,8 @@ def test_precision(tmp_path: Path) -> None:
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_modes(tmp_path: Path) -> None:
-    (row,) = measured("modes.py", tmp_path, "--only", "zero-shot")
+def test_modes(measured: Callable[..., Any]) -> None:
+    (row,) = measured("modes.py", "--only", "zero-shot")
     assert row["trained_parameters"] == 0 and row["checkpoint_mib"] is None
     assert row["after"] == pytest.approx(0.746, abs=0.01)
     assert row["peak_mib"] > 100

@@ -138,7 +138,7 @@ def test_every_command_line_runs(
     starts = re.findall(r"\b(?:python|bash)\b (?:-m \S+|\S+\.(?:py|sh))", block)
     assert len(calls) == len(starts) > 0
     for call in calls:
-        if Path(call[1]).name == "processes.py":  # needs GPUs; see tests/test_scripts.py
+        if Path(call[1]).name == "processes.py":  # needs GPUs; see test_two_processes.py
             assert str(checkout / "run.py") in call and "--fsdp" in call
             continue
         if call[0] == "-m":  # an example, which tests/test_examples.py runs

@@ -7,16 +7,12 @@ through the model are counted.
 from __future__ import annotations
 
 import itertools
-import json
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from running import command, finish, log_of, start, training
 from test_scoring import (
     WINDOWED,
     Oracle,
@@ -335,100 +331,3 @@ def test_scores_after_lack_of_memory(share: bool, monkeypatch: pytest.MonkeyPatc
     found = predict(model, Encoder(*setting), samples, shown, 7)
     assert failed == [7, 3]
     assert_equal_predictions(found, Oracle(model, *setting).predict(samples, shown))
-
-
-# --------------------------------------------------------------------------------- two processes
-
-
-# One launch for several runs: loading the libraries takes longer than they do.
-DRIVER = """
-import json, os, sys
-import run, trainer
-train = trainer.ObjectiveTrainer.train
-def train_and_note(self, **arguments):
-    train(self, **arguments)
-    with open(f"rank{os.environ['RANK']}.json", "w") as file:
-        json.dump(self.state.log_history, file)
-trainer.ObjectiveTrainer.train = train_and_note
-for line in json.loads(sys.argv[1]):
-    if code := run.main(line):
-        sys.exit(code)
-"""
-
-
-def evaluations(folder: Path) -> list[list[str]]:
-    """Command lines; 7 examples are an odd number for two processes."""
-    return [
-        command(
-            task,
-            num_eval=7,
-            num_train=4,
-            train_set_seed=0,
-            per_device_eval_batch_size=3,
-            max_new_tokens=6 if task == "SQuAD" else None,
-            result_file=folder / f"{task}.json",
-            predictions_file=folder / f"{task}.jsonl",
-        )
-        for task in ("SST2", "SQuAD")
-    ]
-
-
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("two")
-    regular = training(
-        folder,
-        trainer="regular",
-        hessian_smooth_type=None,
-        max_steps=2,
-        save_steps=2,
-        per_device_train_batch_size=2,
-        result_file=folder / "regular.json",
-    )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    driver = folder / "driver.py"
-    driver.write_text(DRIVER)
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port))
-    lines = json.dumps([*evaluations(folder), regular])
-    process = start([lines], folder, *launcher, script=driver)
-    out, errors = process.communicate(timeout=150)
-    assert process.returncode == 0, errors
-    (folder / "printed.txt").write_text(out)
-    return folder
-
-
-@pytest.mark.parametrize("number", [0, 1], ids=["SST2", "SQuAD"])
-def test_two_processes_evaluate_as_one(two_processes: Path, tmp_path: Path, number: int) -> None:
-    task = ("SST2", "SQuAD")[number]
-    one = finish(evaluations(tmp_path)[number])
-    two = json.loads((two_processes / f"{task}.json").read_text())
-    assert two["metric"] == one["metric"]
-    rows = [
-        [json.loads(line) for line in (folder / f"{task}.jsonl").read_text().splitlines()]
-        for folder in (tmp_path, two_processes)
-    ]
-    assert len({str(row["scores"] or row["prediction"]) for row in rows[0]}) > 2
-    for alone, together in zip(*rows, strict=True):
-        assert together.pop("scores") == pytest.approx(alone.pop("scores"), abs=1e-5)
-        assert together == alone
-    assert len({row["id"] for row in rows[0]}) == 7
-
-
-def test_two_processes_write_once(two_processes: Path) -> None:
-    files = {path.name for path in two_processes.glob("*.json*")}
-    ranks, tasks = {"rank0.json", "rank1.json"}, {"SST2.json", "SST2.jsonl"}
-    assert files == ranks | tasks | {"SQuAD.json", "SQuAD.jsonl", "regular.json"}
-    printed = (two_processes / "printed.txt").read_text()
-    assert printed.count("result: ") == 3 and printed.count("(7 examples)") == 2
-
-
-def test_first_order_training_in_two_processes(two_processes: Path, tmp_path: Path) -> None:
-    assert [path.name for path in (two_processes / "out").iterdir()] == ["checkpoint-2"]
-    logs = [json.loads((two_processes / f"rank{rank}.json").read_text()) for rank in (0, 1)]
-    losses = [[row["loss"] for row in log if "loss" in row] for log in logs]
-    assert losses[0] == losses[1] == log_of(two_processes / "out/checkpoint-2", "loss")
-    # Two halves of a batch of four are one batch of four.
-    finish(training(tmp_path, trainer="regular", hessian_smooth_type=None, max_steps=2))
-    assert losses[0] == pytest.approx(log_of(tmp_path / "out/checkpoint-2", "loss"), abs=1e-4)

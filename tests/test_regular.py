@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import assert_same_tensors, finish, log_of, training, weights
+from running import MODEL, assert_same_tensors, finish, log_of, training, weights
 from torch import Tensor, nn
 
 import run
@@ -31,6 +31,7 @@ def test_regular_training_lowers_the_loss(tmp_path: Path, objective: dict[str, A
     finish(
         training(
             tmp_path,
+            model_name=MODEL,
             save_steps=12,
             **REGULAR,
             **arguments,

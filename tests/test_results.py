@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import MODEL, command, contents, finish, training
+from running import command, contents, finish, small_model, training
 
 import run
 from checkpoints import RunSettings, unfinished_checkpoint
@@ -147,7 +147,7 @@ def test_overwriting_goes_on_with_what_it_began(
         assert result["resumed_from"] == str(tmp_path / "out/checkpoint-2")
         assert list(result["history"]["loss"]) == ["1", "2", "3"]
     # It does not go on with what is done, or was begun by other settings or for another length.
-    last, model = tmp_path / "out/checkpoint-3", load_model(str(MODEL), torch.float32)
+    last, model = tmp_path / "out/checkpoint-3", load_model(small_model().name, torch.float32)
     settings = RunSettings.read(last)
     assert unfinished_checkpoint(tmp_path / "out", model, settings, has_result=False) == last
     assert unfinished_checkpoint(tmp_path / "out", model, settings, has_result=True) is None

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from running import MODEL, ROOT, SAMPLES, command, contents, finish, start, training
+from running import MODEL, ROOT, SAMPLES, command, contents, finish, small_model, training
 
 import run
 import tasks
@@ -169,7 +169,7 @@ def test_language_model_training(tmp_path: Path, task: str) -> None:
 
 def test_zero_shot_before_training_is_the_zero_shot_run(tmp_path: Path) -> None:
     trained = finish(training(tmp_path / "a", eval_before_training=True, no_eval=None))
-    alone = finish(evaluation(tmp_path / "b", train_set_seed=0))
+    alone = finish(evaluation(tmp_path / "b", model_name=small_model().name, train_set_seed=0))
     assert trained["metric_before_training"] == alone["metric"]
 
 
@@ -218,11 +218,14 @@ def test_default_files_are_named_after_the_settings(
     assert (tmp_path / "result/mine.json").is_file()
 
 
-def test_unknown_model_offline_is_refused_at_once(tmp_path: Path) -> None:
+def test_unknown_model_offline_is_refused_at_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     argv = ["--task_name", "SST2", "--model_name", "nobody/nothing", "--data_dir", str(SAMPLES)]
-    process = start(argv, tmp_path)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, len(err.splitlines())) == (2, "", 1)
+    assert run.main(argv) == 2
+    out, err = capfd.readouterr()
+    assert (out, len(err.splitlines())) == ("", 1)
     assert err.startswith("error: --model_name nobody/nothing: ")
     assert contents(tmp_path) == {}
 

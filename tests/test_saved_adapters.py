@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import MODEL, command, contents, finish, training
+from running import command, contents, finish, small_model, training
 from safetensors.torch import load_file
 from test_adapters import adapted, trained
 from tiny_models import tiny_model, tiny_tokenizer
@@ -67,7 +67,7 @@ def test_a_run_goes_on_from_an_adapter(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its model is named by a relative path, which is not the one from here."""
-    shutil.copytree(MODEL, tmp_path / "models" / "tiny")
+    shutil.copytree(small_model().name, tmp_path / "models" / "tiny")
     monkeypatch.chdir(tmp_path)
     short = {"max_steps": 2, "save_steps": 2, "learning_rate": 1e-1, "zo_eps": 1e-2}
     rows = {name: tmp_path / f"{name}.jsonl" for name in ("trained", "loaded")}

@@ -17,6 +17,7 @@ from running import (
     finish,
     let_every_dev_loss_be_worse,
     log_of,
+    small_model,
     training,
     weights,
 )
@@ -44,14 +45,14 @@ TRAINERS: dict[str, dict[str, Any]] = {
     "zo": {"learning_rate": 1e-2, "zo_eps": 1e-2},
     "regular": {"trainer": "regular", "hessian_smooth_type": None, "learning_rate": 1e-3},
 }
-# A layer of the bundled model has 2 projections of 128 x 128, 3 layers in all.
+# A layer of the small model has 2 projections of 32 x 32, 2 layers in all.
 TRAINED_PARAMETERS = {
-    "lora": 3 * 2 * 8 * (128 + 128),
-    "prefix": 5 * 3 * 2 * 128,
-    "reparameterised prefix": 5 * 128 + 512 * 129 + 3 * 2 * 128 * 513,
-    "prefix from noise": 5 * 3 * 2 * 128,
-    "head": 1536 * 128,
-    "untied head": 1536 * 128,
+    "lora": 2 * 2 * 8 * (32 + 32),
+    "prefix": 5 * 2 * 2 * 32,
+    "reparameterised prefix": 5 * 32 + 512 * 33 + 2 * 2 * 32 * 513,
+    "prefix from noise": 5 * 2 * 2 * 32,
+    "head": 1536 * 32,
+    "untied head": 1536 * 32,
 }
 
 
@@ -95,7 +96,7 @@ def test_only_the_adapter_is_trained_and_saved(tmp_path: Path, mode: str, traine
     assert not (folder / "model.safetensors").exists()
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["peft_type"] == ("LORA" if mode == "lora" else "PREFIX_TUNING")
-    assert config["base_model_name_or_path"] == str(MODEL)
+    assert config["base_model_name_or_path"] == small_model().name
     state = torch.load(folder / "optimizer.pt", weights_only=True)["state"]
     tensors = [value for one in state.values() for value in one.values() if value.dim()]
     copies = 1 if trainer == "zo" else 2  # h, or AdamW's two moments
@@ -118,7 +119,7 @@ def test_peft_alone_predicts_the_same(tmp_path: Path, mode: str, task: str) -> N
     )
     result = finish(argv)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    base = AutoModelForCausalLM.from_pretrained(MODEL)
+    base = AutoModelForCausalLM.from_pretrained(small_model().name)
     with without_future_warnings():
         model = PeftModel.from_pretrained(base, tmp_path / "out").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -153,7 +154,7 @@ def test_peft_alone_predicts_the_same(tmp_path: Path, mode: str, task: str) -> N
 def test_an_untied_head_is_loaded_untied(tmp_path: Path) -> None:
     arguments = MODES["untied head"] | TRAINERS["regular"]
     finish(training(tmp_path, **arguments, save_model=True))
-    before, after = weights(MODEL), weights(tmp_path / "out")
+    before, after = weights(Path(small_model().name)), weights(tmp_path / "out")
     embeddings = next(name for name in before if name.endswith("embed_tokens.weight"))
     assert torch.equal(after[embeddings], before[embeddings])
     assert not torch.equal(after["lm_head.weight"], before[embeddings])
@@ -167,7 +168,7 @@ def test_a_tied_head_trains_the_embeddings_and_says_so(
 ) -> None:
     finish(training(tmp_path, **MODES["head"], **TRAINERS["regular"]))
     assert "the head is tied" in capsys.readouterr().out
-    before, after = weights(MODEL), weights(tmp_path / "out" / "checkpoint-6")
+    before, after = weights(Path(small_model().name)), weights(tmp_path / "out" / "checkpoint-6")
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     assert [name.rpartition(".embed")[1] for name in changed] == [".embed"]
 
@@ -194,6 +195,7 @@ def test_linear_probing_learns_and_saves(tmp_path: Path) -> None:
     argv = training(
         tmp_path,
         trainer="regular",
+        model_name=MODEL,
         linear_probing=True,
         num_train=256,
         num_eval=100,

@@ -1,0 +1,222 @@
+"""Two processes evaluate and train as one does: each with half of the examples, or of the weights.
+
+Loading the libraries takes longer than all of these runs: one launch does them one after another.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from running import (
+    ROOT,
+    assert_same_tensors,
+    command,
+    finish,
+    log_of,
+    training,
+    weights,
+)
+from test_hizoo_sh import passed_to_python
+from test_scripts import FINETUNE, FSDP, SMALL, checkpoint_of, launcher_and_arguments
+from test_scripts import finish as finish_script
+
+# One process of pytest-xdist runs all of this module.
+pytestmark = pytest.mark.xdist_group("two processes")
+
+# Notes what each process ends a training with. accelerate shards on accelerators only: this lets it
+# shard on CPUs, as it does where there are GPUs; everything else is the same code.
+DRIVER = """
+import json, os, sys
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+import run, trainer
+
+initialise = AcceleratorState.__init__
+train = trainer.ObjectiveTrainer.train
+
+def initialise_sharded(self, *arguments, fsdp_plugin=None, **settings):
+    initialise(self, *arguments, fsdp_plugin=fsdp_plugin, **settings)
+    if fsdp_plugin is not None:
+        self.fsdp_plugin = fsdp_plugin
+        self.distributed_type = DistributedType.FSDP
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+def train_and_note(self, **arguments):
+    train(self, **arguments)
+    name = f"rank{os.environ['RANK']}"
+    with open(name + ".json", "w") as file:
+        json.dump(self.state.log_history, file)
+    if not self.is_fsdp_enabled:
+        torch.save(self.model.state_dict(), name + ".pt")
+
+AcceleratorState.__init__ = initialise_sharded
+trainer.ObjectiveTrainer.train = train_and_note
+for folder, line in json.loads(sys.argv[1]):
+    os.chdir(folder)
+    if os.environ["RANK"] == "0":
+        print(f"[{os.path.basename(folder)}]", flush=True)
+    if code := run.main(line):
+        sys.exit(code)
+"""
+
+
+def evaluation(folder: Path, task: str) -> list[str]:
+    """A command line; 7 examples are an odd number for two processes."""
+    return command(
+        task,
+        num_eval=7,
+        num_train=4,
+        train_set_seed=0,
+        per_device_eval_batch_size=3,
+        max_new_tokens=6 if task == "SQuAD" else None,
+        result_file=folder / f"{task}.json",
+        predictions_file=folder / f"{task}.jsonl",
+    )
+
+
+FIRST_ORDER = {"trainer": "regular", "hessian_smooth_type": None, "max_steps": 2, "save_steps": 2}
+# The projected gradient and the curvature magnify the rounding of the losses, by 1/2μ and 1/2μ²:
+# hence a large μ and a small α. 11 dev examples are an odd number for two processes.
+ZEROTH_ORDER = {
+    "zo_eps": 1e-2,
+    "hessian_smooth_type": "constant1e-4",
+    "save_on_interrupt": True,
+    "no_eval": None,
+    "num_dev": 11,
+    "eval_strategy": "steps",
+    "eval_steps": 3,
+}
+# The shares of the eval examples differ, 5 and 4: in batches of 4, two forward passes and one.
+SHARDED = (
+    *("--logging_steps", "1", "--per_device_eval_batch_size", "4", "--num_eval", "9"),
+    *("--predictions_file", "predictions.jsonl"),
+)
+SHARDED_VARIABLES = SMALL | {"LR": "1e-4"}
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all runs, each in one of its own, with what they printed."""
+    folder = tmp_path_factory.mktemp("two")
+    folders = {
+        name: folder / name for name in ("evaluation", "first_order", "zeroth_order", "sharded")
+    }
+    for each in folders.values():
+        each.mkdir()
+    passed = passed_to_python(
+        folders["sharded"], *SHARDED, script=FSDP, NUM_GPU="2", **SHARDED_VARIABLES
+    )
+    launcher, sharded = launcher_and_arguments(passed)
+    assert "--eval_before_training" not in sharded
+    half = {"per_device_train_batch_size": 2}
+    lines = [
+        *(("evaluation", evaluation(folders["evaluation"], task)) for task in ("SST2", "SQuAD")),
+        ("first_order", training(folders["first_order"], **FIRST_ORDER | half)),
+        ("zeroth_order", training(folders["zeroth_order"], **ZEROTH_ORDER | half)),
+        ("sharded", sharded),
+    ]
+    driver = folder / "driver.py"
+    driver.write_text(DRIVER)
+    done = subprocess.run(
+        [
+            *(sys.executable, *launcher, str(driver)),
+            json.dumps([(str(folders[name]), line) for name, line in lines]),
+        ],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    printed = re.split(r"^\[(\w+)\]\n", done.stdout, flags=re.MULTILINE)
+    for name, lines_of_a_run in zip(printed[1::2], printed[2::2], strict=True):
+        with (folders[name] / "printed.txt").open("a") as file:
+            file.write(lines_of_a_run)
+    return folder
+
+
+@pytest.mark.parametrize("task", ["SST2", "SQuAD"])
+def test_two_processes_evaluate_as_one(two_processes: Path, tmp_path: Path, task: str) -> None:
+    one = finish(evaluation(tmp_path, task))
+    two = json.loads((two_processes / "evaluation" / f"{task}.json").read_text())
+    assert two["metric"] == one["metric"]
+    rows = [
+        [json.loads(line) for line in (folder / f"{task}.jsonl").read_text().splitlines()]
+        for folder in (tmp_path, two_processes / "evaluation")
+    ]
+    assert len({str(row["scores"] or row["prediction"]) for row in rows[0]}) > 2
+    for alone, together in zip(*rows, strict=True):
+        assert together.pop("scores") == pytest.approx(alone.pop("scores"), abs=1e-5)
+        assert together == alone
+    assert len({row["id"] for row in rows[0]}) == 7
+
+
+def test_two_processes_write_once(two_processes: Path) -> None:
+    written = {"SST2.json", "SST2.jsonl", "SQuAD.json", "SQuAD.jsonl"}
+    assert {path.name for path in (two_processes / "evaluation").glob("*.json*")} == written
+    ranks = {"rank0.json", "rank1.json", "rank0.pt", "rank1.pt"}
+    written = {"out", "result.json", "printed.txt"} | ranks
+    assert {path.name for path in (two_processes / "first_order").iterdir()} == written
+    printed = (two_processes / "evaluation" / "printed.txt").read_text()
+    assert printed.count("result: ") == 2 and printed.count("(7 examples)") == 2
+    assert (two_processes / "first_order" / "printed.txt").read_text().count("result: ") == 1
+
+
+def test_first_order_training(two_processes: Path, tmp_path: Path) -> None:
+    folder = two_processes / "first_order"
+    assert [path.name for path in (folder / "out").iterdir()] == ["checkpoint-2"]
+    logs = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    losses = [[row["loss"] for row in log if "loss" in row] for log in logs]
+    assert losses[0] == losses[1] == log_of(folder / "out/checkpoint-2", "loss")
+    # Two halves of a batch of four are one batch of four.
+    finish(training(tmp_path, **FIRST_ORDER))
+    assert losses[0] == pytest.approx(log_of(tmp_path / "out/checkpoint-2", "loss"), abs=1e-4)
+
+
+def test_zeroth_order_training_keeps_the_same_weights(two_processes: Path, tmp_path: Path) -> None:
+    folder = two_processes / "zeroth_order"
+    assert (folder / "printed.txt").read_text().count("test accuracy") == 1
+    assert json.loads((folder / "result.json").read_text())["steps"] == 6
+    ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert_same_tensors(*ranks)
+    # Two halves of a batch of four are one batch of four, up to the rounding of the losses.
+    finish(training(tmp_path, **ZEROTH_ORDER))
+    one, two = (parent / "out/checkpoint-6" for parent in (tmp_path, folder))
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(tensor, weights(two)[name], atol=2e-6, rtol=0)
+    assert log_of(two, "loss") == pytest.approx(log_of(one, "loss"), abs=1e-4)
+    assert log_of(two, "eval_loss") == pytest.approx(log_of(one, "eval_loss"), abs=1e-4)
+
+
+def test_sharded_training(
+    two_processes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = finish_script(tmp_path, monkeypatch, FINETUNE, *SHARDED, **SHARDED_VARIABLES)
+    two = two_processes / "sharded"
+    assert (two / "printed.txt").read_text().count("test accuracy: ") == 1
+    checkpoints = [checkpoint_of(result, tmp_path)]
+    (result_file,) = (two / "result").glob("*.json")
+    checkpoints += [checkpoint_of(json.loads(result_file.read_text()), two)]
+    # Only a sharded run writes this file.
+    assert (checkpoints[1] / "pytorch_model_fsdp.bin").is_file()
+    for name in ("loss", "eval_loss"):
+        losses = [log_of(checkpoint, name) for checkpoint in checkpoints]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    for key, tensor in weights(checkpoints[0]).items():
+        assert (weights(checkpoints[1])[key] - tensor).abs().mean() < 2e-6, key
+    rows = [
+        [json.loads(row) for row in (folder / "predictions.jsonl").read_text().splitlines()]
+        for folder in (tmp_path, two)
+    ]
+    for alone, sharded in zip(*rows, strict=True):
+        assert alone["id"] == sharded["id"]
+        assert sharded["scores"] == pytest.approx(alone["scores"], abs=1e-3)
