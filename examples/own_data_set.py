@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from datasets import load_dataset
-from torch import Tensor, nn
+from torch import Tensor, cuda, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -47,6 +47,7 @@ ZerothOrderTrainer(
         max_steps=45,
         per_device_train_batch_size=16,
         learning_rate=5e-4,
+        dataloader_pin_memory=cuda.is_available(),
         eval_strategy="steps",
         eval_steps=15,
     ),

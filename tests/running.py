@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from tiny_models import tiny_model, tiny_tokenizer
 
 import run
+from language_model.loading import leave_out_loading_bars
 from trainer import ObjectiveTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +29,7 @@ SAMPLES = ROOT / "data" / "samples"
 @functools.cache
 def small_model() -> TemporaryDirectory:
     """A folder with an OPT of a tenth of the bundled model's parameters, and random ones."""
+    leave_out_loading_bars()
     folder = TemporaryDirectory(prefix="small-opt-")
     tiny_model("opt", dropout=0.0).save_pretrained(folder.name)
     tiny_tokenizer().save_pretrained(folder.name)

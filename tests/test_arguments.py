@@ -157,8 +157,8 @@ BAD_TRAINING = {
         ["--torch_compile_mode nothing", "max-autotune"],
     ),
     "rank above the matrices'": (
-        {"lora": True, "lora_r": 129},
-        ["--lora_r 129", "128", "hidden size"],
+        {"lora": True, "lora_r": 33},
+        ["--lora_r 33", "32", "hidden size"],
     ),
     "classes of a text": (
         {"task_name": "SQuAD"},
