@@ -24,6 +24,10 @@ One step, for parameters θ, diagonal curvature h (starts at 1), learning rate �
     h  <- (1-α) h + α c h u²              elementwise
     θ  <- θ - η (g u/√h + λ θ)            with the new h
 
+Along u/√h a batch's loss is lowest at η = 1/2c. ``step_size="curvature"`` takes a part k of that,
+from the running mean of c, η = k / 2c̄: no learning rate has to be known, and where the curvature
+rises, steps become shorter.
+
 The noise u is never stored. Every number of it is a function of (seed, step, parameter, index), a
 hash that is computed again, tile by tile, whenever it is needed: three times a step, once for each
 perturbed forward pass and once for the update. No global random state is read or changed. For large
@@ -53,6 +57,8 @@ from torch import Tensor
 # a compiled kernel, which would otherwise be compiled anew for every number, and floats elsewhere.
 
 Scalar = float | Tensor
+# A direction's number, and how many times μ u/√h the parameters are shifted along it.
+Point = tuple[int, float]
 # h - 1 of a tile, or the row factors (rows, 1) and column factors (columns,) whose product is h.
 HessianTile = Tensor | tuple[Tensor, Tensor] | None
 
@@ -152,17 +158,30 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[Scalar]) -> Tensor
     return total
 
 
-def scalars(differences: list[list[float]], eps: float) -> tuple[list[float], list[float]]:
+def scalars(
+    differences: list[list[float]], eps: float, curvature_eps: float
+) -> tuple[list[float], list[float]]:
     """Return g and c of every direction, divided by the number of directions."""
     samples = len(differences)
     gradients = [first / (2 * eps) / samples for first, _ in differences]
-    return gradients, [abs(second) / (2 * eps**2) / samples for _, second in differences]
+    return gradients, [abs(second) / (2 * curvature_eps**2) / samples for _, second in differences]
+
+
+def running_mean(mean: float, value: float, count: int) -> float:
+    """Return the mean of a stream after its ``count``-th value: of the last ``MEMORY`` or so."""
+    return mean + (value - mean) / min(count, MEMORY)
 
 
 # ------------------------------------------------------------------------------ the optimizer
 
 
 HESSIANS = ("full", "lowrank")
+STEP_SIZES = ("fixed", "curvature")
+# Measurements that a running mean of c or of g² remembers. A single c raises its mean to this part
+# of itself at least, and the step grows over so many first measurements to its length.
+MEMORY, LEAST_PART, FIRST_MEASUREMENTS = 20, 0.3, 5
+# Steps between two measurements of c where they are all that its forward passes are for.
+RARELY = 10
 # Numbers of the streams that stochastic rounding draws from; those of u are numbered from 0.
 ROUNDING_WEIGHTS, ROUNDING_HESSIAN = -1, -2
 # No number of u is larger.
@@ -188,7 +207,8 @@ class HiZOO(torch.optim.Optimizer):
         params: tensors or parameter groups. ``lr``, ``eps``, ``hessian_smooth``, ``weight_decay``
             may differ between groups, and may change between steps (schedulers).
         lr: learning rate η, per unit of the projected gradient. Published runs: 1e-7 to 1e-6 for
-            all parameters of a large model.
+            all parameters of a large model. With ``step_size="curvature"`` it is k, for instance
+            0.1, whatever the model.
         eps: perturbation scale μ, in units of the weights; larger than 0.
         hessian_smooth: smoothing α of h, from 0 (MeZO: two forward passes a step) to below 1.
         weight_decay: decoupled weight decay λ, multiplied by ``lr``.
@@ -196,6 +216,13 @@ class HiZOO(torch.optim.Optimizer):
             one for the columns of each matrix.
         hessian_dtype: of the full h; None: that of the weights, bfloat16 for float16.
         num_samples: directions u a step, averaged (n-SPSA, MeZO paper, section 2).
+        step_size: "fixed", η = lr, or "curvature", η = lr n / 2c̄ for n directions.
+        curvature_every: steps from one measurement of c to the next; each of the first so many
+            steps has one. h changes in steps with one only. None: 1, and 10 where c takes forward
+            passes that nothing else needs, for its own μ or for the step size alone.
+        curvature_eps: μ of c, where rounding wants a larger one than for g: c takes two further
+            forward passes a direction then. None: ``eps``. Other groups' are in proportion.
+        clip: |g| is bounded by so many times its running root mean square; None: it is not.
         layers: None shifts the weights in place and back, which rounds: by up to a unit in the
             last place a step. ``layerwise.LayerwiseWeights(model)`` leaves them as they are and
             perturbs one module at a time, with scratch memory for the largest; for half precision.
@@ -212,7 +239,7 @@ class HiZOO(torch.optim.Optimizer):
 
     Attributes:
         projected_gradient: g of the last step (first group's μ; mean over the directions).
-        curvature: c of the last step (likewise), 0 without curvature.
+        curvature: c of the last step that measured it (likewise), 0 without curvature.
 
     Raises:
         ValueError: an argument out of range, a parameter that is not contiguous or not of a
@@ -235,6 +262,10 @@ class HiZOO(torch.optim.Optimizer):
         hessian: str = "full",
         hessian_dtype: torch.dtype | None = None,
         num_samples: int = 1,
+        step_size: str = "fixed",
+        curvature_every: int | None = None,
+        curvature_eps: float | None = None,
+        clip: float | None = None,
         layers: Any = None,
         seed: int = 0,
         compile: bool | None = None,
@@ -243,7 +274,17 @@ class HiZOO(torch.optim.Optimizer):
             raise ValueError(f"num_samples must be at least 1, not {num_samples!r}")
         if hessian not in HESSIANS:
             raise ValueError(f"hessian must be one of {', '.join(HESSIANS)}, not {hessian!r}")
+        if step_size not in STEP_SIZES:
+            raise ValueError(f"step_size must be one of {', '.join(STEP_SIZES)}, not {step_size!r}")
+        if curvature_every is not None and curvature_every < 1:
+            raise ValueError(f"curvature_every must be at least 1, not {curvature_every!r}")
+        for name, value in (("curvature_eps", curvature_eps), ("clip", clip)):
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be larger than 0 and finite, not {value!r}")
         self.num_samples = num_samples
+        self.step_size = step_size
+        self.curvature_every = curvature_every
+        self.clip = clip
         self.hessian = hessian
         self.hessian_dtype = hessian_dtype
         self.layers = layers
@@ -258,10 +299,15 @@ class HiZOO(torch.optim.Optimizer):
             "eps": eps,
             "hessian_smooth": hessian_smooth,
             "weight_decay": weight_decay,
+            "curvature_eps": curvature_eps,
             "seed": seed,
             "step": 0,
             "skipped_steps": 0,
             "skipped_in_a_row": 0,
+            "clipped_steps": 0,
+            "mean_curvature": 0.0,
+            "measured_steps": 0,
+            "mean_square_gradient": 0.0,
         }
         super().__init__(params, defaults)
         self._check_parameters()
@@ -335,7 +381,7 @@ class HiZOO(torch.optim.Optimizer):
 
     @torch.no_grad()
     def estimate(self, closure: Callable[[], Any], weight: float | None = None) -> float:
-        """Run the forward passes of one batch: 2 a direction, and one unperturbed if α > 0.
+        """Run the forward passes of one batch: 2 a direction, and those of c if it is measured.
 
         ``closure`` returns the loss of the batch, a number or a tensor of one, and must give the
         same loss for the same weights (no dropout): the first step calls it once more than it
@@ -344,29 +390,33 @@ class HiZOO(torch.optim.Optimizer):
         count alike. Returns the unperturbed loss, or without it the mean of the perturbed ones. If
         anything raises, the weights come back and the step starts anew.
         """
-        with_curvature = any(group["hessian_smooth"] > 0 for group in self.param_groups)
-        points = [(draw, sign) for draw in range(self.num_samples) for sign in (1, -1)]
-        order = [None, *points] if with_curvature else points
         self._prepare()
+        measures, ratio = self._measures_curvature(), self._curvature_ratio()
+        scales = (1.0, ratio, -ratio, -1.0) if measures and ratio != 1 else (1.0, -1.0)
+        order: list[Point | None] = [None] if measures else []
+        order += [(draw, scale) for draw in range(self.num_samples) for scale in scales]
         if self.layers is not None and not self.layers.checked:
             self._check_layers(closure)
         if len(self._estimates) % 2:
             # Every other batch goes backwards, from where the one before it ended.
             order.reverse()
         first = self.param_groups[0]["step"] == 0 and not self._estimates
-        losses = {}
+        losses: dict[Point | None, float] = {}
         try:
             for point in order:
                 losses[point] = self._loss_at(point, closure)
             if first:
                 self._compare_again(losses, order[-1], closure)
             center = losses.get(None, sum(losses.values()) / len(losses))
-            pairs = [(losses[draw, 1], losses[draw, -1]) for draw in range(self.num_samples)]
             differences = [
-                (plus - minus, plus + minus - 2 * center if with_curvature else 0.0)
-                for plus, minus in pairs
+                (
+                    losses[draw, 1.0] - losses[draw, -1.0],
+                    losses[draw, ratio] + losses[draw, -ratio] - 2 * center if measures else 0.0,
+                )
+                for draw in range(self.num_samples)
             ]
             self._estimates.append((1.0 if weight is None else float(weight), differences))
+            self._measured = measures
         except BaseException:
             self.restore()
             self._forget_estimates()
@@ -374,6 +424,20 @@ class HiZOO(torch.optim.Optimizer):
         finally:
             torch.clear_autocast_cache()
         return center
+
+    @torch.no_grad()
+    def loss_along(self, closure: Callable[[], Any], distance: float, draw: int = 0) -> float:
+        """Return the loss at θ + ``distance`` u/√h, u the direction of this number in this step.
+
+        For looking at the loss between steps. ``distance`` is that of the first group; others' are
+        in proportion of their ``eps``. In place the parameters stay shifted until ``restore()``,
+        or until a further loss.
+        """
+        if self._estimates:
+            raise RuntimeError("loss_along() between estimate() and step() would lose the estimate")
+        self._prepare()
+        scale = distance / self.param_groups[0]["eps"]
+        return self._loss_at((draw, scale) if scale else None, closure)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -422,11 +486,40 @@ class HiZOO(torch.optim.Optimizer):
 
     # ---- the points that losses are taken at
 
+    @property
+    def wants_curvature(self) -> bool:
+        """Whether c is measured at all: for h, or for the step size."""
+        grows = any(group["hessian_smooth"] > 0 for group in self.param_groups)
+        return grows or self.step_size == "curvature"
+
+    def _measures_curvature(self) -> bool:
+        """Whether this step takes the loss at θ too."""
+        grows = any(group["hessian_smooth"] > 0 for group in self.param_groups)
+        every = self.curvature_every
+        if every is None:
+            every = 1 if grows and self._curvature_ratio() == 1 else RARELY
+        step = self.param_groups[0]["step"]
+        return self.wants_curvature and (step < every or step % every == 0)
+
+    def _curvature_ratio(self) -> float:
+        """Return how many times the μ of g the μ of c is."""
+        group = self.param_groups[0]
+        return 1.0 if group["curvature_eps"] is None else group["curvature_eps"] / group["eps"]
+
+    def _scalars_of(
+        self, group: dict[str, Any], differences: list[list[float]]
+    ) -> tuple[list[float], list[float]]:
+        return scalars(differences, group["eps"], group["eps"] * self._curvature_ratio())
+
     def _forget_estimates(self) -> None:
         # (weight, [(l+ - l-, l+ + l- - 2 l0) of every direction]) of every batch.
         self._estimates: list[tuple[float, list[tuple[float, float]]]] = []
-        # The direction's number and its sign if the parameters are shifted in place.
-        self._point: tuple[int, int] | None = None
+        # Whether they have taken the loss at θ too.
+        self._measured = False
+        # What of each g counts.
+        self._bounded: list[float] = []
+        # Where the parameters are if they are shifted in place.
+        self._point: Point | None = None
         # How many tiles a shift in place has written, should it end early.
         self._written_tiles = 0
         self._moments: dict[tuple[Tensor, int], tuple[Tensor, Tensor]] = {}
@@ -437,7 +530,7 @@ class HiZOO(torch.optim.Optimizer):
         values = torch.tensor([pairs for _, pairs in self._estimates], dtype=torch.float64)
         return torch.tensordot(weights / weights.sum(), values, dims=1).tolist()
 
-    def _loss_at(self, point: tuple[int, int] | None, closure: Callable[[], Any]) -> float:
+    def _loss_at(self, point: Point | None, closure: Callable[[], Any]) -> float:
         """The loss at θ ± μ u/√h, or at θ itself for None."""
         # Under autocast torch keeps weights that it has cast, and would not see that they changed.
         torch.clear_autocast_cache()
@@ -451,8 +544,8 @@ class HiZOO(torch.optim.Optimizer):
 
     def _compare_again(
         self,
-        losses: dict[tuple[int, int] | None, float],
-        point: tuple[int, int] | None,
+        losses: dict[Point | None, float],
+        point: Point | None,
         closure: Callable[[], Any],
     ) -> None:
         """Take a loss a second time, and warn if it differs by what the perturbation may change."""
@@ -477,16 +570,16 @@ class HiZOO(torch.optim.Optimizer):
                 "LayerwiseWeights(model), with requires_grad_(False)"
             )
 
-    def _move_to(self, point: tuple[int, int] | None) -> None:
+    def _move_to(self, point: Point | None) -> None:
         """Shift the parameters in place from the point they are at to ``point``."""
         if self._point and (point is None or point[0] != self._point[0]):
-            draw, sign = self._point
-            self._shift(draw, -sign, None)
+            draw, scale = self._point
+            self._shift(draw, -scale, None)
         if point and point != self._point:
-            draw, sign = point
-            self._shift(draw, sign - (self._point[1] if self._point else 0), point)
+            draw, scale = point
+            self._shift(draw, scale - (self._point[1] if self._point else 0.0), point)
 
-    def _shift(self, draw: int, scale: int, point: tuple[int, int] | None) -> None:
+    def _shift(self, draw: int, scale: float, point: Point | None) -> None:
         """Add ``scale`` μ u/√h in place to all parameters, or, if it raises, to none.
 
         ``point`` is where they are then.
@@ -503,7 +596,7 @@ class HiZOO(torch.optim.Optimizer):
     def _perturb(
         self,
         draw: int,
-        scale: int,
+        scale: float,
         outputs: dict[Tensor, Tensor] | None = None,
         start: int = 0,
         stop: int | None = None,
@@ -552,8 +645,11 @@ class HiZOO(torch.optim.Optimizer):
         if any(slot.parameter.element_size() < 4 for slot in self._slots):
             # Rounded once before they round stochastically, which a fused kernel would leave out.
             self.restore()
-        gradients, curvatures = scalars(differences, self.param_groups[0]["eps"])
-        self.projected_gradient, self.curvature = sum(gradients), sum(curvatures)
+        gradients, curvatures = self._scalars_of(self.param_groups[0], differences)
+        self.projected_gradient = sum(gradients)
+        if self._measured:
+            self.curvature = sum(curvatures)
+        self._take_means(gradients)
         before = {slot: self._hessian(slot) for slot in self._slots}
         averaged = self._averaged_hessians(before, differences)
         begun, own = 0, None
@@ -571,15 +667,47 @@ class HiZOO(torch.optim.Optimizer):
                 )
         except BaseException:
             if self._point:
-                draw, sign = self._point
+                draw, scale = self._point
                 # What is written first to a tile takes its shift back.
                 written = begun if own is None or own._version > 0 else begun - 1
-                self._perturb(draw, -sign, start=written)
+                self._perturb(draw, -scale, start=written)
             self._forget_estimates()
             raise
         for slot, hessian in averaged.items():
             self.state[slot.parameter] = hessian.state
         self._point = None
+
+    def _take_means(self, gradients: list[float]) -> None:
+        """Bring the running means of c and g² up to date; g counts as it is bounded."""
+        group, samples = self.param_groups[0], len(gradients)
+        done = group["step"] - group["skipped_steps"]
+        bound = math.inf
+        if self.clip is not None and done >= FIRST_MEASUREMENTS:
+            bound = self.clip * math.sqrt(group["mean_square_gradient"])
+        sizes = [abs(gradient) * samples for gradient in gradients]
+        self._bounded = [min(1.0, bound / size) if size else 1.0 for size in sizes]
+        square = sum(min(size, bound) ** 2 for size in sizes) / samples
+        mean, measured = group["mean_curvature"], group["measured_steps"] + self._measured
+        if self._measured:
+            mean = running_mean(mean, self.curvature, measured)
+            mean = max(mean, LEAST_PART * self.curvature)
+        for group in self.param_groups:
+            group["mean_square_gradient"] = running_mean(
+                group["mean_square_gradient"], square, done + 1
+            )
+            group["mean_curvature"], group["measured_steps"] = mean, measured
+            group["clipped_steps"] += min(self._bounded) < 1
+
+    def learning_rate(self, group: dict[str, Any]) -> float:
+        """Return η of a group's next step; 0 where no curvature was found, as in a flat loss."""
+        lr = float(group["lr"])
+        if self.step_size == "fixed":
+            return lr
+        if not group["mean_curvature"]:
+            return 0.0
+        # A single c may be far below the mean.
+        lr *= min(1.0, group["measured_steps"] / FIRST_MEASUREMENTS)
+        return lr * self.num_samples / (2 * group["mean_curvature"])
 
     def _averaged_hessians(
         self, hessians: dict[Slot, Hessian | None], differences: list[list[float]]
@@ -588,8 +716,8 @@ class HiZOO(torch.optim.Optimizer):
         averaged = {}
         for slot, hessian in hessians.items():
             smooth = slot.group["hessian_smooth"]
-            if isinstance(hessian, LowRankHessian) and smooth > 0:
-                _, curvatures = scalars(differences, slot.group["eps"])
+            if isinstance(hessian, LowRankHessian) and smooth > 0 and self._measured:
+                _, curvatures = self._scalars_of(slot.group, differences)
                 moments = [self._moments[slot.parameter, d] for d in range(self.num_samples)]
                 averaged[slot] = hessian.averaged(smooth, curvatures, moments)
         return averaged
@@ -612,19 +740,19 @@ class HiZOO(torch.optim.Optimizer):
         self, slot: Slot, hessian: Hessian | None, differences: list[list[float]]
     ) -> Coefficients:
         group = slot.group
-        gradients, curvatures = scalars(differences, group["eps"])
-        lr, smooth = float(group["lr"]), group["hessian_smooth"]
+        gradients, curvatures = self._scalars_of(group, differences)
+        lr, smooth = self.learning_rate(group), group["hessian_smooth"]
         samples = len(gradients)
-        shifted_draw, sign = self._point or (None, 0)
+        shifted_draw, scale = self._point or (None, 0.0)
         numbers = [
-            *(-lr * gradient for gradient in gradients),
-            *(-sign * group["eps"] * (draw == shifted_draw) for draw in range(samples)),
+            *(-lr * g * part for g, part in zip(gradients, self._bounded, strict=True)),
+            *(-scale * group["eps"] * (draw == shifted_draw) for draw in range(samples)),
             *(smooth * curvature for curvature in curvatures),
             smooth,
             -lr * group["weight_decay"],
         ]
         values = self._scalars(numbers, slot)
-        grows = isinstance(hessian, FullHessian) and smooth > 0
+        grows = isinstance(hessian, FullHessian) and smooth > 0 and self._measured
         return Coefficients(
             steps=values[:samples],
             back=values[samples : 2 * samples] if self._point else None,

@@ -6,6 +6,7 @@ the five lines of the module docstring of ``hizoo.py`` word for word.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -26,6 +27,18 @@ def read_noise(optimizer: HiZOO, draw: int = 0) -> list[Tensor]:
     return noise
 
 
+def weighted_mean(values: Sequence[float], least_part: float = 0.0) -> float:
+    """Plain mean of the first 20 values; each later one counts a twentieth, the ones before less.
+
+    After every value the mean is at least ``least_part`` of it.
+    """
+    mean = 0.0
+    for count, value in enumerate(values, start=1):
+        part = 1 / min(count, 20)
+        mean = max((1 - part) * mean + part * value, least_part * value)
+    return mean
+
+
 @dataclass
 class OracleHiZOO:
     """Parameters and h in float64; ``step`` follows the paper's formulas directly.
@@ -39,6 +52,10 @@ class OracleHiZOO:
     lr: Sequence[float]
     weight_decay: Sequence[float]
     low_rank: bool = False
+    step_size: str = "fixed"
+    curvature_eps: float | None = None
+    every: int = 1
+    clip: float | None = None
     hessians: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -46,11 +63,14 @@ class OracleHiZOO:
         self.hessians = [torch.ones_like(parameter) for parameter in self.parameters]
         matrices = [p.reshape(p.shape[0], -1) if p.dim() > 1 else None for p in self.parameters]
         self.rows = [None if m is None else torch.ones_like(m[:, 0]) for m in matrices]
+        # Of every step so far: c where it was measured, and the mean of g² as it is bounded.
+        self.curvatures: list[float] = []
+        self.squares: list[float] = []
         self.columns = [None if m is None else torch.ones_like(m[0]) for m in matrices]
 
-    def _average_low_rank(self, i: int, measured: Tensor) -> Tensor:
+    def _average_low_rank(self, i: int, measured: Tensor, alpha: float) -> Tensor:
         """h of HiZOO-L: moving averages of row and column means, as an outer product."""
-        alpha, matrix = self.hessian_smooth, measured.reshape(measured.shape[0], -1)
+        matrix = measured.reshape(measured.shape[0], -1)
         self.rows[i] = (1 - alpha) * self.rows[i] + alpha * matrix.mean(dim=1)
         self.columns[i] = (1 - alpha) * self.columns[i] + alpha * matrix.mean(dim=0)
         outer = torch.outer(self.rows[i], self.columns[i]) / self.rows[i].mean()
@@ -66,26 +86,43 @@ class OracleHiZOO:
         def mean_loss(parameters: list[Tensor]) -> float:
             return sum(loss(parameters) for loss in losses) / len(losses)
 
+        def two_sides(direction: list[Tensor], eps: float) -> tuple[float, float]:
+            shift = [eps * u / h**0.5 for u, h in zip(direction, self.hessians, strict=True)]
+            plus = mean_loss([p + z for p, z in zip(self.parameters, shift, strict=True)])
+            return plus, mean_loss([p - z for p, z in zip(self.parameters, shift, strict=True)])
+
         gradients, curvatures = [], []
         center = mean_loss(self.parameters)
+        number, samples = len(self.squares), len(directions)
+        measured_now = number < self.every or number % self.every == 0
         for direction in directions:
-            shift = [self.eps * u / h**0.5 for u, h in zip(direction, self.hessians, strict=True)]
-            plus = mean_loss([p + z for p, z in zip(self.parameters, shift, strict=True)])
-            minus = mean_loss([p - z for p, z in zip(self.parameters, shift, strict=True)])
+            plus, minus = two_sides(direction, self.eps)
             gradients.append((plus - minus) / (2 * self.eps))
-            curvatures.append(abs(plus + minus - 2 * center) / (2 * self.eps**2))
-        alpha, samples = self.hessian_smooth, len(directions)
+            eps = self.curvature_eps or self.eps
+            plus, minus = two_sides(direction, eps)
+            curvatures.append(abs(plus + minus - 2 * center) / (2 * eps**2))
+        if measured_now:
+            self.curvatures.append(sum(curvatures) / samples)
+        if self.clip is not None and number >= 5:
+            bound = self.clip * weighted_mean(self.squares) ** 0.5
+            gradients = [math.copysign(min(abs(g), bound), g) for g in gradients]
+        self.squares.append(sum(g * g for g in gradients) / samples)
+        rate = 1.0
+        if self.step_size == "curvature":
+            rate = min(1.0, len(self.curvatures) / 5) * samples
+            rate /= 2 * weighted_mean(self.curvatures, least_part=0.3)
+        alpha = self.hessian_smooth if measured_now else 0.0
         for i, (parameter, hessian) in enumerate(zip(self.parameters, self.hessians, strict=True)):
             squares = [u[i] ** 2 for u in directions]
             measured = sum(c * hessian * s for c, s in zip(curvatures, squares, strict=True))
             if self.low_rank and parameter.dim() > 1:
-                hessian = self._average_low_rank(i, measured / samples)
+                hessian = self._average_low_rank(i, measured / samples, alpha)
             else:
                 hessian = (1 - alpha) * hessian + alpha * measured / samples
             estimate = sum(
                 g * u[i] / hessian**0.5 for g, u in zip(gradients, directions, strict=True)
             )
-            self.parameters[i] = parameter - self.lr[i] * (
+            self.parameters[i] = parameter - self.lr[i] * rate * (
                 estimate / samples + self.weight_decay[i] * parameter
             )
             self.hessians[i] = hessian

@@ -1,0 +1,184 @@
+"""The optimizer's step from the curvature, the μ of c alone, and the bound of g."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from oracle_hizoo import OracleHiZOO, read_noise
+from test_hizoo import largest_difference, make_loss, make_parameters
+from torch import Tensor, nn
+
+import hizoo
+from hizoo import HiZOO
+
+SETTINGS = {
+    "step of MeZO": {"step_size": "curvature", "hessian_smooth": 0.0, "curvature_every": 1},
+    "every third step": {"step_size": "curvature", "hessian_smooth": 0.0, "curvature_every": 3},
+    "step of HiZOO": {"step_size": "curvature", "hessian_smooth": 1e-2},
+    "three directions": {"step_size": "curvature", "hessian_smooth": 1e-3, "num_samples": 3},
+    "own eps": {"hessian_smooth": 1e-2, "curvature_eps": 5e-2, "curvature_every": 1},
+    "own eps, two directions": {
+        **{"hessian_smooth": 1e-2, "curvature_eps": 5e-2, "curvature_every": 2, "num_samples": 2},
+        "step_size": "curvature",
+    },
+    "own eps, low rank": {
+        **{"hessian_smooth": 1e-2, "curvature_eps": 5e-2, "curvature_every": 2},
+        "hessian": "lowrank",
+    },
+    "bounded": {"hessian_smooth": 0.0, "clip": 1.2},
+    "bounded, two directions": {"hessian_smooth": 1e-3, "clip": 1.0, "num_samples": 2},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_steps_follow_the_oracle(dtype: torch.dtype, settings: dict[str, Any]) -> None:
+    parameters = make_parameters(dtype)
+    lr = 1e-3 if settings.get("step_size") == "curvature" else 1e-4
+    eps = 1e-3 if dtype == torch.float64 else 1e-2
+    optimizer = HiZOO(parameters, lr=lr, eps=eps, seed=5, **settings)
+    oracle = OracleHiZOO(
+        parameters,
+        eps,
+        settings["hessian_smooth"],
+        [lr] * 5,
+        [0.0] * 5,
+        settings.get("hessian") == "lowrank",
+        settings.get("step_size", "fixed"),
+        settings.get("curvature_eps"),
+        settings.get("curvature_every", 1),
+        settings.get("clip"),
+    )
+    start = [parameter.detach().clone() for parameter in parameters]
+    samples = settings.get("num_samples", 1)
+    for batch in range(40):
+        loss = make_loss(batch % 4)
+        noise = [read_noise(optimizer, draw) for draw in range(samples)]
+        optimizer.step(lambda loss=loss: loss(parameters))
+        oracle.step([loss], noise)
+    moved = largest_difference(parameters, start)
+    tolerance = 1e-9 if dtype == torch.float64 else 2e-2
+    assert largest_difference(parameters, oracle.parameters) < tolerance * moved
+    if settings.get("clip"):
+        clipped = optimizer.param_groups[0]["clipped_steps"]
+        assert 0 < clipped < 40
+
+
+def count_passes(parameters: list[Tensor], steps: int, **settings: Any) -> list[int]:
+    """Forward passes of every step, without the repeated one of the first."""
+    passes = []
+    optimizer = HiZOO(parameters, **{"lr": 0.0, "eps": 1e-2, **settings})
+    for _ in range(steps):
+        calls = []
+        optimizer.step(lambda calls=calls: calls.append(0) or float(parameters[0].detach().sum()))
+        passes.append(len(calls))
+    return [passes[0] - 1, *passes[1:]]
+
+
+def test_forward_passes_of_a_step() -> None:
+    parameters = [nn.Parameter(torch.linspace(-1, 1, 50))]
+    by_curvature = {"step_size": "curvature", "hessian_smooth": 0.0}
+    assert count_passes(parameters, 12, **by_curvature) == [3] * 11 + [2]
+    assert count_passes(parameters, 5, **by_curvature, curvature_every=2) == [3, 3, 3, 2, 3]
+    assert count_passes(parameters, 3, **by_curvature, curvature_every=1, num_samples=2) == [5] * 3
+    assert count_passes(parameters, 3, hessian_smooth=1e-3) == [3] * 3
+    own = {"hessian_smooth": 1e-3, "curvature_eps": 2e-2}
+    assert count_passes(parameters, 12, **own) == [5] * 11 + [2]
+    assert count_passes(parameters, 2, **own, curvature_every=1) == [5] * 2
+    # The same μ takes no further pass.
+    assert count_passes(parameters, 2, hessian_smooth=1e-3, curvature_eps=1e-2) == [3] * 2
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_state_dict_resumes_bit_for_bit(settings: dict[str, Any]) -> None:
+    whole, half = make_parameters(), make_parameters()
+    arguments = {"lr": 1e-3, "eps": 1e-2, **settings}
+    uninterrupted, begun = HiZOO(whole, **arguments), HiZOO(half, **arguments)
+    for batch in range(24):
+        uninterrupted.step(functools.partial(make_loss(batch), whole))
+    for batch in range(12):
+        begun.step(functools.partial(make_loss(batch), half))
+    resumed = HiZOO(half, **arguments)
+    resumed.load_state_dict(begun.state_dict())
+    for batch in range(12, 24):
+        resumed.step(functools.partial(make_loss(batch), half))
+    assert all(torch.equal(p, q) for p, q in zip(whole, half, strict=True))
+    for name in ("mean_curvature", "mean_square_gradient", "clipped_steps", "measured_steps"):
+        assert resumed.param_groups[0][name] == uninterrupted.param_groups[0][name]
+
+
+def test_a_step_on_a_parabola_is_a_part_of_the_best_one() -> None:
+    """Along u the loss a Σ(x - 1)² is lowest at η = 1 / 2c: lr 1 goes there in one step."""
+    parameter = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer = HiZOO(
+        [parameter], lr=1.0, hessian_smooth=0.0, step_size="curvature", curvature_every=1
+    )
+    optimizer.param_groups[0]["measured_steps"] = 10**9  # neither slow at first nor averaged
+    for _ in range(200):
+        optimizer.step(lambda: 3 * float((parameter.detach() - 1).square().sum()))
+    assert float(parameter.detach()) == pytest.approx(1, abs=1e-4)
+
+
+def test_a_flat_loss_moves_nothing() -> None:
+    parameter = nn.Parameter(torch.ones(10))
+    optimizer = HiZOO([parameter], lr=0.1, hessian_smooth=0.0, step_size="curvature")
+    for _ in range(3):
+        optimizer.step(lambda: 0.0)
+    torch.testing.assert_close(parameter.detach(), torch.ones(10), rtol=0, atol=1e-6)
+    assert optimizer.learning_rate(optimizer.param_groups[0]) == 0
+
+
+def test_one_wild_loss_is_bounded() -> None:
+    def train(clip: float | None) -> float:
+        parameter = nn.Parameter(torch.full((20,), 0.5))
+        optimizer = HiZOO([parameter], lr=1e-3, hessian_smooth=0.0, clip=clip, seed=1)
+        for number in range(60):
+            factor = 1e6 if number == 30 else 1.0
+            optimizer.step(lambda f=factor: f * float(parameter.detach().square().sum()))
+        assert optimizer.param_groups[0]["clipped_steps"] == (0 if clip is None else 1)
+        return float(parameter.detach().square().sum())
+
+    assert train(10.0) < 5 < train(None)
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_losses_along_a_direction(layerwise: bool) -> None:
+    from layerwise import LayerwiseWeights
+
+    model = nn.Linear(6, 1, bias=False)
+    layers = LayerwiseWeights(model) if layerwise else None
+    optimizer = HiZOO(model.parameters(), eps=1e-2, hessian_smooth=0.0, layers=layers)
+    inputs, before = torch.ones(1, 6), model.weight.detach().clone()
+    for draw, distance in ((0, 0.3), (4, -2.0), (4, 0.0)):
+        found = optimizer.loss_along(lambda: float(model(inputs)), distance, draw)
+        u = read_noise(optimizer, draw)[0].view(-1)
+        expected = float(before.double().sum() + distance * u.sum())
+        assert found == pytest.approx(expected, abs=1e-5)
+    optimizer.restore()
+    torch.testing.assert_close(model.weight.detach(), before, rtol=0, atol=1e-6)
+    optimizer.estimate(lambda: float(model(inputs)))
+    with pytest.raises(RuntimeError, match="would lose the estimate"):
+        optimizer.loss_along(lambda: 0.0, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"step_size": "newton"}, "must be one of fixed, curvature, not 'newton'"),
+        ({"curvature_every": 0}, "curvature_every must be at least 1, not 0"),
+        ({"curvature_eps": 0.0}, "curvature_eps must be larger than 0 and finite, not 0.0"),
+        ({"clip": -1.0}, "clip must be larger than 0 and finite, not -1.0"),
+        ({"clip": float("nan")}, "clip must be larger than 0 and finite, not nan"),
+    ],
+)
+def test_bad_arguments_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        HiZOO([nn.Parameter(torch.ones(3))], **settings)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hizoo, "CACHED_TILE_ELEMENTS", 64)
