@@ -15,16 +15,16 @@
 # MODE                  ft                           ft: all parameters; prefix: 5 prefix tokens;
 #                                                    lora: LoRA matrices
 # BS                    16                           examples a step
-# LR                    1e-6          1e-4           learning rate
-#                       1e-2          1              with MODE=prefix
-#                       1e-4          1e-2           with MODE=lora
+# LR                    1e-6          auto           learning rate; auto: by the measured curvature
+#                       1e-2          auto           with MODE=prefix
+#                       1e-4          auto           with MODE=lora
 # EPS                   1e-3                         perturbation scale, in units of the weights
 #                       1e-1                         with MODE=prefix
 #                       1e-2                         with MODE=lora
 # HESSIAN_SMOOTH_TYPE   constant1e-8  constant1e-5   smoothing of the Hessian; constant0 is MeZO
-#                       constant1e-8  constant1e-4   with MODE=prefix
-# STEPS                 20000         400            training steps
-# EVAL_STEPS            2000          100            steps between dev losses, and checkpoints
+# DIRECTIONS            1             2              random directions a step
+# STEPS                 20000         150            training steps
+# EVAL_STEPS            2000          50             steps between dev losses, and checkpoints
 # SEED                  0                            of the training set, the batches and the noise
 # TRAIN                 1000                         training examples; your own files: all the rows
 #                                                    beside DEV, if they are fewer
@@ -56,13 +56,10 @@ esac
 DEFAULT_SMOOTHING=constant1e-8
 if [ "$IS_BUNDLED" ]; then
     # It has a thousandth of the parameters and learns in far fewer steps.
-    case $MODE in
-        ft) DEFAULT_LR=1e-4 DEFAULT_SMOOTHING=constant1e-5 ;;
-        prefix) DEFAULT_LR=1 DEFAULT_SMOOTHING=constant1e-4 ;;
-        lora) DEFAULT_LR=1e-2 DEFAULT_SMOOTHING=constant1e-5 ;;
-    esac
-    STEPS=${STEPS:-400}
-    EVAL_STEPS=${EVAL_STEPS:-100}
+    DEFAULT_LR=auto DEFAULT_SMOOTHING=constant1e-5
+    STEPS=${STEPS:-150}
+    EVAL_STEPS=${EVAL_STEPS:-50}
+    DIRECTIONS=${DIRECTIONS:-2}
 fi
 LR=${LR:-$DEFAULT_LR}
 EPS=${EPS:-$DEFAULT_EPS}
@@ -87,6 +84,7 @@ fi
 # What stands before -- is the script's choice: it may be without effect beside what follows.
 exec "$PYTHON" "$HERE/run.py" --trainer zo --model_name "$MODEL" ${DATA[@]+"${DATA[@]}"} \
     ${LENGTH[@]+"${LENGTH[@]}"} --learning_rate "$LR" --zo_eps "$EPS" \
+    --zo_num_samples "${DIRECTIONS:-1}" \
     --hessian_smooth_type "$HESSIAN_SMOOTH_TYPE" --weight_decay "${WEIGHT_DECAY:-0}" \
     --lr_scheduler_type "${ZO_LR_SCHEDULER_TYPE:-constant}" \
     --warmup_steps "${WARMUP_STEP:-0}" --decay_step "${DECAY_STEP:-0}" \

@@ -28,8 +28,12 @@ SHOWN = {
     "projected_gradient": ("g", ".3g"),
     "curvature": ("c", ".3g"),
     "hessian_mean": ("h", ".4g"),
+    "eta": ("η", ".2g"),
     "skipped_steps": ("skipped", "d"),
+    "clipped_steps": ("clipped", "d"),
 }
+# A step of these kinds is news, that there was none is not.
+NEWS = ("skipped_steps", "clipped_steps")
 
 
 class ShownObjective(NamedTuple):
@@ -43,24 +47,26 @@ class ShownObjective(NamedTuple):
         return f"{self.sign * float(value):.4f}"
 
 
-class StopWithoutFiniteLoss(TrainerCallback):
-    """Saves a checkpoint and stops when too many steps in a row had a loss that is not finite.
+class StopDiverged(TrainerCallback):
+    """Saves a checkpoint and stops a run that has diverged.
+
+    Args:
+        find_reason: called after every step; what tells that it has, or None.
 
     Attributes:
-        stopped: whether it did.
+        reason: why the run was stopped, None if it was not.
     """
 
-    def __init__(self, max_skipped_steps: int, skipped_in_a_row: Callable[[], int]) -> None:
-        self.max_skipped_steps = max_skipped_steps
-        self.skipped_in_a_row = skipped_in_a_row
-        self.stopped = False
+    def __init__(self, find_reason: Callable[[], str | None]) -> None:
+        self.find_reason = find_reason
+        self.reason: str | None = None
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Look at the count."""
-        if self.skipped_in_a_row() >= self.max_skipped_steps:
-            self.stopped = True
+        """Look for a reason."""
+        self.reason = self.find_reason()
+        if self.reason:
             control.should_log = True
             control.should_save = True
             control.should_training_stop = True
@@ -215,7 +221,6 @@ def shown_values(logs: Mapping[str, Any], objective: ShownObjective) -> dict[str
     """Return the values of a log entry that are shown, under their short names."""
     shown = {objective.name: objective.text(logs["loss"])}
     for name, (short, form) in SHOWN.items():
-        # A step that was skipped is news, that none was is not.
-        if name in logs and (name != "skipped_steps" or logs[name]):
+        if name in logs and (name not in NEWS or logs[name]):
             shown[short] = format(logs[name], form)
     return shown

@@ -111,6 +111,7 @@ class Scales(Result):
     Attributes:
         scale: μ of g.
         curvature_scale: μ of c; that of g wherever it serves.
+        shared_scale: the smallest μ that serves both; None if none does.
         error: of g at its μ, relative to the root mean square of g.
         curvature_error: of the mean of c at its μ, relative to it.
         reasons: one line each for g and c that stay less exact than was asked for.
@@ -127,6 +128,7 @@ class Scales(Result):
 
     scale: float
     curvature_scale: float
+    shared_scale: float | None
     error: float
     curvature_error: float
     reasons: tuple[str, ...]
@@ -481,6 +483,9 @@ class _Grid:
         distances, g, s = self.table()
         errors = self.errors(sorted(self.measured))
         for_g, for_c = _choose(errors, goals)
+        serves = errors[0].total <= goals[0]
+        if errors[1].size:
+            serves &= errors[1].total <= goals[1]
         reasons = [
             _reason(name, choice, what)
             for name, choice, what in (("g", for_g, "slope"), ("c", for_c, "curvature"))
@@ -489,6 +494,7 @@ class _Grid:
         return Scales(
             scale=for_g.scale,
             curvature_scale=for_c.scale,
+            shared_scale=float(errors[0].scales[serves][0]) if serves.any() else None,
             error=for_g.error,
             curvature_error=for_c.error,
             reasons=tuple(reasons),

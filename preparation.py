@@ -21,6 +21,7 @@ from checkpoints import RunSettings
 from command_line.arguments import Arguments
 from command_line.checks import check_sizes
 from command_line.settings import length_of_run, settings_of_a_checkpoint
+from command_line.values import AUTO
 from hizoo import HiZOO
 from language_model.adapters import add_lora, add_prefix, random_tokens, without_adapter
 from language_model.encoding import Encoder
@@ -47,12 +48,16 @@ from language_model.shared_tokens import can_share_prompt
 from sampling import ExampleSet, draw_example_sets
 from tasks import Sample, load_samples
 from trainer import (
+    CURVATURE_PART,
     ObjectiveTrainer,
     SmoothingSchedule,
     ZerothOrderSettings,
     ZerothOrderTrainer,
 )
 from utils import InputError
+
+# μ before the probe of --zo_eps auto has found one.
+START_EPS = 1e-3
 
 
 @dataclass(frozen=True)
@@ -240,12 +245,14 @@ def make_trainer(
     Raises:
         InputError: the model, the machine and the arguments do not go together.
     """
-    arguments = copy.copy(arguments)
-    arguments.output_dir = str(output_dir)
     training = choose_objective(arguments, model, prepared)
+    of_trainer = copy.copy(arguments)
+    of_trainer.output_dir = str(output_dir)
+    if arguments.learning_rate == AUTO:
+        of_trainer.learning_rate = CURVATURE_PART
     shared = {
         "model": model,
-        "args": arguments,
+        "args": of_trainer,
         "train_dataset": [training.encode(sample) for sample in examples.train],
         "eval_dataset": [training.encode(sample) for sample in examples.dev] or None,
         "processing_class": prepared.encoder.tokenizer,
@@ -278,12 +285,18 @@ def chosen_by_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, str | Non
 def zeroth_order_settings(arguments: Arguments) -> ZerothOrderSettings:
     """Return what the arguments say about the zeroth-order step."""
     dtype = arguments.hessian_dtype
+    smoothing = SmoothingSchedule.parse(arguments.hessian_smooth_type)
+    by_curvature = arguments.learning_rate == AUTO
     return ZerothOrderSettings(
-        smoothing=SmoothingSchedule.parse(arguments.hessian_smooth_type),
-        eps=arguments.zo_eps,
+        smoothing=smoothing,
+        eps=START_EPS if arguments.zo_eps == AUTO else arguments.zo_eps,
         hessian=arguments.hessian,
         hessian_dtype=None if dtype == "auto" else getattr(torch, dtype),
         perturbation=arguments.zo_perturbation,
         num_samples=arguments.zo_num_samples,
+        step_size="curvature" if by_curvature else "fixed",
+        curvature_eps=None if arguments.curvature_eps == AUTO else arguments.curvature_eps,
+        curvature_every=arguments.curvature_every,
+        clip=None if arguments.zo_clip == "none" else arguments.zo_clip,
         compile={"auto": None, "yes": True, "no": False}[arguments.zo_compile],
     )

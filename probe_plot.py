@@ -69,8 +69,9 @@ def _draw_step(axes: Axes, step: Step, learning_rate: float | None) -> None:
     axes.fill_between(t, mean - error, mean + error, color=LOSS, alpha=0.2, linewidth=0)
     label = f"mean of {step.pairs} pairs ± standard error"
     axes.plot(t, mean, color=LOSS, marker="o", markersize=4, label=label)
-    beyond = "" if step.bracketed else " or more"
-    axes.axvline(step.best, color=LOSS, linestyle=":", label=f"t* = {step.best:.2g}{beyond}")
+    if step.best is not None:
+        beyond = "" if step.bracketed else " or more"
+        axes.axvline(step.best, color=LOSS, linestyle=":", label=f"t* = {step.best:.2g}{beyond}")
     if learning_rate is not None:
         label = f"η taken = {learning_rate:.2g}"
         axes.axvline(learning_rate, color="tab:red", linestyle="--", label=label)

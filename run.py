@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from transformers import PreTrainedModel
 
@@ -44,6 +43,7 @@ from preparation import (
     make_trainer,
     prepare,
 )
+from probe import Probing
 from results import (
     describe,
     earlier_result,
@@ -59,15 +59,14 @@ from results import (
 )
 from sampling import ExampleSet
 from tasks import Sample
-from utils import InputError, NotWritten, leave_process_group_at_exit, say_last
-
-
-class Interrupted(Exception):
-    """A signal ended the training after a checkpoint was saved."""
-
-
-class Diverged(Exception):
-    """Too many steps in a row had no finite loss; a checkpoint was saved."""
+from utils import (
+    Diverged,
+    InputError,
+    Interrupted,
+    NotWritten,
+    leave_process_group_at_exit,
+    say_last,
+)
 
 
 @dataclass
@@ -172,6 +171,8 @@ class Experiment:
         trainer = make_trainer(arguments, model, self.prepared, examples, output_dir)
         time_of_training, interrupt = TrainingTime(checkpoint), SaveOnInterrupt()
         trainer.add_callback(time_of_training)
+        probing = Probing(trainer, arguments, output_dir)
+        trainer.add_callback(probing)
         if arguments.overwrite_output_dir and not checkpoint:
             trainer.add_callback(RemoveEarlierCheckpoints())
         if arguments.save_on_interrupt:
@@ -188,9 +189,8 @@ class Experiment:
         if trainer.diverged:
             from_the_start = trainer.state.global_step <= arguments.max_skipped_steps
             raise Diverged(
-                f"no finite loss in {arguments.max_skipped_steps} steps in a row: stopped after "
-                f"step {trainer.state.global_step}, checkpoint in "
-                f"{last_checkpoint(output_dir)}; {advice_for_losses(model, from_the_start)}"
+                f"{trainer.diverged}: stopped after step {trainer.state.global_step}, checkpoint "
+                f"in {last_checkpoint(output_dir)}; {advice_for_losses(model, from_the_start)}"
             )
         if arguments.save_model:
             trainer.save_model(str(output_dir))
@@ -203,6 +203,7 @@ class Experiment:
             "train_seconds": time_of_training.seconds,
             "resumed_from": str(checkpoint) if checkpoint else None,
             "checkpoint": str(best) if best else None,
+            "probes": probing.results,
             "history": history(trainer.state.log_history),
         }
 
@@ -259,8 +260,8 @@ def run_experiment(arguments: Arguments) -> None:
     results, predictions = zip(*(experiment.run(*each) for each in runs), strict=True)
     if arguments.process_index == 0:
         used = used_settings(example_sets[0], experiment.prepared.encoder.max_length)
-        used |= experiment.chosen
-        summary = summarize(arguments, results, used, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        summary = summarize(arguments, results, used | experiment.chosen, seconds)
         write_results(arguments, summary, predictions)
 
 
@@ -279,8 +280,7 @@ def main(argv: Sequence[str]) -> int:
         check(arguments)
         settle_dtype(arguments)
         name_run(arguments)
-        if torch.distributed.is_initialized():
-            leave_process_group_at_exit()
+        leave_process_group_at_exit()
         with locked_places(arguments):
             run_experiment(arguments)
     except InputError as error:

@@ -38,7 +38,7 @@ class Step(Result):
     """How far a step goes, from the loss of other batches at θ - t g u.
 
     Attributes:
-        best: t*, where the mean change of the loss is lowest.
+        best: t*, where the mean change of the loss is lowest; None: no t lowers it.
         bracketed: it rises again beyond; otherwise ``best`` is the largest t that was tried.
         part: k* = t* · 2c̄: in a rule η = k / 2c̄ this k would take t*.
         curvature: c̄, the mean of c over the pairs.
@@ -50,12 +50,12 @@ class Step(Result):
         too_large: the least t at which a loss was not finite; None if there was none.
         pairs: of batches.
         passes: forward passes that this took.
-        reason: one line, if the minimum is not bracketed or rounding noise hides it.
+        reason: one line, if there is no minimum, or it is not bracketed, or hidden by noise.
     """
 
-    best: float
+    best: float | None
     bracketed: bool
-    part: float
+    part: float | None
     curvature: float
     curvature_standard_error: float
     slope: float
@@ -152,8 +152,7 @@ def measure_step(
         widenings: at most so many t beside the grid.
 
     Raises:
-        InputError: a number makes no sense, a loss at θ or at ±μ is not finite, or the curve has
-            no minimum.
+        InputError: a number makes no sense, or a loss at θ or at ±μ is not finite.
     """
     curvature_scale = scale if curvature_scale is None else curvature_scale
     if distances is not None and not (len(distances) and rises_from_0(distances)):
@@ -178,9 +177,15 @@ def measure_step(
         if t is None:
             break
         curve.measure([t])
-    best, at_end = curve.lowest(scale)
+    best, at_end = curve.lowest()
     t, means = curve.means()
-    if at_end:
+    if best is None:
+        reason = (
+            f"no step lowers the loss of other batches, from t = {curve.tried()[0]:.3g} to "
+            f"{curve.tried()[-1]:.3g}: the direction or μ = {scale:.3g} is bad, or the batches "
+            "have little in common"
+        )
+    elif at_end:
         reason = f"the loss still falls at t = {best:.3g}, the largest that was tried"
     elif means.min() >= -floor:
         reason = f"t* = {best:.3g} is a guess: the loss falls by no more than its rounding noise"
@@ -188,8 +193,8 @@ def measure_step(
         reason = None
     return Step(
         best=best,
-        bracketed=not at_end,
-        part=best * 2 * curvature,
+        bracketed=best is not None and not at_end,
+        part=None if best is None else best * 2 * curvature,
         curvature=curvature,
         curvature_standard_error=float(c.std(ddof=1) / math.sqrt(pairs)),
         slope=float(root_mean_square(g)),
@@ -259,19 +264,18 @@ class _Curve:
             return float(t[-1]) * 2
         return float(t[0]) / 2 if means[0] > floor and means[lowest] >= -floor else None
 
-    def lowest(self, scale: float) -> tuple[float, bool]:
-        """Return t* and whether it is the largest t, with nothing known of those beyond.
+    def tried(self) -> list[float]:
+        """Return every t, rising, the one that was too large too."""
+        return sorted([*self.changes, *([] if self.too_large is None else [self.too_large])])
 
-        Raises:
-            InputError: no mean is below 0.
+    def lowest(self) -> tuple[float | None, bool]:
+        """Return t*, and whether it is the largest t, with nothing known of those beyond.
+
+        None: no mean is below 0.
         """
         t, means = self.means()
         if not t.size or means.min() >= 0:
-            tried = [*t, *([] if self.too_large is None else [self.too_large])]
-            raise InputError(
-                f"no step lowers the loss of other batches, from t = {min(tried):.3g} to "
-                f"{max(tried):.3g}: the direction or μ = {scale:.3g} is bad"
-            )
+            return None, False
         index = int(np.argmin(means))
         if index == len(t) - 1:
             return float(t[index]), self.too_large is None

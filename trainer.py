@@ -12,7 +12,7 @@ import itertools
 import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerStat
 from transformers.optimization import get_scheduler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
-from callbacks import LogLines, LossProgress, ShownObjective, StopWithoutFiniteLoss
+from callbacks import LogLines, LossProgress, ShownObjective, StopDiverged
 from checkpoints import (
     best_checkpoint,
     from_first_process,
@@ -46,6 +46,12 @@ from manifest import damage
 from utils import InputError, NotWritten
 
 logger = logging.getLogger(__name__)
+
+# k of --learning_rate auto: of the step at which the loss of a batch is lowest along u.
+CURVATURE_PART = 0.1
+# A run has diverged if this many steps in a row have a loss that lies this many times the first one
+# (or 1) above it.
+RISEN_STEPS, RISEN = 50, 2.0
 
 SMOOTHING_SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
@@ -100,6 +106,10 @@ class ZerothOrderSettings:
         hessian_dtype: of the full h; None: that of the weights, bfloat16 for float16.
         perturbation: "inplace", "layerwise" or "auto": layerwise where weights are half precision.
         num_samples: directions a step.
+        step_size: "fixed" or "curvature", where the learning rate is k.
+        curvature_eps: μ of c; None: that of g.
+        curvature_every: steps between two measurements of c; None: see ``HiZOO``.
+        clip: bound of |g| in units of its running root mean square; None: none.
         compile: whether kernels are compiled; None: for 16 million weights and more.
     """
 
@@ -109,6 +119,10 @@ class ZerothOrderSettings:
     hessian_dtype: torch.dtype | None = None
     perturbation: str = "auto"
     num_samples: int = 1
+    step_size: str = "fixed"
+    curvature_eps: float | None = None
+    curvature_every: int | None = None
+    clip: float | None = None
     compile: bool | None = None
 
 
@@ -144,8 +158,9 @@ class ObjectiveTrainer(Trainer):
     ) -> None:
         self.objective = objective
         self.decay_step = decay_step
-        self._skipped_steps = self._skipped_in_a_row = 0
-        self._first_loss = 0.0
+        self._skipped_steps = self._skipped_in_a_row = self._risen_in_a_row = 0
+        self._first_loss: float | None = None
+        self.max_skipped_steps = max_skipped_steps
         arguments = kwargs["args"]
         if arguments.n_gpu > 1:
             # DataParallel would cut a batch's tensors apart, and multiplies the batch size.
@@ -162,6 +177,7 @@ class ObjectiveTrainer(Trainer):
                 "run finetune.sh, or leave it out"
             )
         self._finite = torch.ones((), dtype=torch.bool, device=arguments.device)
+        self._loss_of_step = torch.zeros((), device=arguments.device)
         # Losses come weighted (compute_loss): the Trainer need not divide them by their number.
         self.model_accepts_loss_kwargs = True
         shown = shown_objective(objective)
@@ -169,13 +185,30 @@ class ObjectiveTrainer(Trainer):
             self.add_callback(LossProgress(shown))
         if self.pop_callback(PrinterCallback) is not None:
             self.add_callback(LogLines(shown))
-        self.finite_losses = StopWithoutFiniteLoss(max_skipped_steps, self.skipped_in_a_row)
-        self.add_callback(self.finite_losses)
+        self.stop_diverged = StopDiverged(self._why_diverged)
+        self.add_callback(self.stop_diverged)
 
     @property
-    def diverged(self) -> bool:
-        """Whether the run was stopped since its losses were not finite any more."""
-        return self.finite_losses.stopped
+    def diverged(self) -> str | None:
+        """Why the run was stopped, if its losses were not finite any more or far too large."""
+        return self.stop_diverged.reason
+
+    def _why_diverged(self) -> str | None:
+        """Look at the losses of the step that has ended."""
+        loss = float(self.accelerator.reduce(self._loss_of_step, "mean"))
+        self._loss_of_step.zero_()
+        if self._first_loss is None:
+            self._first_loss = loss
+        limit = self._first_loss + RISEN * max(abs(self._first_loss), 1.0)
+        self._risen_in_a_row = self._risen_in_a_row + 1 if loss > limit else 0
+        if self.skipped_in_a_row() >= self.max_skipped_steps:
+            return f"no finite loss in {self.max_skipped_steps} steps in a row"
+        if self._risen_in_a_row >= RISEN_STEPS:
+            return (
+                f"the loss of each of the last {RISEN_STEPS} steps is above {limit:.3g}, the first "
+                f"was {self._first_loss:.3g}"
+            )
+        return None
 
     def skipped_in_a_row(self) -> int:
         """Return how many of the last steps in a row had no finite loss."""
@@ -197,6 +230,8 @@ class ObjectiveTrainer(Trainer):
         if saved:
             logged = [row.get("skipped_steps", 0) for row in saved["log_history"]]
             self._skipped_steps = max(logged, default=0)
+            first = (row["first_loss"] for row in saved["log_history"] if "first_loss" in row)
+            self._first_loss = next(first, None)
         if not saved or not 0 < self.args.max_steps <= saved["global_step"]:
             try:
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -310,13 +345,8 @@ class ObjectiveTrainer(Trainer):
         """Compute gradients of a batch, and see whether its loss is finite."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._finite = self._finite & torch.isfinite(loss)
-        self._note_first_loss(loss)
+        self._loss_of_step += loss.detach()
         return loss
-
-    def _note_first_loss(self, loss: Tensor) -> None:
-        """Add what a batch contributes to the loss of the first step."""
-        if self.state.global_step == 0:
-            self._first_loss += float(loss)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Return the norm; what is not finite is left out, just before the optimizer's step."""
@@ -451,6 +481,10 @@ class ZerothOrderTrainer(ObjectiveTrainer):
                 hessian=settings.hessian,
                 hessian_dtype=settings.hessian_dtype,
                 num_samples=settings.num_samples,
+                step_size=settings.step_size,
+                curvature_eps=settings.curvature_eps,
+                curvature_every=settings.curvature_every,
+                clip=settings.clip,
                 layers=layers,
                 seed=self.args.seed,
                 compile=settings.compile,
@@ -501,6 +535,22 @@ class ZerothOrderTrainer(ObjectiveTrainer):
         examples = itertools.islice(self.train_dataset, self.args.per_device_train_batch_size)
         return self.collate(list(examples))
 
+    @torch.no_grad()
+    def loss_along(self, examples: Sequence[int], direction: int, distance: float) -> float:
+        """Return the loss of training examples at θ + ``distance`` u/√h, for looking at it.
+
+        The directions are none of those that the step itself takes. Every process has the same
+        examples. ``self.optimizer.restore()`` afterwards.
+        """
+        self.model.eval()
+        inputs = self._prepare_inputs(self.collate([self.train_dataset[i] for i in examples]))
+
+        def loss() -> Tensor:
+            with self.compute_loss_context_manager():
+                return self.accelerator.reduce(self.compute_loss(self.model, inputs), "mean")
+
+        return self.optimizer.loss_along(loss, distance, self.settings.num_samples + direction)
+
     def skipped_steps(self) -> int:
         """Return how many steps had no finite loss, those before a checkpoint included."""
         return self.optimizer.skipped_steps
@@ -533,7 +583,7 @@ class ZerothOrderTrainer(ObjectiveTrainer):
 
         loss = self.optimizer.estimate(batch_loss, float(weight_of_all))
         loss = torch.tensor(loss, device=self.args.device) * weight_of_all / num_items_in_batch
-        self._note_first_loss(loss)
+        self._loss_of_step += loss
         return loss
 
     def _wrap_model(
@@ -551,4 +601,8 @@ class ZerothOrderTrainer(ObjectiveTrainer):
             logs["projected_gradient"] = self.optimizer.projected_gradient
             logs["curvature"] = self.optimizer.curvature
             logs["hessian_mean"], logs["hessian_max"] = self.optimizer.hessian_mean_and_max()
+            if self.settings.step_size == "curvature":
+                logs["eta"] = self.optimizer.learning_rate(self.optimizer.param_groups[0])
+            if self.settings.clip is not None:
+                logs["clipped_steps"] = self.optimizer.param_groups[0]["clipped_steps"]
         super().log(logs, start_time)

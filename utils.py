@@ -25,6 +25,14 @@ class InputError(ValueError):
     """Bad input: the message is one line that names the value and the way out; exit code 2."""
 
 
+class Interrupted(Exception):
+    """A signal ended the training after a checkpoint was saved."""
+
+
+class Diverged(Exception):
+    """Too many steps in a row had no finite loss, or a far too large one; there is a checkpoint."""
+
+
 class NotWritten(OSError):
     """A file could not be written: the message is one line that names it; exit code 1."""
 
@@ -123,7 +131,8 @@ def leave_process_group_at_exit() -> None:
     """End the processes' connection before Python does: its threads would abort the process."""
     import torch  # Not above: those who only read data files would wait for it.
 
-    atexit.register(torch.distributed.destroy_process_group)
+    if torch.distributed.is_initialized():
+        atexit.register(torch.distributed.destroy_process_group)
 
 
 def fingerprint(paths: Iterable[Path]) -> str:

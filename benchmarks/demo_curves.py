@@ -3,7 +3,7 @@
     python benchmarks/demo_curves.py                     # runs; demo_curves.json and .png
     python benchmarks/demo_curves.py --only_plot         # draws demo_curves.json again
 
-Every run is one of HiZOO.sh or finetune.sh with the scripts' own settings, 16 examples a step, and
+Every run is one of HiZOO.sh or finetune.sh at a fixed learning rate, 16 examples a step, and
 prints its seconds. A step of HiZOO is three forward passes, of MeZO two; one of AdamW counts as
 three, a backward pass for twice a forward pass.
 """
@@ -24,10 +24,11 @@ from matplotlib import pyplot
 
 HERE = Path(__file__).resolve().parent
 SEEDS = (0, 1, 2)
+FIXED = {"LR": "1e-4", "DIRECTIONS": "1"}
 # Script, variables, passes a step, colour.
 METHODS: dict[str, tuple[str, dict[str, str], int, str]] = {
-    "HiZOO": ("HiZOO.sh", {}, 3, "tab:blue"),
-    "MeZO": ("HiZOO.sh", {"HESSIAN_SMOOTH_TYPE": "constant0"}, 2, "tab:orange"),
+    "HiZOO": ("HiZOO.sh", FIXED, 3, "tab:blue"),
+    "MeZO": ("HiZOO.sh", FIXED | {"HESSIAN_SMOOTH_TYPE": "constant0"}, 2, "tab:orange"),
     "AdamW": ("finetune.sh", {"BS": "16"}, 3, "tab:gray"),
 }
 COURSE = ("--eval_strategy", "steps", "--eval_steps", "20", "--save_steps", "400")

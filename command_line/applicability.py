@@ -17,6 +17,7 @@ from operator import attrgetter
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
 from command_line.arguments import TUNING_MODES, Arguments, plain_value
+from command_line.values import AUTO
 from trainer import SmoothingSchedule
 from utils import InputError
 
@@ -110,7 +111,10 @@ BACKPROPAGATION = Scope(
     outer=STEPS,
 )
 ZEROTH_ORDER = Scope(
-    ("zo_eps", "hessian_smooth_type", "zo_perturbation", "zo_num_samples", "zo_compile"),
+    (
+        *("zo_eps", "hessian_smooth_type", "zo_perturbation", "zo_num_samples", "zo_compile"),
+        "zo_clip",
+    ),
     where="`--trainer zo`",
     holds=lambda arguments: arguments.trainer == "zo",
     reason="--trainer regular trains by backpropagation",
@@ -123,6 +127,23 @@ HESSIAN = Scope(
     holds=lambda arguments: SmoothingSchedule.parse(arguments.hessian_smooth_type).value > 0,
     reason="with --hessian_smooth_type {arguments.hessian_smooth_type} h stays 1 (MeZO)",
     instead="give a smoothing above 0",
+    outer=ZEROTH_ORDER,
+)
+CURVATURE = Scope(
+    ("curvature_eps", "curvature_every"),
+    where="a smoothing above 0, or `--learning_rate auto`",
+    holds=lambda arguments: arguments.learning_rate == AUTO or HESSIAN.holds(arguments),
+    reason="with --hessian_smooth_type {arguments.hessian_smooth_type} and a fixed learning rate "
+    "the curvature is not measured",
+    instead="give a smoothing above 0, or --learning_rate auto",
+    outer=ZEROTH_ORDER,
+)
+PROBE = Scope(
+    ("probe_every",),
+    where="`auto` as `--learning_rate`, `--zo_eps` or `--curvature_eps`",
+    holds=attrgetter("probed"),
+    reason="nothing is probed",
+    instead="give --learning_rate auto or --zo_eps auto",
     outer=ZEROTH_ORDER,
 )
 WITHOUT_GRADIENT = Scope(
@@ -408,6 +429,8 @@ SCOPES = (
     ),
     ZEROTH_ORDER,
     HESSIAN,
+    CURVATURE,
+    PROBE,
     Scope(
         ("hessian_dtype",),
         where="`--hessian full`",

@@ -28,7 +28,7 @@ from command_line.groups import (
     ZerothOrder,
 )
 from command_line.unknown import NOT_OFFERED, explain_unknown
-from command_line.values import BOUNDS, check_number, read_dictionary
+from command_line.values import AUTO, BOUNDS, WORDS, check_number, number_or, read_dictionary
 from tasks import Task, choose_task
 from utils import InputError, one_line
 
@@ -103,6 +103,11 @@ class Arguments(
         return "sfc" if self.sfc else "icl_sfc" if self.icl_sfc else None
 
     @property
+    def probed(self) -> list[str]:
+        """The arguments whose values a probe of the losses finds."""
+        return [name for name in WORDS if getattr(self, name) == AUTO]
+
+    @property
     def result_path(self) -> Path:
         """Where the result JSON goes."""
         return Path(self.result_file or Path("result") / f"{self.tag}.json")
@@ -156,6 +161,8 @@ class OneLineParser(HfArgumentParser):
         for action in self._actions:
             if action.nargs == 0 and action.const is False:
                 action.help = argparse.SUPPRESS  # the --no_… of what is on by default
+            if action.dest in WORDS:
+                action.type = number_or(WORDS[action.dest])
         self.add_argument(
             "--help_all",
             action=HelpOnEverything,
@@ -209,7 +216,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     by_user = parser.read(words[border + 1 :])
     values = by_script | by_user
     for name, value in values.items():
-        if name in BOUNDS and value is not None:
+        if name in BOUNDS and value is not None and value != WORDS.get(name):
             check_number(name, value)
         if name in TrainingArguments._VALID_DICT_FIELDS:
             values[name] = read_dictionary(name, value)

@@ -53,6 +53,7 @@ def check(arguments: Arguments) -> None:
             "regular"
         )
     check_applicability(arguments)
+    _check_probed(arguments)
     if arguments.calibration and task.generation:
         raise InputError(
             f"--{arguments.calibration}: the answers of {task.name} are generated, there are no "
@@ -115,6 +116,16 @@ def _check_sharding(arguments: Arguments) -> None:
         _refuse(arguments, name, "it needs the whole weights, which --fsdp shards")
     if arguments.parallel_mode != ParallelMode.DISTRIBUTED:
         raise InputError("--fsdp needs processes: start with torchrun, or bash finetune_fsdp.sh")
+
+
+def _check_probed(arguments: Arguments) -> None:
+    """Refuse ``auto`` where no forward passes alone can find a value."""
+    if arguments.probed and arguments.trainer != "zo":
+        name = arguments.probed[0]
+        raise InputError(
+            f"--{name} auto is found by forward passes, for --trainer zo: give a number with "
+            f"--trainer {arguments.trainer}"
+        )
 
 
 def _check_training(arguments: Arguments, task: Task) -> None:

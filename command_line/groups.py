@@ -252,10 +252,32 @@ class Training:
 class ZerothOrder:
     """Zeroth order. All of it needs --trainer zo."""
 
-    zo_eps: float = argument(
+    zo_eps: float | str = argument(
         1e-3,
         "Perturbation scale μ in units of the weights (HiZOO and MeZO papers: 1e-3; 1e-1 for "
-        "prefixes, 1e-2 for LoRA).",
+        "prefixes, 1e-2 for LoRA). auto: the smallest at which rounding and curvature change the "
+        "projected gradient by 2 percent at most, as a probe of the losses finds it.",
+    )
+    curvature_eps: float | str | None = argument(
+        None,
+        "μ of the curvature c, in units of the weights, where rounding wants a larger one than for "
+        "g: each measurement then takes two further forward passes a direction. auto: the smallest "
+        "at which the mean of c is right within 10 percent. Default: that of --zo_eps.",
+    )
+    curvature_every: int | None = argument(
+        None,
+        "Steps from one measurement of c to the next; h changes in these steps only. Default: 1, "
+        "and 10 where c has a μ of its own, or with --learning_rate auto and no smoothing.",
+    )
+    zo_clip: float | str = argument(
+        "none",
+        "Bound the projected gradient |g| by so many times its running root mean square; steps "
+        "that it changes are counted in the log. none: no bound.",
+    )
+    probe_every: int | None = argument(
+        None,
+        "Steps after which the probe of --learning_rate auto or --zo_eps auto is made again. "
+        "Default: only before the first step.",
     )
     hessian_smooth_type: str = argument(
         "constant1e-8",
@@ -374,7 +396,8 @@ COMMON_TRAINER_ARGUMENTS = {
     "per_device_eval_batch_size": "Examples that are scored together, in each process.",
     "gradient_accumulation_steps": "Batches a step.",
     "learning_rate": "Learning rate η (MeZO and HiZOO papers, OPT-13B: 1e-6 or 1e-7; 1e-2 or 1e-3 "
-    "for prefixes, 1e-4 or 5e-5 for LoRA).",
+    "for prefixes, 1e-4 or 5e-5 for LoRA). auto, with --trainer zo: a tenth of the step at which "
+    "the loss of a batch is lowest, by the curvature measured along the run; schedules apply.",
     "weight_decay": "Decoupled weight decay λ; none for biases and layer norms.",
     "eval_steps": "Steps between dev losses, with --eval_strategy steps. Default: --logging_steps.",
     "save_strategy": "When checkpoints are saved: no, steps (every --save_steps), epoch or best.",

@@ -36,7 +36,7 @@ FIRST_ORDER = (
 )
 ZEROTH_ORDER = (
     *("zo_eps", "hessian_smooth_type", "hessian", "hessian_dtype", "zo_perturbation"),
-    "zo_num_samples",
+    *("zo_num_samples", "curvature_eps", "curvature_every", "zo_clip", "probe_every"),
 )
 OF_TRAINER = {"none": (), "regular": FIRST_ORDER, "zo": (*ZEROTH_ORDER, "non_diff")}
 TUNING = (*TUNING_MODES, "untie_emb")
@@ -127,9 +127,12 @@ def default_tag(arguments: Arguments) -> str:
         parts += [next((WAYS_OF_TUNING[m] for m in TUNING_MODES if getattr(arguments, m)), "ft")]
     parts += [name for name in ("non_diff", "sfc", "icl_sfc") if getattr(arguments, name)]
     if arguments.trainer != "none" and not arguments.linear_probing:
-        parts += [f"lr{arguments.learning_rate:g}", f"bs{arguments.per_device_train_batch_size}"]
+        parts += [
+            f"lr{_shown(arguments.learning_rate)}",
+            f"bs{arguments.per_device_train_batch_size}",
+        ]
     if arguments.trainer == "zo":
-        parts += [f"eps{arguments.zo_eps:g}", arguments.hessian_smooth_type]
+        parts += [f"eps{_shown(arguments.zo_eps)}", arguments.hessian_smooth_type]
         parts += ["lowrank"] if arguments.hessian == "lowrank" else []
     parts += ["fsdp"] if arguments.fsdp else []
     length = [
@@ -141,6 +144,10 @@ def default_tag(arguments: Arguments) -> str:
     parts += [f"seed{arguments.seed}"]
     readable = "-".join(parts)[:READABLE_CHARACTERS]
     return "-".join([readable, *length, arguments.experiment])
+
+
+def _shown(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def _task_part(arguments: Arguments) -> str:

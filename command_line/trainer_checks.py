@@ -22,6 +22,8 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import is_liger_kernel_available, is_torch_xla_available
 
 from command_line.arguments import Arguments
+from command_line.values import AUTO
+from trainer import CURVATURE_PART
 from utils import InputError, first_line, one_line
 
 # The parameters that every schedule of transformers gets from the Trainer.
@@ -158,7 +160,8 @@ def _check_schedule(arguments: Arguments) -> None:
                 f"{', '.join(known) or 'none'}"
             )
     # Some need options, and some values fail at their first use only.
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=arguments.learning_rate)
+    lr = CURVATURE_PART if arguments.learning_rate == AUTO else arguments.learning_rate
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=lr)
     try:
         schedule = get_scheduler(
             name, optimizer, warmup, steps, scheduler_specific_kwargs=dict(options)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,8 @@ class Bounds:
         return f"must be below {self.below}" if value >= self.below else None
 
 
+# What a probe of the losses finds.
+AUTO = "auto"
 # Larger whole numbers do not fit into the integers of torch and numpy.
 LARGEST = 2**31 - 1
 FROM_0 = Bounds(least=0, most=LARGEST)
@@ -57,6 +61,8 @@ BOUNDS = {
     **{"lora_r": FROM_1, "lora_alpha": FROM_1, "num_prefix": FROM_1, "max_new_tokens": FROM_1},
     **{"num_beams": FROM_1, "top_k": FROM_1, "top_p": Bounds(above=0, most=1)},
     **{"temperature": POSITIVE, "zo_eps": POSITIVE, "zo_num_samples": FROM_1},
+    **{"curvature_eps": POSITIVE, "curvature_every": FROM_1, "zo_clip": POSITIVE},
+    "probe_every": FROM_1,
     **{"max_skipped_steps": FROM_1, "decay_step": FROM_0, "max_steps": Bounds(-1, LARGEST)},
     **{"num_train_epochs": POSITIVE, "learning_rate": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE},
     **{"warmup_steps": FROM_0, "logging_steps": STEPS, "eval_steps": STEPS, "save_steps": STEPS},
@@ -68,8 +74,24 @@ BOUNDS = {
     **{"eval_accumulation_steps": FROM_1, "ddp_bucket_cap_mb": FROM_1, "ddp_timeout": FROM_1},
     "local_rank": Bounds(least=-1, most=LARGEST),
 }
+# Words that stand for a number.
+WORDS = {"learning_rate": AUTO, "zo_eps": AUTO, "curvature_eps": AUTO, "zo_clip": "none"}
 # A number of steps, or below 1 a fraction of the run.
 STEPS_OR_FRACTION = ("warmup_steps", "logging_steps", "eval_steps", "save_steps")
+
+
+def number_or(word: str) -> Callable[[str], float | str]:
+    """Return what reads an argument that is a number or a word."""
+
+    def read(text: str) -> float | str:
+        if text == word:
+            return word
+        try:
+            return float(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number, nor {word}") from error
+
+    return read
 
 
 def check_number(name: str, value: float) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from running import MODEL, ROOT, SAMPLES, command
 
+import probe
 import run
 import tasks
 import templates
@@ -123,6 +124,12 @@ def run_shortened(argv: list[str], checkout: Path, capsys: pytest.CaptureFixture
         assert file in os.listdir(result["checkpoint"])
 
 
+def probe_as_shown(argv: list[str], checkout: Path) -> None:
+    """Run probe.py as it stands there: with fewer examples there may be no step to find."""
+    assert probe.main(argv) == 0, argv
+    assert (checkout / argv[argv.index("--plot") + 1]).stat().st_size > 10_000
+
+
 BASH_BLOCKS = [(page, number) for page in TEXTS for number in range(len(blocks(page, "bash")))]
 
 
@@ -143,6 +150,9 @@ def test_every_command_line_runs(
             continue
         if call[0] == "-m":  # an example, which tests/test_examples.py runs
             assert (ROOT / call[1].replace(".", "/")).with_suffix(".py").is_file()
+            continue
+        if Path(call[0]).name == "probe.py":
+            probe_as_shown(call[1:], checkout)
             continue
         assert Path(call[0]).name == "run.py"
         run_shortened(call[1:], checkout, capsys)
@@ -287,7 +297,7 @@ def test_demo_is_called_as_readme_shows(checkout: Path) -> None:
     settle_dtype(arguments)
     name_run(arguments)
     shown = blocks("README.md", "text")[0]
-    assert f"checkpoint: {arguments.output_dir}/checkpoint-400\n" in shown
+    assert f"checkpoint: {arguments.output_dir}/checkpoint-150\n" in shown
     assert f"result: {arguments.result_path}\n" in shown
 
 

