@@ -181,4 +181,4 @@ def test_bad_arguments_are_refused(settings: dict[str, Any], message: str) -> No
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hizoo, "CACHED_TILE_ELEMENTS", 64)
+    monkeypatch.setattr(hizoo, "CACHED_TILE_ELEMENTS", 256)

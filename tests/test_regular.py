@@ -12,6 +12,7 @@ from running import MODEL, assert_same_tensors, finish, log_of, training, weight
 from torch import Tensor, nn
 
 import run
+import trainer as trainer_module
 from trainer import ObjectiveTrainer
 
 REGULAR = {"trainer": "regular", "hessian_smooth_type": None}
@@ -86,3 +87,29 @@ def test_steps_without_finite_numbers_are_left_out_and_stop_the_run(
     finish(argv)
     assert log_of(tmp_path / "out/checkpoint-7", "skipped_steps")[-1] == 3
     assert len(log_of(tmp_path / "out/checkpoint-7", "first_loss")) == 1
+
+
+@pytest.mark.parametrize("trainer", ["regular", "zo"])
+def test_a_loss_far_above_the_first_stops_the_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    trainer: str,
+) -> None:
+    real = ObjectiveTrainer.compute_loss
+
+    def rises(self: ObjectiveTrainer, *arguments: Any, **settings: Any) -> Any:
+        # By more than twice the first one, about 0.7: but for one step.
+        raised = 3.0 if self.state.global_step not in (0, 3) else 0.0
+        return real(self, *arguments, **settings) + raised
+
+    monkeypatch.setattr(ObjectiveTrainer, "compute_loss", rises)
+    monkeypatch.setattr(trainer_module, "RISEN_STEPS", 4)
+    settings = {**REGULAR} if trainer == "regular" else {}
+    argv = training(tmp_path, **settings, max_steps=20, save_steps=50)
+    assert run.main(argv) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("stopped: the loss of each of the last 4 steps is above 2.")
+    # Steps 2, 3 do not count any more: 5, 6, 7 and 8 are four in a row.
+    assert "stopped after step 8, checkpoint in" in error and "lower --learning_rate" in error
+    assert (tmp_path / "out/checkpoint-8/model.safetensors").is_file()
