@@ -489,15 +489,17 @@ class HiZOO(torch.optim.Optimizer):
     @property
     def wants_curvature(self) -> bool:
         """Whether c is measured at all: for h, or for the step size."""
-        grows = any(group["hessian_smooth"] > 0 for group in self.param_groups)
-        return grows or self.step_size == "curvature"
+        return self.step_size == "curvature" or self._grows()
+
+    def _grows(self) -> bool:
+        """Whether h changes at all."""
+        return any(group["hessian_smooth"] > 0 for group in self.param_groups)
 
     def _measures_curvature(self) -> bool:
         """Whether this step takes the loss at θ too."""
-        grows = any(group["hessian_smooth"] > 0 for group in self.param_groups)
         every = self.curvature_every
         if every is None:
-            every = 1 if grows and self._curvature_ratio() == 1 else RARELY
+            every = 1 if self._grows() and self._curvature_ratio() == 1 else RARELY
         step = self.param_groups[0]["step"]
         return self.wants_curvature and (step < every or step % every == 0)
 

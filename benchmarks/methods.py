@@ -25,7 +25,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch
 from other_methods import FZOO, TraceFreeHiZOO, ZOMuon
+from step_size import batches
 from torch import Tensor, nn
 
 from hizoo import HiZOO
@@ -143,17 +144,6 @@ def make_step(model: nn.Module, settings: dict[str, Any], seed: int) -> tuple[St
     return step, optimizer
 
 
-def batches(examples: list[EncodedExample], size: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Yield batches of whole epochs, for ever."""
-    generator = torch.Generator().manual_seed(seed)
-    order: list[int] = []
-    while True:
-        if len(order) < size:
-            order = torch.randperm(len(examples), generator=generator).tolist()
-        numbers, order = order[:size], order[size:]
-        yield collate([examples[number] for number in numbers])
-
-
 @torch.no_grad()
 def evaluate(
     model: nn.Module, examples: list[EncodedExample], with_options: bool
@@ -190,7 +180,7 @@ def measure(arguments: argparse.Namespace, method: str, seed: int) -> dict[str, 
     step, optimizer = make_step(model, settings, seed)
     curve, passes, steps, seconds = [], 0, 0, 0.0
     targets = [round(arguments.passes * i / arguments.points) for i in range(arguments.points + 1)]
-    data = batches(train, int(settings.get("batch", BATCH)), seed)
+    data = batches(train, seed, int(settings.get("batch", BATCH)))
     largest = 0.0
     while True:
         if passes >= targets[0]:

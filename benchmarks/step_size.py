@@ -64,14 +64,16 @@ RULES = {
 }
 
 
-def batches(examples: list[EncodedExample], seed: int) -> Iterator[dict[str, Tensor]]:
+def batches(
+    examples: list[EncodedExample], seed: int, size: int = BATCH
+) -> Iterator[dict[str, Tensor]]:
     """Yield batches of whole epochs, for ever."""
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     while True:
-        if len(order) < BATCH:
+        if len(order) < size:
             order = torch.randperm(len(examples), generator=generator).tolist()
-        numbers, order = order[:BATCH], order[BATCH:]
+        numbers, order = order[:size], order[size:]
         yield collate([examples[number] for number in numbers])
 
 
