@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -20,8 +19,6 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import ExportableState
-
-from checkpoints import read_trainer_state
 
 # The log's entries that a person wants to see, and how they are called in little room.
 SHOWN = {
@@ -125,27 +122,73 @@ class SaveOnInterrupt(TrainerCallback):
         self.received = signal.Signals(number).name
 
 
-class TrainingTime(TrainerCallback, ExportableState):
-    """Counts a run's seconds of training, those before an interruption too.
+class Costs(TrainerCallback, ExportableState):
+    """Counts what training has taken, before an interruption too.
 
-    Args:
-        checkpoint: the one that the run goes on from.
+    Attributes:
+        forward_passes: of training, one for each batch in this process, those of probes too; dev
+            losses and metrics are not in it.
+        backward_passes: likewise.
     """
 
-    def __init__(self, checkpoint: Path | None) -> None:
-        saved = (checkpoint and read_trainer_state(checkpoint)) or {}
-        counted = saved.get("stateful_callbacks", {}).get("TrainingTime", {}).get("attributes", {})
+    def __init__(self) -> None:
+        self.forward_passes = self.backward_passes = 0
+        self._before = 0.0
+        self._started = self._step_began = time.perf_counter()
+        # Of the steps since the last entry of the log.
+        self._in_steps, self._steps = 0.0, 0
+
+    def go_on(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what a checkpoint has counted.
+
+        Args:
+            saved: content of its ``trainer_state.json``.
+        """
+        counted = saved.get("stateful_callbacks", {}).get("Costs", {}).get("attributes", {})
         self._before = counted.get("seconds", 0.0)
-        self._started = time.perf_counter()
+        self.forward_passes = counted.get("forward_passes", 0)
+        self.backward_passes = counted.get("backward_passes", 0)
 
     @property
     def seconds(self) -> float:
-        """The seconds until now, to a thousandth."""
+        """The seconds until now, to a thousandth, dev losses and checkpoints included."""
         return round(self._before + time.perf_counter() - self._started, 3)
+
+    def passes(self) -> dict[str, int]:
+        """Return the passes until now, backward ones if there are any."""
+        backward = {"backward_passes": self.backward_passes} if self.backward_passes else {}
+        return {"forward_passes": self.forward_passes, **backward}
+
+    def logged(self) -> dict[str, float]:
+        """Return what an entry of the log gets, with the seconds of a step since the one before."""
+        costs: dict[str, float] = {**self.passes(), "seconds": self.seconds}
+        if self._steps:
+            costs["seconds_per_step"] = round(self._in_steps / self._steps, 6)
+        self._in_steps, self._steps = 0.0, 0
+        return costs
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note when a step begins."""
+        self._step_began = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count a step's time."""
+        self._in_steps += time.perf_counter() - self._step_began
+        self._steps += 1
 
     def state(self) -> dict[str, Any]:
         """Return what the Trainer saves."""
-        return {"args": {}, "attributes": {"seconds": self.seconds}}
+        return {"args": {}, "attributes": {"seconds": self.seconds, **self.passes()}}
 
 
 class LogLines(TrainerCallback):
@@ -154,6 +197,14 @@ class LogLines(TrainerCallback):
     def __init__(self, objective: ShownObjective) -> None:
         super().__init__()
         self.objective = objective
+        self._began, self._first = time.perf_counter(), 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note where the run begins, or goes on."""
+        super().on_train_begin(args, state, control, **kwargs)
+        self._began, self._first = time.perf_counter(), state.global_step
 
     def on_log(
         self,
@@ -177,7 +228,10 @@ class LogLines(TrainerCallback):
     def show(self, state: TrainerState, values: Mapping[str, str]) -> None:
         """Show the values of a step."""
         shown = ", ".join(f"{name} {value}" for name, value in values.items())
-        self.write(f"step {state.global_step} of {state.max_steps}: {shown}")
+        left = (state.max_steps - state.global_step) / max(1, state.global_step - self._first)
+        left *= time.perf_counter() - self._began
+        time_left = f", {tqdm.format_interval(left)} left" if state.max_steps else ""
+        self.write(f"step {state.global_step} of {state.max_steps}: {shown}{time_left}")
 
     def write(self, line: str) -> None:
         """Print a line."""

@@ -25,6 +25,7 @@ from command_line.settings import (
 from folders import has_all_files, predictions_files
 from language_model.encoding import Encoder
 from language_model.prediction import Prediction
+from provenance import provenance
 from sampling import ExampleSet
 from tasks import Sample, Task
 from utils import InputError, write_json, write_json_lines
@@ -34,6 +35,8 @@ SHOWN_EXAMPLES = 3
 KINDS_OF_METRICS = ("metric_before_training", "dev_metric", "metric")
 # What a run's losses are called in the Trainer's log, and in the result.
 LOSSES = {"loss": "loss", "eval_loss": "dev_loss"}
+# What training had taken when they were measured.
+COSTS = ("forward_passes", "backward_passes", "seconds")
 # The settings that are what was used, and not what was asked for.
 USED = ("num_train", "num_dev", "num_eval", "max_length", "hessian_dtype", "zo_perturbation")
 # By as much they may rise by chance: a small batch can be hard, the dev examples are the same.
@@ -84,10 +87,12 @@ def prediction_rows(
 def history(log: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
     """Return a run's losses, the means since the entry before, and dev losses, by their steps.
 
+    What training had taken until then stands beside them.
+
     Args:
         log: ``log_history`` of the Trainer's state. A loss that is not finite becomes None.
     """
-    return {
+    losses = {
         name: {
             str(row["step"]): row[logged] if math.isfinite(row[logged]) else None
             for row in log
@@ -95,6 +100,9 @@ def history(log: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | Non
         }
         for logged, name in LOSSES.items()
     }
+    rows = [row for row in log if any(logged in row for logged in LOSSES)]
+    costs = {n: {str(row["step"]): row[n] for row in rows if n in row} for n in COSTS}
+    return losses | {name: values for name, values in costs.items() if values}
 
 
 def summarize(
@@ -120,6 +128,7 @@ def summarize(
         "experiment": arguments.experiment,
         **outcome,
         "seconds": round(seconds, 3),
+        **provenance(arguments.device),
         "settings": changed_settings(arguments) | used,
         "versions": {"python": platform.python_version(), **versions},
     }

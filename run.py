@@ -25,7 +25,7 @@ from typing import Any
 import transformers
 from transformers import PreTrainedModel
 
-from callbacks import SaveOnInterrupt, TrainingTime
+from callbacks import SaveOnInterrupt
 from checkpoints import RemoveEarlierCheckpoints, find_checkpoint, last_checkpoint, write_together
 from command_line.arguments import USAGE, Arguments, parse_arguments
 from command_line.checks import check
@@ -169,8 +169,7 @@ class Experiment:
         """Train ``model`` in place; returns steps, seconds and losses."""
         arguments = self.arguments
         trainer = make_trainer(arguments, model, self.prepared, examples, output_dir)
-        time_of_training, interrupt = TrainingTime(checkpoint), SaveOnInterrupt()
-        trainer.add_callback(time_of_training)
+        interrupt = SaveOnInterrupt()
         probing = Probing(trainer, arguments, output_dir)
         trainer.add_callback(probing)
         if arguments.overwrite_output_dir and not checkpoint:
@@ -200,7 +199,8 @@ class Experiment:
             self.say(f"checkpoint: {best}")
         return {
             "steps": trainer.state.global_step,
-            "train_seconds": time_of_training.seconds,
+            "train_seconds": trainer.costs.seconds,
+            **trainer.costs.passes(),
             "resumed_from": str(checkpoint) if checkpoint else None,
             "checkpoint": str(best) if best else None,
             "probes": probing.results,

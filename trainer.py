@@ -24,7 +24,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerStat
 from transformers.optimization import get_scheduler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
-from callbacks import LogLines, LossProgress, ShownObjective, StopDiverged
+from callbacks import Costs, LogLines, LossProgress, ShownObjective, StopDiverged
 from checkpoints import (
     best_checkpoint,
     from_first_process,
@@ -185,6 +185,8 @@ class ObjectiveTrainer(Trainer):
             self.add_callback(LossProgress(shown))
         if self.pop_callback(PrinterCallback) is not None:
             self.add_callback(LogLines(shown))
+        self.costs = Costs()
+        self.add_callback(self.costs)
         self.stop_diverged = StopDiverged(self._why_diverged)
         self.add_callback(self.stop_diverged)
 
@@ -227,6 +229,7 @@ class ObjectiveTrainer(Trainer):
         """Train; a checkpoint that has reached ``max_steps`` already is loaded and left at that."""
         self._resumed_from = resume_from_checkpoint
         saved = read_trainer_state(resume_from_checkpoint) if resume_from_checkpoint else None
+        self.costs.go_on(saved or {})
         if saved:
             logged = [row.get("skipped_steps", 0) for row in saved["log_history"]]
             self._skipped_steps = max(logged, default=0)
@@ -344,6 +347,8 @@ class ObjectiveTrainer(Trainer):
     ) -> Tensor:
         """Compute gradients of a batch, and see whether its loss is finite."""
         loss = super().training_step(model, inputs, num_items_in_batch)
+        self.costs.forward_passes += 1
+        self.costs.backward_passes += 1
         self._finite = self._finite & torch.isfinite(loss)
         self._loss_of_step += loss.detach()
         return loss
@@ -365,10 +370,12 @@ class ObjectiveTrainer(Trainer):
         return grad_norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the number of skipped steps beside the training loss.
+        """Log, with what training has taken, and the number of skipped steps beside its loss.
 
         The first entry also has the loss of the first step alone, ``first_loss``.
         """
+        if "loss" in logs or "eval_loss" in logs:
+            logs |= self.costs.logged()
         if "loss" in logs:
             logs["skipped_steps"] = self.skipped_steps()
             if not any("first_loss" in row for row in self.state.log_history):
@@ -546,6 +553,7 @@ class ZerothOrderTrainer(ObjectiveTrainer):
         inputs = self._prepare_inputs(self.collate([self.train_dataset[i] for i in examples]))
 
         def loss() -> Tensor:
+            self.costs.forward_passes += 1
             with self.compute_loss_context_manager():
                 return self.accelerator.reduce(self.compute_loss(self.model, inputs), "mean")
 
@@ -577,6 +585,7 @@ class ZerothOrderTrainer(ObjectiveTrainer):
         weight_of_all = self.accelerator.reduce(weight, "sum")
 
         def batch_loss() -> Tensor:
+            self.costs.forward_passes += 1
             with self.compute_loss_context_manager():
                 loss = self.compute_loss(self.model, inputs)
             return self.accelerator.reduce(loss * weight, "sum") / weight_of_all

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import functools
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,6 +87,9 @@ class Arguments(
                 f"--ddp_backend {self.ddp_backend}: there is one process only; start several with "
                 "torchrun, or leave it out"
             )
+        if self.disable_tqdm is None:
+            # In a file a bar would be one endless line.
+            self.disable_tqdm = not sys.stderr.isatty()
         super().__post_init__()
         # The Trainer would call it trainer_output; settings.name_run names it after the run.
         self.output_dir = output_dir
@@ -181,9 +185,17 @@ class OneLineParser(HfArgumentParser):
         nothing = argparse.Namespace(**dict.fromkeys((a.dest for a in self._actions), absent))
         namespace, unknown = self.parse_known_args(list(argv), nothing)
         if unknown:
-            known = [option for action in self._actions for option in action.option_strings]
-            raise InputError(explain_unknown(unknown[0], known))
+            raise InputError(explain_unknown(unknown[0], self.options()))
         return {name: value for name, value in vars(namespace).items() if value is not absent}
+
+    def options(self) -> list[str]:
+        """Return every argument as it is typed, the short and the other names too."""
+        return [option for action in self._actions for option in action.option_strings]
+
+    def name_of(self, option: str) -> str | None:
+        """Return the setting that an argument means, under any of its names, or None."""
+        action = self._option_string_actions.get(option)
+        return action.dest if action and option != "--help" else None
 
 
 def trainer_group(title: str, texts: Mapping[str, str]) -> type:

@@ -22,10 +22,12 @@ def run_in_batches(
     """Call ``function`` with the numbers below ``count`` in batches, the longest examples first.
 
     So little is padded. A batch that does not fit into memory is halved until it does. Shows a
-    progress bar with examples per second, in one process, unless ``progress`` is None.
+    progress bar with examples per second on a terminal, in one process, unless ``progress`` is
+    None.
     """
     waiting = sorted(range(count), key=length, reverse=True)
-    hidden = progress is None or process_index() > 0
+    # None: tqdm hides the bar where there is no terminal.
+    hidden = True if progress is None or process_index() > 0 else None
     with tqdm(total=count, desc=progress, unit="example", leave=False, disable=hidden) as bar:
         while waiting:
             indices = waiting[:batch_size]

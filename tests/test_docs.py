@@ -19,10 +19,12 @@ from running import MODEL, ROOT, SAMPLES, command
 
 import probe
 import run
+import sweep
 import tasks
 import templates
 from command_line.arguments import parse_arguments
 from command_line.settings import name_run, settle_dtype
+from sweeps.grid import read_grid
 from tasks import TASKS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -153,6 +155,11 @@ def test_every_command_line_runs(
             continue
         if Path(call[0]).name == "probe.py":
             probe_as_shown(call[1:], checkout)
+            continue
+        if Path(call[0]).name == "sweep.py":  # tests/test_sweep.py runs grids
+            options = sweep.Options.read(call[1:])
+            grid = read_grid(options.file, options.lists, options.further)
+            assert len(sweep.Sweep.of(grid, checkout / "result").runs) > 1
             continue
         assert Path(call[0]).name == "run.py"
         run_shortened(call[1:], checkout, capsys)

@@ -24,10 +24,11 @@ ROOMS = (
     {"checkpoints", "callbacks"},
     {"trainer"},
     {"command_line"},
-    {"preparation", "folders"},
-    {"probe"},
+    {"preparation", "folders", "provenance"},
+    {"probe", "plan"},
     {"results"},
-    {"run"},
+    {"sweeps"},
+    {"run", "sweep", "report"},
 )
 TORCH_ALONE = ("hizoo", "layerwise")
 # Scripts that import from the rooms, and that no room imports from.

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import math
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from running import command, contents, finish, small_model, training
+from running import ROOT, command, contents, finish, small_model, training
 
 import run
 from checkpoints import RunSettings, unfinished_checkpoint
 from command_line.arguments import parse_arguments
 from folders import locked, predictions_files
 from language_model.loading import load_model
+from provenance import commit
 from results import concerns, history, over_sets
 from trainer import ZerothOrderTrainer
 
@@ -211,8 +213,35 @@ def test_result_says_what_was_used_and_keeps_the_losses(tmp_path: Path) -> None:
     assert result["settings"]["hessian_dtype"] == "float32"
     losses = result["history"]
     assert list(losses["loss"]) == ["1", "2"] and list(losses["dev_loss"]) == ["2"]
-    assert all(0 < value < 5 for values in losses.values() for value in values.values())
+    assert all(0 < loss < 5 for kind in ("loss", "dev_loss") for loss in losses[kind].values())
+    assert losses["forward_passes"] == {"1": 4, "2": 7} and result["forward_passes"] == 7
+    assert 0 < losses["seconds"]["1"] <= losses["seconds"]["2"] <= result["train_seconds"]
+    assert 50 < result["peak_memory_mib"] < 8000 and result["device"]
+    assert result["commit"] == commit(ROOT)
     assert not (tmp_path / "out").exists()
+
+
+def test_commit_of_a_folder(tmp_path: Path) -> None:
+    assert commit(tmp_path) is None
+
+    def git(*words: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        done = subprocess.run(
+            ["git", "-C", tmp_path, *who, *words], check=True, capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    git("init", "-q")
+    (tmp_path / "a").write_text("1")
+    git("add", "a")
+    git("commit", "-q", "-m", "a")
+    assert commit(tmp_path) == git("rev-parse", "HEAD")
+    (tmp_path / "b").touch()  # no file of the repository
+    assert commit(tmp_path) == git("rev-parse", "HEAD")
+    (tmp_path / "a").write_text("2")
+    assert commit(tmp_path) == git("rev-parse", "HEAD") + "+"
+    (tmp_path / "inside").mkdir()
+    assert commit(tmp_path / "inside") is None
 
 
 @pytest.mark.parametrize(

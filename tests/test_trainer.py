@@ -411,6 +411,7 @@ def test_no_warnings_and_no_bars_of_files(
             eval_steps=3,
             load_best_model_at_end=True,
             no_eval=None,
+            disable_tqdm="False",
         )
     )
     out, err = capfd.readouterr()
@@ -435,10 +436,11 @@ def test_no_warnings_and_no_bars_of_files(
 @pytest.mark.parametrize(
     ("arguments", "pattern"),
     [
-        ({}, r"step \d of 6: loss \d\.\d{4}, g -?[\d.e+-]+, c [\d.e+-]+, h \d[\d.]*"),
+        ({}, r"step \d of 6: loss \d\.\d{4}, g -?[\d.e+-]+, c [\d.e+-]+, h \d[\d.]*, 00:\d\d left"),
         (
             {"non_diff": True, "train_as_classification": None},
-            r"step \d of 6: accuracy [01]\.\d{4}, g -?[\d.e+-]+, c [\d.e+-]+, h \d[\d.]*",
+            r"step \d of 6: accuracy [01]\.\d{4}, g -?[\d.e+-]+, c [\d.e+-]+, h \d[\d.]*"
+            r", 00:\d\d left",
         ),
     ],
     ids=["loss", "accuracy"],
@@ -448,7 +450,7 @@ def test_lines_of_the_log_without_a_bar(
 ) -> None:
     name = "accuracy" if "non_diff" in arguments else "loss"
     dev = {"num_dev": 4, "eval_strategy": "steps", "eval_steps": 3}
-    finish(training(tmp_path, disable_tqdm="True", logging_steps=2, **dev, **arguments))
+    finish(training(tmp_path, logging_steps=2, **dev, **arguments))
     out, err = capfd.readouterr()
     lines = [line for line in out.splitlines() if line.startswith("step")]
     assert len([line for line in lines if re.fullmatch(pattern, line)]) == 3

@@ -1,0 +1,555 @@
+"""A grid of runs: which ones it has, how they are done and taken up again, and the best of them."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running import MODEL, ROOT, SAMPLES, contents, small_model, training
+
+import run
+import sweep
+import sweeps.jobs
+from command_line.arguments import parse_arguments
+from command_line.checks import check
+from plan import make_plan, training_passes
+from preparation import prepare
+from sweeps import running, slurm
+from sweeps.grid import read_grid
+from sweeps.jobs import Job, last_words
+from sweeps.running import Display
+from sweeps.summary import Measured, Setting, best, group
+from utils import InputError
+
+DATA = ["--task_name", "SST2", "--model_name", str(MODEL), "--data_dir", str(SAMPLES)]
+GRID = """\
+task_name: SST2
+model_name: {model}
+data_dir: {data}
+trainer: zo
+learning_rate: [1e-3, 1e-4]
+method:
+  - {{hessian_smooth_type: constant0}}
+  - {{hessian_smooth_type: constant1e-4, hessian: lowrank}}
+seed: [0, 1]
+"""
+
+
+def write_grid(folder: Path, text: str = GRID) -> Path:
+    path = folder / "grid.yaml"
+    path.write_text(text.format(model=small_model().name, data=SAMPLES))
+    return path
+
+
+def short(**changes: Any) -> list[str]:
+    """Arguments of a run of a few steps, without the places of its files."""
+    argv = training(
+        Path("unused"), **({"max_steps": 2, "save_steps": 1, "logging_steps": 1} | changes)
+    )
+    for name in ("--output_dir", "--result_file"):
+        place = argv.index(name)
+        del argv[place : place + 2]
+    return argv
+
+
+class InThisProcess:
+    """Does in this process what ``Processes`` starts; fails where a test says so."""
+
+    failing: tuple[str, ...] = ()
+    done: list[str]
+
+    def __init__(self, jobs: list[Job], number: int) -> None:
+        self.jobs, self.number = jobs, number
+        type(self).done = []
+
+    def look(self) -> None:
+        for job in self.jobs:
+            if job.state == "waiting":
+                job.begin()
+                type(self).done.append(job.name)
+                if any(part in job.name for part in self.failing):
+                    job.log.write_text("step 1 of 2: loss 1\nerror: no such thing\nSegfault\n")
+                    job.end(2)
+                else:
+                    job.end(run.main(job.words))
+
+    def stop(self) -> None:
+        pass
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> type[InThisProcess]:
+    monkeypatch.setattr(sweep, "Processes", InThisProcess)
+    monkeypatch.setattr(running, "PAUSE", 0)
+    monkeypatch.setattr(InThisProcess, "failing", ())
+    return InThisProcess
+
+
+# ------------------------------------------------------------------------------------- the grid
+
+
+def test_lists_multiply_and_groups_stay_together(tmp_path: Path) -> None:
+    grid = read_grid(write_grid(tmp_path), {}, [])
+    choices = [run.choice for run in grid.runs()]
+    methods = (
+        {"hessian_smooth_type": "constant0"},
+        {"hessian_smooth_type": "constant1e-4", "hessian": "lowrank"},
+    )
+    assert choices == [
+        {"learning_rate": rate, **method, "seed": seed}
+        for rate, method, seed in itertools.product(("1e-3", "1e-4"), methods, ("0", "1"))
+    ]
+    first = grid.runs()[0]
+    assert first.name == "learning_rate=1e-3,hessian_smooth_type=constant0,seed=0"
+    arguments = parse_arguments(first.words)
+    assert (arguments.learning_rate, arguments.seed, arguments.trainer) == (1e-3, 0, "zo")
+
+
+def test_the_command_line_alone_and_over_a_file(tmp_path: Path) -> None:
+    lists = {"lr_scheduler_type": ["linear", "cosine"], "seed": ["3"]}
+    runs = read_grid(None, lists, DATA).runs()
+    assert [run.words for run in runs] == [
+        ("--lr_scheduler_type", kind, "--seed", "3", *DATA) for kind in ("linear", "cosine")
+    ]
+    lists = {"learning_rate": ["1e-5"], "kind": ["{lora: True, lora_r: 4}", "{sfc: ~}"]}
+    grid = read_grid(write_grid(tmp_path), lists, ["--seed", "7", "--no-eval"])
+    assert len(grid.runs()) == 1 * 2 * 2
+    words = [run.words for run in grid.runs()]
+    assert all(line[-3:] == ("--seed", "7", "--no-eval") for line in words)
+    assert all(line.count("--seed") == 1 for line in words)
+    assert [("--lora_r" in line, "--sfc" in line) for line in words] == [(1, 0), (0, 0)] * 2
+
+
+def test_values_are_what_they_say_and_names_are_fit_for_files() -> None:
+    lists = {
+        "model_name": ["facebook/opt-13b", "other/opt-13b", "a/b c:d"],
+        "eval-strategy": ["no"],
+    }
+    runs = read_grid(None, lists, []).runs()
+    assert [run.choice["eval_strategy"] for run in runs] == ["no"] * 3
+    assert runs[2].name == "model_name=b_c_d,eval_strategy=no"
+    assert len({run.name for run in runs}) == 3 and all("/" not in run.name for run in runs)
+
+
+BAD_GRIDS = {
+    "unknown argument": ("learning_rat: [1, 2]\n", "unknown argument --learning_rat: did you mean"),
+    "unknown in a group": ("m: [{lora: true, lorar: 3}]\n", "in m: unknown argument --lorar"),
+    "an empty list": ("seed: []\n", "seed is an empty list: give at least one value"),
+    "no list": ("seed: 3\n", "the grid has no list"),
+    "no YAML": ("seed: [1, 2\nlr: 3", r":2: not YAML"),
+    "no mapping": ("- 1\n- 2\n", "give a grid, as in learning_rate"),
+    "twice": ("seed: [1, 2]\nm: [{seed: 3}, {seed: 4}]\n", "--seed is in the grid twice"),
+    "two names": ("num_eval: [1, 2]\nnum_test: [3]\n", "--num_eval is in the grid twice"),
+    "the same run": ("seed: [1, 1]\n", "the same run twice"),
+    "a list in a list": ("seed: [[1, 2], 3]\n", "seed: a list in a list"),
+    "a place": ("tag: [a, b]\n", "--tag in a sweep: every run has files of its own"),
+    "a value": ("seed: [0, -1]\n", "seed=-1: --seed -1: must be at least 0"),
+    "no effect": ("zo_eps: [1, 2]\n", "zo_eps=1: --zo_eps 1: nothing is trained"),
+}
+
+
+@pytest.mark.parametrize(("text", "said"), BAD_GRIDS.values(), ids=BAD_GRIDS)
+def test_bad_grid(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+    said: str,
+) -> None:
+    (tmp_path / "grid.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    before = contents(tmp_path)
+    assert sweep.main(["grid.yaml", "--dry_run", "--", *DATA]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and len(err.splitlines()) == 1
+    assert re.search(said, err), err
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["no.yaml"], "no.yaml: cannot be read"),
+        (["a.yaml", "b.yaml"], "b.yaml: a second grid, beside a.yaml"),
+        (["--seed", "--", *DATA], "--seed: give the values that the grid has"),
+        (["--seed", "1", "2", "--", *DATA, "--seed", "1"], "--seed is in the grid and behind --"),
+        (["--seed", "1", "--jobs", "0", "--", *DATA], "--jobs 0: must be a whole number"),
+        (["--seed", "1", "--jobs"], "--jobs: its value is missing"),
+        (["--seed", "1", "--", *DATA, "--tag", "a"], "--tag in a sweep"),
+        (["--lora", "{", "--", *DATA], "--lora {: not YAML"),
+    ],
+)
+def test_bad_command_line(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    argv: list[str],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert sweep.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"error: {said}") and len(err.splitlines()) == 1
+    assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "runs/grids").glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_grids_that_come_with_it_are_run_py_s(path: Path) -> None:
+    runs = read_grid(path, {}, ["--model_name", str(MODEL), "--use_cpu"]).runs()
+    assert len(runs) >= 6
+    for each in runs:
+        check(parse_arguments(each.words))
+
+
+# ---------------------------------------------------------------------------------------- doing
+
+
+def test_a_sweep_is_done_once_and_grows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], in_this_process: type[InThisProcess]
+) -> None:
+    folder = tmp_path / "runs"
+    rest = ["--output_dir", str(folder), "--", *short(num_dev=4, no_eval=None, learning_rate=None)]
+    argv = ["--learning_rate", "1e-4", "1e-1", "--seed", "0", *rest]
+    assert sweep.main(argv) == 0
+    names = ["learning_rate=1e-4,seed=0", "learning_rate=1e-1,seed=0"]
+    assert in_this_process.done == names
+    results = {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
+    out = capsys.readouterr().out
+    chosen = max(names, key=lambda name: results[name]["dev_metric"]["accuracy"])
+    accuracies = [result["dev_metric"]["accuracy"] for result in results.values()]
+    if accuracies[0] != accuracies[1]:
+        assert f"best on the dev set: learning_rate {chosen.split(',')[0][14:]}" in out
+    command = next(line for line in out.splitlines() if line.startswith("  python "))
+    assert "--output_dir" not in command and "--seed 0" in command
+    # Nothing is left to do; a third seed is.
+    assert sweep.main(argv) == 0 and in_this_process.done == []
+    assert "2 finished before" in capsys.readouterr().out
+    assert sweep.main(["--learning_rate", "1e-4", "1e-1", "--seed", "0", "1", *rest]) == 0
+    assert in_this_process.done == [name.replace("seed=0", "seed=1") for name in names]
+    assert "and with --seed 1" in capsys.readouterr().out
+    # Another grid is refused, and changes nothing.
+    before = contents(folder)
+    assert sweep.main(["--learning_rate", "1e-4", "1e-2", "--seed", "0", *rest]) == 2
+    assert "holds another grid" in capsys.readouterr().err
+    assert contents(folder) == before
+
+
+def test_failed_runs_are_told_in_a_line_each(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], in_this_process: type[InThisProcess]
+) -> None:
+    in_this_process.failing = ("seed=1",)
+    argv = ["--seed", "0", "1", "--output_dir", str(tmp_path), "--", *short()]
+    assert sweep.main(argv) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert f"failed: seed=1: error: no such thing ({tmp_path}/seed=1.log)" in lines
+    assert any("no best setting: no setting has finished" in line for line in lines)
+    in_this_process.failing = ()
+    assert sweep.main(argv) == 0 and in_this_process.done == ["seed=1"]
+    assert "no run has a dev set (--num_dev)" in capsys.readouterr().out
+
+
+def test_results_of_other_data_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], in_this_process: type[InThisProcess]
+) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text('prompt,options,answer\nGood?,"[""yes"", ""no""]",yes\n')
+    own = ["--validation_file", str(rows), "--model_name", small_model().name]
+    argv = ["--max_length", "30", "40", "--output_dir", str(tmp_path / "s"), "--", *own]
+    assert sweep.main(argv) == 0
+    rows.write_text('prompt,options,answer\nGood?,"[""yes"", ""no""]",no\n')
+    capsys.readouterr()
+    assert sweep.main(argv) == 2
+    assert "give another --output_dir, or --overwrite_output_dir" in capsys.readouterr().err
+    assert sweep.main([*argv, "--overwrite_output_dir"]) == 2  # that is another grid
+    assert in_this_process.done == ["max_length=30", "max_length=40"]
+
+
+STANDS_IN_FOR_RUN = """\
+import os, sys, time
+print(sys.argv[1], os.environ.get("OMP_NUM_THREADS"), flush=True)
+time.sleep(60 if sys.argv[1] == "slow" else 0)
+sys.exit(3 if sys.argv[1] == "bad" else 0)
+"""
+
+
+def test_processes_run_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(STANDS_IN_FOR_RUN)
+    monkeypatch.setattr(sweeps.jobs, "SCRIPT", script)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    jobs = [Job(n, (n,), tmp_path / f"{n}.log") for n in ("good", "bad", "slow", "late")]
+    runner, shown = running.Processes(jobs, 2), io.StringIO()
+    display = Display(jobs, 2, lambda job: "well", shown)
+    for _ in range(1000):
+        runner.look()
+        display.update()
+        # The fourth begins when the others have left it room, beside the slow one.
+        if jobs[3].state == "finished" and jobs[2].log.stat().st_size:
+            break
+        time.sleep(0.02)
+    assert [job.state for job in jobs] == ["finished", "failed", "running", "finished"]
+    runner.stop()
+    assert jobs[2].state == "failed" and jobs[2].said == "ended by SIGINT"
+    lines = shown.getvalue().splitlines()
+    assert "finished: good: well" in lines and "failed: bad: bad 3" in lines
+    assert any(line.startswith("started: late (") for line in lines)
+    assert all((tmp_path / f"{name}.log").read_text() == f"{name} 3\n" for name in ("bad", "late"))
+
+
+def test_a_sweep_that_is_killed_takes_its_runs_along(tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(STANDS_IN_FOR_RUN)
+    program = f"""
+import os, pathlib, signal, time
+from sweeps.jobs import start
+log = pathlib.Path({str(tmp_path / "log")!r})
+process = start(pathlib.Path({str(script)!r}), ["slow"], log, os.environ)
+while not log.stat().st_size:
+    time.sleep(0.02)
+print(process.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == -9, done.stderr
+    state = Path(f"/proc/{int(done.stdout)}/stat")
+    for _ in range(200):
+        # Ended, or ended and not yet waited for.
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.02)
+    pytest.fail("the run goes on without its sweep")
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    with pytest.raises(
+        InputError, match="--jobs 3: each run has a GPU of its own, and there are 2"
+    ):
+        running.Processes([], 3)
+    assert running.Processes([], 2).free == ["2", "5"]
+
+
+def test_display_on_a_terminal_shows_running_runs(tmp_path: Path) -> None:
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    jobs = [Job(name, (), tmp_path / name) for name in ("a", "b")]
+    (tmp_path / "a").write_text("step 10 of 40: loss 0.5, g 1\rstep 20 of 40: loss 0.4\n")
+    display = Display(jobs, 1, lambda job: "dev accuracy 1.0000", terminal)
+    jobs[0].begin()
+    display.update()
+    assert terminal.getvalue() == "0 of 2 finished, 1 running\n  a: 20 of 40 loss 0.4\n"
+    jobs[0].end(0)
+    jobs[0].seconds = 90.0
+    display.update()
+    assert terminal.getvalue().endswith(
+        "\x1b[2F\x1b[Jfinished: a: dev accuracy 1.0000\n1 of 2 finished, about 1.5 min left\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "said"),
+    [
+        ("a\nerror: no model\n\n", 2, "error: no model"),
+        ("Traceback\n  x\nKeyError: 'y'\n", 1, "KeyError: 'y'"),
+        ("step 3\n", -9, "ended by SIGKILL (out of memory?)"),
+        ("", 1, "exit code 1"),
+    ],
+)
+def test_last_words(tmp_path: Path, text: str, code: int, said: str) -> None:
+    (tmp_path / "log").write_text(text)
+    assert last_words(tmp_path / "log", code) == said
+
+
+# ---------------------------------------------------------------------------------- the best one
+
+
+def result(accuracy: float, loss: float, **settings: Any) -> dict[str, Any]:
+    losses = {"1": 0.1, "2": loss}
+    return {
+        "dev_metric": {"accuracy": accuracy},
+        "metric": {"accuracy": 1 - accuracy},
+        "history": {"dev_loss": losses},
+        "settings": settings,
+    }
+
+
+def test_best_goes_by_the_dev_set_alone() -> None:
+    runs = [
+        ("a0", {"learning_rate": "1", "seed": "0"}, result(0.5, 0.3)),
+        ("a1", {"learning_rate": "1", "seed": "1"}, result(0.7, 0.3)),
+        ("b0", {"learning_rate": "2", "seed": "0"}, result(0.6, 0.2)),
+        ("b1", {"learning_rate": "2", "seed": "1"}, result(0.6, 0.2)),
+        ("c0", {"learning_rate": "3", "seed": "0"}, result(0.9, 0.1)),
+        ("c1", {"learning_rate": "3", "seed": "1"}, None),
+    ]
+    (settings,) = group(runs).values()
+    chosen = best(settings)
+    # c is not whole; a and b are equal by the metric, and b has the lower dev loss.
+    assert chosen is not None and chosen.names == ["b0", "b1"]
+    name, test = chosen.metric("metric")
+    assert name == "accuracy" and test.text() == "0.4000 ± 0.0000"
+    assert settings[0].metric("dev_metric")[1].deviation == pytest.approx(0.1414, abs=1e-4)
+    lowest = Setting({}, ["x"], [result(0.5, 0.3, load_best_model_at_end=True)])
+    assert lowest.dev_loss() == Measured(0.1)
+
+
+def test_every_task_has_a_best_of_its_own() -> None:
+    runs = [
+        (f"{task}{rate}", {"task_name": task, "zo_eps": rate}, result(accuracy, 0.1))
+        for task, rate, accuracy in (
+            ("CB", "1", 0.6),
+            ("CB", "2", 0.5),
+            ("RTE", "1", 0.5),
+            ("RTE", "2", 0.7),
+        )
+    ]
+    problems = group(runs)
+    assert {key: best(settings).names for key, settings in problems.items()} == {
+        ("CB",): ["CB1"],
+        ("RTE",): ["RTE2"],
+    }
+
+
+# -------------------------------------------------------------------------- what it will take
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"hessian_smooth_type": "constant0"},
+        {"zo_num_samples": 2, "gradient_accumulation_steps": 2},
+        {"curvature_every": 2, "max_steps": 5},
+        {"curvature_eps": 1e-2, "max_steps": 12, "save_steps": 6},
+        {"learning_rate": "auto", "hessian_smooth_type": "constant0", "max_steps": 11},
+        {"trainer": "regular"},
+    ],
+)
+def test_planned_passes_are_those_of_the_run(tmp_path: Path, changes: dict[str, Any]) -> None:
+    argv = training(
+        tmp_path,
+        **({"save_strategy": "no"} | {k: v for k, v in changes.items() if k != "save_steps"}),
+    )
+    arguments = parse_arguments(argv)
+    assert run.main(argv) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    forward, backward = training_passes(arguments)
+    probes = sum(probe["passes"] for probe in result["probes"])
+    planned = forward - (197 if probes else 0) + probes
+    assert (result["forward_passes"], result.get("backward_passes", 0)) == (planned, backward)
+    history = result["history"]
+    assert history["forward_passes"][str(result["steps"])] == result["forward_passes"]
+    assert list(history["seconds"].values()) == sorted(history["seconds"].values())
+
+
+def test_plan_counts_weights_and_says_so(tmp_path: Path) -> None:
+    arguments = parse_arguments(training(tmp_path, lora=True))
+    check(arguments)
+    plan = make_plan(arguments, prepare(arguments))
+    assert run.main(training(tmp_path, lora=True)) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert plan.trained_parameters == result["trained_parameters"]
+    assert plan.steps == 6 and plan.forward_passes == result["forward_passes"]
+    assert 4 * plan.parameters < plan.memory < 100 * 2**20 and 0 < plan.seconds < 60
+    steps, weights, seconds = plan.lines()
+    assert steps.startswith("6 steps: 19 forward passes of training")
+    assert weights.endswith("of memory") and seconds.endswith("on this machine")
+
+
+def test_dry_run_tells_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert sweep.main(["--seed", "0", "1", "--dry_run", "--jobs", "2", "--", *short()]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("python ") and "run.py --seed 0 --task_name SST2" in lines[0]
+    assert lines[1].startswith("  2 steps: 7 forward passes of training")
+    assert lines[-1].startswith(
+        "2 runs, 14 forward passes of training and 0 of evaluation are left"
+    )
+    assert "with --jobs 2" in lines[-1]
+    assert contents(tmp_path) == {}
+
+
+# ------------------------------------------------------------------------------------------ Slurm
+
+
+def test_options_of_sbatch() -> None:
+    assert slurm.read_options("--gres=gpu:1 --time=2-12:00:00 --exclusive") == {
+        "time": 3600,
+        "additional_parameters": {"gres": "gpu:1", "exclusive": True},
+    }
+    times = {"30": 30, "30:30": 31, "1:30:00": 90, "1-2": 1560, "1-2:30": 1590}
+    assert {text: slurm.minutes(text) for text in times} == times
+    for text, said in {
+        "gpu:1": "gpu:1 is no option of sbatch",
+        "--gres=gpu:1": "give the longest time",
+        "--time=soon": "give a time as in",
+    }.items():
+        with pytest.raises(InputError, match=said):
+            slurm.read_options(text)
+
+
+def test_an_array_on_the_local_executor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    submitit = pytest.importorskip("submitit")
+
+    def local(folder: Path, parameters: dict[str, Any]) -> Any:
+        assert parameters["time"] == 10 and parameters["array_parallelism"] == 2
+        executor = submitit.LocalExecutor(folder)
+        executor.update_parameters(timeout_min=1)
+        return executor
+
+    script = tmp_path / "run.py"
+    script.write_text("import sys\nprint('error: bad')\nsys.exit('1' in sys.argv)\n")
+    monkeypatch.setattr(slurm, "SCRIPT", script)
+    monkeypatch.setattr(slurm, "make_executor", local)
+    # The jobs read the module that they run from there.
+    (tmp_path / "sweeps").symlink_to(ROOT / "sweeps")
+    (tmp_path / "utils.py").symlink_to(ROOT / "utils.py")
+    monkeypatch.setenv("PYTHONPATH", "")
+    jobs = [Job(name, (name,), tmp_path / f"{name}.log") for name in ("0", "1")]
+    array = slurm.JobArray(jobs, "--time=10", tmp_path, 2)
+    for _ in range(600):
+        array.look()
+        if all(job.state in ("finished", "failed") for job in jobs):
+            break
+        time.sleep(0.1)
+    assert [job.state for job in jobs] == ["finished", "failed"]
+    assert (jobs[0].said, jobs[1].said) == ("", "error: bad")
+    assert set(json.loads((tmp_path / "slurm.json").read_text())) == {"0", "1"}
+
+
+def test_without_slurm_one_line_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    argv = [
+        "--seed",
+        "0",
+        "--output_dir",
+        str(tmp_path / "s"),
+        "--slurm",
+        "--time=1",
+        "--",
+        *short(),
+    ]
+    assert sweep.main(argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: --slurm: ") and err.endswith("use --jobs\n")
+    assert len(err.splitlines()) == 1
