@@ -56,9 +56,6 @@ from trainer import (
 )
 from utils import InputError
 
-# μ before the probe of --zo_eps auto has found one.
-START_EPS = 1e-3
-
 
 @dataclass(frozen=True)
 class Prepared:
@@ -289,7 +286,8 @@ def zeroth_order_settings(arguments: Arguments) -> ZerothOrderSettings:
     by_curvature = arguments.learning_rate == AUTO
     return ZerothOrderSettings(
         smoothing=smoothing,
-        eps=START_EPS if arguments.zo_eps == AUTO else arguments.zo_eps,
+        # The default is the μ until a probe has found one.
+        eps=ZerothOrderSettings.eps if arguments.zo_eps == AUTO else arguments.zo_eps,
         hessian=arguments.hessian,
         hessian_dtype=None if dtype == "auto" else getattr(torch, dtype),
         perturbation=arguments.zo_perturbation,

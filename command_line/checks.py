@@ -103,8 +103,10 @@ def _check_trained_weights(arguments: Arguments) -> None:
             "--prefix_tuning, or use --load_float16"
         )
     if arguments.prefix_tuning:
-        # Under both its names it recomputes layers without the keys and values of the prefix.
-        for name in ("gradient_checkpointing", "activation_checkpointing"):
+        # It recomputes layers without the keys and values of the prefix. The Trainer sets both its
+        # names; the line shall have the one that was given.
+        names = ("activation_checkpointing", "gradient_checkpointing")
+        for name in sorted(names, key=lambda name: name not in arguments.given):
             _refuse(arguments, name, "it leaves the prefix of --prefix_tuning out")
     if quantised:
         _refuse(arguments, "untie_emb", f"the head of --{quantised} is quantised")

@@ -307,15 +307,18 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         },
         ["--sampling", "--non_diff"],
     ),
-    "prefix and gradient checkpointing": (
-        {
-            "prefix_tuning": True,
-            "gradient_checkpointing": True,
-            "trainer": "regular",
-            "hessian_smooth_type": None,
-        },
-        ["--gradient_checkpointing", "--prefix_tuning"],
-    ),
+    **{
+        f"prefix and {name}": (
+            {
+                "prefix_tuning": True,
+                name: True,
+                "trainer": "regular",
+                "hessian_smooth_type": None,
+            },
+            [f"--{name}: ", "--prefix_tuning"],
+        )
+        for name in ("gradient_checkpointing", "activation_checkpointing")
+    },
     "adapter without training": (
         {
             "lora": True,
