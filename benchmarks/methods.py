@@ -173,7 +173,8 @@ def measure(arguments: argparse.Namespace, method: str, seed: int) -> dict[str, 
     )
     task = get_task(arguments.task)
     encoder = Encoder(task, tokenizer, 512)
-    drawn = sample_train_dev(load_samples(task, arguments.data_dir)[0], TRAIN, DEV, seed)
+    data_dir = None if arguments.data_dir == "hub" else arguments.data_dir
+    drawn = sample_train_dev(load_samples(task, data_dir)[0], TRAIN, DEV, seed)
     encode = encoder.correct if task.generation else encoder.options
     train, dev = ([encode(sample) for sample in part] for part in drawn)
     objective = language_model_loss if task.generation else classification_loss
@@ -260,7 +261,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(BUNDLED), help="Hub id or folder")
     parser.add_argument("--task", default="SST2", help="one of the eleven tasks")
-    parser.add_argument("--data_dir", default=str(SAMPLES), help="folder with the task's rows")
+    parser.add_argument(
+        "--data_dir", default=str(SAMPLES), help="folder with the task's rows, or hub"
+    )
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the weights")
     parser.add_argument("--methods", nargs="*", default=list(DEFAULTS), help="see above")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of data and noise")
