@@ -102,6 +102,8 @@ def shortened(argv: list[str]) -> list[str]:
         short |= {"num_train": "24"}
     if values.get("--trainer", "none") != "none" and "--linear_probing" not in argv:
         short |= {"max_steps": "2"}
+        if values.get("--learning_rate") == "auto":  # test_hizoo_sh.py runs it, with its probe
+            short |= {"learning_rate": "1e-4"}
         if "--train_file" not in values and "--num_dev" in values:
             short |= {"num_dev": "8"}
         evaluates = values.get("--evaluation_strategy", values.get("--eval_strategy"))

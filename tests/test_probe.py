@@ -69,28 +69,23 @@ def test_a_resumed_run_takes_what_was_found(
     # Fewer forward passes, which find numbers all the same.
     small = functools.partial(step_sizes.find_step_sizes, directions=2, pairs=2)
     monkeypatch.setattr(probe, "find_step_sizes", small)
-    whole = finish(training(tmp_path / "whole", **AUTO, **mode))
-    begun = training(tmp_path / "half", **AUTO, **mode)
-    real = ObjectiveTrainer.compute_loss
-    # Stopped in the fifth step, behind the checkpoint of the third.
+    measured = []
+    real = probe.measure
     monkeypatch.setattr(
-        ObjectiveTrainer,
-        "compute_loss",
-        lambda self, *args, **kwargs: (
-            (_ for _ in ()).throw(KeyboardInterrupt)
-            if self.state.global_step == 4
-            else real(self, *args, **kwargs)
-        ),
+        probe, "measure", lambda *args, **kwargs: measured.append(0) or real(*args, **kwargs)
     )
-    assert run.main(begun) == 130
-    monkeypatch.setattr(ObjectiveTrainer, "compute_loss", real)
-    if "probe_every" not in mode:
-        monkeypatch.setattr(probe, "measure", None)  # it would fail
-    resumed = finish(begun)
-    assert resumed["probes"] == whole["probes"]
     steps = [0, 2, 4] if "probe_every" in mode else [0]
+    argv = training(tmp_path, **AUTO, **mode)
+    whole = finish(argv)
     assert [found["global_step"] for found in whole["probes"]] == steps
-    checkpoints = tmp_path / "whole/out/checkpoint-6", tmp_path / "half/out/checkpoint-6"
+    assert len(measured) == len(steps)
+    # As if the run had ended behind the checkpoint of the third step.
+    (tmp_path / "out/checkpoint-6").rename(tmp_path / "whole")
+    (tmp_path / "result.json").unlink()
+    resumed = finish(argv)
+    assert resumed["probes"] == whole["probes"]
+    assert len(measured) == len(steps) + sum(step > 3 for step in steps)
+    checkpoints = tmp_path / "whole", tmp_path / "out/checkpoint-6"
     (file,) = {path.name for path in checkpoints[0].glob("*model.safetensors")}
     assert_same_tensors(*(load_file(folder / file) for folder in checkpoints))
     first, second = map(state, checkpoints)
