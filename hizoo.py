@@ -59,6 +59,8 @@ from torch import Tensor
 Scalar = float | Tensor
 # A direction's number, and how many times μ u/√h the parameters are shifted along it.
 Point = tuple[int, float]
+# The loss at a point: of a batch, or (examples,) of each of its examples.
+Losses = float | Tensor
 # h - 1 of a tile, or the row factors (rows, 1) and column factors (columns,) whose product is h.
 HessianTile = Tensor | tuple[Tensor, Tensor] | None
 
@@ -67,7 +69,8 @@ class Coefficients(NamedTuple):
     """Scalars of an update.
 
     Attributes:
-        steps: what u/√h of each direction is multiplied by, -η g.
+        steps: what u/√h of each direction is multiplied by, -η g; with a direction for every
+            example a tensor of the tile's shape, which holds their signs too.
         back: what u/√h of each direction has to be added to take the shift back; None: no shift.
         growths: α c of each direction; None: h stays as it is, or is low-rank.
         smooth: α.
@@ -150,6 +153,20 @@ def update_tile(
     add_to(target, change, rounding[0])
 
 
+def direction_tile(like: Tensor, hessian: HessianTile, noise: Tensor, scale: Scalar) -> Tensor:
+    """Return ``scale`` u/√h of a tile, in the shape and dtype of ``like``."""
+    noise = drawn(noise, like)
+    if hessian is not None:
+        noise = noise.mul(hessian_of(hessian, noise.dtype).rsqrt_())
+    return noise.mul(scale).to(like.dtype)
+
+
+def measured_squares(like: Tensor, hessian: HessianTile, noise: Tensor) -> Tensor:
+    """Return h u² of a tile, in the shape of ``like``."""
+    noise = drawn(noise, like)
+    return noise.square().mul_(hessian_of(hessian, noise.dtype))
+
+
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[Scalar]) -> Tensor:
     """Return the sum of ``tensors`` times ``weights``, a new tensor."""
     total = tensors[0] * weights[0]
@@ -165,6 +182,11 @@ def scalars(
     samples = len(differences)
     gradients = [first / (2 * eps) / samples for first, _ in differences]
     return gradients, [abs(second) / (2 * curvature_eps**2) / samples for _, second in differences]
+
+
+def mean_of(losses: Losses) -> float:
+    """Return a loss, or the mean of several examples'."""
+    return float(losses.mean()) if isinstance(losses, Tensor) else losses
 
 
 def running_mean(mean: float, value: float, count: int) -> float:
@@ -184,6 +206,8 @@ MEMORY, LEAST_PART, FIRST_MEASUREMENTS = 20, 0.3, 5
 RARELY = 10
 # Numbers of the streams that stochastic rounding draws from; those of u are numbered from 0.
 ROUNDING_WEIGHTS, ROUNDING_HESSIAN = -1, -2
+# With the number of a direction, that of the stream of its examples' signs.
+SIGNS = -3
 # No number of u is larger.
 LARGEST_NOISE = 5.4
 # Part of the weights that a perturbation has to change, at least.
@@ -227,6 +251,12 @@ class HiZOO(torch.optim.Optimizer):
             last place a step. ``layerwise.LayerwiseWeights(model)`` leaves them as they are and
             perturbs one module at a time, with scratch memory for the largest; for half precision.
             Two forward passes at the first estimate try whether the model allows it.
+        directions: None: all examples of a batch share u. ``example_directions.ExampleDirections``
+            (model) gives each a direction of its own, u with random signs for its rows and its
+            columns (GRZO, arXiv 2606.02857): ``closure`` then returns the examples' losses,
+            (examples,), g is one number for each, and c the mean of theirs. The weights stay as
+            they are during the forward passes. Excludes ``layers``.
+        normalize: with ``directions``, divide the examples' g by their standard deviation.
         seed: the noise is a function of it and of the step's number.
         compile: whether torch.compile makes one kernel of the arithmetic on a tile, which takes 10
             to 30 seconds in a first run. None: from 16 million weights on. Where it fails, a
@@ -267,6 +297,8 @@ class HiZOO(torch.optim.Optimizer):
         curvature_eps: float | None = None,
         clip: float | None = None,
         layers: Any = None,
+        directions: Any = None,
+        normalize: bool = False,
         seed: int = 0,
         compile: bool | None = None,
     ) -> None:
@@ -281,6 +313,10 @@ class HiZOO(torch.optim.Optimizer):
         for name, value in (("curvature_eps", curvature_eps), ("clip", clip)):
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be larger than 0 and finite, not {value!r}")
+        if layers is not None and directions is not None:
+            raise ValueError("layers and directions exclude each other: give one of them")
+        if normalize and directions is None:
+            raise ValueError("normalize needs directions: there is one g for all examples")
         self.num_samples = num_samples
         self.step_size = step_size
         self.curvature_every = curvature_every
@@ -288,6 +324,8 @@ class HiZOO(torch.optim.Optimizer):
         self.hessian = hessian
         self.hessian_dtype = hessian_dtype
         self.layers = layers
+        self.directions = directions
+        self.normalize = normalize
         self.compile = compile
         self._compiles: bool | None = None
         self.projected_gradient = math.nan
@@ -334,7 +372,8 @@ class HiZOO(torch.optim.Optimizer):
             ValueError: eps is so small that hardly a weight would change, or so large beside the
                 weights that shifting them back would not restore them.
         """
-        check_perturbation_scale(self._slots, in_place=self.layers is None)
+        in_place = self.layers is None and self.directions is None
+        check_perturbation_scale(self._slots, in_place)
 
     @property
     def optimizer(self) -> HiZOO:
@@ -370,7 +409,7 @@ class HiZOO(torch.optim.Optimizer):
             if skipped:
                 self.restore()
             else:
-                self._apply(differences)
+                self._apply(differences, self._example_differences())
             for group in self.param_groups:
                 group["step"] += 1
                 group["skipped_steps"] += skipped
@@ -385,10 +424,11 @@ class HiZOO(torch.optim.Optimizer):
 
         ``closure`` returns the loss of the batch, a number or a tensor of one, and must give the
         same loss for the same weights (no dropout): the first step calls it once more than it
-        needs, and warns if it does not. Of several batches before one ``step`` each counts by its
-        ``weight``, for instance the tokens that its loss is the mean over; without weights they
-        count alike. Returns the unperturbed loss, or without it the mean of the perturbed ones. If
-        anything raises, the weights come back and the step starts anew.
+        needs, and warns if it does not. With ``directions`` it returns a loss for each example,
+        (examples,), whose mean is the loss of the batch. Of several batches before one ``step``
+        each counts by its ``weight``, for instance the tokens that its loss is the mean over;
+        without weights they count alike. Returns the unperturbed loss, or without it the mean of
+        the perturbed ones. If anything raises, the weights come back and the step starts anew.
         """
         self._prepare()
         measures, ratio = self._measures_curvature(), self._curvature_ratio()
@@ -397,11 +437,13 @@ class HiZOO(torch.optim.Optimizer):
         order += [(draw, scale) for draw in range(self.num_samples) for scale in scales]
         if self.layers is not None and not self.layers.checked:
             self._check_layers(closure)
+        if self.directions is not None and not self.directions.checked:
+            self._check_directions(closure)
         if len(self._estimates) % 2:
             # Every other batch goes backwards, from where the one before it ended.
             order.reverse()
         first = self.param_groups[0]["step"] == 0 and not self._estimates
-        losses: dict[Point | None, float] = {}
+        losses: dict[Point | None, Losses] = {}
         try:
             for point in order:
                 losses[point] = self._loss_at(point, closure)
@@ -423,21 +465,21 @@ class HiZOO(torch.optim.Optimizer):
             raise
         finally:
             torch.clear_autocast_cache()
-        return center
+        return mean_of(center)
 
     @torch.no_grad()
     def loss_along(self, closure: Callable[[], Any], distance: float, draw: int = 0) -> float:
         """Return the loss at θ + ``distance`` u/√h, u the direction of this number in this step.
 
         For looking at the loss between steps. ``distance`` is that of the first group; others' are
-        in proportion of their ``eps``. In place the parameters stay shifted until ``restore()``,
-        or until a further loss.
+        in proportion of their ``eps``. With ``directions``, too, u is that of all examples. In
+        place the parameters stay shifted until ``restore()``, or until a further loss.
         """
         if self._estimates:
             raise RuntimeError("loss_along() between estimate() and step() would lose the estimate")
         self._prepare()
         scale = distance / self.param_groups[0]["eps"]
-        return self._loss_at((draw, scale) if scale else None, closure)
+        return mean_of(self._loss_at((draw, scale) if scale else None, closure, alike=True))
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -514,12 +556,15 @@ class HiZOO(torch.optim.Optimizer):
         return scalars(differences, group["eps"], group["eps"] * self._curvature_ratio())
 
     def _forget_estimates(self) -> None:
-        # (weight, [(l+ - l-, l+ + l- - 2 l0) of every direction]) of every batch.
-        self._estimates: list[tuple[float, list[tuple[float, float]]]] = []
+        # (weight, [(l+ - l-, l+ + l- - 2 l0) of every direction]) of every batch: numbers, or with
+        # directions for every example tensors.
+        self._estimates: list[tuple[float, list[tuple[Losses, Losses]]]] = []
         # Whether they have taken the loss at θ too.
         self._measured = False
         # What of each g counts.
-        self._bounded: list[float] = []
+        self._bounded = torch.ones(1, 1)
+        # Signs of the columns of the matrix that is being updated, by direction.
+        self._known_signs: dict[tuple[Slot, int], Tensor] = {}
         # Where the parameters are if they are shifted in place.
         self._point: Point | None = None
         # How many tiles a shift in place has written, should it end early.
@@ -529,13 +574,32 @@ class HiZOO(torch.optim.Optimizer):
     def _mean_differences(self) -> list[list[float]]:
         """(l+ - l-, l+ + l- - 2 l0) of every direction, averaged over the batches."""
         weights = torch.tensor([weight for weight, _ in self._estimates], dtype=torch.float64)
-        values = torch.tensor([pairs for _, pairs in self._estimates], dtype=torch.float64)
+        apart = self.directions is not None
+        values = torch.tensor(
+            [
+                # Examples with directions of their own have curvatures of their own.
+                [
+                    (mean_of(first), mean_of(abs(second) if apart else second))
+                    for first, second in pairs
+                ]
+                for _, pairs in self._estimates
+            ],
+            dtype=torch.float64,
+        )
         return torch.tensordot(weights / weights.sum(), values, dims=1).tolist()
 
-    def _loss_at(self, point: Point | None, closure: Callable[[], Any]) -> float:
-        """The loss at θ ± μ u/√h, or at θ itself for None."""
+    def _loss_at(
+        self, point: Point | None, closure: Callable[[], Any], alike: bool = False
+    ) -> Losses:
+        """The loss at θ ± μ u/√h, or at θ itself for None; of every example with ``directions``.
+
+        ``alike`` takes u itself for all examples.
+        """
         # Under autocast torch keeps weights that it has cast, and would not see that they changed.
         torch.clear_autocast_cache()
+        if self.directions is not None:
+            noise = None if point is None else ExampleNoise(self, *point, alike=alike)
+            return self._losses_of_examples(noise, closure)
         if self.layers is None:
             self._move_to(point)
             return float(closure())
@@ -544,18 +608,31 @@ class HiZOO(torch.optim.Optimizer):
         with self.layers.replaced(functools.partial(self._perturb, *point)):
             return float(closure())
 
+    def _losses_of_examples(self, noise: ExampleNoise | None, closure: Callable[[], Any]) -> Tensor:
+        """Every example's loss with its own weights, or with θ for None: (examples,), float64."""
+        perturbed = contextlib.nullcontext() if noise is None else self.directions.perturbed(noise)
+        with perturbed:
+            losses = closure()
+        if not isinstance(losses, Tensor) or losses.dim() != 1 or not len(losses):
+            raise ValueError(
+                "with directions the closure has to return the losses of the examples, (examples,)"
+            )
+        return losses.detach().to("cpu", torch.float64)
+
     def _compare_again(
         self,
-        losses: dict[Point | None, float],
+        losses: dict[Point | None, Losses],
         point: Point | None,
         closure: Callable[[], Any],
     ) -> None:
         """Take a loss a second time, and warn if it differs by what the perturbation may change."""
-        difference = abs(self._loss_at(point, closure) - losses[point])
-        change = max(losses.values()) - min(losses.values())
+        means = [mean_of(loss) for loss in losses.values()]
+        known = mean_of(losses[point])
+        difference = abs(mean_of(self._loss_at(point, closure)) - known)
+        change = max(means) - min(means)
         # Kernels that add in any order differ by rounding.
         precision = max(torch.finfo(slot.parameter.dtype).eps for slot in self._slots)
-        if difference > max(NOISY_LOSS * change, precision * abs(losses[point])):
+        if difference > max(NOISY_LOSS * change, precision * abs(known)):
             warnings.warn(
                 f"the closure's loss differs by {difference:.2g} between two calls with the same "
                 f"weights, the perturbation changes it by {change:.2g}: give the same batch, and "
@@ -571,6 +648,27 @@ class HiZOO(torch.optim.Optimizer):
                 f"the loss does not depend on {unused[0]}: freeze it before "
                 "LayerwiseWeights(model), with requires_grad_(False)"
             )
+
+    def _check_directions(self, closure: Callable[[], Any]) -> None:
+        """Try whether the closure's model can be perturbed example by example."""
+        unused = self.unused_by_examples(closure)
+        if unused:
+            raise RuntimeError(
+                f"no loss depends on {unused[0]}: freeze it before ExampleDirections(model), with "
+                "requires_grad_(False)"
+            )
+
+    @torch.no_grad()
+    def unused_by_examples(self, closure: Callable[[], Any]) -> list[str]:
+        """Check ``directions`` with a batch: names of the weights that no loss depends on.
+
+        Raises:
+            example_directions.NotByExample: the model does not fit.
+        """
+        if self._estimates:
+            raise RuntimeError("unused_by_examples() between estimate() and step()")
+        noises = [ExampleNoise(self, 0, 1.0, last=last) for last in (-1, 0)]
+        return self.directions.check(lambda: self._losses_of_examples(None, closure), *noises)
 
     def _move_to(self, point: Point | None) -> None:
         """Shift the parameters in place from the point they are at to ``point``."""
@@ -639,10 +737,13 @@ class HiZOO(torch.optim.Optimizer):
 
     # ---- the update
 
-    def _apply(self, differences: list[list[float]]) -> None:
+    def _apply(
+        self, differences: list[list[float]], examples: tuple[Tensor, Tensor] | None = None
+    ) -> None:
         """Take the shift back and update h and θ, in one pass over the noise in full precision.
 
-        ``differences`` holds (l+ - l-, l+ + l- - 2 l0) of every direction.
+        ``differences`` holds (l+ - l-, l+ + l- - 2 l0) of every direction; ``examples``, with
+        ``directions``, is what ``_example_differences`` returns.
         """
         if any(slot.parameter.element_size() < 4 for slot in self._slots):
             # Rounded once before they round stochastically, which a fused kernel would leave out.
@@ -651,7 +752,12 @@ class HiZOO(torch.optim.Optimizer):
         self.projected_gradient = sum(gradients)
         if self._measured:
             self.curvature = sum(curvatures)
-        self._take_means(gradients)
+        if examples is None:
+            sizes = torch.tensor(gradients, dtype=torch.float64).abs() * len(gradients)
+            self._take_means(sizes.unsqueeze(1), torch.ones(1, dtype=torch.float64))
+        else:
+            firsts, weights = examples
+            self._take_means(firsts.abs() / (2 * self.param_groups[0]["eps"]), weights)
         before = {slot: self._hessian(slot) for slot in self._slots}
         averaged = self._averaged_hessians(before, differences)
         begun, own = 0, None
@@ -664,7 +770,7 @@ class HiZOO(torch.optim.Optimizer):
                     tile_of(hessian, tile),
                     tile_of(before[slot], tile) if slot in averaged else None,
                     noises,
-                    self._coefficients(slot, hessian, differences),
+                    self._coefficients(slot, tile, hessian, differences, examples),
                     keys,
                 )
         except BaseException:
@@ -679,16 +785,19 @@ class HiZOO(torch.optim.Optimizer):
             self.state[slot.parameter] = hessian.state
         self._point = None
 
-    def _take_means(self, gradients: list[float]) -> None:
-        """Bring the running means of c and g² up to date; g counts as it is bounded."""
-        group, samples = self.param_groups[0], len(gradients)
+    def _take_means(self, sizes: Tensor, weights: Tensor) -> None:
+        """Bring the running means of c and g² up to date; g counts as it is bounded.
+
+        ``sizes`` are |g|, (directions, examples), and ``weights`` those of the examples, whose sum
+        is 1; where they share a direction there is one.
+        """
+        group = self.param_groups[0]
         done = group["step"] - group["skipped_steps"]
         bound = math.inf
         if self.clip is not None and done >= FIRST_MEASUREMENTS:
             bound = self.clip * math.sqrt(group["mean_square_gradient"])
-        sizes = [abs(gradient) * samples for gradient in gradients]
-        self._bounded = [min(1.0, bound / size) if size else 1.0 for size in sizes]
-        square = sum(min(size, bound) ** 2 for size in sizes) / samples
+        self._bounded = torch.where(sizes > bound, bound / sizes, 1.0)
+        square = float(sizes.clamp(max=bound).square().mv(weights).mean())
         mean, measured = group["mean_curvature"], group["measured_steps"] + self._measured
         if self._measured:
             mean = running_mean(mean, self.curvature, measured)
@@ -698,7 +807,22 @@ class HiZOO(torch.optim.Optimizer):
                 group["mean_square_gradient"], square, done + 1
             )
             group["mean_curvature"], group["measured_steps"] = mean, measured
-            group["clipped_steps"] += min(self._bounded) < 1
+            group["clipped_steps"] += bool((self._bounded < 1).any())
+
+    def _example_differences(self) -> tuple[Tensor, Tensor] | None:
+        """Return l+ - l- of the step's examples and by how much each counts; None if they share u.
+
+        (directions, examples) and (examples,), float64; the weights' sum is 1.
+        """
+        if self.directions is None:
+            return None
+        firsts = [torch.stack([first for first, _ in pairs]) for _, pairs in self._estimates]
+        weights = [
+            torch.full_like(batch[0], weight / batch.shape[1])
+            for batch, (weight, _) in zip(firsts, self._estimates, strict=True)
+        ]
+        whole = torch.cat(weights)
+        return torch.cat(firsts, dim=1), whole / whole.sum()
 
     def learning_rate(self, group: dict[str, Any]) -> float:
         """Return η of a group's next step; 0 where no curvature was found, as in a flat loss."""
@@ -720,9 +844,21 @@ class HiZOO(torch.optim.Optimizer):
             smooth = slot.group["hessian_smooth"]
             if isinstance(hessian, LowRankHessian) and smooth > 0 and self._measured:
                 _, curvatures = self._scalars_of(slot.group, differences)
+                if self.directions is not None:
+                    self._measure_moments(slot, hessian)
                 moments = [self._moments[slot.parameter, d] for d in range(self.num_samples)]
                 averaged[slot] = hessian.averaged(smooth, curvatures, moments)
         return averaged
+
+    def _measure_moments(self, slot: Slot, hessian: LowRankHessian) -> None:
+        """Take the row and column means of h u², which in a shift come on the way."""
+        for draw in range(self.num_samples):
+            moments = self._moments[slot.parameter, draw] = hessian.no_moments()
+            for _, tile, noise in self._tiles_with_noise([slot], draw):
+                squares = run(measured_squares, slot)(
+                    slot.view(slot.parameter, tile), hessian.tile(tile), noise
+                )
+                hessian.add_moments(moments, tile, squares)
 
     def _tiles_to_update(
         self,
@@ -739,15 +875,22 @@ class HiZOO(torch.optim.Optimizer):
                 yield slot, tile, of_tile, its_keys
 
     def _coefficients(
-        self, slot: Slot, hessian: Hessian | None, differences: list[list[float]]
+        self,
+        slot: Slot,
+        tile: int,
+        hessian: Hessian | None,
+        differences: list[list[float]],
+        examples: tuple[Tensor, Tensor] | None,
     ) -> Coefficients:
         group = slot.group
         gradients, curvatures = self._scalars_of(group, differences)
         lr, smooth = self.learning_rate(group), group["hessian_smooth"]
         samples = len(gradients)
+        # With examples these differ, and ``steps`` are tiles.
+        bounded = self._bounded[:, 0].tolist()
         shifted_draw, scale = self._point or (None, 0.0)
         numbers = [
-            *(-lr * g * part for g, part in zip(gradients, self._bounded, strict=True)),
+            *(-lr * g * part for g, part in zip(gradients, bounded, strict=True)),
             *(-scale * group["eps"] * (draw == shifted_draw) for draw in range(samples)),
             *(smooth * curvature for curvature in curvatures),
             smooth,
@@ -756,12 +899,52 @@ class HiZOO(torch.optim.Optimizer):
         values = self._scalars(numbers, slot)
         grows = isinstance(hessian, FullHessian) and smooth > 0 and self._measured
         return Coefficients(
-            steps=values[:samples],
+            steps=values[:samples] if examples is None else self._steps_of(slot, tile, *examples),
             back=values[samples : 2 * samples] if self._point else None,
             growths=values[2 * samples : 3 * samples] if grows else None,
             smooth=values[-2],
             decay=values[-1] if numbers[-1] else None,
         )
+
+    def _steps_of(self, slot: Slot, tile: int, firsts: Tensor, weights: Tensor) -> list[Tensor]:
+        """What u/√h of every direction is multiplied by in a tile: -η Σ_i w_i g_i r_i s_iᵀ.
+
+        Of (directions, examples) ``firsts`` and (examples,) ``weights``.
+        """
+        group, parameter = slot.group, slot.parameter
+        gradients = self._bounded * firsts / (2 * group["eps"])
+        if self.normalize:
+            spread = gradients.std(dim=1, correction=0, keepdim=True)
+            gradients = torch.where(spread > 0, gradients / spread, 0.0)
+        steps = -self.learning_rate(group) / len(firsts) * weights * gradients
+        dtype = compute_dtype(parameter.dtype)
+        steps = steps.to(parameter.device, dtype)
+        examples = torch.arange(len(weights), dtype=torch.int32, device=parameter.device)
+        first = tile * slot.length // max(1, slot.columns)
+        count = len(slot.view(parameter, tile))
+        positions = torch.arange(first, first + count, dtype=torch.int32, device=parameter.device)
+        tiles = []
+        for draw, of_examples in enumerate(steps):
+            rows = self._signs(slot, draw, examples, positions.unsqueeze(1)).to(dtype)
+            if slot.columns:
+                columns = self._column_signs(slot, draw, examples).to(dtype)
+                tiles.append((rows * of_examples) @ columns)
+            else:
+                tiles.append(rows @ of_examples)
+        return tiles
+
+    def _column_signs(self, slot: Slot, draw: int, examples: Tensor) -> Tensor:
+        """Return signs of a matrix's columns, (examples, columns), once for all of its tiles."""
+        known = self._known_signs.get((slot, draw))
+        if known is None:
+            rows = slot.parameter.shape[0]
+            stop = rows + slot.columns
+            positions = torch.arange(rows, stop, dtype=torch.int32, device=examples.device)
+            known = self._signs(slot, draw, examples.unsqueeze(1), positions)
+            # Of this matrix alone: its tiles follow one another.
+            self._known_signs = {k: v for k, v in self._known_signs.items() if k[0] is slot}
+            self._known_signs[slot, draw] = known
+        return known
 
     # ---- how tiles are computed
 
@@ -778,7 +961,7 @@ class HiZOO(torch.optim.Optimizer):
                 if not parameter.requires_grad:
                     continue
                 check_parameter(parameter)
-                as_matrix = self._is_low_rank(parameter)
+                as_matrix = self._is_low_rank(parameter) or self._has_rows(parameter)
                 as_matrix |= "hessian_rows" in self.state.get(parameter, {})
                 slots.append(Slot.cut(parameter, group, number, as_matrix, bool(self._compiles)))
         return slots
@@ -789,6 +972,10 @@ class HiZOO(torch.optim.Optimizer):
             raise ValueError("no parameter requires a gradient: there is nothing to train")
         if self.layers and set(self.layers.uses) != trained:
             raise ValueError("layers must hold exactly the parameters that the optimizer trains")
+        if self.directions and self.directions.parameters != trained:
+            raise ValueError(
+                "directions must hold exactly the parameters that the optimizer trains"
+            )
 
     def _prepare(self) -> None:
         """Do what has to wait for an estimate: before it weights may move, or be frozen."""
@@ -854,12 +1041,26 @@ class HiZOO(torch.optim.Optimizer):
         group = self.param_groups[0]
         return mix_seed(group["seed"], group["step"], draw)
 
+    def _signs(self, slot: Slot, draw: int, examples: Tensor, positions: Tensor) -> Tensor:
+        """Return signs of a parameter's examples, float32; see ``ExampleNoise.signs``."""
+        group = self.param_groups[0]
+        stream = mix_seed(group["seed"], group["step"], draw, SIGNS)
+        shape = slot.parameter.shape
+        width = shape[0] + slot.columns
+        key = tile_key(stream, slot.number, 0)
+        bits = hashed((examples * width + positions).mul_(key[0]).add_(key[1]))
+        return (bits >> 31).mul_(2).add_(1).to(torch.float32)
+
     def _hessian(self, slot: Slot) -> Hessian | None:
         """Return h of a parameter; None as long as it is 1."""
         state = self.state.get(slot.parameter)
         if not state:
             return None
         return (LowRankHessian if "hessian_rows" in state else FullHessian)(slot, state)
+
+    def _has_rows(self, parameter: Tensor) -> bool:
+        """Whether an example has signs for the rows of a parameter, and for its columns."""
+        return self.directions is not None and parameter.dim() > 1
 
     def _is_low_rank(self, parameter: Tensor) -> bool:
         return self.hessian == "lowrank" and parameter.dim() > 1 and parameter.numel() > 0
@@ -874,6 +1075,79 @@ class HiZOO(torch.optim.Optimizer):
                 dtype = torch.bfloat16 if dtype == torch.float16 else dtype
             kind = LowRankHessian if self._is_low_rank(slot.parameter) else FullHessian
             self.state[slot.parameter] = kind.start(slot, dtype)
+
+
+# ----------------------------------------------------------------- a direction for every example
+
+
+class ExampleNoise:
+    """A direction as ``directions`` asks for it: μ u/√h by parameter, and the examples' signs.
+
+    The matrix of example i is u∘(r_i s_iᵀ), with signs r_i for its rows and s_i for its columns; a
+    vector is u∘r_i. Signs, too, are a function of (seed, step, parameter, index). Examples count
+    through all batches, and processes, of a step.
+
+    Args:
+        optimizer: whose step it is.
+        draw: number of the direction.
+        scale: how many times μ u/√h.
+        alike: all signs are 1: the examples share u.
+        last: the signs of later examples are 0; None: of none.
+    """
+
+    def __init__(
+        self,
+        optimizer: HiZOO,
+        draw: int,
+        scale: float,
+        alike: bool = False,
+        last: int | None = None,
+    ) -> None:
+        self.optimizer, self.draw, self.scale = optimizer, draw, scale
+        self.alike, self.last = alike, last
+        self.slots = {slot.parameter: slot for slot in optimizer._slots}
+        earlier = sum(len(pairs[0][0]) for _, pairs in optimizer._estimates)
+        self.first_example = earlier + optimizer.directions.first_example
+
+    def signs(self, parameter: Tensor, examples: Tensor, positions: Tensor) -> Tensor:
+        """Return signs, float32, in the broadcast shape of ``examples`` and ``positions``, int32.
+
+        ``examples`` are numbers within the batch, ``positions`` those of a row, or behind all rows
+        those of a column.
+        """
+        examples = examples + self.first_example
+        if self.alike:
+            return torch.ones(
+                torch.broadcast_shapes(examples.shape, positions.shape), device=positions.device
+            )
+        signs = self.optimizer._signs(self.slots[parameter], self.draw, examples, positions)
+        return signs if self.last is None else signs * (examples <= self.last)
+
+    def tiles(self, parameter: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yield μ u/√h of a parameter, some of its rows after the other, in its dtype."""
+        slot, start = self.slots[parameter], 0
+        hessian = self.optimizer._hessian(slot)
+        (scale,) = self.optimizer._scalars([self.scale * slot.group["eps"]], slot)
+        for _, tile, noise in self.optimizer._tiles_with_noise([slot], self.draw):
+            own = slot.view(parameter, tile)
+            if slot.draws_apart:
+                noise = run(drawn, slot)(noise, own)
+            values = run(direction_tile, slot)(own, tile_of(hessian, tile), noise, scale)
+            yield slice(start, start + len(values)), values
+            start += len(values)
+
+    def rows(self, parameter: Tensor, rows: Tensor) -> Tensor:
+        """Return some rows of μ u/√h of a matrix, (rows, columns), in its dtype."""
+        slot = self.slots[parameter]
+        key = tile_key(self.optimizer._stream(self.draw), slot.number, 0)
+        index = rows.to(torch.int32).unsqueeze(1) * slot.columns
+        index = index + torch.arange(slot.columns, dtype=torch.int32, device=rows.device)
+        noise = standard_normal(hashed(index.mul_(key[0]).add_(key[1])))
+        noise = noise.to(compute_dtype(parameter.dtype))
+        hessian = self.optimizer._hessian(slot)
+        if hessian is not None:
+            noise.mul_(hessian_of(hessian.of_rows(rows), noise.dtype).rsqrt_())
+        return noise.mul_(self.scale * slot.group["eps"]).to(parameter.dtype)
 
 
 # ------------------------------------------------------------------------------------ h
@@ -897,6 +1171,10 @@ class FullHessian:
     def tile(self, tile: int) -> HessianTile:
         """Return h - 1 of a tile."""
         return self.slot.view(self.offset, tile)
+
+    def of_rows(self, rows: Tensor) -> HessianTile:
+        """Return h - 1 of some rows of a matrix."""
+        return self.offset.view(-1, self.slot.columns)[rows]
 
     def mean_and_max(self) -> tuple[float, float]:
         """Mean and maximum of h."""
@@ -928,6 +1206,11 @@ class LowRankHessian:
         dtype = compute_dtype(self.slot.parameter.dtype)
         rows = self.row_factors[self.slot.rows(tile)]
         return rows.to(dtype).unsqueeze(1), self.columns.to(dtype)
+
+    def of_rows(self, rows: Tensor) -> HessianTile:
+        """Return the row factors and the column factors of some rows."""
+        dtype = compute_dtype(self.slot.parameter.dtype)
+        return self.row_factors[rows].to(dtype).unsqueeze(1), self.columns.to(dtype)
 
     def no_moments(self) -> tuple[Tensor, Tensor]:
         """Return row and column means of h u², of no tile so far."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hizoo import HiZOO, counters, hashed, standard_normal, tile_key
+from hizoo import SIGNS, HiZOO, counters, hashed, mix_seed, standard_normal, tile_key
 
 
 def read_noise(optimizer: HiZOO, draw: int = 0) -> list[Tensor]:
@@ -25,6 +25,26 @@ def read_noise(optimizer: HiZOO, draw: int = 0) -> list[Tensor]:
             bits = counters(tile_key(stream, len(noise), 0), parameter)
             noise.append(standard_normal(hashed(bits)).double().view(parameter.shape))
     return noise
+
+
+def read_signs(optimizer: HiZOO, count: int, draw: int = 0) -> list[list[Tensor]]:
+    """r_i s_iᵀ of ``count`` examples of the coming step as whole float64 tensors, by parameter."""
+    group = optimizer.param_groups[0]
+    stream = mix_seed(group["seed"], group["step"], draw, SIGNS)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    signs: list[list[Tensor]] = []
+    for example in range(count):
+        of_example = []
+        for number, parameter in enumerate(parameters):
+            first = example * sum(parameter.shape)
+            bits = hashed(
+                counters(tile_key(stream, number, first), torch.empty(sum(parameter.shape)))
+            )
+            negative = bits < 0
+            vectors = torch.where(negative, -1.0, 1.0).double().split(list(parameter.shape))
+            of_example.append(vectors[0] if len(vectors) == 1 else torch.outer(*vectors))
+        signs.append(of_example)
+    return signs
 
 
 def weighted_mean(values: Sequence[float], least_part: float = 0.0) -> float:
@@ -126,3 +146,74 @@ class OracleHiZOO:
                 estimate / samples + self.weight_decay[i] * parameter
             )
             self.hessians[i] = hessian
+
+
+@dataclass
+class OracleByExample(OracleHiZOO):
+    """The same with a direction for every example: one after the other, with its own parameters.
+
+    ``normalize`` divides the examples' g by their standard deviation.
+    """
+
+    normalize: bool = False
+
+    def step_by_example(
+        self,
+        batches: Sequence[Sequence[Callable[[list[Tensor]], float]]],
+        weights: Sequence[float],
+        directions: Sequence[list[list[Tensor]]],
+    ) -> None:
+        """One step on batches of examples, whose losses are functions of a list of parameters.
+
+        ``directions`` holds Δ of every sample and every example of the step, in the order of the
+        batches, each a list of tensors.
+        """
+        losses = [loss for batch in batches for loss in batch]
+        parts = [
+            w / sum(weights) / len(b) for w, b in zip(weights, batches, strict=True) for _ in b
+        ]
+        number, samples = len(self.squares), len(directions)
+
+        def shifted(delta: list[Tensor], eps: float) -> list[Tensor]:
+            triples = zip(self.parameters, delta, self.hessians, strict=True)
+            return [p + eps * d / h**0.5 for p, d, h in triples]
+
+        gradients = torch.zeros(samples, len(losses), dtype=torch.float64)
+        curvatures = torch.zeros_like(gradients)
+        for sample, of_sample in enumerate(directions):
+            for i, (loss, delta) in enumerate(zip(losses, of_sample, strict=True)):
+                plus, minus = loss(shifted(delta, self.eps)), loss(shifted(delta, -self.eps))
+                gradients[sample, i] = (plus - minus) / (2 * self.eps)
+                eps = self.curvature_eps or self.eps
+                plus, minus = loss(shifted(delta, eps)), loss(shifted(delta, -eps))
+                curvature = abs(plus + minus - 2 * loss(self.parameters)) / (2 * eps**2)
+                curvatures[sample, i] = curvature
+        of_examples = torch.tensor(parts, dtype=torch.float64)
+        means = (curvatures * of_examples).sum(1).tolist()
+        self.curvatures.append(sum(means) / samples)
+        if self.clip is not None and number >= 5:
+            bound = self.clip * weighted_mean(self.squares) ** 0.5
+            gradients = gradients.clamp(-bound, bound)
+        self.squares.append(float((gradients.square() * of_examples).sum()) / samples)
+        if self.normalize:
+            gradients = gradients / gradients.std(dim=1, correction=0, keepdim=True)
+        rate = 1.0
+        if self.step_size == "curvature":
+            rate = min(1.0, len(self.curvatures) / 5) * samples
+            rate /= 2 * weighted_mean(self.curvatures, least_part=0.3)
+        for k, (parameter, hessian) in enumerate(zip(self.parameters, self.hessians, strict=True)):
+            squares = [of_sample[0][k] ** 2 for of_sample in directions]
+            measured = sum(c * hessian * s for c, s in zip(means, squares, strict=True)) / samples
+            if self.low_rank and parameter.dim() > 1:
+                hessian = self._average_low_rank(k, measured, self.hessian_smooth)
+            else:
+                hessian = (1 - self.hessian_smooth) * hessian + self.hessian_smooth * measured
+            estimate = sum(
+                part * g * delta[k] / hessian**0.5
+                for of_sample, of_gradients in zip(directions, gradients.tolist(), strict=True)
+                for part, g, delta in zip(parts, of_gradients, of_sample, strict=True)
+            )
+            self.parameters[k] = parameter - self.lr[k] * rate * (
+                estimate / samples + self.weight_decay[k] * parameter
+            )
+            self.hessians[k] = hessian

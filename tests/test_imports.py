@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # A file imports from its own room and from those before it. A folder is a room, with all its files.
 ROOMS = (
-    {"hizoo", "layerwise"},
+    {"hizoo", "layerwise", "example_directions"},
     {"utils"},
     {"manifest"},
     {"differences", "step_sizes", "probe_plot"},
@@ -30,7 +30,7 @@ ROOMS = (
     {"sweeps"},
     {"run", "sweep", "report"},
 )
-TORCH_ALONE = ("hizoo", "layerwise")
+TORCH_ALONE = ("hizoo", "layerwise", "example_directions")
 # Scripts that import from the rooms, and that no room imports from.
 BESIDE = {"benchmarks", "data", "docs", "examples", "tests"}
 

@@ -15,19 +15,22 @@ import pytest
 import torch
 from running import ROOT
 
-MODULES = {"hizoo", "layerwise"}
+MODULES = {"hizoo", "layerwise", "example_directions"}
 # In the wheel's process: what a step gives, and which modules it has loaded.
 USE = """
 import json, sys
 sys.path[:] = [path for path in sys.path if not path.endswith("site-packages")] + sys.argv[1:]
 import torch
-import hizoo, layerwise
+import example_directions, hizoo, layerwise
 from hizoo import HiZOO
+from example_directions import ExampleDirections
 from layerwise import LayerwiseWeights
 model = torch.nn.Linear(3, 1)
 optimizer = HiZOO(model.parameters(), lr=1e-2, layers=LayerwiseWeights(model))
 losses = [optimizer.step(lambda: model(torch.ones(2, 3)).square().mean()) for _ in range(50)]
-files = [hizoo.__file__, layerwise.__file__]
+optimizer = HiZOO(model.parameters(), lr=1e-2, directions=ExampleDirections(model))
+optimizer.step(lambda: model(torch.ones(2, 3)).square().mean(1))
+files = [module.__file__ for module in (hizoo, layerwise, example_directions)]
 print(json.dumps({"losses": losses, "files": files, "modules": list(sys.modules)}))
 """
 
@@ -85,7 +88,9 @@ def test_the_installed_wheel_needs_nothing_else_of_the_project(wheel: Path, tmp_
     )
     assert process.returncode == 0, process.stderr
     found = json.loads(process.stdout)
-    assert found["files"] == [str(target / "hizoo.py"), str(target / "layerwise.py")]
+    assert found["files"] == [
+        str(target / f"{name}.py") for name in ("hizoo", "layerwise", "example_directions")
+    ]
     assert found["losses"][-1] < 0.5 * found["losses"][0]
     loaded = {name.partition(".")[0] for name in found["modules"]}
     assert loaded.isdisjoint({"transformers", "accelerate", "peft", "datasets"})
