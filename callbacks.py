@@ -29,6 +29,8 @@ SHOWN = {
     "skipped_steps": ("skipped", "d"),
     "clipped_steps": ("clipped", "d"),
 }
+# What a task's metrics are called.
+METRICS = ("accuracy", "f1", "em")
 # A step of these kinds is news, that there was none is not.
 NEWS = ("skipped_steps", "clipped_steps")
 
@@ -220,10 +222,10 @@ class LogLines(TrainerCallback):
         if "loss" in logs:
             self.show(state, shown_values(logs, self.objective))
         if "eval_loss" in logs:
-            self.write(
-                f"step {state.global_step}: dev {self.objective.name} "
-                f"{self.objective.text(logs['eval_loss'])}"
-            )
+            measured = [f"dev {self.objective.name} {self.objective.text(logs['eval_loss'])}"]
+            named = ((name, logs.get(f"eval_{name}")) for name in METRICS)
+            measured += [f"{name} {value:.4f}" for name, value in named if value is not None]
+            self.write(f"step {state.global_step}: {', '.join(measured)}")
 
     def show(self, state: TrainerState, values: Mapping[str, str]) -> None:
         """Show the values of a step."""

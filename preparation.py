@@ -43,6 +43,7 @@ from language_model.objectives import (
     negative_accuracy,
 )
 from language_model.packing import collate
+from language_model.prediction import predict
 from language_model.saved_adapters import SavedAdapter
 from language_model.shared_tokens import can_share_prompt
 from sampling import ExampleSet, draw_example_sets
@@ -257,11 +258,31 @@ def make_trainer(
         "data_collator": training.collate,
         "decay_step": arguments.decay_step,
         "max_skipped_steps": arguments.max_skipped_steps,
+        "dev_metric": dev_metric(arguments, prepared, examples),
         "callbacks": [RunSettings(settings_of_a_checkpoint(arguments) | length_of_run(arguments))],
     }
     if arguments.trainer == "zo":
         return ZerothOrderTrainer(settings=zeroth_order_settings(arguments), **shared)
     return ObjectiveTrainer(**shared)
+
+
+def dev_metric(
+    arguments: Arguments, prepared: Prepared, examples: ExampleSet
+) -> Callable[[PreTrainedModel], dict[str, float]] | None:
+    """Return what measures the task's metrics on the dev set; None: they are not asked for."""
+    task, dev = prepared.encoder.task, examples.dev
+    if not arguments.wants_dev_metric or not dev:
+        return None
+
+    def measure(model: PreTrainedModel) -> dict[str, float]:
+        predictions = predict(
+            *(model, prepared.encoder, dev, [()] * len(dev), arguments.per_device_eval_batch_size),
+            generation=prepared.generation,
+            progress=f"dev {task.metric_name}",
+        )
+        return task.score([prediction.answer for prediction in predictions], dev)
+
+    return measure
 
 
 def chosen_by_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, str | None]:

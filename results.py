@@ -84,13 +84,16 @@ def prediction_rows(
     return rows
 
 
-def history(log: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
+def history(
+    log: Sequence[Mapping[str, Any]], metric: str | None = None
+) -> dict[str, dict[str, float | None]]:
     """Return a run's losses, the means since the entry before, and dev losses, by their steps.
 
     What training had taken until then stands beside them.
 
     Args:
         log: ``log_history`` of the Trainer's state. A loss that is not finite becomes None.
+        metric: of the dev set, that stands there too where it was measured.
     """
     losses = {
         name: {
@@ -101,8 +104,12 @@ def history(log: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | Non
         for logged, name in LOSSES.items()
     }
     rows = [row for row in log if any(logged in row for logged in LOSSES)]
-    costs = {n: {str(row["step"]): row[n] for row in rows if n in row} for n in COSTS}
-    return losses | {name: values for name, values in costs.items() if values}
+    further = {name: name for name in COSTS} | {f"eval_{metric}": "dev_metric"}
+    found = {
+        name: {str(row["step"]): row[logged] for row in rows if logged in row}
+        for logged, name in further.items()
+    }
+    return losses | {name: values for name, values in found.items() if values}
 
 
 def summarize(

@@ -204,7 +204,7 @@ class Experiment:
             "resumed_from": str(checkpoint) if checkpoint else None,
             "checkpoint": str(best) if best else None,
             "probes": probing.results,
-            "history": history(trainer.state.log_history),
+            "history": history(trainer.state.log_history, arguments.task.metric_name),
         }
 
     def probe(

@@ -133,6 +133,11 @@ class Task(ABC):
         self._check_calibration()
         return self.template.content_free_option(sample.row, candidate)
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The metrics that ``score`` returns."""
+        return ("f1", "em") if self.generation else ("accuracy",)
+
     def score(self, predictions: Sequence[Any], samples: Sequence[Sample]) -> dict[str, float]:
         """Return the task's metrics, fractions from 0 to 1, for one prediction per sample.
 

@@ -145,6 +145,7 @@ class ObjectiveTrainer(Trainer):
             the scheduler ``linear`` or ``cosine``; 0: the scheduler's own start.
         max_skipped_steps: steps in a row without a finite loss, after which the run stops with a
             checkpoint.
+        dev_metric: measures a model on the dev set, beside the dev loss; returns metrics by name.
         **kwargs: of ``transformers.Trainer``.
     """
 
@@ -154,9 +155,11 @@ class ObjectiveTrainer(Trainer):
         objective: Objective,
         decay_step: int = 0,
         max_skipped_steps: int = 50,
+        dev_metric: Callable[[nn.Module], dict[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
         self.objective = objective
+        self.dev_metric = dev_metric
         self.decay_step = decay_step
         self._skipped_steps = self._skipped_in_a_row = self._risen_in_a_row = 0
         self._first_loss: float | None = None
@@ -391,7 +394,7 @@ class ObjectiveTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Return the dev loss, the same for every batch size and every number of processes.
+        """Return the dev loss and metrics, the same for every batch size and number of processes.
 
         The Trainer's loop counts a batch's mean once for each example, also for those repeated ones
         that fill up the last batch. Predictions are ``prediction.predict``'s.
@@ -418,10 +421,12 @@ class ObjectiveTrainer(Trainer):
             sums = sums.to(self.args.device)
             torch.distributed.all_reduce(sums)
         total, weights = sums.tolist()
+        metrics = self.dev_metric(self.model) if self.dev_metric else {}
+        metrics = {"loss": total / weights, **metrics}
         return EvalLoopOutput(
             predictions=None,
             label_ids=None,
-            metrics={f"{metric_key_prefix}_loss": total / weights},
+            metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
             num_samples=len(dataset),
         )
 

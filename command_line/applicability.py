@@ -178,7 +178,10 @@ GENERATION = Scope(
     ("sampling", "num_beams", "max_new_tokens", "eos_token"),
     where="answers that are generated, by an evaluation or by `--non_diff`",
     holds=lambda arguments: (
-        not arguments.no_eval or arguments.eval_before_training or arguments.non_diff
+        not arguments.no_eval
+        or arguments.eval_before_training
+        or arguments.non_diff
+        or arguments.wants_dev_metric
     ),
     reason="nothing is generated with --no_eval",
     outer=GENERATED_ANSWERS,
@@ -312,6 +315,14 @@ SCOPES = (
         outer=REPORTS,
     ),
     Scope(
+        ("eval_metric",),
+        where="`--eval_strategy steps` or `epoch`, or `--eval_on_start`",
+        holds=_has_dev_losses,
+        reason="no dev loss is computed",
+        instead="give --eval_strategy steps or epoch",
+        outer=STEPS,
+    ),
+    Scope(
         ("eval_delay",),
         where="`--eval_strategy steps` or `epoch`",
         holds=lambda arguments: _is_on(arguments, "eval_strategy"),
@@ -346,7 +357,7 @@ SCOPES = (
     Scope(
         ("metric_for_best_model", "greater_is_better"),
         where="`--load_best_model_at_end`, `--save_strategy best`, or a scheduler that follows the "
-        "dev loss",
+        "dev set",
         holds=lambda arguments: (
             arguments.load_best_model_at_end
             or arguments.save_strategy == SaveStrategy.BEST

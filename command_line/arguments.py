@@ -107,6 +107,11 @@ class Arguments(
         return "sfc" if self.sfc else "icl_sfc" if self.icl_sfc else None
 
     @property
+    def wants_dev_metric(self) -> bool:
+        """Whether the task's metrics are measured on the dev set during training."""
+        return self.eval_metric or self.metric_for_best_model not in (None, "loss", "eval_loss")
+
+    @property
     def probed(self) -> list[str]:
         """The arguments whose values a probe of the losses finds."""
         return [name for name in WORDS if getattr(self, name) == AUTO]

@@ -229,6 +229,12 @@ class Training:
         "When the dev loss is computed: no, steps (every --eval_steps) or epoch. Needs --num_dev.",
         "--evaluation_strategy",
     )
+    eval_metric: bool = argument(
+        False,
+        "Measure the task's metrics on the dev set too, whenever the dev loss is computed; takes "
+        "as many forward passes again, or generates an answer to every dev example. A metric as "
+        "--metric_for_best_model does it anyway.",
+    )
     logging_steps: float = argument(
         10,
         "Steps between two entries of the log, and of the loss in the progress bar; below 1: a "
@@ -404,7 +410,10 @@ COMMON_TRAINER_ARGUMENTS = {
     "save_steps": "Steps between checkpoints, with --save_strategy steps.",
     "save_total_limit": "Checkpoints that are kept: the newest, and with --load_best_model_at_end "
     "the best. Default: all.",
-    "load_best_model_at_end": "Report and keep the checkpoint of the lowest dev loss.",
+    "load_best_model_at_end": "Report and keep the checkpoint of the lowest dev loss, or of the "
+    "best --metric_for_best_model.",
+    "metric_for_best_model": "What the best checkpoint is best by, on the dev set: loss, or a "
+    "metric of the task: accuracy, f1 or em. Default: loss.",
     "resume_from_checkpoint": "Folder of a checkpoint to go on from. Default: the newest one in "
     "--output_dir.",
     "report_to": "Where losses are reported: tensorboard, wandb, … or none.",

@@ -18,7 +18,7 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.utils import is_liger_kernel_available, is_torch_xla_available
 
 from command_line.arguments import Arguments
@@ -80,15 +80,29 @@ def _check_dev_loss(arguments: Arguments) -> None:
     if not arguments.num_dev and arguments.eval_on_start:
         raise InputError("--eval_on_start needs dev examples: give --num_dev, or leave it out")
     metric = arguments.metric_for_best_model
-    if metric not in (None, "loss", "eval_loss"):
-        raise InputError(
-            f"--metric_for_best_model {metric}: the dev set has a loss only, give loss or leave it "
-            "out"
-        )
     if arguments.save_strategy == SaveStrategy.BEST and metric is None:
-        raise InputError("--save_strategy best needs --metric_for_best_model loss")
-    if metric and arguments.greater_is_better:
-        raise InputError("--greater_is_better: the best dev loss is the lowest; leave it out")
+        raise InputError(
+            "--save_strategy best needs --metric_for_best_model: give loss, or a metric of the task"
+        )
+    if metric is None:
+        return
+    is_loss = metric in ("loss", "eval_loss")
+    names = arguments.task.metric_names
+    if not is_loss and metric.removeprefix("eval_") not in names:
+        raise InputError(
+            f"--metric_for_best_model {metric}: the dev set has loss and, of "
+            f"{arguments.task.name}, {' and '.join(names)}; give one of these"
+        )
+    follows = arguments.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+    if follows and not is_loss and (arguments.lr_scheduler_kwargs or {}).get("mode") != "max":
+        raise InputError(
+            f"--metric_for_best_model {metric}: --lr_scheduler_type "
+            f"{arguments.lr_scheduler_type.value} waits for what falls; give loss, or "
+            '--lr_scheduler_kwargs \'{"mode": "max"}\''
+        )
+    if arguments.greater_is_better == is_loss:
+        best = "loss is the lowest" if is_loss else f"{metric} is the highest"
+        raise InputError(f"--greater_is_better: the best dev {best}; leave it out")
 
 
 def _check_checkpoint_to_resume(arguments: Arguments) -> None:

@@ -48,19 +48,34 @@ BAD_TRAINING = {
     "negative decay_step": ({"decay_step": -1}, ["--decay_step -1"]),
     "negative warmup": ({"warmup_step": -1}, ["--warmup_steps -1"]),
     "negative seed": ({"seed": -1}, ["--seed -1"]),
-    "best accuracy": (
+    "best F1 of options": (
         {
-            **{"metric_for_best_model": "accuracy", "load_best_model_at_end": True, "num_dev": 4},
+            **{"metric_for_best_model": "f1", "load_best_model_at_end": True, "num_dev": 4},
             **{"eval_strategy": "steps", "eval_steps": 3},
         },
-        ["--metric_for_best_model accuracy", "give loss"],
+        ["--metric_for_best_model f1", "of SST2, accuracy"],
     ),
+    "the lowest accuracy": (
+        {
+            **{"metric_for_best_model": "accuracy", "load_best_model_at_end": True, "num_dev": 4},
+            **{"eval_strategy": "steps", "eval_steps": 3, "greater_is_better": "False"},
+        },
+        ["--greater_is_better", "accuracy is the highest"],
+    ),
+    "a falling accuracy": (
+        {
+            **{"metric_for_best_model": "accuracy", "lr_scheduler_type": "reduce_lr_on_plateau"},
+            **{"eval_strategy": "steps", "eval_steps": 3, "num_dev": 4},
+        },
+        ["--metric_for_best_model accuracy", "waits for what falls"],
+    ),
+    "metrics of no dev loss": ({"eval_metric": True}, ["--eval_metric", "give --eval_strategy"]),
     "best of nothing": (
         {
             **{"save_strategy": "best", "save_steps": None},
             **{"eval_strategy": "steps", "eval_steps": 2, "num_dev": 4},
         },
-        ["--save_strategy best", "--metric_for_best_model loss"],
+        ["--save_strategy best", "--metric_for_best_model: give loss"],
     ),
     "batches by length": (
         {"train_sampling_strategy": "group_by_length"},
