@@ -193,6 +193,39 @@ class Costs(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"seconds": self.seconds, **self.passes()}}
 
 
+class RunningLosses(TrainerCallback, ExportableState):
+    """Keeps in checkpoints what the log of the steps after them needs: the losses since its entry.
+
+    Args:
+        save: returns it, as JSON has it.
+        load: takes it back.
+
+    Attributes:
+        saved: ``trainer_state.json`` of the checkpoint that the run goes on from.
+    """
+
+    def __init__(
+        self,
+        save: Callable[[], dict[str, Any]] = dict,
+        load: Callable[[dict[str, Any]], None] = dict.copy,
+    ) -> None:
+        self.save, self.load = save, load
+        self.saved: Mapping[str, Any] = {}
+
+    def state(self) -> dict[str, Any]:
+        """Return what the Trainer saves."""
+        return {"args": {}, "attributes": {"losses": self.save()}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take back what the checkpoint has, which one of an earlier version has not."""
+        own = self.saved.get("stateful_callbacks", {}).get("RunningLosses", {})
+        if "losses" in own.get("attributes", {}):
+            self.load(own["attributes"]["losses"])
+        state.stateful_callbacks.setdefault("RunningLosses", self.state())
+
+
 class LogLines(TrainerCallback):
     """A line for every entry of the log, with its step, where there is no progress bar."""
 

@@ -61,6 +61,7 @@ def find_checkpoint(
     wanted: str | None,
     overwrite: bool,
     has_result: bool,
+    has_journal: bool = False,
 ) -> Path | None:
     """Return the checkpoint to go on from, checked; None to start anew.
 
@@ -73,6 +74,7 @@ def find_checkpoint(
             one; false, which takes none. None takes the newest one, if there is one.
         overwrite: take none, unless one is wanted or the run itself began it and did not finish.
         has_result: whether the run's result is written.
+        has_journal: whether the run may go on without a checkpoint.
 
     Raises:
         InputError: there is none where one is wanted, or it is not one of this run.
@@ -86,10 +88,10 @@ def find_checkpoint(
     else:
         checkpoint = last_whole_checkpoint(output_dir)
         if checkpoint is None:
-            if wanted:
+            if wanted and not has_journal:
                 raise InputError(f"--resume_from_checkpoint: no whole checkpoint in {output_dir}")
             return None
-    check_settings(checkpoint, settings)
+    check_settings(checkpoint, RunSettings.read(checkpoint), settings)
     check_checkpoint(str(checkpoint), model)
     check_state_files(checkpoint)
     max_steps = length.get("max_steps")
@@ -125,18 +127,23 @@ def unfinished_checkpoint(
     return checkpoint
 
 
-def check_settings(checkpoint: Path, settings: Mapping[str, Any]) -> None:
+def check_settings(place: Path, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Refuse to go on with a run under other settings than it was started with.
 
     The state of optimizer and scheduler would bring the old ones back, without a word.
 
+    Args:
+        place: the checkpoint or the journal.
+        saved: the settings there.
+        settings: those of this run.
+
     Raises:
         InputError: a setting differs.
     """
-    for name, then in RunSettings.read(checkpoint).items():
+    for name, then in saved.items():
         if name in settings and settings[name] != then:
             raise InputError(
-                f"{checkpoint} comes from a run with --{name} {then}, not {settings[name]}: give "
+                f"{place} comes from a run with --{name} {then}, not {settings[name]}: give "
                 "another --output_dir, or --overwrite_output_dir to start anew"
             )
 

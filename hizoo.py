@@ -844,15 +844,20 @@ class HiZOO(torch.optim.Optimizer):
             smooth = slot.group["hessian_smooth"]
             if isinstance(hessian, LowRankHessian) and smooth > 0 and self._measured:
                 _, curvatures = self._scalars_of(slot.group, differences)
-                if self.directions is not None:
-                    self._measure_moments(slot, hessian)
+                self._measure_moments(slot, hessian)
                 moments = [self._moments[slot.parameter, d] for d in range(self.num_samples)]
                 averaged[slot] = hessian.averaged(smooth, curvatures, moments)
         return averaged
 
     def _measure_moments(self, slot: Slot, hessian: LowRankHessian) -> None:
-        """Take the row and column means of h u², which in a shift come on the way."""
+        """Take the row and column means of h u² that did not come on the way, in a shift.
+
+        So it is with directions for every example; and layer by layer of a module that did not run,
+        as an expert without a token, or all of them where the closure knows the losses already.
+        """
         for draw in range(self.num_samples):
+            if (slot.parameter, draw) in self._moments:
+                continue
             moments = self._moments[slot.parameter, draw] = hessian.no_moments()
             for _, tile, noise in self._tiles_with_noise([slot], draw):
                 squares = run(measured_squares, slot)(

@@ -46,6 +46,7 @@ from language_model.packing import collate
 from language_model.prediction import predict
 from language_model.saved_adapters import SavedAdapter
 from language_model.shared_tokens import can_share_prompt
+from recording import Recording
 from sampling import ExampleSet, draw_example_sets
 from tasks import Sample, load_samples
 from trainer import (
@@ -237,8 +238,9 @@ def make_trainer(
     prepared: Prepared,
     examples: ExampleSet,
     output_dir: Path,
+    recording: Recording | None = None,
 ) -> ObjectiveTrainer:
-    """Return what trains ``model`` on a run's examples.
+    """Return what trains ``model`` on a run's examples, with ``recording`` of its journal.
 
     Raises:
         InputError: the model, the machine and the arguments do not go together.
@@ -262,7 +264,8 @@ def make_trainer(
         "callbacks": [RunSettings(settings_of_a_checkpoint(arguments) | length_of_run(arguments))],
     }
     if arguments.trainer == "zo":
-        return ZerothOrderTrainer(settings=zeroth_order_settings(arguments), **shared)
+        settings = zeroth_order_settings(arguments)
+        return ZerothOrderTrainer(settings=settings, recording=recording, **shared)
     return ObjectiveTrainer(**shared)
 
 

@@ -159,6 +159,7 @@ class Probing(TrainerCallback):
     def _probe(self, step: int) -> None:
         found = measure(self.trainer)
         take(found, self.arguments, self.trainer.optimizer)
+        self.trainer.recording.end_probe(step, self.trainer.optimizer)
         self.results.append({"global_step": step, **found.as_dict()})
         if self.trainer.args.process_index == 0:
             write_json(self.file, {"probes": self.results})

@@ -26,10 +26,10 @@ import transformers
 from transformers import PreTrainedModel
 
 from callbacks import SaveOnInterrupt
-from checkpoints import RemoveEarlierCheckpoints, find_checkpoint, last_checkpoint, write_together
+from checkpoints import RemoveEarlierCheckpoints, last_checkpoint, write_together
 from command_line.arguments import USAGE, Arguments, parse_arguments
 from command_line.checks import check
-from command_line.settings import length_of_run, name_run, settings_of_a_checkpoint, settle_dtype
+from command_line.settings import name_run, settle_dtype
 from folders import locked_places, run_folders
 from language_model.head import fit_head
 from language_model.loading import leave_out_loading_bars
@@ -57,6 +57,7 @@ from results import (
     used_settings,
     write_results,
 )
+from resuming import Start, find_start, recording_of
 from sampling import ExampleSet
 from tasks import Sample
 from utils import (
@@ -91,7 +92,9 @@ class Experiment:
         model = pretrained = load_pretrained(arguments)
         if arguments.trainer != "none":
             model = choose_trained_weights(arguments, model, encoder, self.say)
-            checkpoint = self.find_checkpoint(output_dir, model)
+            start = find_start(arguments, output_dir, model, self.has_result)
+            for line in start.lines():
+                self.say(line)
             if arguments.eval_before_training:
                 kind = "metric_before_training"
                 result[kind], _ = self.evaluate(
@@ -102,7 +105,7 @@ class Experiment:
             if arguments.linear_probing:
                 result |= self.probe(model, examples, output_dir)
             else:
-                result |= self.train(model, examples, output_dir, checkpoint)
+                result |= self.train(model, examples, output_dir, start)
             if arguments.no_eval:
                 return result, []
             if examples.dev:
@@ -141,34 +144,17 @@ class Experiment:
         self.say(f"{progress}: {describe(metrics)} ({len(samples)} examples)")
         return metrics, predictions
 
-    def find_checkpoint(self, output_dir: Path, model: PreTrainedModel) -> Path | None:
-        """Return the checkpoint to go on from; None to start anew."""
-        arguments = self.arguments
-        if arguments.linear_probing:
-            return None
-        checkpoint = find_checkpoint(
-            output_dir,
-            model,
-            settings_of_a_checkpoint(arguments),
-            length=length_of_run(arguments),
-            wanted=arguments.resume_from_checkpoint,
-            overwrite=arguments.overwrite_output_dir,
-            has_result=self.has_result,
-        )
-        if checkpoint:
-            self.say(f"going on from {checkpoint}")
-        return checkpoint
-
     def train(
         self,
         model: PreTrainedModel,
         examples: ExampleSet,
         output_dir: Path,
-        checkpoint: Path | None,
+        start: Start,
     ) -> dict[str, Any]:
         """Train ``model`` in place; returns steps, seconds and losses."""
-        arguments = self.arguments
-        trainer = make_trainer(arguments, model, self.prepared, examples, output_dir)
+        arguments, checkpoint = self.arguments, start.checkpoint
+        recording = recording_of(arguments, start)
+        trainer = make_trainer(arguments, model, self.prepared, examples, output_dir, recording)
         interrupt = SaveOnInterrupt()
         probing = Probing(trainer, arguments, output_dir)
         trainer.add_callback(probing)
@@ -201,7 +187,7 @@ class Experiment:
             "steps": trainer.state.global_step,
             "train_seconds": trainer.costs.seconds,
             **trainer.costs.passes(),
-            "resumed_from": str(checkpoint) if checkpoint else None,
+            "resumed_from": start.source,
             "checkpoint": str(best) if best else None,
             "probes": probing.results,
             "history": history(trainer.state.log_history, arguments.task.metric_name),

@@ -24,7 +24,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerStat
 from transformers.optimization import get_scheduler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
-from callbacks import Costs, LogLines, LossProgress, ShownObjective, StopDiverged
+from callbacks import Costs, LogLines, LossProgress, RunningLosses, ShownObjective, StopDiverged
 from checkpoints import (
     best_checkpoint,
     from_first_process,
@@ -34,6 +34,7 @@ from checkpoints import (
     write_together,
 )
 from hizoo import HiZOO
+from journal import Evaluation
 from language_model.loading import load_renamed_weights, tied_weights
 from language_model.objectives import (
     NegativeTextMetric,
@@ -43,6 +44,7 @@ from language_model.objectives import (
 )
 from layerwise import LayerwiseWeights, OnlyInPlace
 from manifest import damage
+from recording import Recording
 from utils import InputError, NotWritten
 
 logger = logging.getLogger(__name__)
@@ -462,11 +464,24 @@ class ZerothOrderTrainer(ObjectiveTrainer):
 
     Under ``torchrun`` every process runs its own part of the batch; the losses are averaged and the
     noise is the same everywhere, so the processes keep the same weights without exchanging them.
+
+    Args:
+        settings: of the step.
+        recording: of the run's journal; None: no journal.
+        **kwargs: of ``ObjectiveTrainer``.
     """
 
-    def __init__(self, *, settings: ZerothOrderSettings, **kwargs: Any) -> None:
+    def __init__(
+        self, *, settings: ZerothOrderSettings, recording: Recording | None = None, **kwargs: Any
+    ) -> None:
         self.settings = settings
+        self.recording = recording or Recording()
+        self.running_losses = RunningLosses(self._save_losses, self._load_losses)
         super().__init__(**kwargs)
+        # The Trainer makes them as training begins, and asks callbacks for their state before.
+        self._tr_loss, self._globalstep_last_logged = torch.zeros(()), 0
+        self.add_callback(self.running_losses)
+        self.add_callback(self.recording)
         # Nothing has a gradient that could be clipped.
         self.args.max_grad_norm = 0.0
 
@@ -555,14 +570,49 @@ class ZerothOrderTrainer(ObjectiveTrainer):
         examples. ``self.optimizer.restore()`` afterwards.
         """
         self.model.eval()
-        inputs = self._prepare_inputs(self.collate([self.train_dataset[i] for i in examples]))
+        draw = self.settings.num_samples + direction
 
         def loss() -> Tensor:
-            self.costs.forward_passes += 1
+            inputs = self._prepare_inputs(self.collate([self.train_dataset[i] for i in examples]))
             with self.compute_loss_context_manager():
                 return self.accelerator.reduce(self.compute_loss(self.model, inputs), "mean")
 
-        return self.optimizer.loss_along(loss, distance, self.settings.num_samples + direction)
+        taken, note = self.recording.loss_along(loss, self.state.global_step, draw, distance)
+        self.costs.forward_passes += 1
+        value = self.optimizer.loss_along(taken, distance, draw)
+        note(value)
+        return value
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Return the dev metrics; those that are in the journal are not computed again."""
+        step = self.state.global_step
+        recorded = self.recording.evaluation(step)
+        if recorded is not None:
+            return EvalLoopOutput(None, None, recorded, len(self.eval_dataset))
+        output = super().evaluation_loop(*args, **kwargs)
+        self.recording.write(Evaluation(step, dict(output.metrics)))
+        return output
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
+        """Train, with the losses before a checkpoint in the first entry of the log after it."""
+        if resume_from_checkpoint:
+            self.running_losses.saved = read_trainer_state(resume_from_checkpoint) or {}
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    def _save_losses(self) -> dict[str, Any]:
+        """Return the losses that the next entry of the log is the mean of, and those looked at."""
+        since_log = self.state.global_step - self._globalstep_last_logged
+        return {
+            "since_log": [self._tr_loss.item(), since_log],
+            "first": self._first_loss,
+            "risen": self._risen_in_a_row,
+        }
+
+    def _load_losses(self, saved: dict[str, Any]) -> None:
+        total, steps = saved["since_log"]
+        self._tr_loss += total
+        self._globalstep_last_logged = self.state.global_step - steps
+        self._first_loss, self._risen_in_a_row = saved["first"], saved["risen"]
 
     def skipped_steps(self) -> int:
         """Return how many steps had no finite loss, those before a checkpoint included."""
@@ -583,6 +633,9 @@ class ZerothOrderTrainer(ObjectiveTrainer):
         model.eval()
         inputs = self._prepare_inputs(inputs)
         smooth = self.settings.smoothing.at(self.state.global_step, self.state.max_steps)
+        recorded = self.recording.step(self.state.global_step)
+        if recorded is not None and recorded.smoothing is not None:
+            smooth = recorded.smoothing
         for group in self.optimizer.param_groups:
             group["hessian_smooth"] = smooth
 
@@ -590,12 +643,18 @@ class ZerothOrderTrainer(ObjectiveTrainer):
         weight_of_all = self.accelerator.reduce(weight, "sum")
 
         def batch_loss() -> Tensor:
-            self.costs.forward_passes += 1
             with self.compute_loss_context_manager():
                 loss = self.compute_loss(self.model, inputs)
             return self.accelerator.reduce(loss * weight, "sum") / weight_of_all
 
-        loss = self.optimizer.estimate(batch_loss, float(weight_of_all))
+        taken = self.recording.watched(batch_loss, float(weight_of_all))
+
+        def counted_loss() -> Any:
+            # Those that the journal has were passes of the run, too.
+            self.costs.forward_passes += 1
+            return taken()
+
+        loss = self.optimizer.estimate(counted_loss, float(weight_of_all))
         loss = torch.tensor(loss, device=self.args.device) * weight_of_all / num_items_in_batch
         self._loss_of_step += loss
         return loss
@@ -607,7 +666,8 @@ class ZerothOrderTrainer(ObjectiveTrainer):
         return model
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
-        """No gradient, no norm: the log shows the projected gradient instead."""
+        """Write the step into the journal, just before the update; no gradient has no norm."""
+        self.recording.end_step(self.optimizer)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the optimizer's scalars beside the training loss."""

@@ -5,16 +5,22 @@ Such a folder has the adapter's weights and the name of the model that they belo
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM, PrefixTuningConfig
 from peft.utils import CONFIG_NAME
 from transformers import PreTrainedModel
 
 from language_model.adapters import PROMPT_ENCODER_FILE, PrefixTunedModel, without_future_warnings
+from manifest import sha256_of
 from utils import InputError, first_line
+
+# How the names of files with weights end.
+WEIGHTS = (".safetensors", ".bin", ".gguf")
 
 
 @dataclass(frozen=True)
@@ -119,3 +125,32 @@ class SavedAdapter:
             f"--model_name {self.folder}: its adapter does not fit {self.base} ({reason}); give "
             f"another checkpoint, or correct base_model_name_or_path in its {CONFIG_NAME}"
         )
+
+
+def sums_of_weights(name: str) -> dict[str, str]:
+    """Return the SHA-256 sums of the files with a model's weights, an adapter's and those below it.
+
+    Args:
+        name: a Hub id, a local directory or a GGUF file. Of the Hub the sums are those that its
+            cache names files by, and files without one are left out.
+    """
+    path = Path(name)
+    adapter = SavedAdapter.find(name)
+    below = sums_of_weights(adapter.base) if adapter else {}
+    if path.is_file():
+        files = [path]
+    elif path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in WEIGHTS)
+    else:
+        blobs = {file.name: file.resolve().name for file in cached_files(name)}
+        return {file: blob for file, blob in blobs.items() if re.fullmatch("[0-9a-f]{64}", blob)}
+    return below | dict(zip((file.name for file in files), sha256_of(files), strict=True))
+
+
+def cached_files(name: str) -> list[Path]:
+    """Return the files with weights that the Hub's cache has of a model."""
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True))
+    except (OSError, ValueError):  # a cache of another kind, or none
+        return []
+    return sorted(file for file in folder.iterdir() if file.suffix in WEIGHTS)

@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -147,3 +148,31 @@ def contents(folder: Path) -> dict[str, tuple[int, int]]:
         else (0, 0)
         for path in sorted(folder.rglob("*"))
     }
+
+
+def flip_bit(file: Path, place: int | None = None) -> None:
+    """Change a bit of a file, in its middle or in a byte of it."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 if place is None else place] ^= 1
+    file.write_bytes(content)
+
+
+def assert_replays(
+    whole: Path, folder: Path, last: str, monkeypatch: pytest.MonkeyPatch, **arguments: Any
+) -> None:
+    """A run's journal alone gives its last checkpoint, bit for bit and without forward passes."""
+    passes = []
+    compute = ObjectiveTrainer.compute_loss
+
+    def count(self: ObjectiveTrainer, *args: Any, **kwargs: Any) -> Any:
+        passes.append(compute(self, *args, **kwargs))
+        return passes[-1]
+
+    (folder / "out").mkdir(parents=True)
+    shutil.copy(whole / "out/journal.bin", folder / "out")
+    with monkeypatch.context() as patched:
+        patched.setattr(ObjectiveTrainer, "compute_loss", count)
+        finish(training(folder, **arguments))
+    # Two show whether the model can be perturbed layer by layer.
+    assert len(passes) in (0, 2)
+    assert_same_checkpoint(whole / "out" / last, folder / "out" / last)

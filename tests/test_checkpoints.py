@@ -18,6 +18,7 @@ from running import (
     assert_same_checkpoint,
     contents,
     finish,
+    flip_bit,
     let_every_dev_loss_be_worse,
     trainer_state,
     training,
@@ -144,12 +145,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def short_training(folder: Path, **arguments: Any) -> list[str]:
     return training(folder, **({"max_steps": 2, "save_steps": 1} | arguments))
-
-
-def flip_bit(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
 
 
 def zero_end(file: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 from running import (
     MODEL,
     SAMPLES,
+    assert_replays,
     assert_same_checkpoint,
     assert_same_tensors,
     contents,
@@ -56,7 +57,9 @@ RESUMED = {
 
 
 @pytest.mark.parametrize("arguments", RESUMED.values(), ids=RESUMED)
-def test_resumed_run_equals_uninterrupted_one(tmp_path: Path, arguments: dict[str, Any]) -> None:
+def test_resumed_run_equals_uninterrupted_one(
+    tmp_path: Path, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     finish(training(whole, **arguments))
     shutil.copytree(whole / "out" / "checkpoint-3", parted / "out" / "checkpoint-3")
@@ -69,6 +72,7 @@ def test_resumed_run_equals_uninterrupted_one(tmp_path: Path, arguments: dict[st
         assert_same_tensors(weights(whole / "out" / last), weights(parted / "out" / last))
     else:
         assert_same_checkpoint(whole / "out" / last, parted / "out" / last)
+        assert_replays(whole, tmp_path / "replayed", last, monkeypatch, **arguments)
 
 
 def test_training_changes_the_weights_from_step_to_step(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import MODEL, assert_same_checkpoint, finish, log_of, training, weights
+from running import MODEL, assert_replays, assert_same_checkpoint, finish, log_of, training, weights
 from test_families import save_model
 
 import hizoo
@@ -57,6 +57,7 @@ def test_every_mode_resumes_bit_for_bit(
     assert_same_checkpoint(whole / "out/checkpoint-4", parted / "out/checkpoint-4")
     before, after = weights(whole / "out/checkpoint-2"), weights(whole / "out/checkpoint-4")
     assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert_replays(whole, tmp_path / "replayed", "checkpoint-4", monkeypatch, **few, **arguments)
 
 
 @pytest.mark.parametrize(
