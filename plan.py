@@ -11,18 +11,22 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.trainer_utils import IntervalStrategy
 
+from command_line.applicability import has_effect
 from command_line.arguments import Arguments
+from command_line.settings import changed_settings
 from command_line.trainer_checks import steps_of_run
 from command_line.values import AUTO
 from hizoo import RARELY
 from language_model.adapters import add_lora
 from language_model.loading import choose_dtype, load_config_and_tokenizer
-from preparation import Prepared
+from preparation import Prepared, prepare
 from sampling import ExampleSet
 from tasks import Sample
 from trainer import SmoothingSchedule
@@ -80,6 +84,50 @@ class Plan:
             trained = f", {self.trained_parameters:,} trained"
         yield f"{self.parameters:,} parameters{trained}; about {shown_bytes(self.memory)} of memory"
         yield f"about {shown_time(self.seconds)} on this machine"
+
+
+def tell(arguments: Arguments) -> None:
+    """Print what ``--show_config`` or ``--dry_run`` ask for.
+
+    Raises:
+        InputError: the model, the data or a number does not fit.
+    """
+    if arguments.show_config:
+        lines = config_lines(arguments)
+    else:
+        lines = make_plan(arguments, prepare(arguments)).lines()
+    if arguments.process_index == 0:
+        print("\n".join(lines))
+
+
+def config_lines(arguments: Arguments) -> Iterator[str]:
+    """Yield the arguments as a file of ``--config``, and the other settings as comments.
+
+    What a script has chosen and has no effect is left out.
+    """
+    settings = changed_settings(arguments)
+    given = {
+        name: settings.pop(name)
+        for name in list(settings)
+        if name in arguments.given
+        and name not in ("config", "show_config", "dry_run")
+        and (name in arguments.given_by_user or has_effect(arguments, name))
+    }
+    for name, value in given.items():
+        if value is not None:
+            yield f"{name}: {yaml_value(value)}"
+    yield "# defaults"
+    for name, value in settings.items():
+        if value is not None and name not in arguments.given and has_effect(arguments, name):
+            yield f"# {name}: {yaml_value(value)}"
+
+
+def yaml_value(value: Any) -> str:
+    """Return a value as it stands in YAML, in one line."""
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{value:.17g}" if float(f"{value:g}") != value else f"{value:g}"
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf)
+    return text.removesuffix("\n...\n").removesuffix("\n")
 
 
 def shown_bytes(number: float) -> str:

@@ -18,7 +18,7 @@ from command_line.arguments import parse_arguments
 from command_line.settings import changed_settings
 from results import USED, history, read_result
 from sweeps.tables import COLUMNS, FORMATS, FORMS, Loaded, Table
-from utils import InputError, NotWritten, check_writable, say_last, write_text_atomically
+from utils import InputError, check_writable, exit_code, write_text_atomically
 
 RECORD = "sweep.json"
 # Folders below those of results, with files of their own.
@@ -133,33 +133,30 @@ def _running(folder: Path, path: Path, words: Sequence[str]) -> Loaded | None:
     return Loaded(path, result, is_finished=False)
 
 
+def report(argv: Sequence[str]) -> None:
+    """Read the command line, and write its table and its picture."""
+    arguments = make_parser().parse_args(argv)
+    loaded, unfinished = load(arguments.places)
+    for name in ("output", "plot"):
+        if file := getattr(arguments, name):
+            check_writable(f"--{name}", file)
+    table = Table.of(loaded, arguments.columns, arguments.show, arguments.also)
+    if arguments.plot:
+        from sweeps.curves import draw  # matplotlib takes a second to load
+
+        draw(loaded, arguments.plot)
+    text = FORMATS[arguments.format](table, arguments.percent)
+    if arguments.output:
+        write_text_atomically(arguments.output, text)
+    else:
+        print(text, end="")
+    if unfinished:
+        print(f"{unfinished} runs have no result yet", file=sys.stderr)
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command line; returns the exit code: 0 done, 1 not written, 2 bad input."""
-    try:
-        arguments = make_parser().parse_args(argv)
-        loaded, unfinished = load(arguments.places)
-        for name in ("output", "plot"):
-            if file := getattr(arguments, name):
-                check_writable(f"--{name}", file)
-        if arguments.plot:
-            from sweeps.curves import draw  # matplotlib takes a second to load
-
-            draw(loaded, arguments.plot)
-        table = Table.of(loaded, arguments.columns, arguments.show, arguments.also)
-        text = FORMATS[arguments.format](table, arguments.percent)
-        if arguments.output:
-            write_text_atomically(arguments.output, text)
-        else:
-            print(text, end="")
-        if unfinished:
-            print(f"{unfinished} runs have no result yet", file=sys.stderr)
-    except InputError as error:
-        say_last(f"error: {error}")
-        return 2
-    except NotWritten as error:
-        say_last(f"stopped: {error}")
-        return 1
-    return 0
+    return exit_code(lambda: report(argv))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from language_model.head import fit_head
 from language_model.loading import leave_out_loading_bars
 from language_model.precision import advice_for_losses
 from language_model.prediction import Prediction, predict
+from plan import tell
 from preparation import (
     Prepared,
     choose_trained_weights,
@@ -60,14 +61,7 @@ from results import (
 from resuming import Start, find_start, recording_of
 from sampling import ExampleSet
 from tasks import Sample
-from utils import (
-    Diverged,
-    InputError,
-    Interrupted,
-    NotWritten,
-    leave_process_group_at_exit,
-    say_last,
-)
+from utils import Diverged, Interrupted, exit_code, leave_process_group_at_exit
 
 
 @dataclass
@@ -251,34 +245,27 @@ def run_experiment(arguments: Arguments) -> None:
         write_results(arguments, summary, predictions)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the command line; returns the exit code.
+def run_command_line(argv: Sequence[str]) -> None:
+    """Read and check the command line, and do what it says."""
+    arguments = parse_arguments(argv)
+    check(arguments)
+    settle_dtype(arguments)
+    if arguments.show_config or arguments.dry_run:
+        tell(arguments)
+        return
+    name_run(arguments)
+    leave_process_group_at_exit()
+    with locked_places(arguments):
+        run_experiment(arguments)
 
-    0: done. 1: the losses were not finite any more, or a file could not be written. 2: bad input.
-    130: interrupted.
-    """
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command line; returns the exit code (``utils.exit_code``)."""
     if not argv:
         print(USAGE)
         return 2
     leave_out_loading_bars()
-    try:
-        arguments = parse_arguments(argv)
-        check(arguments)
-        settle_dtype(arguments)
-        name_run(arguments)
-        leave_process_group_at_exit()
-        with locked_places(arguments):
-            run_experiment(arguments)
-    except InputError as error:
-        say_last(f"error: {error}")
-        return 2
-    except (Interrupted, KeyboardInterrupt) as error:
-        say_last(f"interrupted: {error}" if str(error) else "interrupted")
-        return 130
-    except (Diverged, NotWritten) as error:
-        say_last(f"stopped: {error}")
-        return 1
-    return 0
+    return exit_code(lambda: run_command_line(argv))
 
 
 if __name__ == "__main__":

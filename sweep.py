@@ -29,7 +29,7 @@ from sweeps.grid import Grid, Run, read_grid, words_of
 from sweeps.jobs import Job
 from sweeps.running import Display, Processes, Runner, follow
 from sweeps.summary import Measured, Setting, best, group, shown_choice
-from utils import InputError, Interrupted, NotWritten, say_last, write_json
+from utils import InputError, Interrupted, exit_code, write_json
 
 USAGE = """\
 python sweep.py [GRID.yaml] [--NAME VALUES…]… [--output_dir DIR] [--jobs N] [--slurm OPTIONS]
@@ -387,33 +387,28 @@ def chosen_metrics(setting: Setting) -> Iterator[str]:
     yield f"{len(setting.names)} runs" if len(setting.names) > 1 else "1 run"
 
 
+def sweep_command_line(argv: Sequence[str]) -> int:
+    """Read the command line, do its runs or tell them; returns whether one has not finished."""
+    options = Options.read(argv)
+    grid = read_grid(options.file, options.lists, options.further)
+    sweep = Sweep.of(grid, options.output_dir or default_folder(options, grid))
+    if options.dry_run:
+        sweep.check_record()
+        tell(sweep, options.jobs or 1)
+        return 0
+    with locked("--output_dir", sweep.folder, is_folder=True):
+        jobs = carry_out(sweep, options)
+    print("\n".join(closing_lines(sweep, jobs)))
+    return int(any(job.state != "finished" for job in jobs))
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command line; returns the exit code: see ``USAGE``."""
     if not argv or argv[0] in ("--help", "-h"):
         print(USAGE)
         return 0 if argv else 2
     leave_out_loading_bars()
-    try:
-        options = Options.read(argv)
-        grid = read_grid(options.file, options.lists, options.further)
-        sweep = Sweep.of(grid, options.output_dir or default_folder(options, grid))
-        if options.dry_run:
-            sweep.check_record()
-            tell(sweep, options.jobs or 1)
-            return 0
-        with locked("--output_dir", sweep.folder, is_folder=True):
-            jobs = carry_out(sweep, options)
-        print("\n".join(closing_lines(sweep, jobs)))
-    except InputError as error:
-        say_last(f"error: {error}")
-        return 2
-    except (Interrupted, KeyboardInterrupt) as error:
-        say_last(f"interrupted: {error}" if str(error) else "interrupted")
-        return 130
-    except NotWritten as error:
-        say_last(f"stopped: {error}")
-        return 1
-    return int(any(job.state != "finished" for job in jobs))
+    return exit_code(lambda: sweep_command_line(argv))
 
 
 def raise_interrupt(*_: Any) -> None:

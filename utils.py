@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,25 @@ def say_last(line: str) -> None:
         details = {"py_callstack": line, "timestamp": str(int(time.time()))}
         with contextlib.suppress(NotWritten):  # the disk may be full, which the line tells
             write_json(Path(file), {"message": {"message": line, "extraInfo": details}})
+
+
+def exit_code(command: Callable[[], int | None]) -> int:
+    """Do a command; returns its exit code, and says in one line why it fails.
+
+    0: done, or what the command returns. 1: losses that are not finite any more or far too large,
+    or a file that could not be written. 2: bad input. 130: interrupted.
+    """
+    try:
+        return command() or 0
+    except InputError as error:
+        say_last(f"error: {error}")
+        return 2
+    except (Interrupted, KeyboardInterrupt) as error:
+        say_last(f"interrupted: {error}" if str(error) else "interrupted")
+        return 130
+    except (Diverged, NotWritten) as error:
+        say_last(f"stopped: {error}")
+        return 1
 
 
 def check_writable(option: str, path: Path, is_folder: bool = False) -> None:

@@ -65,7 +65,7 @@ EVERY_RUN = Scope(
         *("train_set_seed", "model_name", "load_float16", "load_bfloat16", "load_int8"),
         *("load_int4", "load_saved_dtype", "max_length", "no_auto_device", "trust_remote_code"),
         *("trainer", "tag", "result_file", "overwrite_output_dir", "use_cpu", "tf32"),
-        *("local_rank", "ddp_backend", "ddp_timeout"),
+        *("local_rank", "ddp_backend", "ddp_timeout", "config", "show_config", "dry_run"),
     ),
     where="every run",
 )
@@ -458,6 +458,13 @@ SCOPES = (
         outer=WITHOUT_GRADIENT,
     ),
 )
+
+
+def has_effect(arguments: Arguments, name: str) -> bool:
+    """Whether an argument does anything beside the others."""
+    return all(
+        scope.holds(arguments) for each in SCOPES if name in each.names for scope in each.chain()
+    )
 
 
 def check_applicability(arguments: Arguments) -> None:

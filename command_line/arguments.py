@@ -16,6 +16,7 @@ from typing import Any, NoReturn, get_type_hints
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
+from command_line.config_files import words_of_config
 from command_line.groups import (
     COMMON_TRAINER_ARGUMENTS,
     GROUPS,
@@ -193,6 +194,24 @@ class OneLineParser(HfArgumentParser):
             raise InputError(explain_unknown(unknown[0], self.options()))
         return {name: value for name, value in vars(namespace).items() if value is not absent}
 
+    def read_config(self, path: Path) -> dict[str, Any]:
+        """Return the values of a YAML file.
+
+        Raises:
+            InputError: names the line that is wrong, and of an unknown argument the nearest.
+        """
+        values: dict[str, Any] = {}
+        for place, words in words_of_config(path).values():
+            try:
+                read = self.read(words)
+            except InputError as error:
+                raise InputError(f"{place}: {error}") from error
+            twice = next((name for name in read if name in values), None)
+            if twice:
+                raise InputError(f"{place}: --{twice} is given twice, under another name before")
+            values |= read
+        return values
+
     def options(self) -> list[str]:
         """Return every argument as it is typed, the short and the other names too."""
         return [option for action in self._actions for option in action.option_strings]
@@ -221,7 +240,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     """Read the command line; ``checks.check`` then says whether its values go together.
 
     What stands before a word ``--`` are a script's own choices: the arguments behind it win, and
-    what they leave without an effect is not refused.
+    what they leave without an effect is not refused. Those of a file (``--config``) come in
+    between: they are the user's.
 
     Raises:
         InputError: an argument is unknown, or its value is not of its kind or makes no sense.
@@ -231,6 +251,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     border = words.index("--") if "--" in words else -1
     by_script = parser.read(words[: max(border, 0)])
     by_user = parser.read(words[border + 1 :])
+    if "config" in by_user:
+        by_user = parser.read_config(Path(by_user["config"])) | by_user
     values = by_script | by_user
     for name, value in values.items():
         if name in BOUNDS and value is not None and value != WORDS.get(name):

@@ -352,6 +352,20 @@ class EvaluationAndResults:
         "again. What the very same settings began there and did not finish goes on all the same. "
         "Default: go on from the newest checkpoint; compute nothing where the result is there.",
     )
+    config: str | None = argument(
+        None,
+        "YAML file of arguments, as in learning_rate: 1e-6. Those of the command line win. "
+        "Default: none.",
+    )
+    show_config: bool = argument(
+        False,
+        "Print the arguments as such a file, with the other settings as comments, and do nothing.",
+    )
+    dry_run: bool = argument(
+        False,
+        "Load and check everything but the weights, print steps, forward passes, memory and time "
+        "that the run will take, and do nothing.",
+    )
     tag: str | None = argument(
         None, "Name of the run, of its result file and output_dir. Default: made of the settings."
     )

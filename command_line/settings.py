@@ -57,7 +57,7 @@ SHOWN_AND_LOGGED = (
     *("verbose", "disable_tqdm", "debug", "skip_memory_metrics", "include_num_input_tokens_seen"),
     *("logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node"),
     *("logging_nan_inf_filter", "log_level", "log_level_replica", "report_to", "run_name"),
-    "eval_metric",
+    *("eval_metric", "config", "show_config", "dry_run"),
     *("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
 )
 SPEED_AND_MACHINE = (

@@ -105,6 +105,7 @@ OTHER_NAMES = {
     **dict.fromkeys(("wandb", "use_wandb"), "--report_to wandb"),
     **dict.fromkeys(("tensorboard",), "--report_to tensorboard"),
     **dict.fromkeys(("name", "run", "exp_name", "experiment_name"), "--tag"),
+    **dict.fromkeys(("config_file", "cfg", "yaml"), "--config"),
     **dict.fromkeys(("result", "results", "output_file"), "--result_file"),
     **dict.fromkeys(("predictions", "save_predictions"), "--predictions_file"),
     **dict.fromkeys(("random_seed", "rng_seed"), "--seed"),

@@ -24,16 +24,15 @@ from typing import Any
 import yaml
 
 from command_line.arguments import OneLineParser
+from command_line.config_files import NOTHING, Entry, read_yaml, typed
 from command_line.unknown import explain_unknown
-from utils import InputError, first_line
+from utils import InputError
 
 # Arguments by their names, with their values as they are typed.
 Values = dict[str, str]
 
 # What a sweep gives every run itself.
 OF_THE_SWEEP = ("output_dir", "result_file", "tag", "predictions_file", "resume_from_checkpoint")
-# YAML's word for nothing: the argument is left out, as in one entry of a group.
-NOTHING = ("", "~", "null")
 # File systems allow 255 bytes; suffixes and a temporary file's name come on top.
 LONGEST_NAME = 150
 
@@ -123,13 +122,13 @@ def read_grid(
             given twice.
     """
     parser = OneLineParser()
-    entries = _read_file(file) if file else {}
-    grid = _sort_entries(parser, entries, str(file))
-    typed = _sort_entries(parser, {n: _read_words(n, v) for n, v in lists.items()}, "")
-    fixed = {n: v for n, v in grid.fixed.items() if n not in _arguments_of(typed.axes)}
-    axes = {n: v for n, v in grid.axes.items() if n not in _arguments_of(typed.axes)} | typed.axes
+    grid = _sort_entries(parser, read_yaml(file) if file else {})
+    words = {name: Entry("the command line", _read_words(name, v)) for name, v in lists.items()}
+    typed_lists = _sort_entries(parser, words).axes
+    fixed = {n: v for n, v in grid.fixed.items() if n not in _arguments_of(typed_lists)}
+    axes = {n: v for n, v in grid.axes.items() if n not in _arguments_of(typed_lists)} | typed_lists
     for name in parser.read(further):
-        if name in typed.axes:
+        if name in typed_lists:
             raise InputError(f"--{name} is in the grid and behind --: give it once")
         if name in OF_THE_SWEEP:
             raise _of_the_sweep(name)
@@ -152,22 +151,6 @@ def words_of(values: Values) -> tuple[str, ...]:
     return tuple(word for name, value in given.items() for word in (f"--{name}", value))
 
 
-def _read_file(path: Path) -> dict[str, Any]:
-    """Return what a file has; every scalar is a text: ``1e-6`` and ``no`` mean what they say."""
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}" if mark else f"{path}"
-        problem = getattr(error, "problem", None) or first_line(error)
-        raise InputError(f"{place}: not YAML ({problem})") from error
-    if not isinstance(content, dict) or not content:
-        raise InputError(f"{path}: give a grid, as in learning_rate: [1e-6, 1e-7]")
-    return content
-
-
 def _read_words(name: str, words: Sequence[str]) -> list[Any]:
     """Return the values of a list of the command line; words in braces are groups."""
     if not words:
@@ -180,55 +163,41 @@ def _read_words(name: str, words: Sequence[str]) -> list[Any]:
         ) from error
 
 
-def _sort_entries(parser: OneLineParser, entries: Mapping[str, Any], place: str) -> Grid:
+def _sort_entries(parser: OneLineParser, entries: Mapping[str, Entry]) -> Grid:
     """Part entries into arguments of every run, and lists of choices."""
-    before = f"{place}: " if place else ""
-    fixed, axes = {}, {}
-    for key, value in entries.items():
-        name = _known_name(parser, key)
+    fixed: Values = {}
+    axes: dict[str, list[Values]] = {}
+    for key, (place, value) in entries.items():
+        name = parser.name_of(f"--{key}")
         groups = value if isinstance(value, list) else [value]
         if not groups:
-            raise InputError(f"{before}{key} is an empty list: give at least one value")
+            raise InputError(f"{place}: {key} is an empty list: give at least one value")
         if name is None and all(isinstance(group, dict) and group for group in groups):
-            axes[key] = [_group(parser, before, key, group) for group in groups]
+            axes[key] = [_group(parser, place, key, group) for group in groups]
         elif name is None:
-            raise InputError(f"{before}{explain_unknown(f'--{key}', parser.options())}")
+            raise InputError(f"{place}: {explain_unknown(f'--{key}', parser.options())}")
         elif name in OF_THE_SWEEP:
             raise _of_the_sweep(name)
         elif name in fixed or name in axes:
-            raise InputError(f"{before}--{name} is in the grid twice: give it once")
+            raise InputError(f"{place}: --{name} is in the grid twice: give it once")
         elif isinstance(value, list):
-            axes[name] = [{name: _text(before, key, each)} for each in value]
+            axes[name] = [{name: typed(place, key, each)} for each in value]
         else:
-            fixed[name] = _text(before, key, value)
+            fixed[name] = typed(place, key, value)
     return Grid(fixed, axes)
 
 
-def _group(parser: OneLineParser, before: str, key: str, group: Mapping[str, Any]) -> Values:
+def _group(parser: OneLineParser, place: str, key: str, group: Mapping[str, Any]) -> Values:
     values = {}
     for word, value in group.items():
-        name = _known_name(parser, word)
+        name = parser.name_of(f"--{word}")
         if name is None:
             said = explain_unknown(f"--{word}", parser.options())
-            raise InputError(f"{before}in {key}: {said}")
+            raise InputError(f"{place}: in {key}: {said}")
         if name in OF_THE_SWEEP:
             raise _of_the_sweep(name)
-        values[name] = _text(before, word, value)
+        values[name] = typed(place, word, value)
     return values
-
-
-def _known_name(parser: OneLineParser, key: str) -> str | None:
-    """Return the argument that a key means, under the name that settings have; None: no one."""
-    return parser.name_of(f"--{key}")
-
-
-def _text(before: str, name: str, value: Any) -> str:
-    """Return a value as it is typed; a dictionary as JSON."""
-    if isinstance(value, dict):
-        return json.dumps({key: yaml.safe_load(str(each)) for key, each in value.items()})
-    if isinstance(value, list):
-        raise InputError(f"{before}{name}: a list in a list; give one value for each run")
-    return str(value)
 
 
 def _of_the_sweep(name: str) -> InputError:

@@ -166,7 +166,9 @@ def differing_settings(loaded: Sequence[Loaded]) -> tuple[str, ...]:
     values: dict[str, dict[str, set]] = {name: {} for name in names if name not in NO_SETTING}
     for each in loaded:
         for name, by_task in values.items():
-            if name in each.settings:
+            # Without h it has no dtype, which is no choice.
+            has_none = name == "hessian_dtype" and each.settings.get(name) is None
+            if name in each.settings and not has_none:
                 value = _hashable(each.settings[name])
                 by_task.setdefault(each.result["task"], set()).add(value)
     differing = [

@@ -1,0 +1,142 @@
+"""Arguments from a YAML file, printed as one, and what a run will take before it begins."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from running import MODEL, SAMPLES, command, contents, finish, training
+
+import run
+from command_line.arguments import parse_arguments
+from command_line.checks import check
+from command_line.settings import experiment_hash
+
+CONFIG = """\
+# Of this house.
+task_name: SST2
+model_name: {model}
+data_dir: {data}
+num-eval: 6
+trainer: zo
+num_train: 12
+max_steps: 2
+learning_rate: 1e-3
+zo_compile: no
+train_as_classification: true
+lr_scheduler_type: linear
+lr_scheduler_kwargs: ~
+"""
+
+
+def write_config(folder: Path, text: str = CONFIG) -> str:
+    path = folder / "config.yaml"
+    path.write_text(text.format(model=MODEL, data=SAMPLES), encoding="utf-8")
+    return str(path)
+
+
+def test_the_command_line_wins_over_a_file_and_a_file_over_a_script(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    arguments = parse_arguments(["--config", config, "--learning_rate", "1e-5"])
+    check(arguments)
+    assert (arguments.learning_rate, arguments.num_eval, arguments.zo_compile) == (1e-5, 6, "no")
+    assert arguments.train_as_classification and arguments.lr_scheduler_kwargs is None
+    script = ["--learning_rate", "1e-2", "--zo_eps", "1e-2", "--num_dev", "3", "--"]
+    arguments = parse_arguments([*script, "--config", config])
+    assert (arguments.learning_rate, arguments.zo_eps) == (1e-3, 1e-2)
+    assert {"learning_rate", "num_eval"} <= arguments.given_by_user
+    assert "zo_eps" not in arguments.given_by_user
+
+
+def test_a_file_is_the_same_run_as_its_command_line(tmp_path: Path) -> None:
+    typed = command(
+        **{"num_eval": 6, "trainer": "zo", "num_train": 12, "max_steps": 2, "learning_rate": 1e-3},
+        **{"zo_compile": "no", "train_as_classification": True, "lr_scheduler_type": "linear"},
+    )
+    both = [["--config", write_config(tmp_path)], typed]
+    assert len({experiment_hash(parse_arguments(argv)) for argv in both}) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("learning_rat: 1e-3\n", ":1: unknown argument --learning_rat: did you mean --learning_ra"),
+        (
+            "task_name: SST2\n\nlr: 1e-3\n",
+            ":3: unknown argument --lr: did you mean --learn",
+        ),
+        ("seed: 1\nseed: 2\n", ":2: seed is given twice"),
+        ("num_eval: 1\nnum_test: 2\n", ":2: --num_eval is given twice, under another name"),
+        ("seed: [1, 2]\n", ":1: seed is a list; give one value (sweep.py reads lists)"),
+        ("num_eval: many\n", ":1: argument --num_eval"),
+        ("config: other.yaml\n", ":1: config in a file of --config"),
+        ("", ": give arguments by name, as in learning_rate: 1e-6"),
+        ("- a\n", ": give arguments by name"),
+        ("a: [1\n", ":2: not YAML"),
+        ("num_eval: -1\n", "--num_eval -1: must be at least 1"),
+    ],
+)
+def test_a_bad_file_is_refused_by_its_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, said: str
+) -> None:
+    config = write_config(tmp_path, text)
+    before = contents(tmp_path)
+    assert run.main(["--config", config]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and said in err
+    assert said.startswith("--") or err.startswith(f"error: {config}:")
+    assert contents(tmp_path) == before
+
+
+def test_no_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["--config", "none.yaml"]) == 2
+    assert capsys.readouterr().err == (
+        "error: none.yaml: cannot be read (No such file or directory)\n"
+    )
+
+
+def test_shown_arguments_are_a_file_of_the_same_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = training(
+        tmp_path,
+        **{"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": '{"min_lr": 1e-7}'},
+        **{"zo_compile": "no", "eos_token": None, "learning_rate": 0.1 + 0.2},
+    )
+    # The script's bound has an effect, its workers have none.
+    script = ["--zo_clip", "2", "--dataloader_persistent_workers", "True", "--"]
+    assert run.main([*script, *argv, "--show_config"]) == 0
+    shown = capsys.readouterr().out
+    assert "learning_rate: 0.30000000000000004\n" in shown and "zo_compile: 'no'\n" in shown
+    assert "zo_clip: 2\n" in shown and "workers" not in shown
+    assert "# defaults\n" in shown and "# zo_eps: 0.001\n" in shown
+    again = parse_arguments(
+        ["--config", write_config(tmp_path, shown.replace("{", "{{").replace("}", "}}"))]
+    )
+    check(again)
+    assert experiment_hash(again) == experiment_hash(parse_arguments([*script, *argv]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_checks_everything_but_the_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = training(tmp_path, num_dev=4, eval_strategy="steps", eval_steps=2, no_eval=None)
+    monkeypatch.setattr(run, "load_pretrained", None)
+    assert run.main([*argv, "--dry_run"]) == 0
+    steps, weights, seconds = capsys.readouterr().out.splitlines()
+    # 3 dev losses, one dev and one test evaluation, in batches of 8.
+    assert steps == "6 steps: 19 forward passes of training, 3 of evaluation"
+    assert "parameters" in weights and seconds.startswith("about ")
+    assert contents(tmp_path) == {}
+    assert run.main([*argv, "--dry_run", "--num_dev", "5000"]) == 2
+    assert "5000 dev examples leave none to train on" in capsys.readouterr().err
+
+
+def test_dry_run_of_an_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = command(num_eval=20, result_file=tmp_path / "result.json", num_train=2)
+    assert run.main([*argv, "--dry_run"]) == 0
+    assert capsys.readouterr().out.startswith("3 forward passes of evaluation\n923,008 parameters;")
+    finish(argv)
+    assert "dry_run" not in json.loads((tmp_path / "result.json").read_text())["settings"]
