@@ -184,8 +184,8 @@ def rows_of(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Tenso
     if tokens is None:
         return None, 0
     shape = tokens.shape[:-1] if tokens.is_floating_point() else tokens.shape
-    rows = torch.arange(shape[0], device=tokens.device).view(-1, *[1] * (len(shape) - 1))
-    return rows.expand(shape), shape[0]
+    rows = torch.arange(shape[0], device=tokens.device)
+    return rows.view(-1, *[1] * (len(shape) - 1)), shape[0]
 
 
 # ----------------------------------------------------------------- what stands in a weight's place
@@ -331,9 +331,9 @@ def examples_along(use: Use, shape: torch.Size, strides: tuple[int, ...]) -> Ten
     """
     examples = tokens_now(use).examples
     given = examples.shape
-    if len(shape) == len(given) and all(
-        1 in pair or pair[0] == pair[1] for pair in zip(shape, given, strict=True)
-    ):
+    as_given = [b in (1, a) for a, b in zip(shape, given, strict=False)]
+    # What stands in one row alone, as positions, is every row's.
+    if len(shape) == len(given) and (as_given[0] or shape[0] == 1) and all(as_given[1:]):
         return examples
     if len(given) == 2 and len(shape) == 3 and shape[0] == given[0]:
         fitting = [axis for axis in (1, 2) if given[1] in (1, shape[axis])]

@@ -479,7 +479,10 @@ class HiZOO(torch.optim.Optimizer):
             raise RuntimeError("loss_along() between estimate() and step() would lose the estimate")
         self._prepare()
         scale = distance / self.param_groups[0]["eps"]
-        return mean_of(self._loss_at((draw, scale) if scale else None, closure, alike=True))
+        if self.directions is None:
+            return self._loss_at((draw, scale) if scale else None, closure)
+        with self.directions.perturbed(ExampleNoise(self, draw, scale, alike=True)):
+            return float(closure())
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -588,18 +591,12 @@ class HiZOO(torch.optim.Optimizer):
         )
         return torch.tensordot(weights / weights.sum(), values, dims=1).tolist()
 
-    def _loss_at(
-        self, point: Point | None, closure: Callable[[], Any], alike: bool = False
-    ) -> Losses:
-        """The loss at θ ± μ u/√h, or at θ itself for None; of every example with ``directions``.
-
-        ``alike`` takes u itself for all examples.
-        """
+    def _loss_at(self, point: Point | None, closure: Callable[[], Any]) -> Losses:
+        """The loss at θ ± μ u/√h, or at θ itself for None; of every example with ``directions``."""
         # Under autocast torch keeps weights that it has cast, and would not see that they changed.
         torch.clear_autocast_cache()
         if self.directions is not None:
-            noise = None if point is None else ExampleNoise(self, *point, alike=alike)
-            return self._losses_of_examples(noise, closure)
+            return self._losses_of_examples(point and ExampleNoise(self, *point), closure)
         if self.layers is None:
             self._move_to(point)
             return float(closure())
@@ -610,8 +607,7 @@ class HiZOO(torch.optim.Optimizer):
 
     def _losses_of_examples(self, noise: ExampleNoise | None, closure: Callable[[], Any]) -> Tensor:
         """Every example's loss with its own weights, or with θ for None: (examples,), float64."""
-        perturbed = contextlib.nullcontext() if noise is None else self.directions.perturbed(noise)
-        with perturbed:
+        with self.directions.perturbed(noise) if noise else contextlib.nullcontext():
             losses = closure()
         if not isinstance(losses, Tensor) or losses.dim() != 1 or not len(losses):
             raise ValueError(

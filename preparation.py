@@ -24,7 +24,6 @@ from command_line.settings import length_of_run, settings_of_a_checkpoint
 from command_line.values import AUTO
 from hizoo import HiZOO
 from language_model.adapters import add_lora, add_prefix, random_tokens, without_adapter
-from language_model.chat import Chat
 from language_model.encoding import Encoder
 from language_model.generation import GenerationSettings, check_generation
 from language_model.head import freeze_all_but_head, head_is_tied, untie_head
@@ -99,15 +98,12 @@ def prepare(arguments: Arguments) -> Prepared:
     max_length = _room_for_texts(
         arguments.max_length, config, adapter.num_prefix if adapter else num_prefix
     )
-    chat = Chat(tokenizer, arguments.system_prompt) if arguments.apply_chat_template else None
-    if chat:
-        chat.check(arguments.model_name)
     generation = generation_settings(arguments)
     if task.generation:
         check_generation(generation, tokenizer, config, max_length)
     train, validation = load_samples(task, arguments.data_dir)
     return Prepared(
-        Encoder(task, tokenizer, max_length, arguments.max_new_tokens, chat),
+        Encoder(task, tokenizer, max_length, arguments.max_new_tokens),
         generation,
         draw_example_sets(
             train,
@@ -302,9 +298,16 @@ def chosen_by_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, str | Non
     full = (state.get("hessian_minus_one") for state in optimizer.state.values())
     dtypes = {str(h.dtype).removeprefix("torch.") for h in full if h is not None}
     return {
-        "zo_perturbation": "inplace" if optimizer.layers is None else "layerwise",
+        "zo_perturbation": perturbation_of(optimizer),
         "hessian_dtype": ", ".join(sorted(dtypes)) or None,
     }
+
+
+def perturbation_of(optimizer: HiZOO) -> str | None:
+    """Return how weights are perturbed; None: not at all, examples have directions of their own."""
+    if optimizer.directions is not None:
+        return None
+    return "inplace" if optimizer.layers is None else "layerwise"
 
 
 def zeroth_order_settings(arguments: Arguments) -> ZerothOrderSettings:
@@ -324,5 +327,7 @@ def zeroth_order_settings(arguments: Arguments) -> ZerothOrderSettings:
         curvature_eps=None if arguments.curvature_eps == AUTO else arguments.curvature_eps,
         curvature_every=arguments.curvature_every,
         clip=None if arguments.zo_clip == "none" else arguments.zo_clip,
+        directions=arguments.zo_directions,
+        normalize=arguments.zo_normalize,
         compile={"auto": None, "yes": True, "no": False}[arguments.zo_compile],
     )

@@ -33,6 +33,7 @@ from checkpoints import (
     write_checkpoint,
     write_together,
 )
+from example_directions import ExampleDirections
 from hizoo import HiZOO
 from journal import Evaluation
 from language_model.loading import load_renamed_weights, tied_weights
@@ -42,8 +43,9 @@ from language_model.objectives import (
     language_model_loss,
     negative_accuracy,
 )
-from layerwise import LayerwiseWeights, OnlyInPlace
+from layerwise import LayerwiseWeights
 from manifest import damage
+from perturbing import GatheredLosses, choose_directions, choose_layers, losses_by_example
 from recording import Recording
 from utils import InputError, NotWritten
 
@@ -112,6 +114,8 @@ class ZerothOrderSettings:
         curvature_eps: μ of c; None: that of g.
         curvature_every: steps between two measurements of c; None: see ``HiZOO``.
         clip: bound of |g| in units of its running root mean square; None: none.
+        directions: "shared" by all examples of a batch, or "example": each has its own.
+        normalize: whether the examples' g are divided by their standard deviation.
         compile: whether kernels are compiled; None: for 16 million weights and more.
     """
 
@@ -125,6 +129,8 @@ class ZerothOrderSettings:
     curvature_eps: float | None = None
     curvature_every: int | None = None
     clip: float | None = None
+    directions: str = "shared"
+    normalize: bool = False
     compile: bool | None = None
 
 
@@ -488,7 +494,7 @@ class ZerothOrderTrainer(ObjectiveTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> HiZOO:
         """Create the optimizer; biases and layer norms do not decay."""
         if self.optimizer is None:
-            layers = self.choose_layers()
+            layers, directions = self.choose_perturbation()
             trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
             matrices = {n for n, p in trained if p.dim() > 1}  # some norms go by unusual names
             decaying = matrices & set(self.get_decay_parameter_names(self.model))
@@ -513,6 +519,8 @@ class ZerothOrderTrainer(ObjectiveTrainer):
                 curvature_every=settings.curvature_every,
                 clip=settings.clip,
                 layers=layers,
+                directions=directions,
+                normalize=settings.normalize,
                 seed=self.args.seed,
                 compile=settings.compile,
             )
@@ -522,40 +530,23 @@ class ZerothOrderTrainer(ObjectiveTrainer):
                 raise InputError(f"--zo_eps {settings.eps:g}: {error}") from error
         return self.optimizer
 
-    def choose_layers(self) -> LayerwiseWeights | None:
-        """Return what perturbs one module at a time, None to perturb in place.
-
-        A batch shows whether that works for this model, and which weights no text passes through:
-        these are frozen.
+    def choose_perturbation(self) -> tuple[LayerwiseWeights | None, ExampleDirections | None]:
+        """Return what perturbs one module at a time, and what does example by example, if any.
 
         Raises:
-            InputError: it was asked for and does not work.
+            InputError: it was asked for and does not work for this model.
         """
-        perturbation = self.settings.perturbation
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        half_precision = any(parameter.element_size() < 4 for parameter in trained)
-        if perturbation == "inplace" or (perturbation == "auto" and not half_precision):
-            return None
-        self.model.eval()
-        inputs = self._prepare_inputs(self.first_batch())
-        layers = LayerwiseWeights(self.model)
-        try:
-            with torch.no_grad(), self.compute_loss_context_manager():
-                unused = layers.check(lambda: self.compute_loss(self.model, inputs))
-        except OnlyInPlace as error:
-            reason = f"{type(self.model).__name__} cannot be perturbed layer by layer: {error}"
-            if perturbation == "layerwise":
-                raise InputError(f"{reason}; use --zo_perturbation inplace") from error
-            self.warn(f"{reason}; its weights are shifted in place and back, which rounds")
-            return None
-        if unused:
-            for name in unused:
-                self.model.get_parameter(name).requires_grad_(False)
-            of = f", the first of {len(unused)} such weights" if len(unused) > 1 else ""
-            self.warn(f"not trained, since no text passes through: {unused[0]}{of}")
-            layers = LayerwiseWeights(self.model)
-            layers.checked = True
-        return layers
+        model, settings = self.model.eval(), self.settings
+
+        def loss(of: Objective) -> Tensor:
+            with self.compute_loss_context_manager():
+                return of(model, self._prepare_inputs(self.first_batch()))
+
+        if settings.directions == "shared":
+            whole = functools.partial(loss, self.objective)
+            return choose_layers(model, settings.perturbation, whole, self.warn), None
+        losses = functools.partial(loss, losses_by_example(self.objective))
+        return None, choose_directions(model, settings.eps, losses, self.warn)
 
     def first_batch(self) -> dict[str, Any]:
         """Return the first examples, unshuffled, as one batch; the same in every process."""
@@ -597,7 +588,7 @@ class ZerothOrderTrainer(ObjectiveTrainer):
         """Train, with the losses before a checkpoint in the first entry of the log after it."""
         if resume_from_checkpoint:
             self.running_losses.saved = read_trainer_state(resume_from_checkpoint) or {}
-        return super().train(resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _save_losses(self) -> dict[str, Any]:
         """Return the losses that the next entry of the log is the mean of, and those looked at."""
@@ -642,9 +633,17 @@ class ZerothOrderTrainer(ObjectiveTrainer):
         weight = torch.tensor(self.batch_weight(inputs), device=self.args.device)
         weight_of_all = self.accelerator.reduce(weight, "sum")
 
+        if self.settings.directions == "example":
+            losses, part = losses_by_example(self.objective), weight / weight_of_all
+            gathered = GatheredLosses(inputs, part, self.accelerator, self.optimizer.directions)
+        else:
+            losses, gathered = self.compute_loss, None
+
         def batch_loss() -> Tensor:
             with self.compute_loss_context_manager():
-                loss = self.compute_loss(self.model, inputs)
+                loss = losses(self.model, inputs)
+            if gathered:
+                return gathered(loss)
             return self.accelerator.reduce(loss * weight, "sum") / weight_of_all
 
         taken = self.recording.watched(batch_loss, float(weight_of_all))

@@ -9,6 +9,8 @@ A method is a kind and its settings:
     mezo        lr, n (directions)
     hizoo       lr, alpha, n, hessian (full, lowrank)
     curvature   the step bounded by the curvature: lr is its part k; alpha 0 is MeZO's direction
+    example     a direction for every example; normalize=yes divides their g by its deviation
+    example-curvature                                               both
     traceless   hizoo with u² - 1 in place of u² in h's growth
     fzoo, zo-muon                                                   lr (other_methods.py)
     adamw                                                           lr
@@ -37,12 +39,18 @@ from other_methods import FZOO, TraceFreeHiZOO, ZOMuon
 from step_size import batches
 from torch import Tensor, nn
 
+from example_directions import ExampleDirections
 from hizoo import HiZOO
 from language_model.adapters import add_lora, add_prefix
 from language_model.encoding import EncodedExample, Encoder
 from language_model.head import freeze_all_but_head, untie_head
 from language_model.loading import load_config_and_tokenizer, load_model
-from language_model.objectives import classification_loss, language_model_loss, option_scores
+from language_model.objectives import (
+    classification_loss,
+    language_model_loss,
+    losses_of_examples,
+    option_scores,
+)
 from language_model.packing import collate
 from layerwise import LayerwiseWeights
 from sampling import sample_train_dev
@@ -61,6 +69,7 @@ DEFAULTS = (
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FIRST_ORDER_PASSES = 3
 OTHERS = {"fzoo": FZOO, "zo-muon": ZOMuon, "traceless": TraceFreeHiZOO}
+BY_EXAMPLE = ("example", "example-curvature")
 Loss = Callable[[], Tensor]
 Step = Callable[[Loss], tuple[float, int]]
 
@@ -115,7 +124,9 @@ def make_step(model: nn.Module, settings: dict[str, Any], seed: int) -> tuple[St
             return other.step(loss), other.passes - before
 
         return other_step, other
-    layers = LayerwiseWeights(model) if trained[0].dtype.itemsize < 4 else None
+    directions = ExampleDirections(model) if kind in BY_EXAMPLE else None
+    half = trained[0].dtype.itemsize < 4
+    layers = LayerwiseWeights(model) if half and directions is None else None
     optimizer = HiZOO(
         trained,
         lr=lr,
@@ -123,21 +134,23 @@ def make_step(model: nn.Module, settings: dict[str, Any], seed: int) -> tuple[St
         hessian_smooth=settings.get("alpha", 0.0),
         hessian=settings.get("hessian", "full"),
         num_samples=int(settings.get("n", 1)),
-        step_size="curvature" if kind == "curvature" else "fixed",
+        step_size="curvature" if kind.endswith("curvature") else "fixed",
         curvature_every=int(settings.get("every", 1)),
         curvature_eps=settings.get("curvature_eps"),
         clip=settings.get("clip"),
         layers=layers,
+        directions=directions,
+        normalize=settings.get("normalize") == "yes",
         seed=seed,
     )
 
     def step(loss: Loss) -> tuple[float, int]:
         passes = 0
 
-        def counted() -> float:
+        def counted() -> Tensor:
             nonlocal passes
             passes += 1
-            return float(loss())
+            return loss()
 
         return optimizer.step(counted), passes
 
@@ -178,6 +191,8 @@ def measure(arguments: argparse.Namespace, method: str, seed: int) -> dict[str, 
     encode = encoder.correct if task.generation else encoder.options
     train, dev = ([encode(sample) for sample in part] for part in drawn)
     objective = language_model_loss if task.generation else classification_loss
+    if settings["kind"] in BY_EXAMPLE:
+        objective = losses_of_examples(objective)
     step, optimizer = make_step(model, settings, seed)
     curve, passes, steps, seconds = [], 0, 0, 0.0
     targets = [round(arguments.passes * i / arguments.points) for i in range(arguments.points + 1)]

@@ -66,7 +66,6 @@ EVERY_RUN = Scope(
         *("load_int4", "load_saved_dtype", "max_length", "no_auto_device", "trust_remote_code"),
         *("trainer", "tag", "result_file", "overwrite_output_dir", "use_cpu", "tf32"),
         *("local_rank", "ddp_backend", "ddp_timeout", "config", "show_config", "dry_run"),
-        "apply_chat_template",
     ),
     where="every run",
 )
@@ -113,14 +112,29 @@ BACKPROPAGATION = Scope(
 )
 ZEROTH_ORDER = Scope(
     (
-        *("zo_eps", "hessian_smooth_type", "zo_perturbation", "zo_num_samples", "zo_compile"),
-        "zo_clip",
+        *("zo_eps", "hessian_smooth_type", "zo_num_samples", "zo_compile", "zo_clip"),
+        "zo_directions",
     ),
     where="`--trainer zo`",
     holds=lambda arguments: arguments.trainer == "zo",
     reason="--trainer regular trains by backpropagation",
     instead="use --trainer zo",
     outer=STEPS,
+)
+SHARED_DIRECTIONS = Scope(
+    ("zo_perturbation",),
+    where="`--zo_directions shared`",
+    holds=lambda arguments: arguments.zo_directions == "shared",
+    reason="with --zo_directions example no weight is perturbed",
+    outer=ZEROTH_ORDER,
+)
+EXAMPLE_DIRECTIONS = Scope(
+    ("zo_normalize",),
+    where="`--zo_directions example`",
+    holds=lambda arguments: arguments.zo_directions == "example",
+    reason="all examples share one projected gradient",
+    instead="add --zo_directions example",
+    outer=ZEROTH_ORDER,
 )
 HESSIAN = Scope(
     ("hessian",),
@@ -235,13 +249,6 @@ SCOPES = (
         where="an evaluation at the end: no `--no_eval`",
         holds=lambda arguments: not arguments.no_eval,
         reason="nothing is predicted with --no_eval",
-    ),
-    Scope(
-        ("system_prompt",),
-        where="`--apply_chat_template`",
-        holds=attrgetter("apply_chat_template"),
-        reason="there is no conversation",
-        instead="add --apply_chat_template",
     ),
     IN_CONTEXT,
     Scope(
@@ -447,6 +454,8 @@ SCOPES = (
         outer=BACKPROPAGATION,
     ),
     ZEROTH_ORDER,
+    SHARED_DIRECTIONS,
+    EXAMPLE_DIRECTIONS,
     HESSIAN,
     CURVATURE,
     PROBE,

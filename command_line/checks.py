@@ -12,6 +12,7 @@ from command_line.applicability import check_applicability, show_argument
 from command_line.arguments import TUNING_MODES, Arguments
 from command_line.settings import WEIGHTS
 from command_line.trainer_checks import check_steps
+from command_line.values import AUTO
 from tasks import Task
 from trainer import SmoothingSchedule
 from utils import InputError
@@ -140,6 +141,8 @@ def _check_training(arguments: Arguments, task: Task) -> None:
         raise InputError(f"--train_as_classification: {task.name} has no options; leave it out")
     if arguments.non_diff:
         _check_objective(arguments, task)
+    if arguments.zo_directions == "example":
+        _check_directions(arguments)
     if not arguments.linear_probing:
         check_steps(arguments)
 
@@ -156,6 +159,26 @@ def _check_objective(arguments: Arguments, task: Task) -> None:
         )
     _refuse(arguments, "train_as_classification", "--non_diff is another objective")
     _refuse(arguments, "sampling", "the loss of --non_diff would change with every draw")
+
+
+def _check_directions(arguments: Arguments) -> None:
+    """Refuse what does not go together with a direction for every example."""
+    if arguments.prefix_tuning:
+        raise InputError(
+            "--zo_directions example: all examples of a row share the keys and values of "
+            "--prefix_tuning; use --lora, or --zo_directions shared"
+        )
+    if arguments.zo_normalize and arguments.learning_rate == AUTO:
+        raise InputError(
+            "--zo_normalize: --learning_rate auto is per unit of the projected gradient itself; "
+            "give a learning rate"
+        )
+    examples = arguments.per_device_train_batch_size * arguments.world_size
+    if arguments.zo_normalize and examples * arguments.gradient_accumulation_steps < 2:
+        raise InputError(
+            "--zo_normalize: a single example has no standard deviation; give a larger "
+            "--per_device_train_batch_size"
+        )
 
 
 def _given(arguments: Arguments, name: str) -> bool:

@@ -112,15 +112,6 @@ class Model:
         "Tokens of a text at most; longer ones are cut on the left. Default: 2048, or the model's "
         "positions if they are fewer.",
     )
-    apply_chat_template: bool = argument(
-        False,
-        "Put prompts, demonstrations and answers through the tokenizer's chat template, as turns "
-        "of user and assistant, for scoring, generation and training. For instruct models.",
-    )
-    system_prompt: str | None = argument(
-        None,
-        "What the system says first, with --apply_chat_template. Default: what the template says.",
-    )
     no_auto_device: bool = argument(
         False, "Do not spread the model over the GPUs (accelerate's device_map auto)."
     )
@@ -320,6 +311,19 @@ class ZerothOrder:
         1,
         "Directions a step, averaged: n-SPSA (MeZO paper, arXiv 2305.17333, section 2). n "
         "directions take 2n forward passes, and one more for HiZOO.",
+    )
+    zo_directions: Literal["shared", "example"] = argument(
+        "shared",
+        "shared: all examples of a batch see the same direction u (MeZO, HiZOO). example: each has "
+        "one of its own, u with random signs for rows and columns, in the same forward passes "
+        "(GRZO, arXiv 2606.02857); perturbed passes take twice the multiplications. Not with "
+        "--prefix_tuning.",
+    )
+    zo_normalize: bool = argument(
+        False,
+        "With --zo_directions example, divide the examples' projected gradients by their standard "
+        "deviation in the batch, as GRZO does: η is then per unit of that. Not with "
+        "--learning_rate auto.",
     )
     zo_compile: Literal["auto", "yes", "no"] = argument(
         "auto",

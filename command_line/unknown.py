@@ -95,6 +95,7 @@ OTHER_NAMES = {
     ),
     **dict.fromkeys(("lowrank", "low_rank", "hizoo_l", "hessian_type"), "--hessian lowrank"),
     **dict.fromkeys(("perturbation", "perturbation_mode"), "--zo_perturbation"),
+    **dict.fromkeys(("directions", "per_example", "grzo"), "--zo_directions"),
     **dict.fromkeys(("compile",), "--zo_compile, or --torch_compile with --trainer regular"),
     **dict.fromkeys(("save_every", "checkpoint_steps", "ckpt_steps"), "--save_steps"),
     **dict.fromkeys(("eval_every", "evaluation_steps", "val_steps"), "--eval_steps"),

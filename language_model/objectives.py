@@ -1,6 +1,7 @@
 """What training makes small: the options' losses, and metrics that have no gradient.
 
-Every objective takes a model and a batch and returns a scalar.
+Every objective takes a model and a batch and returns a scalar. ``losses_of_examples`` turns one
+into what returns the losses of the examples, (examples,), whose mean the scalar is.
 """
 
 from __future__ import annotations
@@ -33,16 +34,41 @@ def classification_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return nn.functional.cross_entropy(scores, batch["correct"].to(scores.device))
 
 
-def negative_accuracy(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Return minus the fraction of examples whose best option is acceptable; no gradient.
+def language_model_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Return the examples' parts of ``language_model_loss``: each token counts alike."""
+    losses = -token_log_probabilities(model, batch)
+    examples = batch["option_examples"][batch["read_options"]].to(losses.device)
+    count = len(batch["correct"])
+    sums = torch.zeros(count, device=losses.device).index_add(0, examples, losses)
+    return sums * (count / len(losses))
+
+
+def classification_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Return the examples' parts of ``classification_loss``; 0 where no option is correct."""
+    scores = option_scores(model, batch)
+    correct = batch["correct"].to(scores.device)
+    losses = nn.functional.cross_entropy(scores, correct, reduction="none")
+    return losses * (len(losses) / correct.ge(0).sum())
+
+
+def negative_accuracies(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Return -1 for examples whose best option is acceptable, 0 for the others; no gradient.
 
     NaN if a score is.
     """
     with torch.no_grad():
         scores = option_scores(model, batch)
     acceptable = by_example(batch["acceptable"].to(scores.device), batch, False)
-    chosen = acceptable.gather(1, scores.argmax(dim=1, keepdim=True))
-    return (-chosen.float().mean()).where(~scores.isnan().any(), torch.nan)
+    chosen = acceptable.gather(1, scores.argmax(dim=1, keepdim=True)).squeeze(1)
+    return (-chosen.float()).where(~scores.isnan().any(dim=1), torch.nan)
+
+
+def negative_accuracy(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Return minus the fraction of examples whose best option is acceptable; no gradient.
+
+    NaN if a score is.
+    """
+    return negative_accuracies(model, batch).mean()
 
 
 def option_scores(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -99,10 +125,29 @@ class NegativeTextMetric:
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Generate an answer behind every prompt of the batch, and compare; NaN if logits are."""
-        prompts = batch["prompts"]
+        return self.losses(model, batch).mean()
+
+    def losses(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """Return the same of every example, (examples,)."""
+        prompts, answers = batch["prompts"], batch["answers"]
         try:
             texts = generate(model, self.tokenizer, prompts, self.settings, len(prompts), None)
-            value = TEXT_METRICS[self.metric](texts, batch["answers"])
         except NotFinite:
-            value = math.nan
-        return torch.tensor(-value, dtype=torch.float32, device=model.device)
+            return torch.full((len(prompts),), math.nan, device=model.device)
+        metric = TEXT_METRICS[self.metric]
+        values = [metric([text], [right]) for text, right in zip(texts, answers, strict=True)]
+        return torch.tensor(values, dtype=torch.float32, device=model.device).neg()
+
+
+BY_EXAMPLE: dict[Objective, Objective] = {
+    language_model_loss: language_model_losses,
+    classification_loss: classification_losses,
+    negative_accuracy: negative_accuracies,
+}
+
+
+def losses_of_examples(objective: Objective) -> Objective | None:
+    """Return what gives an objective's losses example by example; None if that is not known."""
+    if isinstance(objective, NegativeTextMetric):
+        return objective.losses
+    return BY_EXAMPLE.get(objective)

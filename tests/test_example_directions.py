@@ -276,7 +276,7 @@ def test_losses_along_a_direction_share_it() -> None:
     noise = read_noise(optimizer, draw=4)
     for own, parameter, u in zip(shifted.parameters(), model.parameters(), noise, strict=True):
         own.data += 0.02 * u / (1 + whole_hessian_offset(optimizer, parameter)) ** 0.5
-    found = optimizer.loss_along(lambda: output_losses(model, inputs), 0.02, draw=4)
+    found = optimizer.loss_along(lambda: output_losses(model, inputs).mean(), 0.02, draw=4)
     assert found == pytest.approx(output_losses(shifted, inputs).mean().item(), rel=1e-9)
 
 

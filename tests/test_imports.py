@@ -21,7 +21,7 @@ ROOMS = (
     {"differences", "step_sizes", "probe_plot"},
     {"data_files", "metrics", "templates", "tasks", "sampling"},
     {"language_model"},
-    {"checkpoints", "callbacks", "recording"},
+    {"checkpoints", "callbacks", "recording", "perturbing"},
     {"trainer"},
     {"command_line"},
     {"preparation", "folders", "provenance", "resuming"},

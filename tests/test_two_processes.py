@@ -94,6 +94,15 @@ ZEROTH_ORDER = {
     "eval_strategy": "steps",
     "eval_steps": 3,
 }
+# Their answers have different numbers of tokens, so that the halves count differently.
+EXAMPLES = {
+    "zo_eps": 1e-2,
+    "hessian_smooth_type": "constant1e-4",
+    "zo_directions": "example",
+    "train_as_classification": None,
+    "only_train_option": False,
+    "max_steps": 3,
+}
 # The shares of the eval examples differ, 5 and 4: in batches of 4, two forward passes and one.
 SHARDED = (
     *("--logging_steps", "1", "--per_device_eval_batch_size", "4", "--num_eval", "9"),
@@ -107,7 +116,8 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all runs, each in one of its own, with what they printed."""
     folder = tmp_path_factory.mktemp("two")
     folders = {
-        name: folder / name for name in ("evaluation", "first_order", "zeroth_order", "sharded")
+        name: folder / name
+        for name in ("evaluation", "first_order", "zeroth_order", "examples", "sharded")
     }
     for each in folders.values():
         each.mkdir()
@@ -121,6 +131,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *(("evaluation", evaluation(folders["evaluation"], task)) for task in ("SST2", "SQuAD")),
         ("first_order", training(folders["first_order"], **FIRST_ORDER | half)),
         ("zeroth_order", training(folders["zeroth_order"], **ZEROTH_ORDER | half)),
+        ("examples", training(folders["examples"], **EXAMPLES | half)),
         ("sharded", sharded),
     ]
     driver = folder / "driver.py"
@@ -195,6 +206,19 @@ def test_zeroth_order_training_keeps_the_same_weights(two_processes: Path, tmp_p
         torch.testing.assert_close(tensor, weights(two)[name], atol=2e-6, rtol=0)
     assert log_of(two, "loss") == pytest.approx(log_of(one, "loss"), abs=1e-4)
     assert log_of(two, "eval_loss") == pytest.approx(log_of(one, "eval_loss"), abs=1e-4)
+
+
+def test_every_example_of_two_processes_has_its_own_direction(
+    two_processes: Path, tmp_path: Path
+) -> None:
+    folder = two_processes / "examples"
+    ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert_same_tensors(*ranks)
+    finish(training(tmp_path, **EXAMPLES))
+    one, two = (parent / "out/checkpoint-3" for parent in (tmp_path, folder))
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(tensor, weights(two)[name], atol=2e-6, rtol=0)
+    assert log_of(two, "loss") == pytest.approx(log_of(one, "loss"), abs=1e-4)
 
 
 def test_sharded_training(
