@@ -24,6 +24,7 @@ from command_line.settings import length_of_run, settings_of_a_checkpoint
 from command_line.values import AUTO
 from hizoo import HiZOO
 from language_model.adapters import add_lora, add_prefix, random_tokens, without_adapter
+from language_model.chat import Chat
 from language_model.encoding import Encoder
 from language_model.generation import GenerationSettings, check_generation
 from language_model.head import freeze_all_but_head, head_is_tied, untie_head
@@ -98,12 +99,15 @@ def prepare(arguments: Arguments) -> Prepared:
     max_length = _room_for_texts(
         arguments.max_length, config, adapter.num_prefix if adapter else num_prefix
     )
+    chat = Chat(tokenizer, arguments.system_prompt) if arguments.apply_chat_template else None
+    if chat:
+        chat.check(arguments.model_name)
     generation = generation_settings(arguments)
     if task.generation:
         check_generation(generation, tokenizer, config, max_length)
     train, validation = load_samples(task, arguments.data_dir)
     return Prepared(
-        Encoder(task, tokenizer, max_length, arguments.max_new_tokens),
+        Encoder(task, tokenizer, max_length, arguments.max_new_tokens, chat),
         generation,
         draw_example_sets(
             train,

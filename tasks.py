@@ -115,6 +115,10 @@ class Task(ABC):
         """Return the text before the option."""
         return self.template.prompt(sample.row)
 
+    def messages(self, prompt: str, sample: Sample) -> list[dict[str, str]]:
+        """Return the prompt as the turns of a conversation, for a chat template."""
+        return [{"role": "user", "content": prompt.strip()}]
+
     def option(self, sample: Sample, candidate: Any) -> str:
         """Return the text that is scored or generated for one candidate."""
         return self.template.option(sample.row, candidate)

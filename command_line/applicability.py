@@ -66,6 +66,7 @@ EVERY_RUN = Scope(
         *("load_int4", "load_saved_dtype", "max_length", "no_auto_device", "trust_remote_code"),
         *("trainer", "tag", "result_file", "overwrite_output_dir", "use_cpu", "tf32"),
         *("local_rank", "ddp_backend", "ddp_timeout", "config", "show_config", "dry_run"),
+        "apply_chat_template",
     ),
     where="every run",
 )
@@ -249,6 +250,13 @@ SCOPES = (
         where="an evaluation at the end: no `--no_eval`",
         holds=lambda arguments: not arguments.no_eval,
         reason="nothing is predicted with --no_eval",
+    ),
+    Scope(
+        ("system_prompt",),
+        where="`--apply_chat_template`",
+        holds=attrgetter("apply_chat_template"),
+        reason="there is no conversation",
+        instead="add --apply_chat_template",
     ),
     IN_CONTEXT,
     Scope(

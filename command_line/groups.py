@@ -112,6 +112,15 @@ class Model:
         "Tokens of a text at most; longer ones are cut on the left. Default: 2048, or the model's "
         "positions if they are fewer.",
     )
+    apply_chat_template: bool = argument(
+        False,
+        "Put prompts, demonstrations and answers through the tokenizer's chat template, as turns "
+        "of user and assistant, for scoring, generation and training. For instruct models.",
+    )
+    system_prompt: str | None = argument(
+        None,
+        "What the system says first, with --apply_chat_template. Default: what the template says.",
+    )
     no_auto_device: bool = argument(
         False, "Do not spread the model over the GPUs (accelerate's device_map auto)."
     )

@@ -19,12 +19,14 @@ from utils import fingerprint
 # What belongs to an experiment, whether it was given or not.
 EXAMPLES = ("num_train", "num_dev", "num_train_sets", "train_set_seed")
 WEIGHTS = ("load_float16", "load_bfloat16", "load_int8", "load_int4")
-EVALUATION = ("num_eval", "max_length", "sfc", "icl_sfc", "per_device_eval_batch_size")
+CHAT = ("apply_chat_template", "system_prompt")
+EVALUATION = (*CHAT, "num_eval", "max_length", "sfc", "icl_sfc", "per_device_eval_batch_size")
 GENERATION = (
     *("sampling", "temperature", "num_beams", "top_k", "top_p"),
     *("max_new_tokens", "eos_token"),
 )
 TRAINING = (
+    *CHAT,
     *("train_as_classification", "only_train_option", "seed", "learning_rate", "weight_decay"),
     *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "decay_step"),
     *("per_device_train_batch_size", "gradient_accumulation_steps"),
@@ -127,6 +129,7 @@ def default_tag(arguments: Arguments) -> str:
         parts += [f"{arguments.num_train}-shot"]
     else:
         parts += [next((WAYS_OF_TUNING[m] for m in TUNING_MODES if getattr(arguments, m)), "ft")]
+    parts += ["chat"] if arguments.apply_chat_template else []
     parts += [name for name in ("non_diff", "sfc", "icl_sfc") if getattr(arguments, name)]
     if arguments.trainer != "none" and not arguments.linear_probing:
         parts += [

@@ -7,12 +7,13 @@ texts are joined and stripped, which tokens are scored, and what is cut.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from language_model.chat import Chat, assistant
 from tasks import Sample, Task
 from utils import InputError
 
@@ -55,12 +56,14 @@ class Encoder:
         max_length: tokens of a whole text at most, with those to be generated; a longer text loses
             tokens on the left, after its first.
         max_new_tokens: room that a prompt for generation leaves.
+        chat: puts texts into the form of a conversation; None: they are as they are.
     """
 
     task: Task
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     max_new_tokens: int = 0
+    chat: Chat | None = None
 
     def options(
         self,
@@ -74,15 +77,13 @@ class Encoder:
         prompt_of = task.content_free_prompt if content_free else task.prompt
         option_of = task.content_free_option if content_free else task.option
         candidates = sample.candidates if candidates is None else candidates
-        prompt = prompt_of(sample)
-        before = self._demonstrations(demonstrations)
-        prompt_length = len(self._tokens(prompt.strip(" ")))
+        texts = [option_of(sample, candidate) for candidate in candidates]
+        if self.chat:
+            pairs = self._turns(prompt_of(sample), texts, sample, demonstrations)
+        else:
+            pairs = self._plain(prompt_of(sample), texts, demonstrations)
         encoded = []
-        for candidate in candidates:
-            text = (prompt + option_of(sample, candidate)).strip(" ")
-            # Where the tokenizer merges an option into its prompt, its last token is still scored.
-            scored = max(1, len(self._tokens(text)) - prompt_length)
-            tokens = self._tokens(self._whole_text(before, text))
+        for tokens, scored in pairs:
             if len(tokens) <= scored:
                 # No start-of-text token of its own, and no prompt: something has to come first.
                 tokens = [self._start_token(), *tokens]
@@ -102,10 +103,54 @@ class Encoder:
 
     def prompt(self, sample: Sample, demonstrations: Sequence[Sample] = ()) -> tuple[int, ...]:
         """Encode the prompt that an answer is generated behind."""
-        text = self._whole_text(
-            self._demonstrations(demonstrations), self.task.prompt(sample).strip(" ")
-        )
-        return self._cut(self._tokens(text), self.max_length - self.max_new_tokens)
+        prompt = self.task.prompt(sample)
+        if self.chat:
+            tokens = self.chat.tokens(self._conversation(prompt, sample, demonstrations))
+        else:
+            before = self._demonstrations(demonstrations)
+            tokens = self._tokens(self._whole_text(before, prompt.strip(" ")))
+        return self._cut(tokens, self.max_length - self.max_new_tokens)
+
+    def _plain(
+        self, prompt: str, options: Sequence[str], demonstrations: Sequence[Sample]
+    ) -> Iterator[tuple[list[int], int]]:
+        """Yield each option's tokens behind everything, and how many of them are scored."""
+        before = self._demonstrations(demonstrations)
+        prompt_length = len(self._tokens(prompt.strip(" ")))
+        for option in options:
+            text = (prompt + option).strip(" ")
+            # Where the tokenizer merges an option into its prompt, its last token is still scored.
+            scored = max(1, len(self._tokens(text)) - prompt_length)
+            yield self._tokens(self._whole_text(before, text)), scored
+
+    def _turns(
+        self,
+        prompt: str,
+        options: Sequence[str],
+        sample: Sample,
+        demonstrations: Sequence[Sample],
+    ) -> Iterator[tuple[list[int], int]]:
+        """Yield the same of a conversation, in which an option is the assistant's answer.
+
+        An answer that is generated ends as the template ends it.
+        """
+        opening = self._conversation(prompt, sample, demonstrations)
+        length = len(self.chat.tokens(opening))
+        end = self.chat.end_of_answer if self.task.generation else ""
+        for option in options:
+            tokens = self.chat.tokens(opening + option.strip() + end)
+            yield tokens, max(1, len(tokens) - length)
+
+    def _conversation(self, prompt: str, sample: Sample, demonstrations: Sequence[Sample]) -> str:
+        shown = [
+            turn
+            for each in demonstrations
+            for turn in (
+                *self.task.messages(self.task.prompt(each), each),
+                assistant(self.task.option(each, each.correct[0]).strip()),
+            )
+        ]
+        return self.chat.text([*shown, *self.task.messages(prompt, sample)])
 
     def _demonstrations(self, samples: Sequence[Sample]) -> str:
         texts = (

@@ -191,6 +191,7 @@ def test_result_holds_the_experiment_and_nothing_else(tmp_path: Path) -> None:
         *("lora", "prefix_tuning", "head_tuning", "linear_probing", "untie_emb", "non_diff"),
         *("logging_steps", "save_steps", "output_dir", "result_file", "data_seed"),
         *("lr_scheduler_kwargs", "dataloader_drop_last", "curvature_eps", "curvature_every"),
+        *("apply_chat_template", "system_prompt"),
         *("zo_clip", "probe_every", "zo_directions", "zo_normalize"),
     }
     assert set(settings) == expected
