@@ -14,7 +14,7 @@
 # TASK                  SST2                         one of the eleven tasks, in any case
 # MODE                  ft                           ft: all parameters; prefix: 5 prefix tokens;
 #                                                    lora: LoRA matrices
-# BS                    16                           examples a step
+# BS                    16                           examples a step, shared by the processes
 # LR                    1e-6          auto           learning rate; auto: by the measured curvature
 #                       1e-2          auto           with MODE=prefix
 #                       1e-4          auto           with MODE=lora
@@ -81,6 +81,16 @@ if [ "$IS_BUNDLED" ]; then
     REPORT=(--eval_before_training --per_device_eval_batch_size 64)
 fi
 
+# Under torchrun, or as several tasks of srun, this is one of the processes of a job.
+BS=${BS:-16}
+PROCESSES=${WORLD_SIZE:-${SLURM_STEP_NUM_TASKS:-1}}
+if [ "$(value_given --zo_parallel "$@")" != directions ]; then
+    if [ $((BS % PROCESSES)) != 0 ]; then
+        refuse "BS=$BS: as many examples cannot be shared by $PROCESSES processes"
+    fi
+    BS=$((BS / PROCESSES))
+fi
+
 # What stands before -- is the script's choice: it may be without effect beside what follows.
 exec "$PYTHON" "$HERE/run.py" --trainer zo --model_name "$MODEL" ${DATA[@]+"${DATA[@]}"} \
     ${LENGTH[@]+"${LENGTH[@]}"} --learning_rate "$LR" --zo_eps "$EPS" \
@@ -88,7 +98,7 @@ exec "$PYTHON" "$HERE/run.py" --trainer zo --model_name "$MODEL" ${DATA[@]+"${DA
     --hessian_smooth_type "$HESSIAN_SMOOTH_TYPE" --weight_decay "${WEIGHT_DECAY:-0}" \
     --lr_scheduler_type "${ZO_LR_SCHEDULER_TYPE:-constant}" \
     --warmup_steps "${WARMUP_STEP:-0}" --decay_step "${DECAY_STEP:-0}" \
-    --per_device_train_batch_size "${BS:-16}" "${SEEDS[@]}" \
+    --per_device_train_batch_size "$BS" "${SEEDS[@]}" \
     --num_train "${TRAIN:-$DEFAULT_TRAIN}" --num_eval "${EVAL:-1000}" "${COURSE[@]}" \
     ${MODE_ARGS[@]+"${MODE_ARGS[@]}"} ${OBJECTIVE[@]+"${OBJECTIVE[@]}"} \
     ${WEIGHTS[@]+"${WEIGHTS[@]}"} ${REPORT[@]+"${REPORT[@]}"} -- "$@"

@@ -270,6 +270,9 @@ class HiZOO(torch.optim.Optimizer):
     Attributes:
         projected_gradient: g of the last step (first group's μ; mean over the directions).
         curvature: c of the last step that measured it (likewise), 0 without curvature.
+        shares: None, or where several processes take some of a step's directions each: an object
+            whose ``owns(point)`` says whether this one runs the forward pass at a point, and whose
+            ``exchanged(losses)`` returns those of all, given its own and NaN for the others'.
 
     Raises:
         ValueError: an argument out of range, a parameter that is not contiguous or not of a
@@ -325,6 +328,7 @@ class HiZOO(torch.optim.Optimizer):
         self.hessian_dtype = hessian_dtype
         self.layers = layers
         self.directions = directions
+        self.shares: Any = None
         self.normalize = normalize
         self.compile = compile
         self._compiles: bool | None = None
@@ -446,7 +450,10 @@ class HiZOO(torch.optim.Optimizer):
         losses: dict[Point | None, Losses] = {}
         try:
             for point in order:
-                losses[point] = self._loss_at(point, closure)
+                owns = self.shares is None or self.shares.owns(point)
+                losses[point] = self._loss_at(point, closure if owns else lambda: math.nan)
+            if self.shares is not None:
+                losses = self.shares.exchanged(losses)
             if first:
                 self._compare_again(losses, order[-1], closure)
             center = losses.get(None, sum(losses.values()) / len(losses))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from peft import PeftModel
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from checkpoints import RunSettings
 from command_line.arguments import Arguments
@@ -185,7 +185,7 @@ def load_pretrained(arguments: Arguments) -> PreTrainedModel | PeftModel:
 def choose_trained_weights(
     arguments: Arguments,
     model: PreTrainedModel | PeftModel,
-    encoder: Encoder,
+    tokenizer: PreTrainedTokenizerBase,
     say: Callable[[str], None],
 ) -> PreTrainedModel | PeftModel:
     """Return the model with what is trained: an adapter, the head, or all of its weights."""
@@ -198,7 +198,7 @@ def choose_trained_weights(
     if arguments.lora:
         return add_lora(model, arguments.lora_r, arguments.lora_alpha)
     if arguments.prefix_tuning:
-        tokens = random_tokens(encoder.tokenizer, arguments.num_prefix, arguments.seed)
+        tokens = random_tokens(tokenizer, arguments.num_prefix, arguments.seed)
         return add_prefix(
             model,
             arguments.num_prefix,
@@ -333,5 +333,6 @@ def zeroth_order_settings(arguments: Arguments) -> ZerothOrderSettings:
         clip=None if arguments.zo_clip == "none" else arguments.zo_clip,
         directions=arguments.zo_directions,
         normalize=arguments.zo_normalize,
+        parallel=arguments.zo_parallel,
         compile={"auto": None, "yes": True, "no": False}[arguments.zo_compile],
     )

@@ -171,7 +171,9 @@ def prepare_trainer(arguments: Arguments) -> ZerothOrderTrainer:
     """Return the trainer of a run's first set, with its optimizer, before the first step."""
     transformers.set_seed(arguments.seed)
     prepared = prepare(arguments)
-    model = choose_trained_weights(arguments, load_pretrained(arguments), prepared.encoder, print)
+    model = choose_trained_weights(
+        arguments, load_pretrained(arguments), prepared.encoder.tokenizer, print
+    )
     trainer = make_trainer(
         arguments, model, prepared, prepared.example_sets[0], Path(arguments.output_dir)
     )

@@ -28,6 +28,7 @@ from journal import (
     Settings,
     Step,
 )
+from sharing import check_agreement
 from utils import InputError
 
 logger = logging.getLogger(__name__)
@@ -144,8 +145,24 @@ class Recording(TrainerCallback):
             self._recorded = self.replay.take(Step, step)
         return self._recorded
 
-    def watched(self, closure: Closure, weight: float) -> Closure:
-        """Return a closure for one batch of the step: it notes the losses, or takes them back."""
+    @property
+    def is_replaying(self) -> bool:
+        """Whether the journal has the step that is done now."""
+        return self._recorded is not None
+
+    def note(self, losses: Sequence[float]) -> None:
+        """Take the losses of the batch that is done now, of other processes too."""
+        passes = tuple((loss,) for loss in losses)
+        self._estimates[-1] = Estimate(passes, self._estimates[-1].weight)
+
+    def watched(self, closure: Closure, weight: float, is_told: bool = False) -> Closure:
+        """Return a closure for one batch of the step: it notes the losses, or takes them back.
+
+        Args:
+            closure: computes a loss.
+            weight: of the batch beside others of the step.
+            is_told: whether ``note`` is called with all losses instead.
+        """
         number = len(self._estimates)
         if self._recorded is not None:
             recorded = self._recorded.estimates[number]
@@ -153,6 +170,8 @@ class Recording(TrainerCallback):
             return replayed(recorded, self.by_example)
         passes: list[tuple[float, ...]] = []
         self._estimates.append(Estimate((), weight))
+        if is_told:
+            return closure
 
         def noted() -> Any:
             loss = closure()
@@ -241,7 +260,7 @@ class Recording(TrainerCallback):
         model: nn.Module,
         **kwargs: Any,
     ) -> None:
-        """Leave a checksum of the weights."""
+        """Leave a checksum of the weights; those of all processes have to be the same."""
         step = state.global_step
         if step % self.check_every == 0 or step >= state.max_steps:
             self.leave_checksum(step, model)
@@ -271,6 +290,7 @@ class Recording(TrainerCallback):
             return
         recorded = self.replay.take(Checksum, step)
         checksum = checksum_of(trained_weights(model).values())
+        check_agreement(checksum, step)
         if recorded is None:
             self.write(Checksum(step, checksum))
         elif recorded.value != checksum:
@@ -325,6 +345,8 @@ def described(model: nn.Module, optimizer: HiZOO) -> dict[str, Any]:
             "curvature_every": optimizer.curvature_every,
             "clip": optimizer.clip,
             "layerwise": optimizer.layers is not None,
+            "by_example": optimizer.directions is not None,
+            "normalize": optimizer.normalize,
             "groups": groups,
         },
     }

@@ -143,7 +143,7 @@ def recording_of(arguments: Arguments, start: Start) -> Recording | None:
             "settings": settings_of_a_checkpoint(arguments) | length_of_run(arguments),
             "versions": {"torch": torch.__version__},
         }
-    return Recording(start.journal, header, start.replay)
+    return Recording(start.journal, header, start.replay, arguments.check_every)
 
 
 def _journal_of_first_process(path: Path) -> Journal | None:

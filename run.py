@@ -30,6 +30,7 @@ from checkpoints import RemoveEarlierCheckpoints, last_checkpoint, write_togethe
 from command_line.arguments import USAGE, Arguments, parse_arguments
 from command_line.checks import check
 from command_line.settings import name_run, settle_dtype
+from command_line.slurm import take_slurm_variables
 from folders import locked_places, run_folders
 from language_model.head import fit_head
 from language_model.loading import leave_out_loading_bars
@@ -85,7 +86,7 @@ class Experiment:
         result: dict[str, Any] = {"train_set_seed": examples.seed}
         model = pretrained = load_pretrained(arguments)
         if arguments.trainer != "none":
-            model = choose_trained_weights(arguments, model, encoder, self.say)
+            model = choose_trained_weights(arguments, model, encoder.tokenizer, self.say)
             start = find_start(arguments, output_dir, model, self.has_result)
             for line in start.lines():
                 self.say(line)
@@ -265,6 +266,7 @@ def main(argv: Sequence[str]) -> int:
         print(USAGE)
         return 2
     leave_out_loading_bars()
+    take_slurm_variables(os.environ)
     return exit_code(lambda: run_command_line(argv))
 
 

@@ -47,7 +47,8 @@ from layerwise import LayerwiseWeights
 from manifest import damage
 from perturbing import GatheredLosses, choose_directions, choose_layers, losses_by_example
 from recording import Recording
-from utils import InputError, NotWritten
+from sharing import NOTHING, Exchange, SharedDirections, let_all_have_every_batch, own_part
+from utils import Disagreement, InputError, NotWritten
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +117,7 @@ class ZerothOrderSettings:
         clip: bound of |g| in units of its running root mean square; None: none.
         directions: "shared" by all examples of a batch, or "example": each has its own.
         normalize: whether the examples' g are divided by their standard deviation.
+        parallel: what several processes share, "batch" or "directions".
         compile: whether kernels are compiled; None: for 16 million weights and more.
     """
 
@@ -131,6 +133,7 @@ class ZerothOrderSettings:
     clip: float | None = None
     directions: str = "shared"
     normalize: bool = False
+    parallel: str = "batch"
     compile: bool | None = None
 
 
@@ -249,7 +252,7 @@ class ObjectiveTrainer(Trainer):
         if not saved or not 0 < self.args.max_steps <= saved["global_step"]:
             try:
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-            except (InputError, NotWritten, KeyboardInterrupt):
+            except (InputError, NotWritten, Disagreement, KeyboardInterrupt):
                 # Close progress bars, give signals back.
                 self.callback_handler.on_train_end(self.args, self.state, self.control)
                 raise
@@ -468,8 +471,9 @@ class ObjectiveTrainer(Trainer):
 class ZerothOrderTrainer(ObjectiveTrainer):
     """HiZOO, or MeZO with a smoothing of 0: forward passes in ``training_step``, no gradient.
 
-    Under ``torchrun`` every process runs its own part of the batch; the losses are averaged and the
-    noise is the same everywhere, so the processes keep the same weights without exchanging them.
+    Under ``torchrun`` every process runs its own part of the batch, or of the directions; they
+    exchange losses. The noise is the same everywhere, so they keep the same weights without
+    exchanging them. The batches are those of one process.
 
     Args:
         settings: of the step.
@@ -486,6 +490,9 @@ class ZerothOrderTrainer(ObjectiveTrainer):
         super().__init__(**kwargs)
         # The Trainer makes them as training begins, and asks callbacks for their state before.
         self._tr_loss, self._globalstep_last_logged = torch.zeros(()), 0
+        self.exchange = Exchange(self.args.device)
+        self._shares_batch = settings.parallel == "batch"
+        self._logged = (0, 0)  # bytes that were exchanged, and steps
         self.add_callback(self.running_losses)
         self.add_callback(self.recording)
         # Nothing has a gradient that could be clipped.
@@ -524,6 +531,13 @@ class ZerothOrderTrainer(ObjectiveTrainer):
                 seed=self.args.seed,
                 compile=settings.compile,
             )
+            if self.args.world_size > 1 and not self._shares_batch:
+                self.optimizer.shares = SharedDirections(
+                    settings.num_samples,
+                    self.exchange,
+                    lambda: self.recording.is_replaying,
+                    self.recording.note,
+                )
             try:
                 self.optimizer.check_perturbation_scale()
             except ValueError as error:
@@ -547,6 +561,37 @@ class ZerothOrderTrainer(ObjectiveTrainer):
             return choose_layers(model, settings.perturbation, whole, self.warn), None
         losses = functools.partial(loss, losses_by_example(self.objective))
         return None, choose_directions(model, settings.eps, losses, self.warn)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the batches of one process, as large as all processes' together, or parts."""
+        processes = self.args.world_size
+        if processes == 1:
+            return super().get_train_dataloader()
+        collate, size = self.data_collator, self._train_batch_size
+        if self._shares_batch:
+            self.data_collator = functools.partial(own_part, collate)
+            size *= processes
+        try:
+            loader = self._get_dataloader(
+                self.train_dataset, "Training", size, self._get_train_sampler, is_training=True
+            )
+        finally:
+            self.data_collator = collate
+        return let_all_have_every_batch(loader)
+
+    def batch_weight(self, batch: dict[str, Any]) -> int:
+        """Return what the loss of a batch is the mean over; 0 where another process has it."""
+        return 0 if NOTHING in batch else super().batch_weight(batch)
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, Any]], device: torch.device
+    ) -> Tensor:
+        weights = sum(map(self.batch_weight, batch_samples))
+        return self._sum_of_parts(torch.tensor(weights, device=device))
+
+    def _sum_of_parts(self, tensor: Tensor) -> Tensor:
+        """Return the sum over the processes' parts of the batch."""
+        return self.exchange.sum(tensor) if self._shares_batch else tensor
 
     def first_batch(self) -> dict[str, Any]:
         """Return the first examples, unshuffled, as one batch; the same in every process."""
@@ -631,7 +676,8 @@ class ZerothOrderTrainer(ObjectiveTrainer):
             group["hessian_smooth"] = smooth
 
         weight = torch.tensor(self.batch_weight(inputs), device=self.args.device)
-        weight_of_all = self.accelerator.reduce(weight, "sum")
+        weight_of_all = self._sum_of_parts(weight)
+        inputs.pop(NOTHING, None)
 
         if self.settings.directions == "example":
             losses, part = losses_by_example(self.objective), weight / weight_of_all
@@ -644,9 +690,10 @@ class ZerothOrderTrainer(ObjectiveTrainer):
                 loss = losses(self.model, inputs)
             if gathered:
                 return gathered(loss)
-            return self.accelerator.reduce(loss * weight, "sum") / weight_of_all
+            return self._sum_of_parts(loss * weight) / weight_of_all
 
-        taken = self.recording.watched(batch_loss, float(weight_of_all))
+        is_told = self.optimizer.shares is not None
+        taken = self.recording.watched(batch_loss, float(weight_of_all), is_told)
 
         def counted_loss() -> Any:
             # Those that the journal has were passes of the run, too.
@@ -676,6 +723,12 @@ class ZerothOrderTrainer(ObjectiveTrainer):
             logs["hessian_mean"], logs["hessian_max"] = self.optimizer.hessian_mean_and_max()
             if self.settings.step_size == "curvature":
                 logs["eta"] = self.optimizer.learning_rate(self.optimizer.param_groups[0])
+            if self.args.world_size > 1:
+                sent, steps = self._logged
+                self._logged = self.exchange.bytes, self.state.global_step
+                logs["exchanged_bytes_per_step"] = (self.exchange.bytes - sent) / max(
+                    1, self.state.global_step - steps
+                )
             if self.settings.clip is not None:
                 logs["clipped_steps"] = self.optimizer.param_groups[0]["clipped_steps"]
         super().log(logs, start_time)

@@ -33,6 +33,10 @@ class Diverged(Exception):
     """Too many steps in a row had no finite loss, or a far too large one; there is a checkpoint."""
 
 
+class Disagreement(Exception):
+    """Processes that train together have other weights; exit code 1."""
+
+
 class NotWritten(OSError):
     """A file could not be written: the message is one line that names it; exit code 1."""
 
@@ -71,7 +75,8 @@ def exit_code(command: Callable[[], int | None]) -> int:
     """Do a command; returns its exit code, and says in one line why it fails.
 
     0: done, or what the command returns. 1: losses that are not finite any more or far too large,
-    or a file that could not be written. 2: bad input. 130: interrupted.
+    processes with different weights, or a file that could not be written. 2: bad input. 130:
+    interrupted.
     """
     try:
         return command() or 0
@@ -81,7 +86,7 @@ def exit_code(command: Callable[[], int | None]) -> int:
     except (Interrupted, KeyboardInterrupt) as error:
         say_last(f"interrupted: {error}" if str(error) else "interrupted")
         return 130
-    except (Diverged, NotWritten) as error:
+    except (Diverged, NotWritten, Disagreement) as error:
         say_last(f"stopped: {error}")
         return 1
 

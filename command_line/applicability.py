@@ -114,7 +114,7 @@ BACKPROPAGATION = Scope(
 ZEROTH_ORDER = Scope(
     (
         *("zo_eps", "hessian_smooth_type", "zo_num_samples", "zo_compile", "zo_clip"),
-        "zo_directions",
+        *("zo_directions", "zo_parallel", "check_every"),
     ),
     where="`--trainer zo`",
     holds=lambda arguments: arguments.trainer == "zo",

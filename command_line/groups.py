@@ -340,6 +340,18 @@ class ZerothOrder:
         "first run, a step several times faster beside its forward passes. Needs a C++ compiler. "
         "auto: from 16 million trained weights on.",
     )
+    zo_parallel: Literal["batch", "directions"] = argument(
+        "batch",
+        "What several processes share. batch: --per_device_train_batch_size is of each process; "
+        "the result is that of one process up to the rounding of the mean loss. directions: each "
+        "takes some of the --zo_num_samples directions on the whole batch, bit for bit as one "
+        "process.",
+    )
+    check_every: int = argument(
+        1000,
+        "Steps between two checksums of the weights, in the journal; several processes stop if "
+        "theirs differ.",
+    )
     non_diff: bool = argument(
         False,
         "Train on an objective without a gradient: minus the mean F1 of the generated text, or "

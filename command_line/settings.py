@@ -70,7 +70,7 @@ SPEED_AND_MACHINE = (
     *("activation_checkpointing_kwargs", "gradient_checkpointing"),
     *("gradient_checkpointing_kwargs", "dataloader_num_workers", "dataloader_pin_memory"),
     *("dataloader_persistent_workers", "dataloader_prefetch_factor"),
-    *("dataloader_multiprocessing_context", "dataloader_in_order"),
+    *("dataloader_multiprocessing_context", "dataloader_in_order", "zo_parallel", "check_every"),
 )
 NOT_OF_THE_RESULT = {*PLACES, *FOLDERS_AND_FILES, *SHOWN_AND_LOGGED, *SPEED_AND_MACHINE}
 # When checkpoints are saved matters where one of them is chosen.
@@ -131,10 +131,12 @@ def default_tag(arguments: Arguments) -> str:
         parts += [next((WAYS_OF_TUNING[m] for m in TUNING_MODES if getattr(arguments, m)), "ft")]
     parts += ["chat"] if arguments.apply_chat_template else []
     parts += [name for name in ("non_diff", "sfc", "icl_sfc") if getattr(arguments, name)]
+    batch = arguments.per_device_train_batch_size
+    batch = batch_and_processes(arguments, "").get("per_device_train_batch_size", batch)
     if arguments.trainer != "none" and not arguments.linear_probing:
         parts += [
             f"lr{_shown(arguments.learning_rate)}",
-            f"bs{arguments.per_device_train_batch_size}",
+            f"bs{batch}",
         ]
     if arguments.trainer == "zo":
         parts += [f"eps{_shown(arguments.zo_eps)}", arguments.hessian_smooth_type]
@@ -195,13 +197,13 @@ def experiment_hash(arguments: Arguments) -> str:
     model = Path(arguments.model_name)
     identity = {
         **_plain_values(arguments, names),
+        **batch_and_processes(arguments, "processes"),
         "task": arguments.task.name,
         "model": fingerprint(model_files(model)) if model.exists() else arguments.model_name,
         "data": [
             path and fingerprint([path])
             for path in split_files(arguments.task, arguments.data_dir) or ()
         ],
-        "processes": arguments.world_size if arguments.trainer != "none" else 1,
     }
     text = json.dumps(identity, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -235,9 +237,29 @@ def settings_of_a_checkpoint(arguments: Arguments) -> dict[str, Any]:
         "task_name": arguments.task.name,
         "train_file": arguments.train_file and str(Path(arguments.train_file).resolve()),
         "model_name": Path(arguments.model_name).name,
-        "nproc_per_node": arguments.world_size,
         **_plain_values(arguments, names),
+        **batch_and_processes(arguments, "nproc_per_node"),
     }
+
+
+def batch_and_processes(arguments: Arguments, name: str) -> dict[str, int]:
+    """Return what a run's processes have to do with its course: the examples of a step.
+
+    Zeroth-order steps are the same however many processes share them, up to rounding.
+
+    Args:
+        arguments: of the run.
+        name: what the number of processes is called, where it counts.
+    """
+    if arguments.trainer == "zo":
+        return {"per_device_train_batch_size": examples_of_a_batch(arguments), name: 1}
+    return {name: arguments.world_size if arguments.trainer != "none" else 1}
+
+
+def examples_of_a_batch(arguments: Arguments) -> int:
+    """Return the examples of a batch in all processes together."""
+    shared = arguments.trainer != "zo" or arguments.zo_parallel == "batch"
+    return arguments.per_device_train_batch_size * (arguments.world_size if shared else 1)
 
 
 def _names_of_training(arguments: Arguments) -> set[str]:

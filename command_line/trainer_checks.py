@@ -22,6 +22,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, Scheduler
 from transformers.utils import is_liger_kernel_available, is_torch_xla_available
 
 from command_line.arguments import Arguments
+from command_line.settings import examples_of_a_batch
 from command_line.values import AUTO
 from trainer import CURVATURE_PART
 from utils import InputError, first_line, one_line
@@ -41,6 +42,16 @@ def check_steps(arguments: Arguments) -> None:
     _check_dev_loss(arguments)
     _check_checkpoint_to_resume(arguments)
     _check_batches(arguments)
+    if arguments.zo_parallel == "directions" and arguments.zo_directions == "example":
+        raise InputError(
+            "--zo_parallel directions: with --zo_directions example processes share the batch; "
+            "leave one of them out"
+        )
+    if arguments.zo_parallel == "directions" and arguments.zo_num_samples < 2:
+        raise InputError(
+            "--zo_parallel directions: there is one direction only; give --zo_num_samples, at best "
+            "as many as processes, or leave it out"
+        )
     _check_schedule(arguments)
     _check_report_targets(arguments)
     if arguments.trainer == "regular":
@@ -63,7 +74,7 @@ def steps_of_run(arguments: Arguments) -> int:
     """Return how many steps a run has, if there are as many training examples as were asked for."""
     if arguments.max_steps > 0:
         return arguments.max_steps
-    batch = arguments.per_device_train_batch_size * arguments.world_size
+    batch = examples_of_a_batch(arguments)
     steps = math.ceil(
         math.ceil(arguments.num_train / batch) / arguments.gradient_accumulation_steps
     )
@@ -128,7 +139,7 @@ def _check_batches(arguments: Arguments) -> None:
             f"--train_sampling_strategy {arguments.train_sampling_strategy}: the batches are "
             "packed; give random or sequential"
         )
-    step = arguments.per_device_train_batch_size * arguments.world_size
+    step = examples_of_a_batch(arguments)
     if arguments.dataloader_drop_last and arguments.num_train < step:
         raise InputError(
             f"--dataloader_drop_last leaves nothing of --num_train {arguments.num_train} in steps "

@@ -62,6 +62,7 @@ BOUNDS = {
     **{"num_beams": FROM_1, "top_k": FROM_1, "top_p": Bounds(above=0, most=1)},
     **{"temperature": POSITIVE, "zo_eps": POSITIVE, "zo_num_samples": FROM_1},
     **{"curvature_eps": POSITIVE, "curvature_every": FROM_1, "zo_clip": POSITIVE},
+    "check_every": FROM_1,
     "probe_every": FROM_1,
     **{"max_skipped_steps": FROM_1, "decay_step": FROM_0, "max_steps": Bounds(-1, LARGEST)},
     **{"num_train_epochs": POSITIVE, "learning_rate": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE},

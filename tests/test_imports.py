@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = (
     {"hizoo", "layerwise", "example_directions"},
     {"utils"},
+    {"sharing"},
     {"manifest", "journal"},
     {"differences", "step_sizes", "probe_plot"},
     {"data_files", "metrics", "templates", "tasks", "sampling"},
@@ -24,11 +25,11 @@ ROOMS = (
     {"checkpoints", "callbacks", "recording", "perturbing"},
     {"trainer"},
     {"command_line"},
-    {"preparation", "folders", "provenance", "resuming"},
+    {"preparation", "folders", "provenance", "resuming", "replaying"},
     {"probe", "plan"},
     {"results"},
     {"sweeps"},
-    {"run", "sweep", "report"},
+    {"run", "sweep", "report", "replay"},
 )
 TORCH_ALONE = ("hizoo", "layerwise", "example_directions")
 # Scripts that import from the rooms, and that no room imports from.

@@ -27,6 +27,8 @@ from test_hizoo_sh import passed_to_python
 from test_scripts import FINETUNE, FSDP, SMALL, checkpoint_of, launcher_and_arguments
 from test_scripts import finish as finish_script
 
+from journal import FILE, Step, read_journal
+
 # One process of pytest-xdist runs all of this module.
 pytestmark = pytest.mark.xdist_group("two processes")
 
@@ -93,6 +95,13 @@ ZEROTH_ORDER = {
     "num_dev": 11,
     "eval_strategy": "steps",
     "eval_steps": 3,
+    # The last batch of an epoch is of one example: one process has none.
+    "num_train": 9,
+    "check_every": 2,
+}
+DIRECTIONS = ZEROTH_ORDER | {
+    **{"zo_parallel": "directions", "zo_num_samples": 3, "no_eval": True},
+    **{"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
 }
 # Their answers have different numbers of tokens, so that the halves count differently.
 EXAMPLES = {
@@ -111,16 +120,23 @@ SHARDED = (
 SHARDED_VARIABLES = SMALL | {"LR": "1e-4"}
 
 
+def keep_steps(whole: Path, parted: Path, steps: int) -> None:
+    """Copy the first steps of a run's journal."""
+    (parted / "out").mkdir(parents=True)
+    content = (whole / "out" / FILE).read_bytes()
+    (parted / "out" / FILE).write_bytes(content[: read_journal(whole / "out" / FILE).end_of(steps)])
+
+
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all runs, each in one of its own, with what they printed."""
     folder = tmp_path_factory.mktemp("two")
-    folders = {
-        name: folder / name
-        for name in ("evaluation", "first_order", "zeroth_order", "examples", "sharded")
-    }
+    names = ("evaluation", "first_order", "zeroth_order", "directions", "examples", "resumed")
+    folders = {name: folder / name for name in (*names, "sharded")}
     for each in folders.values():
         each.mkdir()
+    finish(training(folder / "alone", **ZEROTH_ORDER))
+    keep_steps(folder / "alone", folders["resumed"], 4)
     passed = passed_to_python(
         folders["sharded"], *SHARDED, script=FSDP, NUM_GPU="2", **SHARDED_VARIABLES
     )
@@ -132,6 +148,8 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("first_order", training(folders["first_order"], **FIRST_ORDER | half)),
         ("zeroth_order", training(folders["zeroth_order"], **ZEROTH_ORDER | half)),
         ("examples", training(folders["examples"], **EXAMPLES | half)),
+        ("directions", training(folders["directions"], **DIRECTIONS)),
+        ("resumed", training(folders["resumed"], **ZEROTH_ORDER | half)),
         ("sharded", sharded),
     ]
     driver = folder / "driver.py"
@@ -193,15 +211,21 @@ def test_first_order_training(two_processes: Path, tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(log_of(tmp_path / "out/checkpoint-2", "loss"), abs=1e-4)
 
 
-def test_zeroth_order_training_keeps_the_same_weights(two_processes: Path, tmp_path: Path) -> None:
+def test_zeroth_order_training_keeps_the_same_weights(two_processes: Path) -> None:
     folder = two_processes / "zeroth_order"
     assert (folder / "printed.txt").read_text().count("test accuracy") == 1
     assert json.loads((folder / "result.json").read_text())["steps"] == 6
     ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert_same_tensors(*ranks)
     # Two halves of a batch of four are one batch of four, up to the rounding of the losses.
-    finish(training(tmp_path, **ZEROTH_ORDER))
-    one, two = (parent / "out/checkpoint-6" for parent in (tmp_path, folder))
+    assert_nearly_the_same(two_processes / "alone", folder)
+    # Two numbers of 8 bytes and three losses of 4; the first step takes one loss again.
+    first, *others = log_of(folder / "out/checkpoint-6", "exchanged_bytes_per_step")
+    assert first == 16 + 4 * 4 and set(others) == {16 + 3 * 4}
+
+
+def assert_nearly_the_same(alone: Path, together: Path) -> None:
+    one, two = (folder / "out/checkpoint-6" for folder in (alone, together))
     for name, tensor in weights(one).items():
         torch.testing.assert_close(tensor, weights(two)[name], atol=2e-6, rtol=0)
     assert log_of(two, "loss") == pytest.approx(log_of(one, "loss"), abs=1e-4)
@@ -219,6 +243,37 @@ def test_every_example_of_two_processes_has_its_own_direction(
     for name, tensor in weights(one).items():
         torch.testing.assert_close(tensor, weights(two)[name], atol=2e-6, rtol=0)
     assert log_of(two, "loss") == pytest.approx(log_of(one, "loss"), abs=1e-4)
+
+
+def test_run_goes_on_with_another_number_of_processes(two_processes: Path, tmp_path: Path) -> None:
+    printed = (two_processes / "resumed" / "printed.txt").read_text()
+    assert printed.count("going on from 4 steps of ") == 1
+    assert_nearly_the_same(two_processes / "alone", two_processes / "resumed")
+    keep_steps(two_processes / "zeroth_order", tmp_path, 4)
+    result = finish(training(tmp_path, **ZEROTH_ORDER))
+    assert result["resumed_from"] == str(tmp_path / "out" / FILE)
+    assert_nearly_the_same(two_processes / "zeroth_order", tmp_path)
+
+
+def test_shared_directions_are_those_of_one_process(two_processes: Path, tmp_path: Path) -> None:
+    """Bit for bit: three directions for two processes, in place, with two batches a step."""
+    folder = two_processes / "directions"
+    finish(training(tmp_path, **DIRECTIONS))
+    together, alone = (
+        [record for record in read_journal(each / "out" / FILE).segments[0] if type(record) is Step]
+        for each in (folder, tmp_path)
+    )
+    # One process takes the first step's last loss again.
+    first = alone[0].estimates[0]
+    (*passes, again), of_two = first.passes, together[0].estimates[0]
+    assert of_two.passes == tuple(passes) and again == passes[-1]
+    assert together[1:] == alone[1:] and len(alone) == 6
+    assert_same_tensors(*(weights(each / "out/checkpoint-6") for each in (folder, tmp_path)))
+    ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert_same_tensors(*ranks)
+    # Seven losses of 8 bytes, of two batches; of one where the epoch has no second one.
+    sent = log_of(folder / "out/checkpoint-6", "exchanged_bytes_per_step")
+    assert set(sent) <= {2 * 7 * 8, 7 * 8}
 
 
 def test_sharded_training(

@@ -1,0 +1,132 @@
+"""replay.py: the model after any step of a run, from the model it began with and its journal."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import assert_same_tensors, contents, finish, flip_bit, small_model, training, weights
+from safetensors.torch import load_file
+
+import replay
+from journal import FILE, Checksum, encode, read_journal
+from language_model.adapters import PROMPT_ENCODER_FILE
+from trainer import ObjectiveTrainer
+
+MODES = {
+    "in_place": {"lr_scheduler_type": "linear", "weight_decay": 0.1},
+    "layerwise": {"load_bfloat16": True, "hessian": "lowrank", "zo_num_samples": 2},
+    "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+    "probe": {"learning_rate": "auto"},
+    "lora": {"lora": True, "learning_rate": 1e-2, "zo_eps": 1e-2},
+    "prefix": {"prefix_tuning": True, "no_reparam": "False", "zo_eps": 1e-2},
+}
+
+
+def replayed(run_folder: Path, folder: Path, *options: Any) -> int:
+    line = ["--journal", run_folder / "out" / FILE, "--output_dir", folder, *options]
+    return replay.main([str(word) for word in line])
+
+
+def saved(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights in a folder, an adapter's with those of its network."""
+    names = ("model.safetensors", "adapter_model.safetensors", PROMPT_ENCODER_FILE)
+    return {
+        f"{name} {key}": tensor
+        for name in names
+        if (folder / name).is_file()
+        for key, tensor in load_file(folder / name).items()
+    }
+
+
+@pytest.mark.parametrize("arguments", MODES.values(), ids=MODES)
+def test_replay_gives_the_checkpoints_of_every_mode(
+    tmp_path: Path,
+    arguments: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    finish(training(tmp_path, **{"max_steps": 4, "save_steps": 2} | arguments))
+    monkeypatch.setattr(ObjectiveTrainer, "compute_loss", None)
+    for steps in (2, 4):
+        folder = tmp_path / f"model-{steps}"
+        capsys.readouterr()
+        assert replayed(tmp_path, folder, "--steps", steps, "--verify") == 0
+        told = capsys.readouterr().out.splitlines()
+        assert told[-1] == f"model: {folder}" and told[-3] == f"{steps} steps"
+        verified = "verified: bit for bit the weights of the run after step 4"
+        assert told[-2] == (verified if steps == 4 else "not verified: " + NO_CHECKSUM)
+        assert_same_tensors(saved(folder), saved(tmp_path / f"out/checkpoint-{steps}"))
+    before, after = saved(tmp_path / "model-2"), saved(tmp_path / "model-4")
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+NO_CHECKSUM = "the journal has no checksum of these steps"
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plain")
+    finish(training(folder, max_steps=4, save_steps=2))
+    return folder
+
+
+def test_replay_goes_on_from_a_checkpoint(plain: Path, tmp_path: Path) -> None:
+    """Which also gets over a damaged step before it."""
+    shutil.copytree(plain / "out", tmp_path / "out")
+    journal = read_journal(plain / "out" / FILE)
+    flip_bit(tmp_path / "out" / FILE, journal.ends[0][1] - 6)
+    checkpoint = ("--model_name", tmp_path / "out/checkpoint-2")
+    assert replayed(tmp_path, tmp_path / "model", *checkpoint, "--verify") == 0
+    assert_same_tensors(weights(tmp_path / "model"), weights(plain / "out/checkpoint-4"))
+
+
+def test_weights_that_differ_are_told(
+    plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    journal = read_journal(plain / "out" / FILE)
+    content = (plain / "out" / FILE).read_bytes()[: journal.ends[0][3]]
+    (tmp_path / "out" / FILE).write_bytes(content + encode(Checksum(4, 1)))
+    assert replay.main(["--journal", str(tmp_path / "out" / FILE), "--verify"]) == 1
+    *_, line = capsys.readouterr().out.splitlines()
+    assert line.startswith("different: after step 4 the weights are not those of the run; on ")
+    assert 0 < float(line.split()[-1]) < 1e-3
+
+
+def test_what_replay_refuses(
+    plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    journal = plain / "out" / FILE
+    harmed = tmp_path / "out" / FILE
+    harmed.parent.mkdir()
+    shutil.copy(journal, harmed)
+    flip_bit(harmed, read_journal(journal).ends[0][1] - 6)
+    other = plain / "out/checkpoint-2"
+    copied = tmp_path / "other"
+    shutil.copytree(other, copied)
+    (copied / "optimizer.pt").unlink()
+    new = ["--output_dir", tmp_path / "new"]
+    before = contents(tmp_path)
+    for line, words in (
+        (["--journal", journal], "give --output_dir"),
+        (["--journal", journal, "--output_dir", other], "there is a model"),
+        (["--journal", tmp_path / "none", *new], "there is none"),
+        (["--journal", plain / "result.json", *new], "is no journal"),
+        (["--journal", journal, "--steps", 5, *new], "has 4 steps, not 5; give --steps 4"),
+        (["--journal", journal, "--steps", -1, *new], "--steps -1: must be at least 0"),
+        (["--journal", harmed, *new], "has 1 steps before a damaged record, not 4"),
+        (["--journal", journal, "--model_name", copied, *new], "not those that the run began with"),
+        (
+            ["--journal", journal, "--model_name", other, "--steps", 1, *new],
+            "--steps 1: the checkpoint has 2 already",
+        ),
+    ):
+        assert replay.main([str(word) for word in line]) == 2, words
+        (error,) = capsys.readouterr().err.strip().splitlines()[-1:]
+        assert error.startswith("error: ") and words in error, error
+    assert contents(tmp_path) == before
+    assert small_model().name in read_journal(journal).header["model"]["name"]
