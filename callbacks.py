@@ -20,6 +20,8 @@ from transformers import (
 )
 from transformers.trainer_callback import ExportableState
 
+from language_model.objectives import NegativeReward
+
 # The log's entries that a person wants to see, and how they are called in little room.
 SHOWN = {
     "projected_gradient": ("g", ".3g"),
@@ -30,7 +32,7 @@ SHOWN = {
     "clipped_steps": ("clipped", "d"),
 }
 # What a task's metrics are called.
-METRICS = ("accuracy", "f1", "em")
+METRICS = ("accuracy", "reward", "f1", "em")
 # A step of these kinds is news, that there was none is not.
 NEWS = ("skipped_steps", "clipped_steps")
 
@@ -44,6 +46,25 @@ class ShownObjective(NamedTuple):
     def text(self, value: float) -> str:
         """Return a value of the loss as it is shown."""
         return f"{self.sign * float(value):.4f}"
+
+
+class TellStep(TrainerCallback):
+    """Tells an objective that draws at random which step it is of, and that it is of none."""
+
+    def __init__(self, objective: NegativeReward) -> None:
+        self.objective = objective
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell the number of the step that begins."""
+        self.objective.step = state.global_step
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell that no step is on its way."""
+        self.objective.step = None
 
 
 class StopDiverged(TrainerCallback):

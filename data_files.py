@@ -42,11 +42,11 @@ class Table(NamedTuple):
 # cache.
 
 
-def read_table(path: Path, wanted: Collection[str]) -> Table:
+def read_table(path: Path, wanted: Collection[str] | None) -> Table:
     """Open a file of one of ``SUFFIXES``; the rows are read as they are asked for.
 
     Rows of JSON Lines may lack columns of the first row. A CSV file's cells are texts. Of Parquet
-    only the ``wanted`` columns are read.
+    only the ``wanted`` columns are read, all of them if it is None.
 
     Raises:
         InputError: the file is empty or malformed; also while the rows are read.
@@ -147,7 +147,7 @@ def _first_line_that_is_not_utf8(path: Path) -> int:
     return data.count(b"\n") + 1
 
 
-def _parquet_table(path: Path, wanted: Collection[str]) -> Table:
+def _parquet_table(path: Path, wanted: Collection[str] | None) -> Table:
     import pyarrow
     import pyarrow.parquet
 
@@ -156,7 +156,7 @@ def _parquet_table(path: Path, wanted: Collection[str]) -> Table:
         columns = tuple(file.schema_arrow.names)
     except (pyarrow.ArrowException, OSError) as error:
         raise _not_parquet(path, error) from error
-    read = [name for name in columns if name in wanted]
+    read = [name for name in columns if wanted is None or name in wanted]
     return Table(str(path), columns, _parquet_rows(path, file, read))
 
 
@@ -212,6 +212,15 @@ def typed_answer(row: Row) -> Row:
     return row if answers is None else {**row, "answer": answers}
 
 
+def check_prompt(row: Row) -> None:
+    """Refuse a prompt that is no text, or empty.
+
+    Raises:
+        InputError: it is.
+    """
+    _check_text(row["prompt"], "prompt")
+
+
 def check_choice(row: Row) -> tuple[tuple[str, ...], str]:
     """Return the options and the right one, which the row names by its text or its index.
 
@@ -219,7 +228,7 @@ def check_choice(row: Row) -> tuple[tuple[str, ...], str]:
         InputError: the prompt or an option is no text or empty, there are fewer than two different
             options, or the answer is none of them.
     """
-    _check_text(row["prompt"], "prompt")
+    check_prompt(row)
     options, answer = row["options"], row["answer"]
     if not isinstance(options, list) or len(options) < 2:
         raise InputError(
@@ -247,7 +256,7 @@ def check_answers(row: Row) -> tuple[str, ...]:
     Raises:
         InputError: the prompt or an answer is no text or empty, or there is no answer.
     """
-    _check_text(row["prompt"], "prompt")
+    check_prompt(row)
     answers = row["answer"]
     if isinstance(answers, str):
         answers = [answers]

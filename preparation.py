@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,10 +36,13 @@ from language_model.loading import (
 )
 from language_model.objectives import (
     GenerationExample,
+    NegativeReward,
     NegativeTextMetric,
     Objective,
+    RewardExample,
     classification_loss,
     collate_generation,
+    collate_rewards,
     language_model_loss,
     negative_accuracy,
 )
@@ -221,6 +224,8 @@ def choose_objective(
     packed = functools.partial(collate, share_prompt=share)
     if arguments.train_as_classification:
         return Training(classification_loss, encoder.options, packed)
+    if encoder.task.reward:
+        return _reward_objective(arguments, prepared)
     if not arguments.non_diff:
         only_option = arguments.only_train_option
         encode = functools.partial(encoder.correct_option, only_option=only_option)
@@ -234,6 +239,19 @@ def choose_objective(
     metric = arguments.non_diff_metric or "f1"
     objective = NegativeTextMetric(metric, encoder.tokenizer, prepared.generation)
     return Training(objective, encode_for_generation, collate_generation)
+
+
+def _reward_objective(arguments: Arguments, prepared: Prepared) -> Training:
+    """Return the reward of generated texts; several of a prompt are drawn at random."""
+    encoder, count = prepared.encoder, arguments.reward_samples
+    drawn = prepared.generation.sampling or count > 1
+    generation = replace(prepared.generation, sampling=drawn)
+    objective = NegativeReward(encoder.task, encoder.tokenizer, generation, count, arguments.seed)
+
+    def encode(sample: Sample) -> RewardExample:
+        return RewardExample(encoder.prompt(sample), sample)
+
+    return Training(objective, encode, collate_rewards)
 
 
 def make_trainer(

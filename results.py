@@ -13,6 +13,7 @@ import math
 import platform
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,19 +69,30 @@ def example_lines(
 def prediction_rows(
     task: Task, samples: Sequence[Sample], predictions: Sequence[Prediction]
 ) -> list[dict[str, Any]]:
-    """Return the rows of ``--predictions_file``: option index or text, and whether it is right."""
-    rows = []
+    """Return the rows of ``--predictions_file``: option index or text, and whether it is right.
+
+    With a reward each text's own stands there too.
+    """
+    rows: list[dict[str, Any]] = []
+    answers = replace(task, reward=None)
     for sample, prediction in zip(samples, predictions, strict=True):
         answer, scores = prediction.answer, prediction.scores
-        metrics = task.score([answer], [sample])
+        right = None
+        if task.answer_columns:
+            metrics = answers.score([answer], [sample])
+            right = (metrics["em"] if task.generation else metrics["accuracy"]) == 1.0
         rows.append(
             {
                 "id": sample.id,
                 "prediction": answer if scores is None else sample.candidates.index(answer),
-                "correct": (metrics["em"] if task.generation else metrics["accuracy"]) == 1.0,
+                "correct": right,
                 "scores": None if scores is None else list(scores),
             }
         )
+    if task.reward:
+        values = task.rewards([prediction.answer for prediction in predictions], samples)
+        for row, value in zip(rows, values, strict=True):
+            row["reward"] = value
     return rows
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +20,7 @@ from data_files import (
     Row,
     check_answers,
     check_choice,
+    check_prompt,
     no_rows,
     read_table,
     row_place,
@@ -27,6 +28,7 @@ from data_files import (
     typed_answer,
     typed_choice,
 )
+from rewards import Reward
 from templates import Template
 from utils import InputError, first_line
 
@@ -65,6 +67,7 @@ class Task(ABC):
         hub_config: its configuration there, if it has several.
         text_columns: columns that must hold text.
         answer_columns: the columns that say which answers there are and which is correct.
+        reward: how good a generated text is; None: the gold answers say so.
     """
 
     name: str
@@ -73,9 +76,10 @@ class Task(ABC):
     hub_config: str | None
     text_columns: tuple[str, ...]
     answer_columns: tuple[str, ...]
+    reward: Reward | None = field(default=None, kw_only=True)
 
     generation: ClassVar[bool] = False
-    metric_name: ClassVar[str] = "accuracy"
+    own_metric: ClassVar[str] = "accuracy"
     train_as_classification: ClassVar[bool] = False
 
     @property
@@ -138,26 +142,44 @@ class Task(ABC):
         return self.template.content_free_option(sample.row, candidate)
 
     @property
+    def metric_name(self) -> str:
+        """The metric that comes first."""
+        return "reward" if self.reward else self.own_metric
+
+    @property
     def metric_names(self) -> tuple[str, ...]:
         """The metrics that ``score`` returns."""
-        return ("f1", "em") if self.generation else ("accuracy",)
+        names = ("f1", "em") if self.answer_columns else ()
+        return (*(["reward"] if self.reward else []), *names) if self.generation else ("accuracy",)
+
+    def rewards(self, texts: Sequence[str], samples: Sequence[Sample]) -> list[float]:
+        """Return the reward of each sample's text.
+
+        Raises:
+            InputError: the function of ``reward`` fails.
+        """
+        prompts = [self.prompt(sample) for sample in samples]
+        return self.reward(prompts, texts, [sample.row for sample in samples])
 
     def score(self, predictions: Sequence[Any], samples: Sequence[Sample]) -> dict[str, float]:
         """Return the task's metrics, fractions from 0 to 1, for one prediction per sample.
 
         Predictions are candidates for ``{"accuracy": ...}``, texts for ``{"f1": ..., "em": ...}``,
-        of which ``metric_name`` is the first.
+        of which ``metric_name`` is the first. With a reward its mean stands before them.
 
         Raises:
             ValueError: no samples, or not as many as predictions.
+            InputError: the function of ``reward`` fails.
         """
         golds = [sample.correct for sample in samples]
         if not self.generation:
             return {"accuracy": metrics.accuracy(predictions, golds)}
-        values = {
-            "f1": metrics.mean_f1(predictions, golds),
-            "em": metrics.mean_exact_match(predictions, golds),
-        }
+        values: dict[str, float] = {}
+        if self.reward:
+            values["reward"] = metrics.mean(self.rewards(predictions, samples))
+        if self.answer_columns:
+            values["f1"] = metrics.mean_f1(predictions, golds)
+            values["em"] = metrics.mean_exact_match(predictions, golds)
         return {self.metric_name: values[self.metric_name], **values}
 
     def _check_calibration(self) -> None:
@@ -207,7 +229,7 @@ class GenerationTask(Task):
     answer_field: str
 
     generation = True
-    metric_name = "f1"
+    own_metric = "f1"
 
     def _answers(self, row: Row) -> tuple[tuple[()], tuple[str, ...]]:
         (column,) = self.answer_columns
@@ -241,6 +263,8 @@ class OwnTask(Task):
 
     def sample_of_cells(self, row: Row, index: int) -> Sample:
         """Turn a row of CSV, where everything is text, into a ``Sample``; raises as ``sample``."""
+        if not self.answer_columns:
+            return self.sample(row, index)
         return self.sample(typed_answer(row) if self.generation else typed_choice(row), index)
 
 
@@ -263,11 +287,19 @@ class OwnAnswerTask(OwnTask):
     generation = True
 
     @property
-    def metric_name(self) -> str:
-        """The metric that comes first."""
+    def own_metric(self) -> str:
+        """The metric that comes first, without a reward."""
         return self.metric
 
+    def sample(self, row: Row, index: int) -> Sample:
+        """Turn a row into a ``Sample``; a reward gets all of the row's columns."""
+        sample = super().sample(row, index)
+        return replace(sample, row=dict(row)) if self.reward else sample
+
     def _answers(self, row: Row) -> tuple[tuple[()], tuple[str, ...]]:
+        if not self.answer_columns:
+            check_prompt(row)
+            return (), ()
         return (), check_answers(row)
 
 
@@ -383,16 +415,45 @@ def get_task(name: str) -> Task:
 
 
 def choose_task(
-    name: str | None, train_file: str | None, validation_file: str | None, metric: str | None
+    name: str | None,
+    train_file: str | None,
+    validation_file: str | None,
+    metric: str | None,
+    reward: str | None = None,
 ) -> Task:
     """Return the named task, or that of the user's own files, which may be one or both.
 
+    Args:
+        name: of a task.
+        train_file: the user's own.
+        validation_file: the user's own.
+        metric: the first one of the user's own files.
+        reward: ``FILE.py:function``, which says how good generated answers are.
+
     Raises:
-        InputError: none is given, there is no such task, a file cannot be read, or the metric does
-            not fit.
+        InputError: none is given, there is no such task, a file cannot be read, the metric or a
+            reward does not fit, or the reward's file does not import.
     """
+    task = _choose_task(name, train_file, validation_file, metric, has_reward=reward is not None)
+    if reward is None:
+        return task
+    if not task.generation:
+        raise InputError(
+            f"--reward {reward}: the answers of {task.name} are chosen from options; give a task "
+            "whose answers are generated, or --non_diff"
+        )
+    return replace(task, reward=Reward.load(reward))
+
+
+def _choose_task(
+    name: str | None,
+    train_file: str | None,
+    validation_file: str | None,
+    metric: str | None,
+    has_reward: bool,
+) -> Task:
     if train_file or validation_file:
-        return _own_task(train_file, validation_file, metric)
+        return _own_task(train_file, validation_file, metric, has_reward)
     if not name:
         raise InputError(
             "--task_name is missing: give a task, for instance --task_name SST2, or --train_file "
@@ -401,7 +462,9 @@ def choose_task(
     return get_task(name)
 
 
-def _own_task(train_file: str | None, validation_file: str | None, metric: str | None) -> OwnTask:
+def _own_task(
+    train_file: str | None, validation_file: str | None, metric: str | None, has_reward: bool
+) -> OwnTask:
     if not validation_file:
         raise InputError(
             f"--train_file {train_file} needs --validation_file: give the examples to report on"
@@ -409,7 +472,8 @@ def _own_task(train_file: str | None, validation_file: str | None, metric: str |
     train = _own_file("--train_file", train_file) if train_file else None
     validation = _own_file("--validation_file", validation_file)
     first = train or validation
-    generation = "options" not in read_table(first, ()).columns
+    columns = read_table(first, ()).columns
+    generation = "options" not in columns
     fitting = ("f1", "em") if generation else ("accuracy",)
     if metric is not None and metric not in fitting:
         kind = "generated" if generation else "chosen from options"
@@ -425,7 +489,9 @@ def _own_task(train_file: str | None, validation_file: str | None, metric: str |
         "validation_file": validation,
     }
     if generation:
-        shared |= {"template": templates.OwnAnswerTemplate(), "answer_columns": ("answer",)}
+        # A reward needs no answers.
+        answers = () if has_reward and "answer" not in columns else ("answer",)
+        shared |= {"template": templates.OwnAnswerTemplate(), "answer_columns": answers}
         return OwnAnswerTask(metric=metric or "f1", **shared)
     shared |= {"template": templates.OwnTemplate(), "answer_columns": ("options", "answer")}
     return OwnChoiceTask(**shared)
@@ -499,7 +565,8 @@ def _split_file(folder: Path, split: str) -> Path:
 
 
 def _load_file(task: Task, path: Path) -> list[Sample]:
-    table = read_table(path, task.columns)
+    # A reward may look at every column.
+    table = read_table(path, None if task.reward else task.columns)
     _check_source(task, table.columns, table.place)
     cells = isinstance(task, OwnTask) and path.suffix.lower() == ".csv"
     return _to_samples(task.sample_of_cells if cells else task.sample, table.rows, path)

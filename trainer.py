@@ -24,7 +24,15 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerStat
 from transformers.optimization import get_scheduler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
-from callbacks import Costs, LogLines, LossProgress, RunningLosses, ShownObjective, StopDiverged
+from callbacks import (
+    Costs,
+    LogLines,
+    LossProgress,
+    RunningLosses,
+    ShownObjective,
+    StopDiverged,
+    TellStep,
+)
 from checkpoints import (
     best_checkpoint,
     from_first_process,
@@ -38,6 +46,7 @@ from hizoo import HiZOO
 from journal import Evaluation
 from language_model.loading import load_renamed_weights, tied_weights
 from language_model.objectives import (
+    NegativeReward,
     NegativeTextMetric,
     Objective,
     language_model_loss,
@@ -141,6 +150,8 @@ def shown_objective(objective: Objective) -> ShownObjective:
     """Return how an objective is called where people read it."""
     if isinstance(objective, NegativeTextMetric):
         return ShownObjective(objective.metric, -1)
+    if isinstance(objective, NegativeReward):
+        return ShownObjective("reward", -1)
     return ShownObjective("accuracy", -1) if objective is negative_accuracy else ShownObjective()
 
 
@@ -195,6 +206,8 @@ class ObjectiveTrainer(Trainer):
         # Losses come weighted (compute_loss): the Trainer need not divide them by their number.
         self.model_accepts_loss_kwargs = True
         shown = shown_objective(objective)
+        if isinstance(objective, NegativeReward):
+            self.add_callback(TellStep(objective))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(LossProgress(shown))
         if self.pop_callback(PrinterCallback) is not None:

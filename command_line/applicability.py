@@ -197,6 +197,7 @@ GENERATION = Scope(
         not arguments.no_eval
         or arguments.eval_before_training
         or arguments.non_diff
+        or arguments.reward
         or arguments.wants_dev_metric
     ),
     reason="nothing is generated with --no_eval",
@@ -271,11 +272,25 @@ SCOPES = (
     GENERATION,
     Scope(
         ("temperature", "top_k", "top_p"),
-        where="`--sampling`",
-        holds=attrgetter("sampling"),
+        where="`--sampling`, or `--reward_samples` above 1",
+        holds=lambda arguments: arguments.sampling or arguments.reward_samples > 1,
         reason="the likeliest text is taken",
         instead="add --sampling",
         outer=GENERATION,
+    ),
+    Scope(
+        ("reward",),
+        where="`--trainer none` or `zo`",
+        holds=lambda arguments: arguments.trainer != "regular",
+        reason="a reward has no gradient for --trainer regular",
+        instead="use --trainer zo",
+    ),
+    Scope(
+        ("reward_samples",),
+        where="`--reward` with `--trainer zo`",
+        holds=lambda arguments: arguments.reward and arguments.trainer == "zo",
+        reason="no reward is trained on",
+        instead="give --reward and --trainer zo",
     ),
     TRAINING,
     *(
@@ -307,10 +322,12 @@ SCOPES = (
     ),
     Scope(
         ("only_train_option",),
-        where="training in steps without `--train_as_classification` and `--non_diff`",
-        holds=lambda arguments: not (arguments.train_as_classification or arguments.non_diff),
-        reason="it is of the language-model loss, --train_as_classification and --non_diff have "
-        "objectives of their own",
+        where="training in steps without `--train_as_classification`, `--non_diff` and `--reward`",
+        holds=lambda arguments: (
+            not (arguments.train_as_classification or arguments.non_diff or arguments.reward)
+        ),
+        reason="it is of the language-model loss; --train_as_classification, --non_diff and "
+        "--reward have objectives of their own",
         outer=STEPS,
     ),
     Scope(

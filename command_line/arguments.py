@@ -24,6 +24,7 @@ from command_line.groups import (
     Generation,
     InContextLearning,
     Model,
+    Rewards,
     TaskAndData,
     TrainedWeights,
     Training,
@@ -62,6 +63,7 @@ TUNING_MODES = {
 class Arguments(
     Generation,
     EvaluationAndResults,
+    Rewards,
     ZerothOrder,
     Training,
     TrainedWeights,
@@ -100,7 +102,9 @@ class Arguments(
     @functools.cached_property
     def task(self) -> Task:
         """The task of --task_name, or that of the user's own files as they are at the start."""
-        return choose_task(self.task_name, self.train_file, self.validation_file, self.metric)
+        return choose_task(
+            self.task_name, self.train_file, self.validation_file, self.metric, self.reward
+        )
 
     @property
     def calibration(self) -> str | None:

@@ -24,6 +24,7 @@ EXCLUDE_EACH_OTHER = (
     *(("load_saved_dtype", other) for other in WEIGHTS),
     ("sfc", "icl_sfc"),
     ("train_set_seed", "num_train_sets"),
+    ("reward", "non_diff"),
     ("task_name", "train_file"),
     ("task_name", "validation_file"),
     ("data_dir", "train_file"),
@@ -55,6 +56,8 @@ def check(arguments: Arguments) -> None:
         )
     check_applicability(arguments)
     _check_probed(arguments)
+    if task.reward and not task.answer_columns and arguments.trainer == "none":
+        _refuse(arguments, "num_train", "demonstrations need answers, the rows have none")
     if arguments.calibration and task.generation:
         raise InputError(
             f"--{arguments.calibration}: the answers of {task.name} are generated, there are no "
@@ -86,7 +89,7 @@ def check_sizes(arguments: Arguments, config: PreTrainedConfig) -> None:
 
 def _check_files(arguments: Arguments) -> None:
     """Refuse to write over a file that another argument names."""
-    names = ("train_file", "validation_file", "predictions_file", "result_file")
+    names = ("train_file", "validation_file", "predictions_file", "result_file", "config")
     files = {name: Path(getattr(arguments, name)) for name in names if getattr(arguments, name)}
     for written in ("predictions_file", "result_file"):
         for name, file in files.items():
@@ -132,6 +135,11 @@ def _check_probed(arguments: Arguments) -> None:
 
 
 def _check_training(arguments: Arguments, task: Task) -> None:
+    if task.reward and arguments.num_beams > 1 and arguments.reward_samples > 1:
+        raise InputError(
+            f"--num_beams {arguments.num_beams}: --reward_samples {arguments.reward_samples} draws "
+            "texts at random; leave one out"
+        )
     if arguments.num_train < 1:
         raise InputError(
             f"--num_train {arguments.num_train}: training needs at least 1 example, as in "

@@ -365,6 +365,24 @@ class ZerothOrder:
 
 
 @dataclass
+class Rewards:
+    """Rewards. For SQuAD, DROP and your own examples without options."""
+
+    reward: str | None = argument(
+        None,
+        "FILE.py:function, which says how good generated texts are: it gets lists of prompts, "
+        "texts and rows (dictionaries), and returns a number for each. Its mean is the first "
+        "metric, and with --trainer zo the objective, maximised. The file's code is run. Default: "
+        "none.",
+    )
+    reward_samples: int = argument(
+        1,
+        "Texts of a prompt in a step; above 1 they are drawn at random (--temperature, --top_p), "
+        "with the same random numbers for both sides of a direction.",
+    )
+
+
+@dataclass
 class EvaluationAndResults:
     """Evaluation and results."""
 
@@ -434,6 +452,7 @@ GROUPS = (
     TrainedWeights,
     Training,
     ZerothOrder,
+    Rewards,
     EvaluationAndResults,
     Generation,
 )

@@ -46,7 +46,7 @@ TUNING = (*TUNING_MODES, "untie_emb")
 
 LENGTH = ("max_steps", "num_train_epochs")
 # Where the model and the data lie: their content distinguishes runs, not their place.
-PLACES = ("task_name", "model_name", "data_dir", "train_file", "validation_file")
+PLACES = ("task_name", "model_name", "data_dir", "train_file", "validation_file", "reward")
 # What does not change the result. All else does, the Trainer's arguments of tomorrow too.
 FOLDERS_AND_FILES = (
     *("tag", "output_dir", "result_file", "predictions_file", "save_model"),
@@ -129,6 +129,7 @@ def default_tag(arguments: Arguments) -> str:
         parts += [f"{arguments.num_train}-shot"]
     else:
         parts += [next((WAYS_OF_TUNING[m] for m in TUNING_MODES if getattr(arguments, m)), "ft")]
+    parts += [arguments.task.reward.name] if arguments.task.reward else []
     parts += ["chat"] if arguments.apply_chat_template else []
     parts += [name for name in ("non_diff", "sfc", "icl_sfc") if getattr(arguments, name)]
     batch = arguments.per_device_train_batch_size
@@ -194,7 +195,7 @@ def experiment_hash(arguments: Arguments) -> str:
     names -= NOT_OF_THE_RESULT.union(LENGTH)
     if not arguments.load_best_model_at_end:
         names -= {*CHOICE_OF_CHECKPOINT}
-    model = Path(arguments.model_name)
+    model, reward = Path(arguments.model_name), arguments.task.reward
     identity = {
         **_plain_values(arguments, names),
         **batch_and_processes(arguments, "processes"),
@@ -204,6 +205,7 @@ def experiment_hash(arguments: Arguments) -> str:
             path and fingerprint([path])
             for path in split_files(arguments.task, arguments.data_dir) or ()
         ],
+        "reward": reward and (reward.name, fingerprint([reward.file])),
     }
     text = json.dumps(identity, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -232,11 +234,13 @@ def settings_of_a_checkpoint(arguments: Arguments) -> dict[str, Any]:
     names = {*EXAMPLES, *WEIGHTS, *_names_of_training(arguments)}
     # Every set has a folder of its own, whatever their number.
     names.remove("num_train_sets")
+    reward = arguments.task.reward
     return {
         "trainer": arguments.trainer,
         "task_name": arguments.task.name,
         "train_file": arguments.train_file and str(Path(arguments.train_file).resolve()),
         "model_name": Path(arguments.model_name).name,
+        "reward": reward and f"{reward.file.name}:{reward.name}",
         **_plain_values(arguments, names),
         **batch_and_processes(arguments, "nproc_per_node"),
     }
@@ -269,6 +273,8 @@ def _names_of_training(arguments: Arguments) -> set[str]:
             names |= {*settings}
     if arguments.non_diff:
         names |= {"non_diff_metric", *GENERATION}
+    if arguments.reward:
+        names |= {"reward_samples", *GENERATION}
     return names
 
 

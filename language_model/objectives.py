@@ -6,11 +6,13 @@ into what returns the losses of the examples, (examples,), whose mean the scalar
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +21,7 @@ import metrics
 from language_model.generation import GenerationSettings, generate
 from language_model.precision import NotFinite
 from language_model.scoring import option_sums, token_log_probabilities
+from tasks import Sample, Task
 
 Objective = Callable[[nn.Module, dict[str, Any]], Tensor]
 
@@ -104,6 +107,72 @@ def collate_generation(examples: Sequence[GenerationExample]) -> dict[str, Any]:
         "prompts": [example.prompt for example in examples],
         "answers": [example.answers for example in examples],
     }
+
+
+@dataclass(frozen=True)
+class RewardExample:
+    """Tokens of a prompt, and the sample that its text's reward depends on."""
+
+    prompt: tuple[int, ...]
+    sample: Sample
+
+
+def collate_rewards(examples: Sequence[RewardExample]) -> dict[str, Any]:
+    """Make a batch for ``NegativeReward``."""
+    return {
+        "prompts": [example.prompt for example in examples],
+        "samples": [example.sample for example in examples],
+    }
+
+
+@dataclass
+class NegativeReward:
+    """Minus the mean reward of the texts that the model generates; no gradient.
+
+    Where texts are drawn at random, all losses of a step draw with the same random numbers, so that
+    they differ by the weights alone. Between steps, for dev losses, the numbers are always the
+    same.
+
+    Attributes:
+        task: with a reward.
+        tokenizer: the model's own.
+        settings: how text is generated.
+        samples: texts of a prompt.
+        seed: of the run.
+        step: the number of the step; None between steps.
+    """
+
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    settings: GenerationSettings
+    samples: int
+    seed: int
+    step: int | None = None
+
+    def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """Generate texts behind every prompt of the batch, and ask for their rewards.
+
+        NaN if logits or a reward are.
+        """
+        prompts = [prompt for prompt in batch["prompts"] for _ in range(self.samples)]
+        samples = [sample for sample in batch["samples"] for _ in range(self.samples)]
+        try:
+            with self._random_numbers(model.device):
+                texts = generate(model, self.tokenizer, prompts, self.settings, len(prompts), None)
+            value = metrics.mean(self.task.rewards(texts, samples))
+        except NotFinite:
+            value = math.nan
+        return torch.tensor(-value, dtype=torch.float32, device=model.device)
+
+    @contextlib.contextmanager
+    def _random_numbers(self, device: torch.device) -> Iterator[None]:
+        """Draw with numbers of the step, and leave those of everything else as they are."""
+        numbers = (self.seed, 0 if self.step is None else self.step + 1)
+        seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            yield
 
 
 TEXT_METRICS = {"f1": metrics.mean_f1, "em": metrics.mean_exact_match}

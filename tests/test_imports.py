@@ -20,7 +20,7 @@ ROOMS = (
     {"sharing"},
     {"manifest", "journal"},
     {"differences", "step_sizes", "probe_plot"},
-    {"data_files", "metrics", "templates", "tasks", "sampling"},
+    {"data_files", "metrics", "templates", "tasks", "rewards", "sampling"},
     {"language_model"},
     {"checkpoints", "callbacks", "recording", "perturbing"},
     {"trainer"},

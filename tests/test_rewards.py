@@ -1,0 +1,287 @@
+"""Rewards: a function of a file as the metric, and as what training maximises."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from running import ROOT, SAMPLES, contents, finish, training
+from transformers import TrainerControl
+
+import run
+from callbacks import TellStep
+from command_line.arguments import parse_arguments
+from command_line.settings import experiment_hash
+from language_model import objectives
+from language_model.generation import GenerationSettings
+from language_model.objectives import NegativeReward, RewardExample, collate_rewards
+from rewards import Reward
+from tasks import choose_task, load_samples
+from utils import InputError
+
+EXAMPLES = ROOT / "examples" / "rewards"
+
+REWARD = """\
+calls = []
+
+def length(prompts, texts, rows):
+    calls.append((prompts, texts, rows))
+    return [len(text) / 100 for text in texts]
+
+def fails(prompts, texts, rows):
+    return [1 / 0 for text in texts]
+
+def too_few(prompts, texts, rows):
+    return [1.0]
+
+def no_numbers(prompts, texts, rows):
+    return [None for text in texts]
+
+def one_number(prompts, texts, rows):
+    return 3.0
+
+def infinite(prompts, texts, rows):
+    return [float("nan") for text in texts]
+"""
+
+
+@pytest.fixture
+def reward_file(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.py"
+    path.write_text(REWARD)
+    return path
+
+
+def rows_file(folder: Path, **columns: str) -> Path:
+    path = folder / "rows.jsonl"
+    rows = [{"prompt": f"Number {n} is", "kind": n, **columns} for n in range(6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def own(folder: Path, rows: Path, **arguments: Any) -> list[str]:
+    """A short run on rewards."""
+    files = {"train_file": rows, "validation_file": rows, "task_name": None, "data_dir": None}
+    few = {"num_train": 6, "max_steps": 2, "save_steps": 2, "max_new_tokens": 4}
+    files |= {"train_as_classification": None, "zo_eps": 0.1, **few}
+    return training(folder, **(files | arguments))
+
+
+def test_the_objective_is_minus_the_mean_reward(
+    tmp_path: Path, reward_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = rows_file(tmp_path)
+    result = finish(
+        own(
+            tmp_path,
+            rows,
+            **{"reward": f"{reward_file}:length", "reward_samples": 2, "no_eval": None},
+            **{
+                "num_eval": 3,
+                "predictions_file": tmp_path / "p.jsonl",
+                "eval_before_training": True,
+            },
+            **{"num_dev": 2, "num_train": 4, "eval_strategy": "steps", "eval_steps": 1},
+            **{"eval_metric": True, "logging_steps": 1, "hessian_smooth_type": "constant0"},
+        )
+    )
+    lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert [set(line) for line in lines] == [
+        {"id", "prediction", "correct", "scores", "reward"}
+    ] * 3
+    assert all(line["reward"] == len(line["prediction"]) / 100 for line in lines)
+    assert all(line["correct"] is None for line in lines)
+    mean = sum(line["reward"] for line in lines) / 3
+    assert result["metric"] == {"reward": pytest.approx(mean)}
+    assert result["history"]["dev_metric"]["2"] == result["dev_metric"]["reward"]
+    assert result["settings"]["reward_samples"] == 2
+    assert result["settings"]["reward"] == f"{reward_file}:length"
+    out = capsys.readouterr().out
+    assert out.startswith("zero-shot reward: ") and "step 2 of 2: reward " in out
+    assert "step 2: dev reward " in out
+
+
+def test_both_sides_of_a_direction_draw_the_same_numbers(
+    reward_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = rows_file(tmp_path)
+    task = choose_task(None, str(rows), str(rows), None, f"{reward_file}:length")
+    samples, _ = load_samples(task, None)
+    drawn: list[list[float]] = []
+
+    def draw(model: Any, tokenizer: Any, prompts: Any, *_: Any) -> list[str]:
+        drawn.append(torch.rand(len(prompts)).tolist())
+        return ["x" * (10 * len(drawn))] * len(prompts)
+
+    monkeypatch.setattr(objectives, "generate", draw)
+    objective = NegativeReward(task, None, GenerationSettings(sampling=True), 3, seed=5)
+    batch = collate_rewards([RewardExample((1, 2), sample) for sample in samples[:2]])
+    model = torch.nn.Linear(1, 1)
+    model.device = torch.device("cpu")
+    callback, state = TellStep(objective), SimpleNamespace(global_step=7)
+    before = torch.get_rng_state()
+
+    def loss() -> float:
+        return objective(model, batch).item()
+
+    callback.on_step_begin(None, state, TrainerControl())
+    assert [loss(), loss()] == pytest.approx([-0.1, -0.2])
+    callback.on_step_end(None, state, TrainerControl())
+    between = loss()
+    callback.on_step_begin(None, SimpleNamespace(global_step=8), TrainerControl())
+    loss()
+    callback.on_step_end(None, state, TrainerControl())
+    assert between != loss()  # by the function alone
+    same, again, dev, other, later = drawn
+    assert same == again and dev == later and len({same[0], dev[0], other[0]}) == 3
+    assert len(same) == 6 and torch.equal(before, torch.get_rng_state())
+    # Each text with the prompt and the whole row that it is of.
+    prompts, _, given = task.reward.function.__globals__["calls"][0]
+    assert prompts == ["Number 0 is"] * 3 + ["Number 1 is"] * 3
+    assert [row["kind"] for row in given] == [0, 0, 0, 1, 1, 1]
+
+
+def test_answers_are_compared_too_where_there_are_some(tmp_path: Path, reward_file: Path) -> None:
+    rows = rows_file(tmp_path, answer="small")
+    task = choose_task(None, None, str(rows), None, f"{reward_file}:length")
+    _, samples = load_samples(task, None)
+    assert task.metric_names == ("reward", "f1", "em") and task.metric_name == "reward"
+    assert task.score(["small", "large"], samples[:2]) == {"reward": 0.05, "f1": 0.5, "em": 0.5}
+    squad = choose_task("SQuAD", None, None, None, f"{reward_file}:length")
+    _, samples = load_samples(squad, str(SAMPLES))
+    assert set(squad.score(["a"], samples[:1])) == {"reward", "f1", "em"}
+
+
+def test_another_content_of_the_file_is_another_experiment(
+    tmp_path: Path, reward_file: Path
+) -> None:
+    argv = own(tmp_path, rows_file(tmp_path), reward=f"{reward_file}:length")
+    first = experiment_hash(parse_arguments(argv))
+    moved = tmp_path / "moved.py"
+    moved.write_text(REWARD)
+    elsewhere = [word.replace(str(reward_file), str(moved)) for word in argv]
+    assert experiment_hash(parse_arguments(elsewhere)) == first
+    reward_file.write_text(REWARD.replace("100", "10"))
+    assert experiment_hash(parse_arguments(argv)) != first
+    other = [word.replace("mine.py:length", "mine.py:one_number") for word in argv]
+    assert experiment_hash(parse_arguments(other)) != first
+
+
+@pytest.mark.parametrize(
+    ("reward", "said"),
+    [
+        ("length", "--reward length: give FILE.py:function"),
+        ("none.py:length", "there is no file none.py"),
+        ("mine.py:lenght", "has no function lenght; it has length, fails"),
+        ("mine.py:calls", "has no function calls"),
+        ("broken.py:f", "does not import (NameError: name 'undefined' is not defined)"),
+        ("cut.py:f", "does not import (SyntaxError: "),
+        ("mine.py:fails", "--reward: fails raised ZeroDivisionError: division by zero"),
+        ("mine.py:too_few", "--reward: too_few returned 1 values for 4 texts; return a list"),
+        ("mine.py:no_numbers", "--reward: no_numbers returned list for 4 texts"),
+        ("mine.py:one_number", "--reward: one_number returned float for 4 texts"),
+    ],
+)
+def test_bad_functions_are_told_in_one_line(
+    tmp_path: Path,
+    reward_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    reward: str,
+    said: str,
+) -> None:
+    (tmp_path / "broken.py").write_text("undefined\n")
+    (tmp_path / "cut.py").write_text("def f(:\n")
+    rows = rows_file(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = contents(tmp_path)
+    assert run.main(own(tmp_path, rows, reward=reward)) == 2
+    err = capsys.readouterr().err
+    assert said in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "result.json").exists()
+    assert set(contents(tmp_path)) - set(before) <= {"out", "__pycache__"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"trainer": "regular"}, "a reward has no gradient for --trainer regular"),
+        ({"non_diff": True}, "--reward and --non_diff exclude each other"),
+        (
+            {"reward": None, "reward_samples": 2, "max_new_tokens": None},
+            "no reward is trained on; give --reward",
+        ),
+        ({"reward_samples": 0}, "--reward_samples 0: must be at least 1"),
+        ({"num_beams": 2, "reward_samples": 2}, "--num_beams 2: --reward_samples 2 draws"),
+        ({"temperature": 0.7}, "--temperature 0.7: the likeliest text is taken"),
+        ({"only_train_option": "False"}, "--reward have objectives of their own"),
+    ],
+)
+def test_what_does_not_go_with_a_reward(
+    tmp_path: Path,
+    reward_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: dict[str, Any],
+    said: str,
+) -> None:
+    rows = rows_file(tmp_path, answer="a")
+    reward = {"reward": f"{reward_file}:length"}
+    assert run.main(own(tmp_path, rows, **(reward | arguments))) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_options_have_no_reward(
+    tmp_path: Path, reward_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run.main(training(tmp_path, reward=f"{reward_file}:length")) == 2
+    assert "the answers of SST2 are chosen from options" in capsys.readouterr().err
+
+
+def test_steps_without_a_finite_reward_are_skipped(
+    tmp_path: Path, reward_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = own(tmp_path, rows_file(tmp_path), reward=f"{reward_file}:infinite")
+    assert run.main([*argv, "--max_skipped_steps", "2"]) == 1
+    assert "no finite loss in 2 steps in a row" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------- the examples
+
+
+def example(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_example_for_short_answers() -> None:
+    rewards = example("arithmetic").nearness
+    texts = ["12", "The sum is 12.", "13", "none", "-3"]
+    rows = [{"answer": "12"}] * 5
+    assert rewards([""] * 5, texts, rows) == pytest.approx([1, 0.97, 0.5, 0, 1 / 16])
+    for name in ("arithmetic.jsonl", "arithmetic-validation.jsonl"):
+        for line in (EXAMPLES / name).read_text().splitlines():
+            row = json.loads(line)
+            first, second = (int(word) for word in row["prompt"][8:-1].split(" + "))
+            assert int(row["answer"]) == first + second
+
+
+def test_the_example_that_trains_the_bundled_model() -> None:
+    reward = Reward.load(f"{EXAMPLES}/praise.py:praise")
+    assert reward(["a"] * 3, ["a great joy", "dull, boring", ""], [{}] * 3) == [2 / 3, -1, 0]
+    train, validation = (
+        {json.loads(line)["prompt"] for line in (EXAMPLES / name).read_text().splitlines()}
+        for name in ("praise.jsonl", "praise-validation.jsonl")
+    )
+    assert len(train) == 24 and len(validation) == 8 and not train & validation
+
+
+def test_reward_objects_refuse_in_one_line(reward_file: Path) -> None:
+    with pytest.raises(InputError, match="returned 1 values for 2 texts"):
+        Reward.load(f"{reward_file}:too_few")(["a", "b"], ["c", "d"], [{}, {}])
