@@ -6,7 +6,8 @@
 The first is OPT-125m's shape with 16 examples of 16 tokens on the CPU: SST-2's training texts, most
 of them phrases, with the prompt. Weights are random.
 "draw" only draws the numbers of a pass, with the same tiles and threads; "torch's draw" fills the
-same tiles with torch's generator, on the CPU one core's work. "textbook" is the step as it is
+same tiles with torch's generator, on the CPU one core's work. "by example" gives every example of
+the batch a direction of its own. "textbook" is the step as it is
 usually written: whole-parameter noise drawn four times, and a new tensor for every operation.
 """
 
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
 
+from example_directions import ExampleDirections
 from hizoo import HiZOO, counters, cut_into_packets, hashed, run, standard_normal
 from layerwise import LayerwiseWeights
 
@@ -212,8 +214,11 @@ def measure(arguments: argparse.Namespace, dtype_name: str) -> list[dict[str, An
     tokens = torch.randint(4, 50000, (arguments.batch, arguments.tokens), device=device)
 
     @torch.no_grad()
+    def losses() -> Tensor:
+        return model(tokens, logits_to_keep=1).logits[:, -1, :2].float().mean(dim=1)
+
     def forward() -> Tensor:
-        return model(tokens, logits_to_keep=1).logits[:, -1, :2].float().mean()
+        return losses().mean()
 
     in_place = dtype == torch.float32
     kinds: dict[str, dict[str, Any]] = {
@@ -232,6 +237,18 @@ def measure(arguments: argparse.Namespace, dtype_name: str) -> list[dict[str, An
         )
         for name, settings in kinds.items()
     }
+    by_example = {
+        f"{name} by example": HiZOO(
+            parameters,
+            lr=1e-9,
+            eps=1e-3,
+            directions=ExampleDirections(model),
+            compile=False if arguments.not_compiled else None,
+            **settings,
+        )
+        for name, settings in kinds.items()
+        if name != "HiZOO-L"
+    }
     first = first_step_memory(optimizers["HiZOO"], forward, device)
     textbook = TextbookHiZOO(parameters, 1e-3, 1e-6, 1e-9)
     scratch = torch.empty(max(slot.length for slot in optimizers["HiZOO"]._slots), device=device)
@@ -248,6 +265,9 @@ def measure(arguments: argparse.Namespace, dtype_name: str) -> list[dict[str, An
             Timed(f"{name}: update", functools.partial(update_only, optimizer)),
             Timed(f"{name}: whole step", functools.partial(optimizer.step, forward)),
         ]
+    for name, optimizer in by_example.items():
+        step = functools.partial(optimizer.step, losses)
+        timed.append(Timed(f"{name}: whole step", step))
     timed.append(Timed("textbook HiZOO: whole step", functools.partial(textbook.step, forward)))
     # In turns, so that a machine that slows down slows all of them; the first round warms up.
     for _ in range(arguments.repeats + 1):
@@ -261,12 +281,16 @@ def measure(arguments: argparse.Namespace, dtype_name: str) -> list[dict[str, An
         row["added_mib"] = added_memory(one.call, device) if is_step else None
         row["over_draw"] = seconds[one.what] / seconds["draw"]
         if is_step:
+            shared = one.what.replace(" by example", "")
+            row["over_shared"] = seconds[one.what] / seconds[shared]
             row["textbook_over_this"] = seconds["textbook HiZOO: whole step"] / seconds[one.what]
         rows.append(row)
         nanoseconds = f"{row['seconds'] / count * 1e9:7.2f} ns/weight"
         ratio = f"{row['over_draw']:6.2f} x draw"
         memory = "" if row["added_mib"] is None else f"{row['added_mib']:6.0f} MiB"
         against = f"textbook / this {row['textbook_over_this']:.2f}" if is_step else ""
+        if "by example" in one.what:
+            against += f", this / shared {row['over_shared']:.2f}"
         print(
             f"{dtype_name:9s} {one.what:28s} {row['seconds']:7.3f} s {nanoseconds} {ratio} "
             f"{memory} {against}",
