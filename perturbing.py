@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from example_directions import ExampleDirections, NotByExample
@@ -18,6 +18,7 @@ from hizoo import HiZOO
 from language_model.adapters import prefix_length
 from language_model.objectives import Objective, losses_of_examples
 from layerwise import LayerwiseWeights, OnlyInPlace
+from sharing import Exchange
 from utils import InputError
 
 Warn = Callable[[str], None]
@@ -130,8 +131,8 @@ class GatheredLosses:
 
     Args:
         inputs: this process's examples.
-        part: what its loss counts in that of the batch, a tensor of one number.
-        accelerator: of the processes.
+        part: what its loss counts in that of the batch, a tensor of one number; 0: not at all.
+        exchange: between the processes.
         directions: learns which numbers the examples of this process have.
     """
 
@@ -139,23 +140,21 @@ class GatheredLosses:
         self,
         inputs: dict[str, Any],
         part: Tensor,
-        accelerator: Accelerator,
+        exchange: Exchange,
         directions: ExampleDirections,
     ) -> None:
-        self.accelerator = accelerator
-        own = len(inputs["correct"] if "correct" in inputs else inputs["prompts"])
-        count = torch.tensor([own], device=accelerator.device)
-        self.counts = accelerator.gather(count).tolist()
-        self.factor = part * sum(self.counts) / own
-        directions.first_example = sum(self.counts[: accelerator.process_index])
+        self.exchange, state = exchange, PartialState()
+        self.own = len(inputs["correct"] if "correct" in inputs else inputs["prompts"])
+        self.own = self.own if part > 0 else 0
+        counts = torch.zeros(state.num_processes, dtype=torch.long)
+        counts[state.process_index] = self.own
+        counts = exchange.sum(counts).tolist()
+        self.first, self.count = sum(counts[: state.process_index]), sum(counts)
+        self.factor = part * self.count / max(1, self.own)
+        directions.first_example = self.first
 
     def __call__(self, losses: Tensor) -> Tensor:
         """Gather (examples,) in the order of the processes."""
-        losses = losses * self.factor
-        if len(self.counts) == 1:
-            return losses
-        padded = losses.new_zeros(max(self.counts))
-        padded[: len(losses)] = losses
-        of_processes = self.accelerator.gather(padded).view(len(self.counts), -1)
-        pairs = zip(of_processes, self.counts, strict=True)
-        return torch.cat([of_one[:count] for of_one, count in pairs])
+        whole = losses.new_zeros(self.count)
+        whole[self.first : self.first + self.own] = losses[: self.own] * self.factor
+        return self.exchange.sum(whole)

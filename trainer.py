@@ -694,7 +694,7 @@ class ZerothOrderTrainer(ObjectiveTrainer):
 
         if self.settings.directions == "example":
             losses, part = losses_by_example(self.objective), weight / weight_of_all
-            gathered = GatheredLosses(inputs, part, self.accelerator, self.optimizer.directions)
+            gathered = GatheredLosses(inputs, part, self.exchange, self.optimizer.directions)
         else:
             losses, gathered = self.compute_loss, None
 

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 from oracle_hizoo import read_noise, read_signs
-from running import assert_same_checkpoint, finish, log_of, training, weights
+from running import assert_same_checkpoint, assert_same_tensors, finish, log_of, training, weights
 from test_families import save_model
+from test_journal import NO_CHECKPOINTS
 from test_objectives import encoder
 from test_scoring import samples_of
 from tiny_models import newline_writing_model, tiny_model, tiny_tokenizer
@@ -25,6 +26,7 @@ import run
 import step_sizes
 from example_directions import ExampleDirections
 from hizoo import ExampleNoise, HiZOO
+from journal import FILE, read_journal
 from language_model import objectives, packing
 from language_model.adapters import add_lora
 from language_model.generation import GenerationSettings
@@ -170,6 +172,29 @@ def test_every_mode_trains_and_resumes_bit_for_bit(
         assert_same_checkpoint(*last)
         before, after = weights(whole / "out/checkpoint-2"), weights(last[0])
         assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_run_goes_on_from_its_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the losses of every example in place of forward passes."""
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    arguments = {**NO_CHECKPOINTS, "save_model": True, "max_steps": 4}
+    arguments |= {"zo_directions": "example", "zo_normalize": True}
+    finish(training(whole, **arguments))
+    (parted / "out").mkdir(parents=True)
+    records = read_journal(whole / "out" / FILE)
+    (parted / "out" / FILE).write_bytes(records.path.read_bytes()[: records.end_of(2)])
+    passes: list[int] = []
+    losses = objectives.classification_losses
+    monkeypatch.setitem(
+        objectives.BY_EXAMPLE,
+        objectives.classification_loss,
+        lambda *batch: passes.append(0) or losses(*batch),
+    )
+    result = finish(training(parted, **arguments))
+    assert result["resumed_from"] == str(parted / "out" / FILE)
+    # Two steps of three passes; before them, two that try whether the model allows it.
+    assert len(passes) == 8
+    assert_same_tensors(weights(whole / "out"), weights(parted / "out"))
 
 
 def test_generation_trains(tmp_path: Path) -> None:

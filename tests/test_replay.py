@@ -20,6 +20,7 @@ MODES = {
     "in_place": {"lr_scheduler_type": "linear", "weight_decay": 0.1},
     "layerwise": {"load_bfloat16": True, "hessian": "lowrank", "zo_num_samples": 2},
     "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+    "by_example": {"zo_directions": "example", "zo_num_samples": 2, "load_bfloat16": True},
     "probe": {"learning_rate": "auto"},
     "lora": {"lora": True, "learning_rate": 1e-2, "zo_eps": 1e-2},
     "prefix": {"prefix_tuning": True, "no_reparam": "False", "zo_eps": 1e-2},

@@ -111,6 +111,8 @@ EXAMPLES = {
     "train_as_classification": None,
     "only_train_option": False,
     "max_steps": 3,
+    # The last batch is of one example: one process has none.
+    "num_train": 9,
 }
 # The shares of the eval examples differ, 5 and 4: in batches of 4, two forward passes and one.
 SHARDED = (
