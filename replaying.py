@@ -164,6 +164,32 @@ def play(
     return Outcome(steps, compared, different, rounding_of(optimizer, model, steps, passes))
 
 
+@torch.no_grad()
+def go_back(
+    model: nn.Module, began: nn.Module, journal: Journal, steps: int, compile: bool | None
+) -> None:
+    """Give a model the weights that it had after so many steps of its run.
+
+    Args:
+        model: of the run.
+        began: another one, with the weights that the run began with.
+        journal: of the run.
+        steps: how many.
+        compile: as of the run.
+
+    Raises:
+        InputError: the journal does not have these steps, or ``began`` is another model.
+    """
+    records = records_until(journal, 0, steps)
+    optimizer = optimizer_of(journal.header, model, compile)
+    first = dict(began.named_parameters())
+    for name, parameter in trained_weights(model).items():
+        parameter.data.copy_(first[name])
+    if checksum_of(trained_weights(model).values()) != journal.header["start"]:
+        raise InputError(f"{journal.path} begins with other weights than the model has now")
+    play(records, optimizer, model)
+
+
 def set_rates(optimizer: HiZOO, record: Step) -> None:
     """Give the optimizer a step's η and α, where the journal has them."""
     for group in optimizer.param_groups:

@@ -73,7 +73,7 @@ def find_start(
     settings, length = settings_of_a_checkpoint(arguments), length_of_run(arguments)
     wanted, overwrite = arguments.resume_from_checkpoint, arguments.overwrite_output_dir
     file = output_dir / FILE
-    journal = _journal_of_first_process(file) if arguments.trainer == "zo" else None
+    journal = journal_of_first_process(file) if arguments.trainer == "zo" else None
     checkpoint = find_checkpoint(
         output_dir,
         model,
@@ -146,7 +146,7 @@ def recording_of(arguments: Arguments, start: Start) -> Recording | None:
     return Recording(start.journal, header, start.replay, arguments.check_every)
 
 
-def _journal_of_first_process(path: Path) -> Journal | None:
+def journal_of_first_process(path: Path) -> Journal | None:
     """Return the journal that the first process finds.
 
     Raises:

@@ -32,6 +32,7 @@ from command_line.checks import check
 from command_line.settings import name_run, settle_dtype
 from command_line.slurm import take_slurm_variables
 from folders import locked_places, run_folders
+from journal import FILE
 from language_model.head import fit_head
 from language_model.loading import leave_out_loading_bars
 from language_model.precision import advice_for_losses
@@ -44,8 +45,10 @@ from preparation import (
     load_pretrained,
     make_trainer,
     prepare,
+    zeroth_order_settings,
 )
 from probe import Probing
+from replaying import go_back
 from results import (
     describe,
     earlier_result,
@@ -59,7 +62,7 @@ from results import (
     used_settings,
     write_results,
 )
-from resuming import Start, find_start, recording_of
+from resuming import Start, find_start, journal_of_first_process, recording_of
 from sampling import ExampleSet
 from tasks import Sample
 from utils import Diverged, Interrupted, exit_code, leave_process_group_at_exit
@@ -172,6 +175,8 @@ class Experiment:
                 f"{trainer.diverged}: stopped after step {trainer.state.global_step}, checkpoint "
                 f"in {last_checkpoint(output_dir)}; {advice_for_losses(model, from_the_start)}"
             )
+        if arguments.replays_best and trainer.state.best_global_step:
+            self.go_back(model, output_dir, trainer.state.best_global_step)
         if arguments.save_model:
             trainer.save_model(str(output_dir))
             self.say(f"model: {output_dir}")
@@ -184,9 +189,19 @@ class Experiment:
             **trainer.costs.passes(),
             "resumed_from": start.source,
             "checkpoint": str(best) if best else None,
+            **({"best_step": trainer.state.best_global_step} if arguments.replays_best else {}),
             "probes": probing.results,
             "history": history(trainer.state.log_history, arguments.task.metric_name),
         }
+
+    def go_back(self, model: PreTrainedModel, output_dir: Path, step: int) -> None:
+        """Give ``model`` the weights of the best step, from its journal."""
+        tokenizer, arguments = self.prepared.encoder.tokenizer, self.arguments
+        pretrained = load_pretrained(arguments)
+        began = choose_trained_weights(arguments, pretrained, tokenizer, lambda line: None)
+        journal = journal_of_first_process(output_dir / FILE)
+        go_back(model, began, journal, step, zeroth_order_settings(arguments).compile)
+        self.say(f"best step: {step}, by a replay of {journal.path}")
 
     def probe(
         self, model: PreTrainedModel, examples: ExampleSet, output_dir: Path

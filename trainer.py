@@ -22,7 +22,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
 from transformers.optimization import get_scheduler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    EvalLoopOutput,
+    SaveStrategy,
+    TrainOutput,
+)
 
 from callbacks import (
     Costs,
@@ -290,8 +295,9 @@ class ObjectiveTrainer(Trainer):
         self._find_best_checkpoint()
 
     def _find_best_checkpoint(self) -> None:
+        saves = self.args.save_strategy != SaveStrategy.NO
         self.state.best_model_checkpoint = best_checkpoint(
-            Path(self._resumed_from), self.state.best_global_step
+            Path(self._resumed_from), self.state.best_global_step if saves else None
         )
 
     def _forget_damaged_best_checkpoint(self) -> None:
@@ -641,6 +647,13 @@ class ZerothOrderTrainer(ObjectiveTrainer):
         output = super().evaluation_loop(*args, **kwargs)
         self.recording.write(Evaluation(step, dict(output.metrics)))
         return output
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best:
+            # The Trainer does not note it where there are no checkpoints.
+            self.state.best_global_step = self.state.global_step
+        return is_best
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
         """Train, with the losses before a checkpoint in the first entry of the log after it."""

@@ -93,7 +93,13 @@ class Arguments(
         if self.disable_tqdm is None:
             # In a file a bar would be one endless line.
             self.disable_tqdm = not sys.stderr.isatty()
+        # The Trainer knows nothing of the journal, from which it comes without checkpoints.
+        replays_best = self.replays_best
+        if replays_best:
+            self.metric_for_best_model = self.metric_for_best_model or "loss"
+            self.load_best_model_at_end = False
         super().__post_init__()
+        self.load_best_model_at_end = self.load_best_model_at_end or replays_best
         # The Trainer would call it trainer_output; settings.name_run names it after the run.
         self.output_dir = output_dir
         # Batches of encoded examples have no columns that a model's forward could name.
@@ -115,6 +121,12 @@ class Arguments(
     def wants_dev_metric(self) -> bool:
         """Whether the task's metrics are measured on the dev set during training."""
         return self.eval_metric or self.metric_for_best_model not in (None, "loss", "eval_loss")
+
+    @property
+    def replays_best(self) -> bool:
+        """Whether the best model is to be made by a replay, as there are no checkpoints."""
+        saves = self.trainer != "zo" or plain_value(self.save_strategy) != "no"
+        return self.load_best_model_at_end and not saves
 
     @property
     def probed(self) -> list[str]:

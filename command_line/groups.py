@@ -478,7 +478,7 @@ COMMON_TRAINER_ARGUMENTS = {
     "save_total_limit": "Checkpoints that are kept: the newest, and with --load_best_model_at_end "
     "the best. Default: all.",
     "load_best_model_at_end": "Report and keep the checkpoint of the lowest dev loss, or of the "
-    "best --metric_for_best_model.",
+    "best --metric_for_best_model; with --trainer zo and --save_strategy no it is replayed.",
     "metric_for_best_model": "What the best checkpoint is best by, on the dev set: loss, or a "
     "metric of the task: accuracy, f1 or em. Default: loss.",
     "resume_from_checkpoint": "Folder of a checkpoint to go on from. Default: the newest one in "

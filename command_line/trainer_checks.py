@@ -90,6 +90,10 @@ def _check_dev_loss(arguments: Arguments) -> None:
         )
     if not arguments.num_dev and arguments.eval_on_start:
         raise InputError("--eval_on_start needs dev examples: give --num_dev, or leave it out")
+    if arguments.replays_best and arguments.eval_strategy == IntervalStrategy.NO:
+        raise InputError(
+            "--load_best_model_at_end needs dev losses: give --eval_strategy steps or epoch"
+        )
     metric = arguments.metric_for_best_model
     if arguments.save_strategy == SaveStrategy.BEST and metric is None:
         raise InputError(

@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from running import assert_same_tensors, contents, finish, flip_bit, small_model, training, weights
+from running import (
+    assert_same_tensors,
+    contents,
+    finish,
+    flip_bit,
+    let_every_dev_loss_be_worse,
+    small_model,
+    training,
+    weights,
+)
 from safetensors.torch import load_file
 
 import replay
@@ -83,6 +92,33 @@ def test_replay_goes_on_from_a_checkpoint(plain: Path, tmp_path: Path) -> None:
     checkpoint = ("--model_name", tmp_path / "out/checkpoint-2")
     assert replayed(tmp_path, tmp_path / "model", *checkpoint, "--verify") == 0
     assert_same_tensors(weights(tmp_path / "model"), weights(plain / "out/checkpoint-4"))
+
+
+@pytest.mark.parametrize("adapter", [{}, {"lora": True, "zo_eps": 1e-2}], ids=["all", "lora"])
+def test_best_model_without_checkpoints(
+    tmp_path: Path,
+    adapter: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    course = {"max_steps": 4, "num_dev": 8, "eval_strategy": "steps", "eval_steps": 2} | adapter
+    best = {"load_best_model_at_end": True, "save_model": True, "no_eval": None}
+    let_every_dev_loss_be_worse(monkeypatch)
+    stored = finish(training(tmp_path / "stored", save_steps=2, **course, **best))
+    assert stored["checkpoint"].endswith("checkpoint-2")
+    capsys.readouterr()
+    argv = training(tmp_path / "new", save_strategy="no", **course, **best)
+    replayed_result = finish(argv)
+    assert replayed_result["best_step"] == 2 and replayed_result["checkpoint"] is None
+    file = tmp_path / "new/out" / FILE
+    assert f"best step: 2, by a replay of {file}" in capsys.readouterr().out
+    assert_same_tensors(saved(tmp_path / "new/out"), saved(tmp_path / "stored/out"))
+    for name in ("metric", "dev_metric"):
+        assert replayed_result[name] == stored[name]
+    # What is gone on from knows the best step too.
+    shutil.rmtree(tmp_path / "stored")
+    (tmp_path / "new/result.json").unlink()
+    assert finish(argv)["best_step"] == 2
 
 
 def test_weights_that_differ_are_told(

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import torch
-from running import MODEL, assert_same_tensors, log_of, training, weights
+from running import assert_same_tensors, log_of, training, weights
 
 import run
 from checkpoints import checkpoints
@@ -33,7 +33,6 @@ GOING_ON = r"going on from (?:\S*checkpoint-(\d+))?(?:, and )?(?:(\d+) steps)?"
 def command(folder: Path, steps: int, processes: int) -> list[str]:
     return training(
         folder,
-        model_name=MODEL,
         max_steps=steps,
         save_steps=7,
         save_total_limit=2,
@@ -42,7 +41,7 @@ def command(folder: Path, steps: int, processes: int) -> list[str]:
         eval_steps=7,
         num_train=100,
         per_device_train_batch_size=4 // processes,
-        disable_tqdm=True,
+        disable_tqdm="True",
     )
 
 

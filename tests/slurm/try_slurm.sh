@@ -49,9 +49,9 @@ CONF
 munged --foreground --force --key-file=munge/key --socket=munge.socket --pid-file=munge/pid \
     --log-file=munge/log --seed-file=munge/seed &
 MUNGED=$!
-slurmctld -D &
+slurmctld -D 2>/dev/null &
 SLURMCTLD=$!
-slurmd -D &
+slurmd -D 2>/dev/null &
 SLURMD=$!
 trap 'kill $SLURMD $SLURMCTLD; wait $SLURMD $SLURMCTLD || true; kill $MUNGED' EXIT
 for _ in $(seq 60); do
@@ -62,6 +62,10 @@ sinfo
 
 # ------------------------------------------------------------------------------------- helpers
 state_of() { scontrol show job "$1" | sed -n 's/.*JobState=\([A-Z]*\).*/\1/p'; }
+
+minutes_of() { # JOB: how many whole minutes it has run
+    scontrol show job "$1" | sed -n 's/.*RunTime=00:0*\([0-9]*\):.*/\1/p' | sed 's/^$/0/'
+}
 
 wait_for() { # JOB STATES...: until the job is in one of them
     local job=$1 state
@@ -100,7 +104,7 @@ same_weights() { # FOLDER FOLDER
 # README's job, with the bundled model and a place of its own.
 cat >job.sh <<JOB
 #!/bin/bash
-#SBATCH --time=10 --requeue --signal=USR1@60 --open-mode=append
+#SBATCH --requeue --signal=USR1@60 --open-mode=append
 export HF_HUB_OFFLINE=1 PATH="$(dirname "$(command -v "$PYTHON")"):\$PATH"
 STEPS=$STEPS EVAL_STEPS=$STEPS EVAL=20 srun bash $ROOT/HiZOO.sh --output_dir "\$1" \
     --result_file "\$1.json" --overwrite_output_dir
@@ -112,30 +116,29 @@ PATH="$(dirname "$(command -v "$PYTHON")"):$PATH" STEPS=$STEPS EVAL_STEPS=$STEPS
     tail -n 4
 
 echo "--- the time limit: SIGUSR1 before its end"
-JOB=$(sbatch --parsable --time=2 --output=limit.out job.sh "$FOLDER/inside")
+JOB=$(sbatch --parsable --time=30 --output=limit.out job.sh "$FOLDER/inside")
 wait_for_steps "$FOLDER/inside" 20
-scontrol update "JobId=$JOB" TimeLimit=1
+# The signal comes a minute before the end of a job, or up to a minute earlier.
+scontrol update "JobId=$JOB" TimeLimit=$(($(minutes_of "$JOB") + 2))
 wait_for "$JOB" FAILED TIMEOUT COMPLETED CANCELLED
 tail -n 2 limit.out
 
 echo "--- requeued, and then preempted by a job of a partition above"
-scontrol update "JobId=$JOB" TimeLimit=30 2>/dev/null || true
-scontrol requeue "$JOB"
 DONE=$(steps_in "$FOLDER/inside")
-wait_for "$JOB" RUNNING
+scontrol requeue "$JOB"
 scontrol update "JobId=$JOB" TimeLimit=30
-wait_for_steps "$FOLDER/inside" $((DONE + 40))
+wait_for "$JOB" RUNNING
+wait_for_steps "$FOLDER/inside" $((DONE + 20))
 OTHER=$(sbatch --parsable --partition=high --ntasks=2 --output=other.out --wrap "sleep 5")
 wait_for "$OTHER" RUNNING COMPLETED
 wait_for "$JOB" PENDING
 wait_for "$JOB" RUNNING
-scontrol update "JobId=$JOB" TimeLimit=30
 wait_for "$JOB" COMPLETED FAILED TIMEOUT CANCELLED
 grep "going on\|interrupted\|accuracy" limit.out
 same_weights outside inside
 
 echo "--- two tasks: one distributed job"
-JOB=$(sbatch --parsable --ntasks=2 --output=two.out job.sh "$FOLDER/two")
+JOB=$(sbatch --parsable --time=30 --ntasks=2 --output=two.out job.sh "$FOLDER/two")
 wait_for "$JOB" COMPLETED FAILED TIMEOUT CANCELLED
 tail -n 5 two.out
 echo "results: $(grep -c '^result: ' two.out); dev losses of one task and of two:"
