@@ -240,7 +240,9 @@ class HiZOO(torch.optim.Optimizer):
             one for the columns of each matrix.
         hessian_dtype: of the full h; None: that of the weights, bfloat16 for float16.
         num_samples: directions u a step, averaged (n-SPSA, MeZO paper, section 2).
-        step_size: "fixed", η = lr, or "curvature", η = lr n / 2c̄ for n directions.
+        step_size: "fixed", η = lr, or "curvature", η = lr n / 2c̄ for n directions; times √B with a
+            direction for each of B examples: between 1, where the examples' gradients have little
+            in common, and B, where they are alike, as for n.
         curvature_every: steps from one measurement of c to the next; each of the first so many
             steps has one. h changes in steps with one only. None: 1, and 10 where c takes forward
             passes that nothing else needs, for its own μ or for the step size alone.
@@ -270,6 +272,7 @@ class HiZOO(torch.optim.Optimizer):
     Attributes:
         projected_gradient: g of the last step (first group's μ; mean over the directions).
         curvature: c of the last step that measured it (likewise), 0 without curvature.
+        examples: with ``directions``, how many examples the last step had; 1 without.
         shares: None, or where several processes take some of a step's directions each: an object
             whose ``owns(point)`` says whether this one runs the forward pass at a point, and whose
             ``exchanged(losses)`` returns those of all, given its own and NaN for the others'.
@@ -334,6 +337,7 @@ class HiZOO(torch.optim.Optimizer):
         self._compiles: bool | None = None
         self.projected_gradient = math.nan
         self.curvature = 0.0
+        self.examples = 1
         self._slots: list[Slot] = []
         self._forget_estimates()
         defaults = {
@@ -760,6 +764,7 @@ class HiZOO(torch.optim.Optimizer):
             self._take_means(sizes.unsqueeze(1), torch.ones(1, dtype=torch.float64))
         else:
             firsts, weights = examples
+            self.examples = len(weights)
             self._take_means(firsts.abs() / (2 * self.param_groups[0]["eps"]), weights)
         before = {slot: self._hessian(slot) for slot in self._slots}
         averaged = self._averaged_hessians(before, differences)
@@ -836,7 +841,7 @@ class HiZOO(torch.optim.Optimizer):
             return 0.0
         # A single c may be far below the mean.
         lr *= min(1.0, group["measured_steps"] / FIRST_MEASUREMENTS)
-        return lr * self.num_samples / (2 * group["mean_curvature"])
+        return lr * self.num_samples * math.sqrt(self.examples) / (2 * group["mean_curvature"])
 
     def _averaged_hessians(
         self, hessians: dict[Slot, Hessian | None], differences: list[list[float]]

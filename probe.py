@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -55,9 +56,8 @@ def measure(trainer: ZerothOrderTrainer) -> StepSizes:
     with kept_weights(trainer):
         found = find_step_sizes(loss_at)
     curvature = found.step.curvature
-    return dataclasses.replace(
-        found, learning_rate=CURVATURE_PART / (2 * curvature) if curvature else None
-    )
+    part = CURVATURE_PART * (math.sqrt(size) if trainer.settings.directions == "example" else 1)
+    return dataclasses.replace(found, learning_rate=part / (2 * curvature) if curvature else None)
 
 
 @contextlib.contextmanager
@@ -110,9 +110,10 @@ def lines(found: StepSizes) -> Iterator[str]:
         f"probe: noise of the loss {noise.noise:.2g}; μ of g {scales.scale:.2g} (exact to "
         f"{scales.error:.1%}), of c {scales.curvature_scale:.2g} ({scales.curvature_error:.1%})"
     )
+    part = 2 * step.curvature * (found.learning_rate or 0)
     yield (
         f"probe: c̄ {step.curvature:.3g} ± {step.curvature_standard_error:.2g}, t* "
-        f"{'none' if step.best is None else f'{step.best:.2g}'}; η = {CURVATURE_PART:g} / 2c̄ = "
+        f"{'none' if step.best is None else f'{step.best:.2g}'}; η = {part:.3g} / 2c̄ = "
         f"{found.learning_rate or 0:.2g}; {found.passes} forward passes"
     )
     for reason in (noise.reason, *scales.reasons, step.reason):

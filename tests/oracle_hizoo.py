@@ -199,7 +199,7 @@ class OracleByExample(OracleHiZOO):
             gradients = gradients / gradients.std(dim=1, correction=0, keepdim=True)
         rate = 1.0
         if self.step_size == "curvature":
-            rate = min(1.0, len(self.curvatures) / 5) * samples
+            rate = min(1.0, len(self.curvatures) / 5) * samples * len(losses) ** 0.5
             rate /= 2 * weighted_mean(self.curvatures, least_part=0.3)
         for k, (parameter, hessian) in enumerate(zip(self.parameters, self.hessians, strict=True)):
             squares = [of_sample[0][k] ** 2 for of_sample in directions]
