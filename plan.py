@@ -20,7 +20,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from command_line.applicability import has_effect
 from command_line.arguments import Arguments
-from command_line.settings import changed_settings
+from command_line.settings import changed_settings, examples_of_a_batch
 from command_line.trainer_checks import steps_of_run
 from command_line.values import AUTO
 from hizoo import RARELY
@@ -174,7 +174,7 @@ def training_passes(arguments: Arguments) -> tuple[int, int]:
 
 def batches_of_steps(arguments: Arguments) -> list[int]:
     """Return how many batches each step has; the last step of an epoch may have fewer."""
-    size = arguments.per_device_train_batch_size * arguments.world_size
+    size = examples_of_a_batch(arguments)
     of_epoch = max(1, math.ceil(arguments.num_train / size))
     if arguments.dataloader_drop_last:
         of_epoch = max(1, arguments.num_train // size)

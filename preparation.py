@@ -17,13 +17,19 @@ import transformers
 from peft import PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from checkpoints import RunSettings
+from checkpoints import RunSettings, write_together
 from command_line.arguments import Arguments
 from command_line.checks import check_sizes
 from command_line.settings import length_of_run, settings_of_a_checkpoint
 from command_line.values import AUTO
 from hizoo import HiZOO
-from language_model.adapters import add_lora, add_prefix, random_tokens, without_adapter
+from language_model.adapters import (
+    add_lora,
+    add_prefix,
+    random_tokens,
+    save_merged,
+    without_adapter,
+)
 from language_model.chat import Chat
 from language_model.encoding import Encoder
 from language_model.generation import GenerationSettings, check_generation
@@ -92,6 +98,30 @@ def prepare(arguments: Arguments) -> Prepared:
     Raises:
         InputError: the model, the data or a number does not fit.
     """
+    encoder, generation = prepare_encoder(arguments)
+    train, validation = load_samples(encoder.task, arguments.data_dir)
+    return Prepared(
+        encoder,
+        generation,
+        draw_example_sets(
+            train,
+            validation,
+            num_train=arguments.num_train,
+            num_dev=arguments.num_dev or 0,
+            num_eval=arguments.num_eval,
+            num_train_sets=arguments.num_train_sets,
+            train_set_seed=arguments.train_set_seed,
+            in_context=arguments.trainer == "none",
+        ),
+    )
+
+
+def prepare_encoder(arguments: Arguments) -> tuple[Encoder, GenerationSettings]:
+    """Load the tokenizer, and return how it makes tokens of samples, and how text is generated.
+
+    Raises:
+        InputError: the model or a number does not fit.
+    """
     task = arguments.task
     config, tokenizer = load_config_and_tokenizer(arguments.model_name, arguments.trust_remote_code)
     check_sizes(arguments, config)
@@ -108,21 +138,7 @@ def prepare(arguments: Arguments) -> Prepared:
     generation = generation_settings(arguments)
     if task.generation:
         check_generation(generation, tokenizer, config, max_length)
-    train, validation = load_samples(task, arguments.data_dir)
-    return Prepared(
-        Encoder(task, tokenizer, max_length, arguments.max_new_tokens, chat),
-        generation,
-        draw_example_sets(
-            train,
-            validation,
-            num_train=arguments.num_train,
-            num_dev=arguments.num_dev or 0,
-            num_eval=arguments.num_eval,
-            num_train_sets=arguments.num_train_sets,
-            train_set_seed=arguments.train_set_seed,
-            in_context=arguments.trainer == "none",
-        ),
-    )
+    return Encoder(task, tokenizer, max_length, arguments.max_new_tokens, chat), generation
 
 
 def generation_settings(arguments: Arguments) -> GenerationSettings:
@@ -291,6 +307,21 @@ def make_trainer(
     return ObjectiveTrainer(**shared)
 
 
+def save_trained(trainer: ObjectiveTrainer, folder: Path, merge: bool) -> None:
+    """Write a trained model, or with ``merge`` the model that its LoRA matrices make of it."""
+    if not merge:
+        trainer.save_model(str(folder))
+        return
+    model = trainer.accelerator.unwrap_model(trainer.model)
+
+    def write() -> None:
+        if trainer.args.should_save:
+            save_merged(model, folder)
+            trainer.processing_class.save_pretrained(folder)
+
+    write_together(folder, write)
+
+
 def dev_metric(
     arguments: Arguments, prepared: Prepared, examples: ExampleSet
 ) -> Callable[[PreTrainedModel], dict[str, float]] | None:
@@ -303,7 +334,7 @@ def dev_metric(
         predictions = predict(
             *(model, prepared.encoder, dev, [()] * len(dev), arguments.per_device_eval_batch_size),
             generation=prepared.generation,
-            progress=f"dev {task.metric_name}",
+            progress=None if arguments.quiet else f"dev {task.metric_name}",
         )
         return task.score([prediction.answer for prediction in predictions], dev)
 

@@ -162,7 +162,29 @@ def write_results(
         write_json_lines(path, rows)
     # Each metric of a single run is printed already.
     lines = result_lines if "runs" in result else last_lines
-    print("\n".join(lines(arguments, result)))
+    table = closing_table(arguments, result) if "steps" in result else []
+    print("\n".join([*table, *lines(arguments, result)]))
+
+
+def closing_table(arguments: Arguments, result: Mapping[str, Any]) -> list[str]:
+    """Return a training run at a glance: a line of names, and below each its value."""
+    metric = arguments.task.metric_name
+    titles = dict(zip(KINDS_OF_METRICS, ("before", "dev", "test"), strict=True))
+    cells = {
+        f"{title} {metric}": f"{result[kind][metric]:.4f}"
+        for kind, title in titles.items()
+        if kind in result
+    }
+    cells["steps"] = f"{result['steps']:,}"
+    for name in ("forward_passes", "backward_passes"):
+        if name in result:
+            cells[name.replace("_", " ")] = f"{result[name]:,}"
+    cells["training"] = f"{result['train_seconds']:.1f} s"
+    cells["all"] = f"{result['seconds']:.1f} s"
+    cells["memory"] = f"{result['peak_memory_mib']:,.0f} MiB"
+    widths = [max(map(len, pair)) for pair in cells.items()]
+    rows = (cells.keys(), cells.values())
+    return ["  ".join(f"{c:>{w}}" for c, w in zip(row, widths, strict=True)) for row in rows]
 
 
 def show_again(arguments: Arguments, result: Mapping[str, Any]) -> None:

@@ -38,6 +38,7 @@ from language_model.loading import leave_out_loading_bars
 from language_model.precision import advice_for_losses
 from language_model.prediction import Prediction, predict
 from plan import tell
+from predicting import predict_rows
 from preparation import (
     Prepared,
     choose_trained_weights,
@@ -45,6 +46,7 @@ from preparation import (
     load_pretrained,
     make_trainer,
     prepare,
+    save_trained,
     zeroth_order_settings,
 )
 from probe import Probing
@@ -135,7 +137,7 @@ class Experiment:
             self.arguments.per_device_eval_batch_size,
             self.arguments.calibration,
             self.prepared.generation,
-            progress,
+            None if self.arguments.quiet else progress,
         )
         answers = [prediction.answer for prediction in predictions]
         metrics = self.prepared.encoder.task.score(answers, samples)
@@ -178,7 +180,7 @@ class Experiment:
         if arguments.replays_best and trainer.state.best_global_step:
             self.go_back(model, output_dir, trainer.state.best_global_step)
         if arguments.save_model:
-            trainer.save_model(str(output_dir))
+            save_trained(trainer, output_dir, arguments.merge_adapter)
             self.say(f"model: {output_dir}")
         best = trainer.state.best_model_checkpoint or last_checkpoint(output_dir)
         if best:
@@ -269,8 +271,11 @@ def run_command_line(argv: Sequence[str]) -> None:
     if arguments.show_config or arguments.dry_run:
         tell(arguments)
         return
-    name_run(arguments)
     leave_process_group_at_exit()
+    if arguments.predict_file:
+        predict_rows(arguments)
+        return
+    name_run(arguments)
     with locked_places(arguments):
         run_experiment(arguments)
 

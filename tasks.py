@@ -15,19 +15,15 @@ from typing import Any, ClassVar
 import metrics
 import templates
 from data_files import (
-    SUFFIXES,
     PlacedRow,
     Row,
-    check_answers,
-    check_choice,
-    check_prompt,
+    Table,
     no_rows,
     read_table,
     row_place,
     shown,
-    typed_answer,
-    typed_choice,
 )
+from own_columns import Arrangement
 from rewards import Reward
 from templates import Template
 from utils import InputError, first_line
@@ -80,12 +76,21 @@ class Task(ABC):
 
     generation: ClassVar[bool] = False
     own_metric: ClassVar[str] = "accuracy"
+    # Of the user's own files: train and validation, and how their columns are to be read.
+    files: ClassVar[tuple[Path | None, Path] | None] = None
+    arrangement: ClassVar[Arrangement | None] = None
     train_as_classification: ClassVar[bool] = False
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Every column a row must have."""
         return self.text_columns + self.answer_columns
+
+    @property
+    def stand_in(self) -> Row:
+        """An answer for rows that have none, in the columns that would say which is correct."""
+        (column,) = self.answer_columns
+        return {column: "-"}
 
     @abstractmethod
     def _answers(self, row: Row) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -196,6 +201,11 @@ class LabelTask(Task):
 
     train_as_classification = True
 
+    @property
+    def stand_in(self) -> Row:
+        """The first label."""
+        return dict.fromkeys(self.answer_columns, next(iter(self.template.verbalizer)))
+
     def _answers(self, row: Row) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         candidates = tuple(self.template.verbalizer)
         (column,) = self.answer_columns
@@ -207,6 +217,11 @@ class CopaTask(Task):
 
     template: templates.CopaTemplate
 
+    @property
+    def stand_in(self) -> Row:
+        """The first choice."""
+        return dict.fromkeys(self.answer_columns, 0)
+
     def _answers(self, row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
         _pick(tuple(self.template.conjunctions), row["question"], "question")
         candidates = (row["choice1"], row["choice2"])
@@ -215,6 +230,11 @@ class CopaTask(Task):
 
 class ReCoRDTask(Task):
     """The passage's entities; any of several may be right."""
+
+    @property
+    def stand_in(self) -> Row:
+        """No entity."""
+        return {"answers": ["-"]}
 
     def _answers(self, row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
         return _distinct_texts(row["entities"], "entities"), _distinct_texts(
@@ -231,76 +251,16 @@ class GenerationTask(Task):
     generation = True
     own_metric = "f1"
 
+    @property
+    def stand_in(self) -> Row:
+        """A text in the answers' form."""
+        return {column: {self.answer_field: ["-"]} for column in self.answer_columns}
+
     def _answers(self, row: Row) -> tuple[tuple[()], tuple[str, ...]]:
         (column,) = self.answer_columns
         answers = row[column]
         texts = answers.get(self.answer_field) if isinstance(answers, Mapping) else None
         return (), _distinct_texts(texts, f"{column}.{self.answer_field}")
-
-
-@dataclass(frozen=True)
-class OwnTask(Task):
-    """Examples of the user's own files: prompt, answer and, to choose from, options."""
-
-    train_file: Path | None
-    validation_file: Path
-
-    @property
-    def first_file(self) -> Path:
-        """The file whose first row says whether there are options."""
-        return self.train_file or self.validation_file
-
-    def check_columns(self, found: Iterable[str]) -> None:
-        """Raise InputError if a column is missing, or if there are options in some rows only."""
-        found = list(found)
-        if ("options" in found) == self.generation:
-            given, there = ("", "has none") if self.generation else ("no ", "has some")
-            raise InputError(
-                f"{given}options, but the first row of {self.first_file} {there}: give them in "
-                "every row, or in none"
-            )
-        super().check_columns(found)
-
-    def sample_of_cells(self, row: Row, index: int) -> Sample:
-        """Turn a row of CSV, where everything is text, into a ``Sample``; raises as ``sample``."""
-        if not self.answer_columns:
-            return self.sample(row, index)
-        return self.sample(typed_answer(row) if self.generation else typed_choice(row), index)
-
-
-class OwnChoiceTask(OwnTask):
-    """Options that each row brings along; the answer is one of them, or its number from 0."""
-
-    train_as_classification = True
-
-    def _answers(self, row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        options, answer = check_choice(row)
-        return options, (answer,)
-
-
-@dataclass(frozen=True)
-class OwnAnswerTask(OwnTask):
-    """Free text, compared with an answer or a list of them."""
-
-    metric: str
-
-    generation = True
-
-    @property
-    def own_metric(self) -> str:
-        """The metric that comes first, without a reward."""
-        return self.metric
-
-    def sample(self, row: Row, index: int) -> Sample:
-        """Turn a row into a ``Sample``; a reward gets all of the row's columns."""
-        sample = super().sample(row, index)
-        return replace(sample, row=dict(row)) if self.reward else sample
-
-    def _answers(self, row: Row) -> tuple[tuple[()], tuple[str, ...]]:
-        if not self.answer_columns:
-            check_prompt(row)
-            return (), ()
-        return (), check_answers(row)
 
 
 def _pick(known: tuple[Any, ...], value: Any, column: str) -> Any:
@@ -414,106 +374,13 @@ def get_task(name: str) -> Task:
     raise InputError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
 
 
-def choose_task(
-    name: str | None,
-    train_file: str | None,
-    validation_file: str | None,
-    metric: str | None,
-    reward: str | None = None,
-) -> Task:
-    """Return the named task, or that of the user's own files, which may be one or both.
-
-    Args:
-        name: of a task.
-        train_file: the user's own.
-        validation_file: the user's own.
-        metric: the first one of the user's own files.
-        reward: ``FILE.py:function``, which says how good generated answers are.
-
-    Raises:
-        InputError: none is given, there is no such task, a file cannot be read, the metric or a
-            reward does not fit, or the reward's file does not import.
-    """
-    task = _choose_task(name, train_file, validation_file, metric, has_reward=reward is not None)
-    if reward is None:
-        return task
-    if not task.generation:
-        raise InputError(
-            f"--reward {reward}: the answers of {task.name} are chosen from options; give a task "
-            "whose answers are generated, or --non_diff"
-        )
-    return replace(task, reward=Reward.load(reward))
-
-
-def _choose_task(
-    name: str | None,
-    train_file: str | None,
-    validation_file: str | None,
-    metric: str | None,
-    has_reward: bool,
-) -> Task:
-    if train_file or validation_file:
-        return _own_task(train_file, validation_file, metric, has_reward)
-    if not name:
-        raise InputError(
-            "--task_name is missing: give a task, for instance --task_name SST2, or --train_file "
-            "and --validation_file"
-        )
-    return get_task(name)
-
-
-def _own_task(
-    train_file: str | None, validation_file: str | None, metric: str | None, has_reward: bool
-) -> OwnTask:
-    if not validation_file:
-        raise InputError(
-            f"--train_file {train_file} needs --validation_file: give the examples to report on"
-        )
-    train = _own_file("--train_file", train_file) if train_file else None
-    validation = _own_file("--validation_file", validation_file)
-    first = train or validation
-    columns = read_table(first, ()).columns
-    generation = "options" not in columns
-    fitting = ("f1", "em") if generation else ("accuracy",)
-    if metric is not None and metric not in fitting:
-        kind = "generated" if generation else "chosen from options"
-        raise InputError(
-            f"--metric {metric}: the answers in {first} are {kind}; give {' or '.join(fitting)}"
-        )
-    shared = {
-        "name": first.stem,
-        "hub_path": None,
-        "hub_config": None,
-        "text_columns": ("prompt",),
-        "train_file": train,
-        "validation_file": validation,
-    }
-    if generation:
-        # A reward needs no answers.
-        answers = () if has_reward and "answer" not in columns else ("answer",)
-        shared |= {"template": templates.OwnAnswerTemplate(), "answer_columns": answers}
-        return OwnAnswerTask(metric=metric or "f1", **shared)
-    shared |= {"template": templates.OwnTemplate(), "answer_columns": ("options", "answer")}
-    return OwnChoiceTask(**shared)
-
-
-def _own_file(option: str, name: str) -> Path:
-    path = Path(name)
-    if path.suffix.lower() not in SUFFIXES:
-        kind = f"files of kind {path.suffix}" if path.suffix else "files without a suffix"
-        raise InputError(f"{option} {name}: {kind} are not read; give {', '.join(SUFFIXES)}")
-    try:
-        with path.open("rb"):
-            return path
-    except OSError as error:
-        raise InputError(f"{option} {name}: cannot be read ({error.strerror})") from error
-
-
 # -------------------------------------------------------------------------------------- loading
 
 
-def load_samples(task: Task, data_dir: str | None) -> tuple[list[Sample], list[Sample]]:
-    """Return all train and all validation samples.
+def load_samples(
+    task: Task, data_dir: str | None, with_validation: bool = True
+) -> tuple[list[Sample], list[Sample]]:
+    """Return all train and all validation samples; none of validation if they are not wanted.
 
     Those of the user's own files come from there; without a training file there are none. Others
     come from the Hub or its local cache, or with ``data_dir`` from ``DIR/<task>/train.jsonl`` and
@@ -527,8 +394,11 @@ def load_samples(task: Task, data_dir: str | None) -> tuple[list[Sample], list[S
     files = split_files(task, data_dir)
     if files is None:
         return _load_hub(task)
-    train, validation = (_load_file(task, path) if path else [] for path in files)
-    return train, validation
+    train, validation = files
+    return (
+        _load_file(task, train) if train else [],
+        _load_file(task, validation) if with_validation else [],
+    )
 
 
 def split_files(task: Task, data_dir: str | None) -> tuple[Path | None, Path] | None:
@@ -537,8 +407,8 @@ def split_files(task: Task, data_dir: str | None) -> tuple[Path | None, Path] | 
     Raises:
         InputError: they are missing.
     """
-    if isinstance(task, OwnTask):
-        return task.train_file, task.validation_file
+    if task.files:
+        return task.files
     if data_dir is None:
         return None
     folder = _task_folder(task, Path(data_dir))
@@ -564,12 +434,39 @@ def _split_file(folder: Path, split: str) -> Path:
     raise InputError(f"{folder}: neither {split}.jsonl nor {split}.parquet is there")
 
 
+def load_questions(task: Task, path: Path) -> list[Sample]:
+    """Return the rows of a file, which need no answers, in their order.
+
+    Raises:
+        InputError: the file cannot be read, is empty or malformed, or lacks a column.
+    """
+    answered = [
+        PlacedRow(place, {**row, **task.stand_in}) for place, row in _table(task, path).rows
+    ]
+    if not answered:
+        raise no_rows(path)
+    _check_source(task, answered[0].row, path)
+    samples = _to_samples(_reader(task, path), answered, path)
+    return [replace(sample, correct=()) for sample in samples]
+
+
 def _load_file(task: Task, path: Path) -> list[Sample]:
-    # A reward may look at every column.
-    table = read_table(path, None if task.reward else task.columns)
+    table = _table(task, path)
     _check_source(task, table.columns, table.place)
-    cells = isinstance(task, OwnTask) and path.suffix.lower() == ".csv"
-    return _to_samples(task.sample_of_cells if cells else task.sample, table.rows, path)
+    return _to_samples(_reader(task, path), table.rows, path)
+
+
+def _table(task: Task, path: Path) -> Table:
+    """Open a file of a task, its columns as the task has them."""
+    arrangement = task.arrangement
+    # A reward may look at every column, a template may name any.
+    table = read_table(path, None if task.reward or arrangement else task.columns)
+    return arrangement.arrange(table) if arrangement else table
+
+
+def _reader(task: Task, path: Path) -> Callable[[Row, int], Sample]:
+    cells = task.files and path.suffix.lower() == ".csv"
+    return task.sample_of_cells if cells else task.sample
 
 
 def _to_samples(

@@ -215,7 +215,8 @@ class ObjectiveTrainer(Trainer):
             self.add_callback(TellStep(objective))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(LossProgress(shown))
-        if self.pop_callback(PrinterCallback) is not None:
+        quiet = getattr(arguments, "quiet", False)
+        if self.pop_callback(PrinterCallback) is not None and not quiet:
             self.add_callback(LogLines(shown))
         self.costs = Costs()
         self.add_callback(self.costs)

@@ -66,7 +66,7 @@ EVERY_RUN = Scope(
         *("load_int4", "load_saved_dtype", "max_length", "no_auto_device", "trust_remote_code"),
         *("trainer", "tag", "result_file", "overwrite_output_dir", "use_cpu", "tf32"),
         *("local_rank", "ddp_backend", "ddp_timeout", "config", "show_config", "dry_run"),
-        "apply_chat_template",
+        *("apply_chat_template", "quiet"),
     ),
     where="every run",
 )
@@ -214,6 +214,31 @@ SCOPES = (
         reason="it is for --train_file and --validation_file, a task has its metrics",
     ),
     Scope(
+        ("text_column", "label_column", "prompt_template"),
+        where="`--train_file`, `--validation_file`, or `--predict_file` without a task",
+        holds=lambda arguments: (
+            arguments.train_file
+            or arguments.validation_file
+            or (arguments.predict_file and not arguments.task_name)
+        ),
+        reason="a task has its columns",
+    ),
+    Scope(
+        ("predict_file",),
+        where="`--trainer none`",
+        holds=lambda arguments: arguments.trainer == "none",
+        reason="it is predicted with a model that is trained: train with --save_model first",
+        instead="then give its folder as --model_name",
+    ),
+    Scope(
+        ("merge_adapter",),
+        where="`--lora` with `--save_model`",
+        holds=lambda arguments: arguments.lora and arguments.save_model,
+        reason="no model with LoRA matrices is saved",
+        instead="add --lora and --save_model",
+        outer=TRAINING,
+    ),
+    Scope(
         ("num_train_sets",),
         where="training or demonstrations",
         holds=lambda arguments: arguments.trainer != "none" or arguments.num_train,
@@ -242,9 +267,11 @@ SCOPES = (
     ),
     Scope(
         ("num_eval",),
-        where="an evaluation: no `--no_eval`, or `--eval_before_training`",
-        holds=lambda arguments: not arguments.no_eval or arguments.eval_before_training,
-        reason="nothing is evaluated with --no_eval",
+        where="an evaluation: no `--no_eval`, or `--eval_before_training`; no `--predict_file`",
+        holds=lambda arguments: (
+            (not arguments.no_eval or arguments.eval_before_training) and not arguments.predict_file
+        ),
+        reason="nothing is evaluated with --no_eval, nor with --predict_file",
     ),
     Scope(
         ("predictions_file", "verbose"),

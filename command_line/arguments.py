@@ -32,7 +32,9 @@ from command_line.groups import (
 )
 from command_line.unknown import NOT_OFFERED, explain_unknown
 from command_line.values import AUTO, BOUNDS, WORDS, check_number, number_or, read_dictionary
-from tasks import Task, choose_task
+from own_columns import Columns
+from own_tasks import choose_task
+from tasks import Task
 from utils import InputError, one_line
 
 USAGE = """\
@@ -90,9 +92,9 @@ class Arguments(
                 f"--ddp_backend {self.ddp_backend}: there is one process only; start several with "
                 "torchrun, or leave it out"
             )
-        if self.disable_tqdm is None:
+        if self.disable_tqdm is None or self.quiet:
             # In a file a bar would be one endless line.
-            self.disable_tqdm = not sys.stderr.isatty()
+            self.disable_tqdm = self.quiet or not sys.stderr.isatty()
         # The Trainer knows nothing of the journal, from which it comes without checkpoints.
         replays_best = self.replays_best
         if replays_best:
@@ -109,7 +111,12 @@ class Arguments(
     def task(self) -> Task:
         """The task of --task_name, or that of the user's own files as they are at the start."""
         return choose_task(
-            self.task_name, self.train_file, self.validation_file, self.metric, self.reward
+            self.task_name,
+            self.train_file,
+            self.validation_file or (None if self.task_name else self.predict_file),
+            self.metric,
+            self.reward,
+            Columns(self.text_column, self.label_column, self.prompt_template),
         )
 
     @property

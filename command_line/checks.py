@@ -13,6 +13,7 @@ from command_line.arguments import TUNING_MODES, Arguments
 from command_line.settings import WEIGHTS
 from command_line.trainer_checks import check_steps
 from command_line.values import AUTO
+from own_tasks import OwnTask
 from tasks import Task
 from trainer import SmoothingSchedule
 from utils import InputError
@@ -25,6 +26,8 @@ EXCLUDE_EACH_OTHER = (
     ("sfc", "icl_sfc"),
     ("train_set_seed", "num_train_sets"),
     ("reward", "non_diff"),
+    ("text_column", "prompt_template"),
+    ("predict_file", "num_train_sets"),
     ("task_name", "train_file"),
     ("task_name", "validation_file"),
     ("data_dir", "train_file"),
@@ -46,6 +49,18 @@ def check(arguments: Arguments) -> None:
         if _given(arguments, first) and _given(arguments, second):
             raise InputError(f"--{first} and --{second} exclude each other: give one")
     task = arguments.task
+    arrangement = task.arrangement if isinstance(task, OwnTask) else None
+    if arrangement and arrangement.from_messages and not arguments.apply_chat_template:
+        raise InputError(
+            f"{task.first_file} has messages: add --apply_chat_template, with an instruct model"
+        )
+    if arguments.predict_file and not arguments.predictions_file:
+        raise InputError(
+            f"--predict_file {arguments.predict_file}: give --predictions_file, where the answers "
+            "go"
+        )
+    if arguments.merge_adapter and (arguments.load_int8 or arguments.load_int4):
+        raise InputError("--merge_adapter: quantised weights take no matrices; leave it out")
     if not arguments.model_name:
         raise InputError("--model_name is missing: give a Hub id, a local directory or a GGUF file")
     SmoothingSchedule.parse(arguments.hessian_smooth_type)
@@ -89,7 +104,8 @@ def check_sizes(arguments: Arguments, config: PreTrainedConfig) -> None:
 
 def _check_files(arguments: Arguments) -> None:
     """Refuse to write over a file that another argument names."""
-    names = ("train_file", "validation_file", "predictions_file", "result_file", "config")
+    names = ("train_file", "validation_file", "predict_file", "config")
+    names = (*names, "predictions_file", "result_file")
     files = {name: Path(getattr(arguments, name)) for name in names if getattr(arguments, name)}
     for written in ("predictions_file", "result_file"):
         for name, file in files.items():

@@ -41,6 +41,25 @@ class TaskAndData:
         "Your own examples to report on, in the columns of --train_file. Excludes --task_name and "
         "--data_dir.",
     )
+    text_column: str | None = argument(
+        None,
+        "Column of your own files that is the prompt. Default: prompt. Excludes --prompt_template.",
+    )
+    label_column: str | None = argument(
+        None,
+        "Column of your own files that is the class; its different values in the first file are "
+        "the options. Default: the columns options and answer.",
+    )
+    prompt_template: str | None = argument(
+        None,
+        "Prompt made of columns of your own files, as in '{title}: {review}\\nIt was'. Default: "
+        "the column prompt. Excludes --text_column.",
+    )
+    predict_file: str | None = argument(
+        None,
+        "Rows without an answer, in the columns of --train_file or of the task: what the model "
+        "says to each goes into --predictions_file. For --trainer none. Default: none.",
+    )
     metric: Literal["accuracy", "f1", "em"] | None = argument(
         None,
         "First metric of your own examples: accuracy for options, f1 or em (exact match) for "
@@ -261,6 +280,11 @@ class Training:
         "same command then goes on from there.",
     )
     save_model: bool = argument(False, "Save the final model and tokenizer into output_dir.")
+    merge_adapter: bool = argument(
+        False,
+        "Save the model of --save_model with the LoRA matrices added to its weights, as an "
+        "ordinary model without an adapter.",
+    )
 
 
 @dataclass
@@ -420,6 +444,9 @@ class EvaluationAndResults:
     )
     tag: str | None = argument(
         None, "Name of the run, of its result file and output_dir. Default: made of the settings."
+    )
+    quiet: bool = argument(
+        False, "Show neither bars nor lines of steps: the metrics and the places of files alone."
     )
     verbose: bool = argument(False, "Show the first prompts, their options and scores.")
 

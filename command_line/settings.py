@@ -50,6 +50,7 @@ PLACES = ("task_name", "model_name", "data_dir", "train_file", "validation_file"
 # What does not change the result. All else does, the Trainer's arguments of tomorrow too.
 FOLDERS_AND_FILES = (
     *("tag", "output_dir", "result_file", "predictions_file", "save_model"),
+    *("merge_adapter", "predict_file"),
     *("overwrite_output_dir", "resume_from_checkpoint", "save_on_interrupt", "save_only_model"),
     *("save_total_limit", "save_on_each_node", "enable_jit_checkpoint"),
     *("restore_callback_states_from_checkpoint", "trust_remote_code"),
@@ -60,7 +61,7 @@ SHOWN_AND_LOGGED = (
     *("verbose", "disable_tqdm", "debug", "skip_memory_metrics", "include_num_input_tokens_seen"),
     *("logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node"),
     *("logging_nan_inf_filter", "log_level", "log_level_replica", "report_to", "run_name"),
-    *("eval_metric", "config", "show_config", "dry_run"),
+    *("quiet", "eval_metric", "config", "show_config", "dry_run"),
     *("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
 )
 SPEED_AND_MACHINE = (
@@ -273,6 +274,8 @@ def _names_of_training(arguments: Arguments) -> set[str]:
             names |= {*settings}
     if arguments.non_diff:
         names |= {"non_diff_metric", *GENERATION}
+    if arguments.train_file:
+        names |= {"text_column", "label_column", "prompt_template"}
     if arguments.reward:
         names |= {"reward_samples", *GENERATION}
     return names

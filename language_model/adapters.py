@@ -21,6 +21,7 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
 )
+from peft.tuners.lora import LoraLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -134,6 +135,29 @@ class PrefixTunedModel(PeftModelForCausalLM):
     @property
     def _prompt_encoder(self) -> nn.Module:
         return self.prompt_encoder[self.active_adapter]
+
+
+def save_merged(model: PeftModel, folder: Path) -> None:
+    """Write the model that LoRA's matrices make of its weights; it has no adapter any more.
+
+    The model itself is what it was afterwards, bit for bit.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    kept = [layer.get_base_layer().weight.detach().clone() for layer in layers]
+    base = model.get_base_model()
+    model.merge_adapter()
+    try:
+        weights = {
+            name.replace(".base_layer.", "."): tensor
+            for name, tensor in base.state_dict().items()
+            if ".lora_" not in name
+        }
+        base.save_pretrained(folder, state_dict=weights)
+    finally:
+        model.unmerge_adapter()
+        with torch.no_grad():
+            for layer, weight in zip(layers, kept, strict=True):
+                layer.get_base_layer().weight.copy_(weight)
 
 
 def add_prefix(

@@ -54,7 +54,9 @@ class Chat:
 
     def text(self, messages: Sequence[Message]) -> str:
         """Return a conversation, up to where the assistant's next answer begins."""
-        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+        has_own = bool(messages) and messages[0]["role"] == "system"
+        said = self.system_prompt if not has_own else None
+        system = [{"role": "system", "content": said}] if said else []
         return self.tokenizer.apply_chat_template(
             [*system, *messages], tokenize=False, add_generation_prompt=True
         )

@@ -34,7 +34,7 @@ def predict(
     batch_size: int,
     calibration: str | None = None,
     generation: GenerationSettings | None = None,
-    progress: str = "evaluation",
+    progress: str | None = "evaluation",
 ) -> list[Prediction]:
     """Return the model's answer to every sample.
 
@@ -46,7 +46,7 @@ def predict(
         batch_size: examples in a forward pass, at most.
         calibration: "sfc", "icl_sfc" (content-free prompt behind the demonstrations too) or None.
         generation: settings, for the tasks whose answer is generated.
-        progress: what the progress bar says.
+        progress: what the progress bar says; None: there is none.
     """
     model.eval()
     if encoder.task.generation and calibration:
@@ -80,7 +80,7 @@ def _generated(
     pairs: Pairs,
     batch_size: int,
     settings: GenerationSettings,
-    progress: str,
+    progress: str | None,
 ) -> list[Prediction]:
     prompts = [encoder.prompt(sample, shown) for sample, shown in pairs]
     texts = generate(model, encoder.tokenizer, prompts, settings, batch_size, progress)
@@ -93,7 +93,7 @@ def _chosen(
     pairs: Pairs,
     batch_size: int,
     calibration: str | None,
-    progress: str,
+    progress: str | None,
 ) -> list[Prediction]:
     encoded = [encoder.options(sample, shown) for sample, shown in pairs]
     scored = score_options(model, encoded, batch_size, progress)
@@ -103,7 +103,9 @@ def _chosen(
             encoder.options(sample, shown if calibration == "icl_sfc" else (), content_free=True)
             for sample, shown in pairs
         ]
-        priors = score_options(model, content_free, batch_size, f"{progress} ({calibration})")
+        priors = score_options(
+            model, content_free, batch_size, progress and f"{progress} ({calibration})"
+        )
         scores = [
             [total - prior for (total, _), (prior, _) in zip(options, of_prompt, strict=True)]
             for options, of_prompt in zip(scored, priors, strict=True)

@@ -20,8 +20,9 @@ from command_line.settings import experiment_hash
 from language_model import objectives
 from language_model.generation import GenerationSettings
 from language_model.objectives import NegativeReward, RewardExample, collate_rewards
+from own_tasks import choose_task
 from rewards import Reward
-from tasks import choose_task, load_samples
+from tasks import load_samples
 from utils import InputError
 
 EXAMPLES = ROOT / "examples" / "rewards"

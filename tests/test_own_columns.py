@@ -1,0 +1,293 @@
+"""From the user's own columns to answers: templates, labels, messages, rows without an answer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import SAMPLES, command, contents, finish, small_model, training
+from test_chat import TEMPLATE, save
+from transformers import AutoModelForCausalLM, pipeline
+
+import run
+from own_columns import Columns
+from own_tasks import choose_task
+from tasks import load_questions, load_samples
+from utils import InputError
+
+REVIEWS = (
+    'title,review,stars\nUp,"A warm, funny film.",2\nDown,Two hours of nothing.,1\nUp,Fine.,2\n'
+)
+
+
+@pytest.fixture
+def reviews(tmp_path: Path) -> Path:
+    path = tmp_path / "reviews.csv"
+    path.write_text(REVIEWS)
+    return path
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def own(file: Path, **arguments: Any) -> list[str]:
+    files = {"validation_file": file, "task_name": None, "data_dir": None, "num_eval": None}
+    return command(**(files | {"model_name": small_model().name} | arguments))
+
+
+def test_a_label_column_gives_options_and_answers(reviews: Path) -> None:
+    task = choose_task(None, None, str(reviews), None, None, Columns("review", "stars"))
+    _, samples = load_samples(task, None)
+    assert not task.generation and {sample.candidates for sample in samples} == {("1", "2")}
+    assert [sample.correct for sample in samples] == [("2",), ("1",), ("2",)]
+    assert task.prompt(samples[0]) + task.option(samples[0], "2") == "A warm, funny film. 2"
+
+
+def test_a_template_puts_columns_together(reviews: Path, tmp_path: Path) -> None:
+    columns = Columns(label="stars", template="{title}: {review}\\nStars:")
+    task = choose_task(None, None, str(reviews), None, None, columns)
+    _, samples = load_samples(task, None)
+    assert task.prompt(samples[1]) == "Down: Two hours of nothing.\nStars:"
+    # Beside a column answer alone the answers are generated.
+    rows = write(tmp_path / "q.jsonl", [{"n": 3, "answer": "three"}, {"n": 4, "answer": ["four"]}])
+    task = choose_task(None, None, str(rows), None, None, Columns(template="Spell {n}:"))
+    _, samples = load_samples(task, None)
+    assert task.generation and task.prompt(samples[0]) == "Spell 3:"
+    assert [sample.correct for sample in samples] == [("three",), ("four",)]
+
+
+def test_labels_are_those_of_the_training_file(reviews: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.csv"
+    other.write_text("review,stars\nGood.,3\n")
+    task = choose_task(None, str(reviews), str(other), None, None, Columns("review", "stars"))
+    with pytest.raises(InputError, match=r"other\.csv:2: answer is '3': expected one of"):
+        load_samples(task, None)
+
+
+BAD_COLUMNS = {
+    "text": (Columns(text="revue"), "--text_column: .* has no column 'revue'; it has title, rev"),
+    "label": (Columns(label="label"), "--label_column: .* has no column 'label'"),
+    "template": (Columns(template="{text}"), "--prompt_template: .* has no column 'text'"),
+    "one class": (Columns("review", "same"), "--label_column same: .* has 1 different values"),
+}
+
+
+@pytest.mark.parametrize(("columns", "said"), BAD_COLUMNS.values(), ids=BAD_COLUMNS)
+def test_bad_columns(tmp_path: Path, columns: Columns, said: str) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("title,review,same\nA,B,1\nC,D,1\n")
+    with pytest.raises(InputError, match=said):
+        choose_task(None, None, str(file), None, None, columns)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"text_column": "review", "prompt_template": "{review}"}, "exclude each other"),
+        ({"task_name": "SST2", "data_dir": SAMPLES, "validation_file": None}, "a task has its col"),
+        ({"predict_file": "reviews.csv"}, "give --predictions_file, where the answers go"),
+        (
+            {"trainer": "zo", "num_train": 2, "predict_file": "a", "predictions_file": "b"},
+            "a model that is trained",
+        ),
+        ({"merge_adapter": True}, "nothing is trained with --trainer none"),
+        ({"label_column": None}, "column 'answer' is missing"),
+    ],
+)
+def test_refusals(
+    reviews: Path, capsys: pytest.CaptureFixture[str], arguments: dict[str, Any], said: str
+) -> None:
+    argv = own(reviews, **({"text_column": "review", "label_column": "stars"} | arguments))
+    assert run.main(argv) == 2
+    err = capsys.readouterr().err
+    assert said in err and len(err.splitlines()) == 1
+
+
+# -------------------------------------------------------------------------------------- messages
+
+
+def conversation(*contents: str) -> dict[str, Any]:
+    roles = ("user", "assistant") * 3
+    return {"messages": [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]}
+
+
+def test_the_last_turn_of_a_conversation_is_its_answer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save(tmp_path / "model", TEMPLATE)
+    rows = [conversation("Hi", "Hello", "Who?", "Me"), conversation("Sum?", "Four")]
+    rows[1]["messages"].insert(0, {"role": "system", "content": "Count."})
+    file = write(tmp_path / "rows.jsonl", rows)
+    argv = own(file, model_name=model, result_file=tmp_path / "r.json", max_new_tokens=2)
+    assert run.main(argv) == 2
+    assert "has messages: add --apply_chat_template" in capsys.readouterr().err
+    finish([*argv, "--apply_chat_template", "--system_prompt", "Be brief.", "--verbose"])
+    out = capsys.readouterr().out
+    first = "<system>\nBe brief.<end>\n<user>\nHi<end>\n<assistant>\nHello<end>\n<user>\nWho?<end>"
+    assert first in out and "Be brief.<end>\n<system>" not in out
+    assert "<system>\nCount.<end>\n<user>\nSum?<end>\n<assistant>\n" in out
+    assert "correct: Me" in out and "correct: Four" in out
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ([], "messages is []: expected a list of"),
+        ([{"role": "user"}], "expected a list of"),
+        ([{"role": "assistant", "content": "a"}], "the last turns have to be the user's"),
+        ("text", "expected a list of"),
+    ],
+)
+def test_bad_messages_are_told_by_their_line(tmp_path: Path, messages: Any, said: str) -> None:
+    file = write(tmp_path / "rows.jsonl", [conversation("a", "b"), {"messages": messages}])
+    task = choose_task(None, None, str(file), None)
+    with pytest.raises(InputError) as refusal:
+        load_samples(task, None)
+    assert str(refusal.value).startswith(f"{file}:2: ") and said in str(refusal.value)
+
+
+# ------------------------------------------------------------------------ rows without an answer
+
+
+def test_answers_to_rows_without_any(
+    reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "new.csv"
+    rows.write_text("review\n" + "".join(f"Number {n}.\n" for n in range(5)))
+    labels = {"text_column": "review", "label_column": "stars", "train_file": reviews}
+    predicted = {"validation_file": reviews, "predict_file": rows, "num_train": 2}
+    files = {"predictions_file": tmp_path / "p.jsonl"}
+    argv = own(reviews, **labels, **predicted, **files)
+    assert run.main(argv) == 0
+    assert capsys.readouterr().out == f"predictions: {tmp_path / 'p.jsonl'} (5 rows)\n"
+    found = read(tmp_path / "p.jsonl")
+    assert [row["id"] for row in found] == [0, 1, 2, 3, 4]
+    for row in found:
+        assert row["options"] == ["1", "2"]
+        assert row["prediction"] == row["options"][row["scores"][1] > row["scores"][0]]
+    before = contents(tmp_path)
+    assert run.main(argv) == 2 and "it is there already" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+    assert run.main([*argv, "--overwrite_output_dir"]) == 0
+
+
+@pytest.mark.parametrize("task", ["SST2", "Copa", "ReCoRD", "SQuAD", "BoolQ"])
+def test_answers_are_those_of_an_evaluation(tmp_path: Path, task: str) -> None:
+    """The same rows with their answers, evaluated."""
+    folder = SAMPLES / task.lower()
+    rows = read(folder / "validation.jsonl")[:6]
+    for name in ("train", "validation"):
+        (tmp_path / task).mkdir(exist_ok=True)
+        write(tmp_path / task / f"{name}.jsonl", rows)
+    model = {"model_name": small_model().name, "data_dir": tmp_path, "num_eval": None}
+    if task == "SQuAD":
+        model["max_new_tokens"] = 3
+    files = {"predictions_file": tmp_path / "a.jsonl", "result_file": tmp_path / "r.json"}
+    finish(command(task, **model, **files))
+    bare = [
+        {
+            n: v
+            for n, v in row.items()
+            if n not in ("label", "answers") and (n, task) != ("answer", "BoolQ")
+        }
+        for row in rows
+    ]
+    questions = write(tmp_path / "bare.jsonl", bare)
+    assert (
+        run.main(
+            command(task, **model, predict_file=questions, predictions_file=tmp_path / "b.jsonl")
+        )
+        == 0
+    )
+    evaluated = {row["id"]: row for row in read(tmp_path / "a.jsonl")}
+    for row in read(tmp_path / "b.jsonl"):
+        expected = evaluated[row["id"]]
+        if task == "SQuAD":
+            assert row["prediction"] == expected["prediction"]
+        else:
+            assert row["scores"] == pytest.approx(expected["scores"], abs=1e-5)
+            assert row["prediction"] == row["options"][expected["prediction"]]
+
+
+def test_a_predict_file_alone_is_a_task(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "It was", "options": ["good", "bad"]},
+        {"prompt": "So", "options": ["a", "b", "c"]},
+    ]
+    file = write(tmp_path / "rows.jsonl", rows)
+    answers = {"predict_file": file, "predictions_file": tmp_path / "p.jsonl"}
+    assert run.main(own(file, **answers, validation_file=None)) == 0
+    assert [len(row["scores"]) for row in read(tmp_path / "p.jsonl")] == [2, 3]
+    task = choose_task(None, None, str(file), None)
+    with pytest.raises(InputError, match="has no rows"):
+        load_questions(task, write(tmp_path / "empty.jsonl", []))
+
+
+# --------------------------------------------------------------------------- a merged model in use
+
+
+def test_a_merged_model_is_what_its_adapter_was(tmp_path: Path) -> None:
+    lora = {"lora": True, "learning_rate": 1e-1, "zo_eps": 1e-2, "save_model": True}
+    result = finish(training(tmp_path / "a", **lora, no_eval=None))
+    merged = finish(training(tmp_path / "b", **lora, no_eval=None, merge_adapter=True))
+    assert merged["experiment"] == result["experiment"] and merged["metric"] == result["metric"]
+    assert (tmp_path / "a/out/adapter_model.safetensors").is_file()
+    files = {path.name for path in (tmp_path / "b/out").iterdir() if path.is_file()}
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= files
+    assert "adapter_config.json" not in files
+    rows = []
+    for name in ("a", "b"):
+        answers = {
+            "predictions_file": tmp_path / f"{name}.jsonl",
+            "predict_file": SAMPLES / "sst2/validation.jsonl",
+        }
+        assert run.main(command(model_name=tmp_path / name / "out", num_eval=None, **answers)) == 0
+        rows.append([score for row in read(tmp_path / f"{name}.jsonl") for score in row["scores"]])
+    assert rows[0] == pytest.approx(rows[1], abs=1e-4)
+    original = AutoModelForCausalLM.from_pretrained(small_model().name)
+    changed = AutoModelForCausalLM.from_pretrained(tmp_path / "b/out")
+    names = {
+        n for n, p in changed.named_parameters() if not torch.equal(p, original.get_parameter(n))
+    }
+    assert names and all(name.endswith(("q_proj.weight", "v_proj.weight")) for name in names)
+    generate = pipeline("text-generation", model=str(tmp_path / "b/out"))
+    assert generate("It was", max_new_tokens=2)[0]["generated_text"].startswith("It was")
+
+
+# ------------------------------------------------------------------------------------ the terminal
+
+
+def test_the_end_of_a_run_is_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    curve = {"num_dev": 4, "eval_before_training": True, "no_eval": None}
+    result = finish(training(tmp_path, **curve))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("result: ")
+    place = next(number for number, line in enumerate(lines) if "forward passes" in line)
+    names, values = lines[place : place + 2]
+    assert len(names) == len(values) and names.split()[:2] == ["before", "accuracy"]
+    cells = [cell.strip() for cell in values.split("  ") if cell.strip()]
+    metrics = [result[k]["accuracy"] for k in ("metric_before_training", "dev_metric", "metric")]
+    assert cells[:5] == [*(f"{value:.4f}" for value in metrics), "6", "19"]
+    assert cells[-1].endswith("MiB")
+
+
+def test_quiet_shows_metrics_and_places_alone(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    curve = {"num_dev": 4, "eval_strategy": "steps", "eval_steps": 3, "no_eval": None}
+    result = finish(training(tmp_path, **curve, quiet=True))
+    out, err = capfd.readouterr()
+    starts = ("checkpoint: ", "dev accuracy: ", "test accuracy: ", "result: ")
+    lines = out.splitlines()
+    assert [line for line in lines if line.startswith(starts)] == [*lines[:3], lines[-1]]
+    assert not any(line.startswith("step ") for line in lines) and err == ""
+    assert "quiet" in result["settings"]
