@@ -267,7 +267,8 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
             axes.fill_between(passes, mean - error, mean + error, alpha=0.2, linewidth=0)
         axes.set(xlabel="forward passes", ylabel=f"dev {name}")
         axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 
 

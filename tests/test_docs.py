@@ -252,7 +252,7 @@ def test_readme_takes_five_minutes() -> None:
 
 def test_table_of_results_has_the_measured_numbers() -> None:
     runs = json.loads((ROOT / "benchmarks" / "demo_curves.json").read_text())
-    for method, cells in rows_of("README.md", "Results on the bundled data").items():
+    for method, cells in rows_of("README.md", "On the bundled data").items():
         of_method = [run for run in runs if run["method"] == method]
         assert len(of_method) == 3
         for step, cell in zip(("100", "200", "400"), cells[2:5], strict=True):
@@ -262,6 +262,25 @@ def test_table_of_results_has_the_measured_numbers() -> None:
         for name, cell in (("zero_shot", cells[1]), ("accuracy", cells[5])):
             assert {f"{run[name]:.3f}" for run in of_method} == {cell}
         assert cells[0].startswith(f"{400 * of_method[0]['passes_a_step']:,}")
+
+
+def test_table_of_the_real_model_has_the_measured_numbers() -> None:
+    files = {name: ROOT / "runs" / f"smollm2_sst2{name}.json" for name in ("", "_900")}
+    runs = {name: json.loads(file.read_text())["runs"] for name, file in files.items()}
+    rows = rows_of("README.md", "Results")
+    assert len(rows) == 6
+    for name, (_, passes, *cells) in rows.items():
+        method = "curvature" if name == "zero-shot" else name.partition("`")[0]
+        of_method = [run for run in runs["_900" * ("longer" in name)] if run["method"] == method]
+        reached = [run["curve"][0 if name == "zero-shot" else -1] for run in of_method]
+        assert {str(row["passes"]) for row in reached} == {passes}
+        for key, cell in zip(("loss", "accuracy"), cells, strict=True):
+            values = [row[key] for row in reached]
+            if len(values) == 1:
+                assert cell == f"{values[0]:.3f} (one seed)"
+            else:
+                error = statistics.stdev(values) / len(values) ** 0.5
+                assert cell == f"{statistics.mean(values):.3f} ± {error:.3f}"
 
 
 def test_links_lead_somewhere() -> None:
