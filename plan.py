@@ -29,7 +29,7 @@ from language_model.loading import choose_dtype, load_config_and_tokenizer
 from preparation import Prepared, prepare
 from sampling import ExampleSet
 from tasks import Sample
-from trainer import SmoothingSchedule
+from zeroth_order import SmoothingSchedule
 
 # Forward passes that a probe takes at most (step_sizes.find_step_sizes, by its defaults).
 PROBE_PASSES = 197

@@ -59,14 +59,9 @@ from language_model.shared_tokens import can_share_prompt
 from recording import Recording
 from sampling import ExampleSet, draw_example_sets
 from tasks import Sample, load_samples
-from trainer import (
-    CURVATURE_PART,
-    ObjectiveTrainer,
-    SmoothingSchedule,
-    ZerothOrderSettings,
-    ZerothOrderTrainer,
-)
+from trainer import ObjectiveTrainer
 from utils import InputError
+from zeroth_order import CURVATURE_PART, SmoothingSchedule, ZerothOrderSettings, ZerothOrderTrainer
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ from hizoo import FIRST_MEASUREMENTS, HiZOO
 from language_model.loading import leave_out_loading_bars
 from preparation import choose_trained_weights, load_pretrained, make_trainer, prepare
 from step_sizes import StepSizes, find_step_sizes
-from trainer import CURVATURE_PART, ZerothOrderTrainer
 from utils import InputError, say_last, write_json
+from zeroth_order import CURVATURE_PART, ZerothOrderTrainer
 
 FILE = "probe.json"
 
@@ -45,7 +45,7 @@ def measure(trainer: ZerothOrderTrainer) -> StepSizes:
     Raises:
         InputError: no μ or no step can be found; says why.
     """
-    size, count = trainer.args.per_device_train_batch_size, len(trainer.train_dataset)
+    size, count = trainer.examples_of_a_batch, len(trainer.train_dataset)
     draw = np.random.RandomState([trainer.args.seed, trainer.state.global_step])
     order = draw.permutation(count)
 

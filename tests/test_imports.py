@@ -32,7 +32,7 @@ ROOMS = (
     },
     {"language_model"},
     {"checkpoints", "callbacks", "recording", "perturbing"},
-    {"trainer"},
+    {"trainer", "zeroth_order"},
     {"command_line"},
     {"preparation", "folders", "provenance", "resuming", "replaying"},
     {"probe", "plan", "predicting"},

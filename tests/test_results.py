@@ -20,7 +20,7 @@ from folders import locked, predictions_files
 from language_model.loading import load_model
 from provenance import commit
 from results import concerns, history, over_sets
-from trainer import ZerothOrderTrainer
+from zeroth_order import ZerothOrderTrainer
 
 SHORT = {"max_steps": 2, "num_train": 4, "per_device_train_batch_size": 2}
 

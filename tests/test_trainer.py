@@ -32,10 +32,10 @@ from running import (
 from transformers import AutoModelForCausalLM, get_scheduler
 
 import run
-import trainer as trainer_module
+import zeroth_order
 from manifest import MANIFEST
-from trainer import SmoothingSchedule, ZerothOrderTrainer
 from utils import InputError
+from zeroth_order import SmoothingSchedule, ZerothOrderTrainer
 
 RESUMED = {
     "hizoo": {},
@@ -338,12 +338,12 @@ def test_smoothing_of_every_step_reaches_the_optimizer(
 ) -> None:
     seen = []
 
-    class Recorder(trainer_module.HiZOO):
+    class Recorder(zeroth_order.HiZOO):
         def step(self, closure: Any = None) -> Any:
             seen.append([group["hessian_smooth"] for group in self.param_groups])
             return super().step(closure)
 
-    monkeypatch.setattr(trainer_module, "HiZOO", Recorder)
+    monkeypatch.setattr(zeroth_order, "HiZOO", Recorder)
     finish(training(tmp_path, max_steps=4, hessian_smooth_type="cosine1e-2"))
     expected = [1e-2 * 0.5 * (1 + math.cos(math.pi * step / 4)) for step in range(4)]
     assert [alphas[0] for alphas in seen] == pytest.approx(expected)

@@ -16,7 +16,7 @@ import run
 from journal import read_journal
 from language_model.loading import load_model
 from replaying import optimizer_of, play
-from trainer import ZerothOrderTrainer
+from zeroth_order import ZerothOrderTrainer
 
 MODES = {
     "bfloat16": {"load_bfloat16": True},

@@ -61,7 +61,10 @@ def start(argv: list[str], output: Path, processes: int) -> list[int]:
             with output.open("a" if rank else "w") as file:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
-                os._exit(run.main(argv))
+                try:
+                    os._exit(run.main(argv))
+                except BaseException:  # another process is gone, and its connection with it
+                    os._exit(1)
         started.append(child)
     return started
 
