@@ -18,6 +18,7 @@ import pytest
 from running import MODEL, ROOT, SAMPLES, command
 
 import probe
+import replay
 import report
 import run
 import sweep
@@ -164,6 +165,9 @@ def test_every_command_line_runs(
             continue
         if Path(call[0]).name == "report.py":  # reads what a sweep has left
             report.make_parser().parse_args(call[1:])
+            continue
+        if Path(call[0]).name == "replay.py":  # tests/test_replay.py replays runs
+            replay.parser().parse_args(call[1:])
             continue
         if Path(call[0]).name == "sweep.py":  # tests/test_sweep.py runs grids
             options = sweep.Options.read(call[1:])
