@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from command_line.arguments import Arguments, parse_arguments
@@ -165,7 +166,7 @@ class Probing(TrainerCallback):
         if self.trainer.args.process_index == 0:
             write_json(self.file, {"probes": self.results})
             for line in lines(found):
-                print(line, flush=True)
+                tqdm.write(line)  # above the bar
 
 
 def prepare_trainer(arguments: Arguments) -> ZerothOrderTrainer:
