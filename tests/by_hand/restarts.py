@@ -25,7 +25,8 @@ STEPS, KILLS = 40, 2
 def launch(argv: list[str], processes: int, output: Path) -> subprocess.Popen:
     """Start torchrun, which may start the processes again as often as they are killed."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launcher += [f"--max-restarts={KILLS}", f"--nproc_per_node={processes}"]
+    # On a busy machine gloo may need a further start, if a process is late.
+    launcher += [f"--max-restarts={3 * KILLS}", f"--nproc_per_node={processes}"]
     with output.open("w") as file:
         return subprocess.Popen(
             [*launcher, str(ROOT / "run.py"), *argv],
