@@ -120,7 +120,9 @@ def losses_by_example(objective: Objective) -> Objective:
     losses = losses_of_examples(objective)
     if losses is None:
         name = getattr(objective, "__name__", type(objective).__name__)
-        raise InputError(f"--zo_directions example: {name} has no losses of the examples")
+        raise InputError(
+            f"--zo_directions example: {name} has no losses of the examples; use shared"
+        )
     return losses
 
 

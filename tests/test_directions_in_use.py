@@ -208,6 +208,21 @@ def test_generation_trains(tmp_path: Path) -> None:
     assert result["steps"] == 1
 
 
+def test_a_reward_has_no_losses_of_the_examples(
+    tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    reward = {"reward": "examples/rewards/praise.py:praise", "train_as_classification": None}
+    arguments = {"task_name": None, "data_dir": None, "max_new_tokens": 4} | reward
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "The film was"}\n' * 12)
+    argv = training(tmp_path, zo_directions="example", train_file=file, **arguments)
+    assert run.main([*argv, "--validation_file", str(file)]) == 2
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert last == (
+        "error: --zo_directions example: NegativeReward has no losses of the examples; use shared"
+    )
+
+
 REFUSED = {
     "prefix": (
         {"prefix_tuning": True},
