@@ -230,6 +230,7 @@ def test_finetune_from_a_folder_with_spaces(
         "checkpoint",
         "dev accuracy",
         "test accuracy",
+        *lines[-3:-1],  # the run at a glance
         "result",
     ]
     assert result == json.loads((folder / lines[-1].removeprefix("result: ")).read_text())

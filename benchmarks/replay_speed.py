@@ -1,6 +1,6 @@
 """How much faster a replay is than the training that it repeats, in processor time.
 
-    python benchmarks/replay.py [--model_name data/tiny-opt] [--steps 60]
+    python benchmarks/replay_speed.py [--model_name data/tiny-opt] [--steps 60]
 
 One core; the bundled SST2 samples, 16 examples a step. What a run and a replay take to start, as
 one of a single step shows, is left out.
