@@ -74,7 +74,7 @@ def test_result_that_is_there_is_shown(
     assert after["metric"] == before["metric"]
     if trained:
         # Without the time that writing the last checkpoint took.
-        assert min(after["train_seconds"], before["train_seconds"]) > 0.1
+        assert after["train_seconds"] > before["train_seconds"] / 2
         assert after["resumed_from"] and after["history"] == before["history"]
     assert run.main([*argv, "--overwrite_output_dir"]) == 0
     anew = json.loads(path.read_text())
