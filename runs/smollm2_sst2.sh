@@ -18,3 +18,5 @@ compare --passes 400 --points 4 --output runs/smollm2_sst2.json --plot runs/smol
     --seeds 0 --methods "hizoo lr=1e-6 alpha=1e-6"
 compare --passes 900 --points 9 --output runs/smollm2_sst2_900.json --methods "curvature"
 compare --passes 400 --points 4 --output runs/smollm2_sst2_fzoo.json --seeds 0 --methods "fzoo lr=1e-6"
+compare --passes 300 --points 3 --output runs/smollm2_sst2_example.json --seeds 0 \
+    --methods "example-curvature"

@@ -74,7 +74,7 @@ def assert_differs_by_rounding(run_folder: Path) -> None:
     assert outcome.compared == [4] and outcome.rounding < 1e-4
     trained = weights(run_folder / "checkpoint-4")
     differences = [
-        float((parameter - trained[name]).abs().max())
+        float((parameter.detach() - trained[name]).abs().max())
         for name, parameter in model.named_parameters()
     ]
     assert max(differences) <= outcome.rounding
