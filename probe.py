@@ -32,7 +32,7 @@ from hizoo import FIRST_MEASUREMENTS, HiZOO
 from language_model.loading import leave_out_loading_bars
 from preparation import choose_trained_weights, load_pretrained, make_trainer, prepare
 from step_sizes import StepSizes, find_step_sizes
-from utils import InputError, say_last, write_json
+from utils import InputError, exit_code, write_json
 from zeroth_order import CURVATURE_PART, ZerothOrderTrainer
 
 FILE = "probe.json"
@@ -183,38 +183,35 @@ def prepare_trainer(arguments: Arguments) -> ZerothOrderTrainer:
     return trainer
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the command line; returns the exit code: 0 done, 2 bad input, 130 interrupted."""
-    leave_out_loading_bars()
+def run_command_line(argv: Sequence[str]) -> None:
+    """Read the command line, measure, and write and draw what is found."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--plot", type=Path)
     own, others = parser.parse_known_args(argv)
-    try:
-        arguments = parse_arguments(others)
-        check(arguments)
-        if arguments.trainer != "zo":
-            raise InputError(f"--trainer {arguments.trainer}: probe.py measures for --trainer zo")
-        settle_dtype(arguments)
-        name_run(arguments)
-        file = Path(arguments.output_dir) / FILE
-        with locked("--output_dir", file.parent, is_folder=True):
-            found = measure(prepare_trainer(arguments))
-            if found.step.best is None:
-                raise InputError(found.step.reason)
-            write_json(file, {"probes": [{"global_step": 0, **found.as_dict()}]})
-        print("\n".join([*lines(found), f"result: {file}"]))
-        if own.plot:
-            from probe_plot import draw  # matplotlib takes a second to load
+    arguments = parse_arguments(others)
+    check(arguments)
+    if arguments.trainer != "zo":
+        raise InputError(f"--trainer {arguments.trainer}: probe.py measures for --trainer zo")
+    settle_dtype(arguments)
+    name_run(arguments)
+    file = Path(arguments.output_dir) / FILE
+    with locked("--output_dir", file.parent, is_folder=True):
+        found = measure(prepare_trainer(arguments))
+        if found.step.best is None:
+            raise InputError(found.step.reason)
+        write_json(file, {"probes": [{"global_step": 0, **found.as_dict()}]})
+    print("\n".join([*lines(found), f"result: {file}"]))
+    if own.plot:
+        from probe_plot import draw  # matplotlib takes a second to load
 
-            draw(found, own.plot)
-            print(f"picture: {own.plot}")
-    except InputError as error:
-        say_last(f"error: {error}")
-        return 2
-    except KeyboardInterrupt:
-        say_last("interrupted")
-        return 130
-    return 0
+        draw(found, own.plot)
+        print(f"picture: {own.plot}")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command line; returns the exit code (``utils.exit_code``)."""
+    leave_out_loading_bars()
+    return exit_code(lambda: run_command_line(argv))
 
 
 if __name__ == "__main__":

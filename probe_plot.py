@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pictures import new_figure, save_figure
 from step_sizes import Step, StepSizes
-from utils import InputError, NotWritten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,16 +30,7 @@ def draw(result: StepSizes, path: Path) -> None:
         InputError: matplotlib is not installed, or knows no such kind of file.
         NotWritten: the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError(
-            f"--plot {path}: a picture needs matplotlib: install it, or leave --plot out"
-        ) from error
-    # A figure of its own, not pyplot's: that would choose a window system for the whole process.
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
-    if path.suffix.removeprefix(".").lower() not in figure.canvas.get_supported_filetypes():
-        raise InputError(f"--plot {path}: give a name that ends in .png, .pdf or .svg")
+    figure = new_figure(path, (10, 4.4))
     grid = figure.add_gridspec(2, 2, width_ratios=(1.15, 1))
     _draw_step(figure.add_subplot(grid[:, 0]), result.step, result.learning_rate)
     scales = result.scales
@@ -55,11 +46,7 @@ def draw(result: StepSizes, path: Path) -> None:
         *(scales.curvature_floors, (scales.curvature_scale, scales.curvature_error)),
     )
     lower.set_xlabel("μ")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise NotWritten.of(path, error) from error
+    save_figure(figure, path)
 
 
 def _draw_step(axes: Axes, step: Step, learning_rate: float | None) -> None:

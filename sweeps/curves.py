@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pictures import new_figure, save_figure
 from sweeps.tables import Loaded, differing_settings, shown_setting
-from utils import InputError, NotWritten
+from utils import InputError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -100,12 +101,6 @@ def draw(loaded: Sequence[Loaded], path: Path) -> None:
             several tasks, or none has dev losses.
         NotWritten: the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError(
-            f"--plot {path}: a picture needs matplotlib: install it, or leave --plot out"
-        ) from error
     tasks = list(dict.fromkeys(each.result["task"] for each in loaded))
     if len(tasks) > 1:
         raise InputError(
@@ -125,13 +120,9 @@ def draw(loaded: Sequence[Loaded], path: Path) -> None:
             f"--plot {path}: no run has dev losses (--num_dev, --eval_strategy) with the forward "
             "passes until then"
         )
-    # A figure of its own, not pyplot's: that would choose a window system for the whole process.
     labels = max(shown.values(), key=len)
-    figure = Figure(
-        figsize=(5 * len(widths), 3 * len(heights) + 0.25 * len(labels)), layout="constrained"
-    )
-    if path.suffix.removeprefix(".").lower() not in figure.canvas.get_supported_filetypes():
-        raise InputError(f"--plot {path}: give a name that ends in .png, .pdf or .svg")
+    size = (5 * len(widths), 3 * len(heights) + 0.25 * len(labels))
+    figure = new_figure(path, size)
     axes = figure.subplots(len(heights), len(widths), squeeze=False, sharex="col", sharey="row")
     metric = _metric_name(loaded)
     for row, height in enumerate(heights):
@@ -148,11 +139,7 @@ def draw(loaded: Sequence[Loaded], path: Path) -> None:
     # Below the axes, where it hides nothing.
     figure.legend(handles, names, loc="outside lower center", frameon=False, fontsize=8)
     figure.suptitle(f"{tasks[0]}: {_runs_of(labels)}", fontsize=10)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise NotWritten.of(path, error) from error
+    save_figure(figure, path)
 
 
 def _draw_panel(panel: Axes, found: Sequence[Curve], is_loss: bool) -> None:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = (
     {"hizoo", "layerwise", "example_directions"},
     {"utils"},
-    {"sharing"},
+    {"sharing", "pictures"},
     {"manifest", "journal"},
     {"differences", "step_sizes", "probe_plot"},
     {
