@@ -29,6 +29,7 @@ from callbacks import SaveOnInterrupt
 from checkpoints import RemoveEarlierCheckpoints, last_checkpoint, write_together
 from command_line.arguments import USAGE, Arguments, parse_arguments
 from command_line.checks import check
+from command_line.restarts import own_store
 from command_line.settings import name_run, settle_dtype
 from command_line.slurm import take_slurm_variables
 from folders import locked_places, run_folders
@@ -287,7 +288,8 @@ def main(argv: Sequence[str]) -> int:
         return 2
     leave_out_loading_bars()
     take_slurm_variables(os.environ)
-    return exit_code(lambda: run_command_line(argv))
+    with own_store(os.environ):
+        return exit_code(lambda: run_command_line(argv))
 
 
 if __name__ == "__main__":
