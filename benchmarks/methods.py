@@ -188,7 +188,7 @@ def measure(arguments: argparse.Namespace, method: str, seed: int) -> dict[str, 
     encoder = Encoder(task, tokenizer, 512)
     data_dir = None if arguments.data_dir == "hub" else arguments.data_dir
     drawn = sample_train_dev(load_samples(task, data_dir)[0], TRAIN, DEV, seed)
-    encode = encoder.correct if task.generation else encoder.options
+    encode = encoder.correct_option if task.generation else encoder.options
     train, dev = ([encode(sample) for sample in part] for part in drawn)
     objective = language_model_loss if task.generation else classification_loss
     if settings["kind"] in BY_EXAMPLE:
@@ -208,6 +208,7 @@ def measure(arguments: argparse.Namespace, method: str, seed: int) -> dict[str, 
                 row |= {"eta": optimizer.learning_rate(group), "clipped": group["clipped_steps"]}
                 row |= {"mean_curvature": group["mean_curvature"]}
             curve.append(row)
+            tell(method, seed, row)
             while targets and passes >= targets[0]:
                 targets.pop(0)
             if not targets or not loss < arguments.give_up:
@@ -222,6 +223,17 @@ def measure(arguments: argparse.Namespace, method: str, seed: int) -> dict[str, 
         seconds += time.perf_counter() - started
         largest = max(largest, value)
         passes, steps = passes + used, steps + 1
+
+
+def tell(method: str, seed: int, row: dict[str, Any]) -> None:
+    """Say on stderr where a run is, which may take an hour."""
+    accuracy = "" if row["accuracy"] is None else f", accuracy {row['accuracy']:.3f}"
+    print(
+        f"{method}, seed {seed}: {row['passes']} passes, {row['seconds']:.0f} s, loss "
+        f"{row['loss']:.4f}{accuracy}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def mean_and_error(values: Sequence[float]) -> str:

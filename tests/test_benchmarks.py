@@ -97,3 +97,45 @@ def test_demo_curves_are_drawn_from_their_numbers(
     }
     demo_curves.plot(runs, tmp_path / "demo_curves.png")
     assert (tmp_path / "demo_curves.png").stat().st_size > 10_000
+
+
+def test_methods(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    methods = importlib.import_module("methods")
+    monkeypatch.setattr(methods, "TRAIN", 20)
+    monkeypatch.setattr(methods, "DEV", 4)
+    curvature, mezo = "curvature batch=2", "mezo lr=1e-4 batch=2"
+    for task, chosen in (("SST2", [mezo]), ("SST2", [curvature, mezo]), ("SQuAD", [curvature])):
+        file = tmp_path / f"{task}.json"
+        line = ["methods.py", "--task", task, "--passes", "3", "--points", "1", "--seeds", "0"]
+        monkeypatch.setattr(sys, "argv", [*line, "--output", str(file), "--methods", *chosen])
+        methods.main()
+        runs = json.loads(file.read_text())["runs"]
+        assert {run["method"] for run in runs} == set(chosen)
+        for run in runs:
+            before, after = run["curve"]
+            assert before["passes"] == 0 and after["passes"] >= 3
+            assert (before["accuracy"] is None) == (task == "SQuAD")
+    # What stood in the file was not run again.
+    assert capsys.readouterr().err.count(f"{mezo}, seed 0: 0 passes") == 1
+
+
+def test_learning_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    rates = importlib.import_module("learning_rates")
+
+    def curve(*losses: float) -> list[dict[str, float]]:
+        return [{"steps": 10 * i, "loss": loss, "eta": 1e-3} for i, loss in enumerate(losses)]
+
+    assert rates.steps_to(0.5, curve(1.0, 0.8, 0.4)) == 17.5
+    assert rates.steps_to(0.3, curve(1.0, 0.8, 0.4)) is None
+    assert rates.shown_steps(0.5, [curve(1.0, 0.5), curve(1.0, 0.0)]) == "8"
+    assert rates.shown_steps(0.5, [curve(1.0, 0.9), curve(1.0, 0.0)]) == "> 10 (1 of 2)"
+    found = {"curvature": [curve(1, 0.5)], "mezo lr=1e-6": [curve(1, 0.9)]}
+    found["mezo lr=1e-2"] = [curve(1, 0.0)]
+    monkeypatch.setattr(rates, "curves_of", lambda files: found)
+    cells = rates.row("none", (), "a model, a task").split(" | ")
+    assert cells[2:5] == ["1.0e-03 to 1.0e-03", "1e-2", "0.100"]
+    assert cells[5:] == ["> 10 (1 of 1)", "> 10 (1 of 1)", "9", "1 |"]
