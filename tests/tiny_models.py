@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,12 @@ def tiny_tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(TINY_OPT)
 
 
+@functools.cache
+def vocabulary_size() -> int:
+    """Return the number of tokens of ``tiny_tokenizer``."""
+    return len(tiny_tokenizer())
+
+
 def tokenizer_without_start() -> PreTrainedTokenizerBase:
     """Return the same vocabulary, but no start and no pad token, as Qwen2's and GPT-2's habits."""
     state = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
@@ -142,11 +149,11 @@ def tiny_model(family: str, **overrides: Any) -> PreTrainedModel:
     Weights are large, so that log-probabilities of different texts differ clearly.
     """
     config_class, shape = {**_PACKABLE, **_OTHER, **_WINDOWED, **_OTHER_NAMES}[family]
-    vocabulary = len(tiny_tokenizer())
     name = "init_std" if family in ("opt", "xglm") else "initializer_range"
     spread = {name: 0.2}
     special = {"bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1}
-    config = config_class(vocab_size=vocabulary, **{**shape, **spread, **special, **overrides})
+    settings = {**shape, **spread, **special, **overrides}
+    config = config_class(vocab_size=vocabulary_size(), **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config)
