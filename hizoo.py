@@ -55,13 +55,16 @@ from torch import Tensor
 #
 # These functions are compiled as they are, or run as they are. Scalars are 0-dimensional tensors in
 # a compiled kernel, which would otherwise be compiled anew for every number, and floats elsewhere.
+# A tile holds its numbers as they are, or as int32 words, two bfloat16 numbers each: then its parts
+# are the first numbers of all words and the second ones, else it is one part.
 
 Scalar = float | Tensor
 # A direction's number, and how many times μ u/√h the parameters are shifted along it.
 Point = tuple[int, float]
 # The loss at a point: of a batch, or (examples,) of each of its examples.
 Losses = float | Tensor
-# h - 1 of a tile, or the row factors (rows, 1) and column factors (columns,) whose product is h.
+# h - 1 of a tile, or the row factors (rows, 1) and column factors (parts, columns) whose product is
+# h.
 HessianTile = Tensor | tuple[Tensor, Tensor] | None
 
 
@@ -69,52 +72,53 @@ class Coefficients(NamedTuple):
     """Scalars of an update.
 
     Attributes:
-        steps: what u/√h of each direction is multiplied by, -η g; with a direction for every
-            example a tensor of the tile's shape, which holds their signs too.
+        steps: what u/√h of each direction is multiplied by in each part, -η g; with a direction for
+            every example tensors of the part's shape, which hold their signs too.
         back: what u/√h of each direction has to be added to take the shift back; None: no shift.
         growths: α c of each direction; None: h stays as it is, or is low-rank.
         smooth: α.
         decay: -η λ; None for 0.
     """
 
-    steps: Sequence[Scalar]
+    steps: Sequence[Sequence[Scalar]]
     back: Sequence[Scalar] | None
     growths: Sequence[Scalar] | None
     smooth: Scalar
     decay: Scalar | None
 
 
-def hessian_of(tile: Tensor | tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
-    """Return h of one tile, a new tensor."""
+def hessian_of(tile: Tensor | tuple[Tensor, Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Return h of each part of a tile, new tensors."""
     if isinstance(tile, tuple):
-        return tile[0] * tile[1]
-    return tile.to(dtype) + 1
+        return [tile[0] * columns for columns in tile[1]]
+    return [offset.to(dtype) + 1 for offset in numbers_of(tile)]
 
 
 def shift_tile(
-    target: Tensor,
+    targets: Sequence[Tensor],
     source: Tensor | None,
     hessian: HessianTile,
     noise: Tensor,
-    scale: Scalar,
+    scales: Sequence[Scalar],
     measured: bool = False,
-) -> Tensor | None:
-    """Write ``source`` + ``scale`` u/√h into ``target``, half precision rounded once, at the end.
+) -> list[Tensor] | None:
+    """Write ``source`` + a scale times u/√h into each of ``targets``, one for each of ``scales``.
 
-    ``source`` None means in place. Returns h u² if ``measured``.
+    Half precision rounds once, at the end. ``source`` None means in place. Returns h u² of each
+    part if ``measured``.
     """
-    noise = drawn(noise, target)
+    source = targets[0] if source is None else source
+    noises = drawn(noise, source)
     squares = None
     if hessian is not None:
-        whole = hessian_of(hessian, noise.dtype)
+        hessians = hessian_of(hessian, noises[0].dtype)
         if measured:
-            squares = noise.square().mul_(whole)
-        noise = noise.mul_(whole.rsqrt_())
-    noise = noise.mul_(scale)
-    if source is None:
-        target.add_(noise)
-    else:
-        target.copy_(noise.add_(source))
+            squares = [u.square().mul_(h) for u, h in zip(noises, hessians, strict=True)]
+        noises = [u.mul_(h.rsqrt_()) for u, h in zip(noises, hessians, strict=True)]
+    values = numbers_of(source)
+    for target, scale in zip(targets, scales, strict=True):
+        shifted = [u.mul(scale).add_(value) for u, value in zip(noises, values, strict=True)]
+        target.copy_(tile_of_numbers(shifted, target.dtype))
     return squares
 
 
@@ -124,47 +128,62 @@ def update_tile(
     shifted_with: HessianTile,
     noises: Sequence[Tensor],
     coefficients: Coefficients,
-    rounding: Sequence[Sequence[int]] | Tensor,
+    rounding: Sequence[int] | Tensor,
 ) -> None:
     """Take the shift back, and update h and θ of a tile.
 
     ``shifted_with`` is the low-rank h before this step's average; None: it is ``hessian`` itself.
-    Half precision rounds stochastically, from the keys in ``rounding``: θ's first, then h's.
+    Half precision rounds stochastically, from the key ``rounding``.
     """
     steps, back, growths, smooth, decay = coefficients
-    noises = [drawn(noise, target) for noise in noises]
-    dtype = noises[0].dtype
+    directions = [drawn(noise, target) for noise in noises]
+    dtype = directions[0][0].dtype
     shifted_with = hessian if shifted_with is None else shifted_with
     before = None if shifted_with is None else hessian_of(shifted_with, dtype)
-    if back is not None:
-        move = weighted_sum(noises, back)
-        target.add_(move if before is None else move.mul_(before.rsqrt()))
+    rounds = [is_half(tile) for tile in (target, hessian) if isinstance(tile, Tensor)]
+    bits = random_bits(rounding, target) if any(rounds) else None
+    values, offsets = numbers_of(target), None if growths is None else numbers_of(hessian)
+    for part, value in enumerate(values):
+        noises = [direction[part] for direction in directions]
+        of_part = None if bits is None else bits[part]
+        if back is not None:
+            move = weighted_sum(noises, back)
+            value = value + (move if before is None else move.mul_(before[part].rsqrt()))
+        change = weighted_sum(noises, [step[part] for step in steps])
+        if growths is not None:
+            growth = weighted_sum([noise * noise for noise in noises], growths).sub_(smooth)
+            growth.mul_(before[part])
+            # Bits that θ rounds by as well come last here.
+            turned = None if of_part is None else half_turned(of_part)
+            offset = added(offsets[part], growth, turned, hessian)
+            # An h of 0 would make the next perturbation infinite, an infinite one would become NaN.
+            limits = torch.finfo(format_of(hessian))
+            offsets[part] = offset.clamp(limits.eps - 1, limits.max)
+            change.mul_((offsets[part].to(dtype) + 1).rsqrt_())
+        elif hessian is not None:
+            change.mul_(hessian_of(hessian, dtype)[part].rsqrt_())
+        if decay is not None:
+            change.add_(value * decay)
+        values[part] = added(value, change, of_part, target)
+    target.copy_(tile_of_numbers(values, target.dtype))
     if growths is not None:
-        growth = weighted_sum([noise * noise for noise in noises], growths).sub_(smooth)
-        add_to(hessian, growth.mul_(before), rounding[1])
-        # An h of 0 would make the next perturbation infinite, an infinite one would become NaN.
-        limits = torch.finfo(hessian.dtype)
-        hessian.clamp_(limits.eps - 1, limits.max)
-    change = weighted_sum(noises, steps)
-    if hessian is not None:
-        change.mul_(hessian_of(hessian, dtype).rsqrt_())
-    if decay is not None:
-        change.add_(target.to(dtype) * decay)
-    add_to(target, change, rounding[0])
+        hessian.copy_(tile_of_numbers(offsets, hessian.dtype))
 
 
 def direction_tile(like: Tensor, hessian: HessianTile, noise: Tensor, scale: Scalar) -> Tensor:
     """Return ``scale`` u/√h of a tile, in the shape and dtype of ``like``."""
-    noise = drawn(noise, like)
+    noises = drawn(noise, like)
     if hessian is not None:
-        noise = noise.mul(hessian_of(hessian, noise.dtype).rsqrt_())
-    return noise.mul(scale).to(like.dtype)
+        hessians = hessian_of(hessian, noises[0].dtype)
+        noises = [u.mul(h.rsqrt_()) for u, h in zip(noises, hessians, strict=True)]
+    return tile_of_numbers([u.mul(scale) for u in noises], like.dtype)
 
 
-def measured_squares(like: Tensor, hessian: HessianTile, noise: Tensor) -> Tensor:
-    """Return h u² of a tile, in the shape of ``like``."""
-    noise = drawn(noise, like)
-    return noise.square().mul_(hessian_of(hessian, noise.dtype))
+def measured_squares(like: Tensor, hessian: HessianTile, noise: Tensor) -> list[Tensor]:
+    """Return h u² of each part of a tile."""
+    noises = drawn(noise, like)
+    hessians = hessian_of(hessian, noises[0].dtype)
+    return [u.square().mul_(h) for u, h in zip(noises, hessians, strict=True)]
 
 
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[Scalar]) -> Tensor:
@@ -204,8 +223,8 @@ STEP_SIZES = ("fixed", "curvature")
 MEMORY, LEAST_PART, FIRST_MEASUREMENTS = 20, 0.3, 5
 # Steps between two measurements of c where they are all that its forward passes are for.
 RARELY = 10
-# Numbers of the streams that stochastic rounding draws from; those of u are numbered from 0.
-ROUNDING_WEIGHTS, ROUNDING_HESSIAN = -1, -2
+# Number of the stream that stochastic rounding draws from; those of u are numbered from 0.
+ROUNDING = -1
 # With the number of a direction, that of the stream of its examples' signs.
 SIGNS = -3
 # No number of u is larger.
@@ -726,13 +745,13 @@ class HiZOO(torch.optim.Optimizer):
             )
             own = slot.view(parameter, tile)
             if slot.draws_apart:
-                noise = run(drawn, slot)(noise, own)
+                (noise,) = run(drawn, slot)(noise, own)
             squares = run(shift_tile, slot)(
-                own if outputs is None else slot.view(outputs[parameter], tile),
+                [own if outputs is None else slot.view(outputs[parameter], tile)],
                 None if outputs is None else own,
                 tile_of(hessian, tile),
                 noise,
-                self._scalars([scale * slot.group["eps"]], slot)[0],
+                [*self._scalars([scale * slot.group["eps"]], slot)],
                 measured,
             )
             self._written_tiles += 1
@@ -770,7 +789,7 @@ class HiZOO(torch.optim.Optimizer):
         averaged = self._averaged_hessians(before, differences)
         begun, own = 0, None
         try:
-            for slot, tile, noises, keys in self._tiles_to_update():
+            for slot, tile, noises, key in self._tiles_to_update():
                 hessian = averaged.get(slot, before[slot])
                 begun, own = begun + 1, slot.view(slot.parameter, tile)
                 run(update_tile, slot)(
@@ -779,7 +798,7 @@ class HiZOO(torch.optim.Optimizer):
                     tile_of(before[slot], tile) if slot in averaged else None,
                     noises,
                     self._coefficients(slot, tile, hessian, differences, examples),
-                    keys,
+                    key,
                 )
         except BaseException:
             if self._point:
@@ -875,17 +894,13 @@ class HiZOO(torch.optim.Optimizer):
 
     def _tiles_to_update(
         self,
-    ) -> Iterator[tuple[Slot, int, Sequence[Tensor], Sequence[Sequence[int] | Tensor]]]:
-        """Yield every tile with u of every direction and the keys of its rounding."""
+    ) -> Iterator[tuple[Slot, int, Sequence[Tensor], Sequence[int] | Tensor]]:
+        """Yield every tile with u of every direction and the key of its rounding."""
         for packet in cut_into_packets(self._slots):
             noises = zip(*(self._noise(packet, d) for d in range(self.num_samples)), strict=True)
-            keys = zip(
-                self._keys(packet, ROUNDING_WEIGHTS),
-                self._keys(packet, ROUNDING_HESSIAN),
-                strict=True,
-            )
-            for (slot, tile), of_tile, its_keys in zip(packet, noises, keys, strict=True):
-                yield slot, tile, of_tile, its_keys
+            keys = self._keys(packet, ROUNDING)
+            for (slot, tile), of_tile, key in zip(packet, noises, keys, strict=True):
+                yield slot, tile, of_tile, key
 
     def _coefficients(
         self,
@@ -912,15 +927,19 @@ class HiZOO(torch.optim.Optimizer):
         values = self._scalars(numbers, slot)
         grows = isinstance(hessian, FullHessian) and smooth > 0 and self._measured
         return Coefficients(
-            steps=values[:samples] if examples is None else self._steps_of(slot, tile, *examples),
+            steps=[[value] * slot.parts for value in values[:samples]]
+            if examples is None
+            else self._steps_of(slot, tile, *examples),
             back=values[samples : 2 * samples] if self._point else None,
             growths=values[2 * samples : 3 * samples] if grows else None,
             smooth=values[-2],
             decay=values[-1] if numbers[-1] else None,
         )
 
-    def _steps_of(self, slot: Slot, tile: int, firsts: Tensor, weights: Tensor) -> list[Tensor]:
-        """What u/√h of every direction is multiplied by in a tile: -η Σ_i w_i g_i r_i s_iᵀ.
+    def _steps_of(
+        self, slot: Slot, tile: int, firsts: Tensor, weights: Tensor
+    ) -> list[list[Tensor]]:
+        """What u/√h of every direction is multiplied by in a tile's parts: -η Σ_i w_i g_i r_i s_iᵀ.
 
         Of (directions, examples) ``firsts`` and (examples,) ``weights``.
         """
@@ -934,16 +953,18 @@ class HiZOO(torch.optim.Optimizer):
         steps = steps.to(parameter.device, dtype)
         examples = torch.arange(len(weights), dtype=torch.int32, device=parameter.device)
         first = tile * slot.length // max(1, slot.columns)
-        count = len(slot.view(parameter, tile))
+        count = slot.numbers(parameter, tile).numel() // max(1, slot.columns)
         positions = torch.arange(first, first + count, dtype=torch.int32, device=parameter.device)
         tiles = []
         for draw, of_examples in enumerate(steps):
             rows = self._signs(slot, draw, examples, positions.unsqueeze(1)).to(dtype)
             if slot.columns:
                 columns = self._column_signs(slot, draw, examples).to(dtype)
-                tiles.append((rows * of_examples) @ columns)
+                parts = [columns[:, part :: slot.parts] for part in range(slot.parts)]
+                tiles.append([(rows * of_examples) @ of_part for of_part in parts])
             else:
-                tiles.append(rows @ of_examples)
+                parts = [rows[part :: slot.parts] for part in range(slot.parts)]
+                tiles.append([of_part @ of_examples for of_part in parts])
         return tiles
 
     def _column_signs(self, slot: Slot, draw: int, examples: Tensor) -> Tensor:
@@ -976,7 +997,16 @@ class HiZOO(torch.optim.Optimizer):
                 check_parameter(parameter)
                 as_matrix = self._is_low_rank(parameter) or self._has_rows(parameter)
                 as_matrix |= "hessian_rows" in self.state.get(parameter, {})
-                slots.append(Slot.cut(parameter, group, number, as_matrix, bool(self._compiles)))
+                slots.append(
+                    Slot.cut(
+                        parameter,
+                        group,
+                        number,
+                        as_matrix,
+                        bool(self._compiles),
+                        self._dtype_of_hessian(parameter),
+                    )
+                )
         return slots
 
     def _check_parameters(self) -> None:
@@ -1082,12 +1112,17 @@ class HiZOO(torch.optim.Optimizer):
         for slot in self._slots:
             if slot.group["hessian_smooth"] == 0 or self.state.get(slot.parameter):
                 continue
-            dtype = self.hessian_dtype
-            if dtype is None:
-                dtype = slot.parameter.dtype
-                dtype = torch.bfloat16 if dtype == torch.float16 else dtype
             kind = LowRankHessian if self._is_low_rank(slot.parameter) else FullHessian
-            self.state[slot.parameter] = kind.start(slot, dtype)
+            self.state[slot.parameter] = kind.start(slot, self._dtype_of_hessian(slot.parameter))
+
+    def _dtype_of_hessian(self, parameter: Tensor) -> torch.dtype:
+        """Return the dtype that a parameter's full h has, or would have."""
+        state = self.state.get(parameter, {})
+        if "hessian_minus_one" in state:
+            return state["hessian_minus_one"].dtype
+        if self.hessian_dtype is not None:
+            return self.hessian_dtype
+        return torch.bfloat16 if parameter.dtype == torch.float16 else parameter.dtype
 
 
 # ----------------------------------------------------------------- a direction for every example
@@ -1144,8 +1179,9 @@ class ExampleNoise:
         for _, tile, noise in self.optimizer._tiles_with_noise([slot], self.draw):
             own = slot.view(parameter, tile)
             if slot.draws_apart:
-                noise = run(drawn, slot)(noise, own)
+                (noise,) = run(drawn, slot)(noise, own)
             values = run(direction_tile, slot)(own, tile_of(hessian, tile), noise, scale)
+            values = values.view(parameter.dtype)
             yield slice(start, start + len(values)), values
             start += len(values)
 
@@ -1159,7 +1195,8 @@ class ExampleNoise:
         noise = noise.to(compute_dtype(parameter.dtype))
         hessian = self.optimizer._hessian(slot)
         if hessian is not None:
-            noise.mul_(hessian_of(hessian.of_rows(rows), noise.dtype).rsqrt_())
+            (whole,) = hessian_of(hessian.of_rows(rows), noise.dtype)
+            noise.mul_(whole.rsqrt_())
         return noise.mul_(self.scale * slot.group["eps"]).to(parameter.dtype)
 
 
@@ -1215,25 +1252,29 @@ class LowRankHessian:
         }
 
     def tile(self, tile: int) -> HessianTile:
-        """Return the row factors, (rows, 1), and the column factors, (columns,), of a tile."""
+        """Return the row factors (rows, 1) and the column factors (parts, columns) of a tile."""
         dtype = compute_dtype(self.slot.parameter.dtype)
-        rows = self.row_factors[self.slot.rows(tile)]
-        return rows.to(dtype).unsqueeze(1), self.columns.to(dtype)
+        rows, columns = self.row_factors[self.slot.rows(tile)], self.columns.to(dtype)
+        columns = columns.view(-1, self.slot.parts).t().contiguous()
+        return rows.to(dtype).unsqueeze(1), columns
 
     def of_rows(self, rows: Tensor) -> HessianTile:
         """Return the row factors and the column factors of some rows."""
         dtype = compute_dtype(self.slot.parameter.dtype)
-        return self.row_factors[rows].to(dtype).unsqueeze(1), self.columns.to(dtype)
+        return self.row_factors[rows].to(dtype).unsqueeze(1), self.columns.to(dtype).unsqueeze(0)
 
     def no_moments(self) -> tuple[Tensor, Tensor]:
         """Return row and column means of h u², of no tile so far."""
         return torch.zeros_like(self.rows), torch.zeros_like(self.columns)
 
-    def add_moments(self, moments: tuple[Tensor, Tensor], tile: int, squares: Tensor) -> None:
-        """Add what a tile of h u² contributes to the row and column means of the matrix."""
+    def add_moments(
+        self, moments: tuple[Tensor, Tensor], tile: int, squares: Sequence[Tensor]
+    ) -> None:
+        """Add what h u² of a tile's parts contributes to the row and column means of the matrix."""
         of_rows, of_columns = moments
-        of_rows[self.slot.rows(tile)] += squares.sum(1) / len(self.columns)
-        of_columns += squares.sum(0) / len(self.rows)
+        for part, of_part in enumerate(squares):
+            of_rows[self.slot.rows(tile)] += of_part.sum(1) / len(self.columns)
+            of_columns[part :: len(squares)] += of_part.sum(0) / len(self.rows)
 
     def averaged(
         self, smooth: float, curvatures: list[float], moments: list[tuple[Tensor, Tensor]]
@@ -1279,7 +1320,9 @@ class Slot:
     """A parameter's place in the optimizer, and how it is cut into tiles of ``length`` numbers.
 
     Where h is low-rank a tile is a matrix of whole rows with ``columns`` numbers each, otherwise,
-    with ``columns`` 0, one-dimensional.
+    with ``columns`` 0, one-dimensional. Kernels see it as words if ``in_words``: those for bfloat16
+    on a CPU work on twice as many numbers at once as those for float32, and then torch.compile
+    takes the casts of bits, for u and for rounding, through memory.
     """
 
     parameter: Tensor
@@ -1288,10 +1331,17 @@ class Slot:
     columns: int
     length: int
     compiles: bool
+    in_words: bool
 
     @classmethod
     def cut(
-        cls, parameter: Tensor, group: dict[str, Any], number: int, as_matrix: bool, compiles: bool
+        cls,
+        parameter: Tensor,
+        group: dict[str, Any],
+        number: int,
+        as_matrix: bool,
+        compiles: bool,
+        hessian_dtype: torch.dtype | None = None,
     ) -> Slot:
         """Choose the length of the tiles, and whether kernels are compiled for them."""
         compiles = compiles and parameter.numel() >= COMPILED_PARAMETER_ELEMENTS
@@ -1302,21 +1352,28 @@ class Slot:
         columns = parameter[0].numel() if as_matrix and parameter.numel() else 0
         if columns:
             length = max(1, length // columns) * columns
-        return cls(parameter, group, number, columns, length, compiles)
+        in_words = (
+            compiles
+            and parameter.device.type == "cpu"
+            and parameter.dtype == hessian_dtype == torch.bfloat16
+            and not any(n % 2 for n in (parameter.storage_offset(), parameter.numel(), columns))
+        )
+        return cls(parameter, group, number, columns, length, compiles, in_words)
 
     def __len__(self) -> int:
         """Return the number of tiles."""
         return math.ceil(self.parameter.numel() / self.length)
 
     @property
-    def draws_apart(self) -> bool:
-        """Whether a shift's u is drawn by a kernel of its own.
+    def parts(self) -> int:
+        """Return the number of parts that kernels see a tile in."""
+        return 2 if self.in_words else 1
 
-        A kernel for half precision on a CPU works on twice as many numbers at once as one for
-        float32, and then torch.compile takes the casts of bits that u needs through memory.
-        """
-        parameter = self.parameter
-        return self.compiles and parameter.device.type == "cpu" and parameter.element_size() < 4
+    @property
+    def draws_apart(self) -> bool:
+        """Whether a shift's u is drawn by a kernel of its own: half precision not in words."""
+        on_cpu = self.parameter.device.type == "cpu"
+        return self.compiles and on_cpu and is_half(self.parameter) and not self.in_words
 
     def rows(self, tile: int) -> slice:
         """Return the rows of a tile, where h is low-rank."""
@@ -1328,8 +1385,14 @@ class Slot:
 
         ``data`` hides what it is a view of, for which torch.compile would compile anew.
         """
-        flat = tensor.view(-1)[tile * self.length : (tile + 1) * self.length]
-        return flat.view((-1, self.columns) if self.columns else (-1,)).data
+        flat, columns = self.numbers(tensor, tile), self.columns
+        if self.in_words:
+            flat, columns = flat.view(torch.int32), columns // 2
+        return flat.view((-1, columns) if columns else (-1,)).data
+
+    def numbers(self, tensor: Tensor, tile: int) -> Tensor:
+        """Return the numbers of a tile of ``tensor``, as a one-dimensional view."""
+        return tensor.view(-1)[tile * self.length : (tile + 1) * self.length].data
 
 
 def check_parameter(parameter: Tensor) -> None:
@@ -1364,7 +1427,7 @@ def check_perturbation_scale(slots: Sequence[Slot], in_place: bool) -> None:
         rounding = torch.finfo(dtype if in_place else compute_dtype(dtype)).eps / 2
         remainder = max(remainder, shift * rounding if shift < limits.max else math.inf)
         for tile in range(len(slot)):
-            values = slot.view(slot.parameter, tile)
+            values = slot.numbers(slot.parameter, tile)
             others += int(values.count_nonzero())
             changed += int((values.ne(0) & values.abs().lt(largest_changed)).sum())
             weights += values.numel()
@@ -1426,7 +1489,7 @@ def why_not_compiled(device: torch.device) -> str | None:
     target = torch.zeros(COMPILED_PARAMETER_ELEMENTS, device=device)
     noise = torch.zeros(2, dtype=torch.int32, device=device)
     try:
-        compiled(shift_tile)(target, None, None, noise, torch.ones((), device=device))
+        compiled(shift_tile)([target], None, None, noise, [torch.ones((), device=device)])
     except Exception as error:  # of torch, Triton, a compiler or the system, as it may be
         return str(error).strip().partition("\n")[0] or type(error).__name__
     return None
@@ -1435,6 +1498,39 @@ def why_not_compiled(device: torch.device) -> str | None:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of arithmetic for weights of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# The second number of a word, in its upper half.
+UPPER_HALF = -(1 << 16)
+
+
+def is_in_words(tile: Tensor) -> bool:
+    """Whether a tile holds two bfloat16 numbers in each int32 one."""
+    return tile.dtype == torch.int32
+
+
+def format_of(tile: Tensor) -> torch.dtype:
+    """The dtype of a tile's numbers."""
+    return torch.bfloat16 if is_in_words(tile) else tile.dtype
+
+
+def numbers_of(tile: Tensor) -> list[Tensor]:
+    """Return the numbers of each part of a tile, float32 where they are of half precision."""
+    if is_in_words(tile):
+        return [(tile << 16).view(torch.float32), (tile & UPPER_HALF).view(torch.float32)]
+    return [tile.to(torch.float32) if is_half(tile) else tile]
+
+
+def tile_of_numbers(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return a tile of ``dtype`` that holds these numbers, half precision rounded to the nearest.
+
+    The inverse of ``numbers_of``; int32 means words.
+    """
+    if dtype != torch.int32:
+        return parts[0].to(dtype)
+    patterns = [part.view(torch.int32) for part in parts]
+    first, second = (p + (0x7FFF + ((p >> 16) & 1)) for p in patterns)
+    return ((first >> 16) & 0xFFFF) | (second & UPPER_HALF)
 
 
 # ------------------------------------------------------------------------- noise from seeds
@@ -1487,10 +1583,20 @@ def hashed(bits: Tensor) -> Tensor:
     return bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF))
 
 
-def fractions(key: Sequence[int] | Tensor, like: Tensor) -> Tensor:
-    """Return uniform numbers in [0, 1), float32, in ``like``'s shape."""
-    bits = (hashed(counters(key, like)) >> 8).bitwise_and_(0xFFFFFF)
-    return bits.to(torch.float32).mul_(2**-24).view(like.shape)
+def random_bits(key: Sequence[int] | Tensor, like: Tensor) -> list[Tensor]:
+    """Return hashed counters, int32, of each part of a tile, in the part's shape."""
+    first = counters(key, like)
+    if is_in_words(like):
+        first = counters((key[0] * 2, key[1]), like)
+        parts = [first, first + key[0]]
+    else:
+        parts = [first]
+    return [hashed(part).view(like.shape) for part in parts]
+
+
+def half_turned(bits: Tensor) -> Tensor:
+    """Exchange the upper and the lower 16 bits."""
+    return (bits << 16) | ((bits >> 16) & 0xFFFF)
 
 
 def standard_normal(bits: Tensor) -> Tensor:
@@ -1515,38 +1621,66 @@ def standard_normal(bits: Tensor) -> Tensor:
     return logarithm.mul_(-2).sqrt_().mul_(sine)
 
 
-def drawn(noise: Tensor, like: Tensor) -> Tensor:
-    """Return u of a tile in the shape of ``like`` and the dtype of arithmetic.
+def drawn(noise: Tensor, like: Tensor) -> list[Tensor]:
+    """Return u of each part of a tile, in the part's shape and the dtype of arithmetic.
 
     ``noise`` is u already, or a key: then it is drawn here, as a part of a compiled kernel.
     """
-    if not noise.is_floating_point():
-        noise = standard_normal(hashed(counters(noise, like)))
-    return noise.view(like.shape).to(compute_dtype(like.dtype))
+    dtype = compute_dtype(like.dtype)
+    if noise.is_floating_point():
+        return [noise.view(like.shape).to(dtype)]
+    return [standard_normal(bits).to(dtype) for bits in random_bits(noise, like)]
 
 
 # ----------------------------------------------------------------------------------- rounding
 
 
-def add_to(target: Tensor, change: Tensor, key: Sequence[int] | Tensor) -> None:
-    """Add ``change`` to a tile, which rounds stochastically in half precision."""
-    if target.dtype == change.dtype:
-        target.add_(change)
-    else:
-        add_rounding_stochastically(target, change, key)
+def is_half(tile: Tensor) -> bool:
+    """Whether a tile's numbers are of half precision."""
+    return format_of(tile).itemsize < 4
 
 
-def add_rounding_stochastically(
-    target: Tensor, change: Tensor, key: Sequence[int] | Tensor
-) -> None:
-    """Add ``change``, in float32, to a tile of half-precision numbers, right on average.
+def added(value: Tensor, change: Tensor, bits: Tensor | None, tile: Tensor) -> Tensor:
+    """Return ``value`` + ``change``, of a part of ``tile``, as a number that the tile can hold."""
+    if is_half(tile):
+        return rounded_stochastically(value, change, bits, format_of(tile))
+    return value + change.to(value.dtype)
 
-    The tile moves by whole units in the last place of the larger, old or new: ``change`` in those
-    units, rounded up with the probability of its fraction. So a change far below one unit is
-    neither lost nor biased, for normal and subnormal numbers.
+
+def rounded_stochastically(
+    value: Tensor, change: Tensor, bits: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Return ``value`` + ``change`` in float32, rounded to ``dtype``, right on average.
+
+    So a change far below one unit in the last place is neither lost nor biased, for normal and
+    subnormal numbers; where it is 0 nothing moves. ``value`` is of that half-precision dtype, and
+    ``bits`` are random, int32; the upper ones count most.
     """
-    information = torch.finfo(target.dtype)
-    value = target.to(torch.float32)
+    return (rounded_to_bfloat16 if dtype == torch.bfloat16 else rounded_to_units)(
+        value, change, bits, dtype
+    )
+
+
+def rounded_to_bfloat16(value: Tensor, change: Tensor, bits: Tensor, _: torch.dtype) -> Tensor:
+    """Round by adding random bits below bfloat16's last one to float32's, and cutting them off.
+
+    The sum in float32, whose last place is 2**-16 units, rounds at random too: half a last place
+    at most is added to it before.
+    """
+    power = (value.view(torch.int32) & 0x7F800000).view(torch.float32)
+    below = (bits & 0xFFFF).to(torch.float32).sub_(0x7FFF + 0.5).mul_(2**-39)
+    total = value + below.mul_(power).add_(change)
+    total = torch.where(change == 0, value, total)
+    pattern = total.view(torch.int32) + ((bits >> 16) & 0xFFFF)
+    return (pattern & UPPER_HALF).view(torch.float32)
+
+
+def rounded_to_units(value: Tensor, change: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round by moving ``value`` by whole units in the last place of the larger, old or new.
+
+    That is ``change`` in those units, rounded up with the probability of its fraction.
+    """
+    information = torch.finfo(dtype)
     total = value + change
     largest = torch.maximum(value.abs(), total.abs())
     power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)
@@ -1554,8 +1688,9 @@ def add_rounding_stochastically(
     # Where the last place of the sum is a higher one, the sum itself is rounded to it.
     outgrown = value.abs() < power
     value = torch.where(outgrown, 0.0, value)
-    moves = fractions(key, target).add_(torch.where(outgrown, total, change).div_(unit)).floor_()
-    target.copy_(moves.mul_(unit).add_(value))
+    fraction = ((bits >> 8) & 0xFFFFFF).to(torch.float32).mul_(2**-24)
+    moves = fraction.add_(torch.where(outgrown, total, change).div_(unit)).floor_()
+    return moves.mul_(unit).add_(value)
 
 
 # ------------------------------------------------------------------------------------ signals

@@ -245,7 +245,8 @@ def test_small_updates_of_half_precision_are_right_on_average(dtype) -> None:
     numbers = torch.cat([torch.full((count,), start, dtype=dtype) for start, _ in kinds])
     change = torch.cat([torch.full((count,), 1e-3 * unit) for _, unit in kinds])
     for step in range(10_000):
-        hizoo.add_rounding_stochastically(numbers, change.clone(), hizoo.tile_key(step, 0, 0))
+        (bits,) = hizoo.random_bits(hizoo.tile_key(step, 0, 0), numbers)
+        numbers.copy_(hizoo.rounded_stochastically(numbers.float(), change, bits, dtype))
     for moved, (start, unit) in zip(numbers.double().split(count), kinds, strict=True):
         units = (moved - start) / unit
         assert units.mean().item() == pytest.approx(10, abs=0.5)
@@ -489,6 +490,48 @@ def test_compiled_kernels_do_the_same(dtype, hessian, samples, monkeypatch) -> N
             assert (difference > 0).double().mean() < 5e-3
 
 
+@pytest.mark.parametrize("kind", ["mezo", "full", "lowrank", "example"])
+def test_tiles_in_words_hold_the_same_bits(kind) -> None:
+    """Words are how compiled kernels see bfloat16 on a CPU: two numbers in one of int32."""
+    generator = torch.Generator().manual_seed(2)
+    weights = torch.randn(30, 44, generator=generator).to(torch.bfloat16)
+    weights[0, :5] = torch.tensor([0.0, -0.0, 1e-39, -3e38, 1.9921875])
+    offsets = torch.rand(30, 44, generator=generator).sub(0.3).to(torch.bfloat16)
+    rows, columns = torch.rand(30, 1, generator=generator), torch.rand(44, generator=generator)
+    step = torch.randn(30, 44, generator=generator).mul(1e-2)
+    noise = torch.tensor([123_457, 99], dtype=torch.int32)
+    found = []
+    for in_words in (True, False):
+        parts = 2 if in_words else 1
+
+        def tile(numbers: Tensor, in_words: bool = in_words) -> Tensor:
+            return numbers.clone().view(torch.int32) if in_words else numbers.clone()
+
+        hessian = {"full": tile(offsets), "example": tile(offsets)}.get(kind)
+        if kind == "lowrank":
+            hessian = rows, columns.view(-1, parts).t()
+        coefficients = hizoo.Coefficients(
+            steps=[[step[:, part::parts] if kind == "example" else 1e-2 for part in range(parts)]],
+            back=None,
+            growths=[1e-2] if kind in ("full", "example") else None,
+            smooth=1e-2,
+            decay=-1e-3,
+        )
+        source, target, other = tile(weights), tile(weights), tile(weights)
+        squares = hizoo.shift_tile(
+            [target, other], source, hessian, noise, [1e-2, -1e-2], kind != "mezo"
+        )
+        direction = hizoo.direction_tile(source, hessian, noise, 1e-2)
+        hizoo.update_tile(source, hessian, None, [noise], coefficients, noise + 1)
+        tiles = [target, other, direction, source]
+        tiles += [hessian] if isinstance(hessian, Tensor) else []
+        found.append([one.view(torch.bfloat16).view(torch.int16) for one in tiles])
+        if squares is not None:
+            found[-1].append(torch.stack(squares, dim=-1).view(30, 44))
+    for of_words, of_numbers in zip(*found, strict=True):
+        assert torch.equal(of_words, of_numbers)
+
+
 def test_without_a_compiler_the_step_runs_all_the_same(monkeypatch) -> None:
     monkeypatch.setattr(hizoo, "why_not_compiled", lambda device: "no C++ compiler found")
     model = quadratic_model(torch.float32)
@@ -600,8 +643,9 @@ def test_weights_stay_finite_where_h_ends(dtype, smooth, loss) -> None:
 @pytest.mark.parametrize("value, change", [(0.0, 1.003), (1.0, 1.004), (1.9921875, 0.012)])
 def test_changes_into_a_higher_last_place_are_right_on_average(value, change) -> None:
     tile = torch.full((1 << 16,), value, dtype=torch.bfloat16)
-    key = hizoo.tile_key(1, 2, 0)
-    hizoo.add_rounding_stochastically(tile, torch.full((1 << 16,), change), key)
+    (bits,) = hizoo.random_bits(hizoo.tile_key(1, 2, 0), tile)
+    changes = torch.full((1 << 16,), change)
+    tile.copy_(hizoo.rounded_stochastically(tile.float(), changes, bits, tile.dtype))
     assert tile.double().mean().item() == pytest.approx(value + change, abs=1e-4)
 
 
