@@ -7,6 +7,7 @@ a second time, and not written over by another one.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import math
@@ -139,7 +140,6 @@ def summarize(
         seconds: of all runs together.
     """
     outcome = runs[0] if len(runs) == 1 else {**over_sets(runs), "runs": runs}
-    versions = {name: importlib.metadata.version(name) for name in VERSIONS}
     return {
         "task": arguments.task.name,
         "model": arguments.model_name,
@@ -149,8 +149,15 @@ def summarize(
         "seconds": round(seconds, 3),
         **provenance(arguments.device),
         "settings": changed_settings(arguments) | used,
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": versions(),
     }
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that a result depends on."""
+    libraries = {name: importlib.metadata.version(name) for name in VERSIONS}
+    return {"python": platform.python_version(), **libraries}
 
 
 def write_results(

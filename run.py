@@ -5,13 +5,16 @@ python run.py --task_name SST2 --model_name facebook/opt-125m --trainer zo ...
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
 
 if __name__ == "__main__":
     # Before torch is imported: idle threads leave the cores to other programs, and Ctrl-C while the
-    # libraries load ends this one without a traceback.
+    # libraries load ends this one without a traceback. Nothing of theirs is garbage: to look for it
+    # is a sixth of the time that they take to load.
+    gc.disable()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
@@ -293,5 +296,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    gc.freeze()
+    gc.enable()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main(sys.argv[1:]))

@@ -30,7 +30,7 @@ from step import TextbookHiZOO
 from torch import Tensor, nn
 
 from hizoo import HiZOO
-from language_model.encoding import Encoder
+from language_model.encoding import EncodedExample, Encoder
 from language_model.loading import load_config_and_tokenizer, load_model
 from language_model.objectives import classification_loss
 from language_model.packing import collate
@@ -86,7 +86,7 @@ def accuracy(
     encoder: Encoder = data["encoder"]
     model = load_model(MODEL, getattr(torch, dtype))
     chosen, _ = sample_train_dev(data["train"], 1000, 0, seed)
-    examples = [encoder.options(sample) for sample in chosen]
+    examples: list[EncodedExample] = [data["encoded"][sample.id] for sample in chosen]
     order = torch.Generator().manual_seed(seed)
     step = KINDS[kind](model, LEARNING_RATE, eps, seed)
     for _ in range(steps):
@@ -100,12 +100,14 @@ def accuracy(
 
 
 def load_data() -> dict[str, Any]:
-    """The bundled SST2 samples and their encoder."""
+    """The bundled SST2 samples, their encoder, and those of training as tokens."""
     task = get_task("SST2")
     _, tokenizer = load_config_and_tokenizer(MODEL)
     train, validation = load_samples(task, SAMPLES)
     validation = permutation_subset(validation, len(validation), 0)
-    return {"encoder": Encoder(task, tokenizer, 1024), "train": train, "validation": validation}
+    encoder = Encoder(task, tokenizer, 1024)
+    encoded = [encoder.options(sample) for sample in train]
+    return {"encoder": encoder, "train": train, "encoded": encoded, "validation": validation}
 
 
 def plot(drifts: dict[str, Any], accuracies: dict[str, Any], path: Path) -> None:

@@ -259,6 +259,12 @@ def trainer_group(title: str, texts: Mapping[str, str]) -> type:
     )
 
 
+@functools.cache
+def command_line() -> OneLineParser:
+    """Return the parser of the command line: a sweep reads many."""
+    return OneLineParser()
+
+
 def parse_arguments(argv: Sequence[str]) -> Arguments:
     """Read the command line; ``checks.check`` then says whether its values go together.
 
@@ -269,13 +275,12 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     Raises:
         InputError: an argument is unknown, or its value is not of its kind or makes no sense.
     """
-    parser = OneLineParser()
     words = list(argv)
     border = words.index("--") if "--" in words else -1
-    by_script = parser.read(words[: max(border, 0)])
-    by_user = parser.read(words[border + 1 :])
+    by_script = command_line().read(words[: max(border, 0)])
+    by_user = command_line().read(words[border + 1 :])
     if "config" in by_user:
-        by_user = parser.read_config(Path(by_user["config"])) | by_user
+        by_user = command_line().read_config(Path(by_user["config"])) | by_user
     values = by_script | by_user
     for name, value in values.items():
         if name in BOUNDS and value is not None and value != WORDS.get(name):

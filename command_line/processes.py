@@ -6,15 +6,21 @@ for every process, and end with 1. This adds nothing, and ends with the processe
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
+
+if __name__ == "__main__":
+    gc.disable()  # as run.py, while torch loads
 
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
 if __name__ == "__main__":
+    gc.freeze()
+    gc.enable()
     # What it says about processes that end is in the exception, too.
     logging.disable(logging.ERROR)
     # What ends a run lets it save a checkpoint first: the processes get the signal, and the time.

@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from command_line.arguments import OneLineParser
+from command_line.arguments import OneLineParser, command_line
 from command_line.config_files import NOTHING, Entry, read_yaml, typed
 from command_line.unknown import explain_unknown
 from utils import InputError
@@ -121,7 +121,7 @@ def read_grid(
         InputError: there is no such file or no such argument, a list is empty, or something is
             given twice.
     """
-    parser = OneLineParser()
+    parser = command_line()
     grid = _sort_entries(parser, read_yaml(file) if file else {})
     words = {name: Entry("the command line", _read_words(name, v)) for name, v in lists.items()}
     typed_lists = _sort_entries(parser, words).axes

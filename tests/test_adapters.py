@@ -140,12 +140,9 @@ def test_adapters_of_half_precision_models_are_float32(kind: str, dtype: torch.d
 # ------------------------------------------------------------------------------ scores and losses
 
 
-tokenizer_of_all = functools.cache(tiny_tokenizer)
-
-
 @functools.cache
 def encoder(task: str, max_length: int = 1000) -> Encoder:
-    return Encoder(get_task(task), tokenizer_of_all(), max_length, 8)
+    return Encoder(get_task(task), tiny_tokenizer(), max_length, 8)
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
@@ -216,7 +213,7 @@ def test_texts_are_those_of_the_argmax(
     expected = [written(model, prompt, 8) for prompt in prompts]
     assert len(set(expected)) > (0 if family == "gemma2" else 1)
     for batch_size in (1, 3):
-        found = generate(model, tokenizer_of_all(), prompts, settings, batch_size, "")
+        found = generate(model, tiny_tokenizer(), prompts, settings, batch_size, "")
         assert found == expected
 
 
@@ -224,14 +221,14 @@ def test_texts_are_those_of_the_argmax(
 def written(model: PreTrainedModel | PeftModel, prompt: Sequence[int], max_new_tokens: int) -> str:
     """The likeliest next token, again and again, with the whole text in one forward pass."""
     tokens = list(prompt)
-    stops = {tokenizer_of_all().encode("\n", add_special_tokens=False)[-1], 2}
+    stops = {tiny_tokenizer().encode("\n", add_special_tokens=False)[-1], 2}
     for _ in range(max_new_tokens):
         text = torch.tensor([tokens])
         logits = model(input_ids=text, attention_mask=torch.ones_like(text)).logits
         tokens.append(int(logits[0, -1].argmax()))
         if tokens[-1] in stops:
             break
-    return tokenizer_of_all().decode(tokens[len(prompt) :], skip_special_tokens=True).strip()
+    return tiny_tokenizer().decode(tokens[len(prompt) :], skip_special_tokens=True).strip()
 
 
 @pytest.mark.parametrize("kind", [None, "prefix"])
@@ -245,7 +242,7 @@ def test_a_window_does_not_see_padding(family: str, kind: str | None) -> None:
     expected = [written(model, prompt, 8) for prompt in prompts]
     assert len(set(expected)) == 3
     for batch_size in (1, 3):
-        assert generate(model, tokenizer_of_all(), prompts, settings, batch_size, "") == expected
+        assert generate(model, tiny_tokenizer(), prompts, settings, batch_size, "") == expected
 
 
 @pytest.mark.parametrize("kind", ["lora", "prefix"])
@@ -254,7 +251,7 @@ def test_beams(kind: str) -> None:
     model = adapted("llama", kind)
     prompts = [encoder("SQuAD").prompt(sample) for sample in samples_of("SQuAD")[1][:4]]
     settings = GenerationSettings(max_new_tokens=6, num_beams=3)
-    tokenizer = tokenizer_of_all()
+    tokenizer = tiny_tokenizer()
     expected = []
     for prompt in prompts:
         text = torch.tensor([prompt])

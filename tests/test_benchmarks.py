@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+import tasks
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -55,7 +57,16 @@ def test_scoring(measured: Callable[..., Any]) -> None:
     assert generation["same_text"]
 
 
-def test_precision(tmp_path: Path, measured: Callable[..., Any]) -> None:
+def test_precision(
+    tmp_path: Path, measured: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = tasks.load_samples
+
+    def load_few(*arguments: Any) -> tuple[list[tasks.Sample], list[tasks.Sample]]:
+        train, validation = load(*arguments)
+        return train, validation[:50]
+
+    monkeypatch.setattr(tasks, "load_samples", load_few)
     small = ("--steps", "1", "--drift_steps", "20", "--long_steps", "20", "--seeds", "0")
     plot = tmp_path / "precision.png"
     figures = measured("precision.py", *small, "--plot", str(plot))

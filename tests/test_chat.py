@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ NO_SYSTEM = (
 
 
 def chat_tokenizer(template: str = TEMPLATE) -> PreTrainedTokenizerBase:
-    tokenizer = tiny_tokenizer()
+    tokenizer = copy.deepcopy(tiny_tokenizer())
     tokenizer.chat_template = template
     return tokenizer
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import shutil
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,7 +11,15 @@ from typing import Any
 import pytest
 import torch
 from oracle_hizoo import read_noise, read_signs
-from running import assert_same_checkpoint, assert_same_tensors, finish, log_of, training, weights
+from running import (
+    assert_same_checkpoint,
+    assert_same_tensors,
+    finish,
+    log_of,
+    probe_in_small,
+    training,
+    weights,
+)
 from test_families import save_model
 from test_journal import NO_CHECKPOINTS
 from test_objectives import encoder
@@ -21,9 +28,7 @@ from tiny_models import newline_writing_model, tiny_model, tiny_tokenizer
 from torch import nn
 
 import hizoo
-import probe
 import run
-import step_sizes
 from example_directions import ExampleDirections
 from hizoo import ExampleNoise, HiZOO
 from journal import FILE, read_journal
@@ -155,9 +160,7 @@ def test_every_mode_trains_and_resumes_bit_for_bit(
     tmp_path: Path, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hizoo, "CACHED_TILE_ELEMENTS", 1 << 14)  # so that the model is cut
-    # Few forward passes, which find a rate all the same.
-    few_passes = functools.partial(step_sizes.find_step_sizes, directions=2, pairs=2)
-    monkeypatch.setattr(probe, "find_step_sizes", few_passes)
+    probe_in_small(monkeypatch)
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     few = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 3}
     few |= {"zo_directions": "example"}

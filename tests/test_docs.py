@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import MODEL, ROOT, SAMPLES, command
+from running import MODEL, ROOT, SAMPLES, command, probe_in_small
 
 import probe
 import replay
@@ -136,7 +136,7 @@ def run_shortened(argv: list[str], checkout: Path, capsys: pytest.CaptureFixture
 
 
 def probe_as_shown(argv: list[str], checkout: Path) -> None:
-    """Run probe.py as it stands there: with fewer examples there may be no step to find."""
+    """Run probe.py with all examples: with fewer there may be no step to find."""
     assert probe.main(argv) == 0, argv
     assert (checkout / argv[argv.index("--plot") + 1]).stat().st_size > 10_000
 
@@ -146,8 +146,13 @@ BASH_BLOCKS = [(page, number) for page in TEXTS for number in range(len(blocks(p
 
 @pytest.mark.parametrize(("page", "number"), BASH_BLOCKS)
 def test_every_command_line_runs(
-    page: str, number: int, checkout: Path, capsys: pytest.CaptureFixture[str]
+    page: str,
+    number: int,
+    checkout: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    probe_in_small(monkeypatch)
     if page == "own-data.md" and number:
         calls_of(blocks(page, "bash")[0], checkout)  # It writes the file that this one reads.
     block = blocks(page, "bash")[number]

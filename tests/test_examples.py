@@ -9,7 +9,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from running import ROOT
+from running import MODEL, ROOT, SAMPLES
 
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 
@@ -24,7 +24,12 @@ def test_losses_fall(
     lines = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8").splitlines()
     assert len(lines) < 60
     # The examples read below the working directory and write there: not in the repository.
-    (tmp_path / "data").symlink_to(ROOT / "data")
+    samples = tmp_path / "data/samples/sst2"
+    samples.mkdir(parents=True)
+    (tmp_path / "data/tiny-opt").symlink_to(MODEL)
+    for split, count in (("train", 800), ("validation", 100)):
+        rows = (SAMPLES / f"sst2/{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        (samples / f"{split}.jsonl").write_text("\n".join(rows[:count]), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(sys, "argv", [name])

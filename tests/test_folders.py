@@ -2,43 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
+import signal
 import socket
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
-from running import ROOT
 
 import folders
 from folders import locked
 from utils import InputError
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_lock_of_another_process_ends_with_it(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "out"
-    lock = (
-        "import pathlib, sys, time; from folders import locked\n"
-        "with locked('--output_dir', pathlib.Path(sys.argv[1]), True): print(1, flush=True); "
-        "time.sleep(60)"
-    )
-    other = subprocess.Popen(
-        [sys.executable, "-c", lock, folder], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    assert other.stdout.readline() == "1\n"
-    holder = f"process {other.pid} on {socket.gethostname()}"
+    reading, writing = os.pipe()
+    other = os.fork()
+    if not other:
+        with contextlib.suppress(BaseException), locked("--output_dir", folder, is_folder=True):
+            os.write(writing, b"1")
+            time.sleep(60)
+        os._exit(1)
+    os.close(writing)
+    with open(reading, "rb") as pipe:
+        assert pipe.read(1) == b"1"
+    holder = f"process {other} on {socket.gethostname()}"
     for _ in range(2):  # a refusal leaves the other's lock as it is
         with (
             pytest.raises(InputError, match=rf"--output_dir {folder} is used by {holder}: wait "),
             locked("--output_dir", folder, is_folder=True),
         ):
             pass
-    other.kill()
-    other.wait()
-    other.stdout.close()
+    os.kill(other, signal.SIGKILL)
+    os.waitpid(other, 0)
     assert (folder / ".lock").read_text() == f"{holder}\n"
     with locked("--output_dir", folder, is_folder=True):
         assert f"process {os.getpid()} on " in (folder / ".lock").read_text()

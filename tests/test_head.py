@@ -6,7 +6,6 @@ what it finds before the head.
 
 from __future__ import annotations
 
-import functools
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,7 +50,6 @@ HEADS = [
     for tied, kind in ((True, "tied"), (False, "untied"))
 ]
 of_every_head = pytest.mark.parametrize(("family", "overrides"), HEADS)
-tokenizer_of = functools.cache(tiny_tokenizer)
 TEXT = torch.tensor([[2, 40, 50, 60, 70, 80]])
 
 
@@ -213,7 +211,7 @@ def test_fitted_head_is_the_classifier(
         oracle = LogisticRegression(tol=1e-7, max_iter=5000, fit_intercept=family == "phi")
         oracle.fit(features, targets)
         before = state_of(model)
-        probe = fit_head(model, tokenizer_of(), examples, batch_size=8)
+        probe = fit_head(model, tiny_tokenizer(), examples, batch_size=8)
         assert (probe.tokens, probe.rows) == (len(answers), len(targets))
         assert probe.converged
         found = probabilities_of(model, examples, oracle.classes_)
@@ -245,7 +243,7 @@ def test_features_are_those_of_single_texts(family: str, batch_size: int) -> Non
     """In the order of the examples, though the longest are read first."""
     model = tiny_model(family).train()
     samples = load_samples(get_task("Copa"), str(SAMPLES))[0][:12]
-    encoder = Encoder(get_task("Copa"), tokenizer_of(), 1024)
+    encoder = Encoder(get_task("Copa"), tiny_tokenizer(), 1024)
     examples = [encoder.correct_option(sample) for sample in samples]
     features, targets = answer_features(model, examples, batch_size, "features")
     assert not model.training
@@ -277,7 +275,7 @@ def test_capped_logits_keep_the_classifiers_order() -> None:
     model = tiny_model("gemma2", final_logit_softcapping=30.0)
     examples = random_examples(40, [301, 18, 900], scored=1)
     features, targets = features_of(model, examples)
-    fit_head(model, tokenizer_of(), examples, batch_size=8)
+    fit_head(model, tiny_tokenizer(), examples, batch_size=8)
     oracle = LogisticRegression(max_iter=5000, fit_intercept=False).fit(features, targets)
     found = probabilities_of(model, examples, oracle.classes_).argmax(axis=1)
     assert (oracle.classes_[found] == oracle.predict(features)).all()
@@ -293,7 +291,7 @@ def test_written_rows_are_the_coefficients(
     examples = random_examples(40, [301, 18, 900])
     features, targets = answer_features(model, examples, 8, "features")
     assert features.dtype == np.float32
-    probe = fit_head(model, tokenizer_of(), examples, 8, early_stopping=early)
+    probe = fit_head(model, tiny_tokenizer(), examples, 8, early_stopping=early)
     oracle = LogisticRegression(tol=tol, max_iter=max_iter, fit_intercept=family == "phi")
     oracle.fit(features.astype(np.float64), targets)
     head = model.get_output_embeddings()
@@ -306,16 +304,16 @@ def test_written_rows_are_the_coefficients(
 
 def test_a_solver_that_did_not_converge_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(head_module.FITTING, "max_iter", 2)
-    probe = fit_head(tiny_model("opt"), tokenizer_of(), random_examples(20, [300, 17]), 8)
+    probe = fit_head(tiny_model("opt"), tiny_tokenizer(), random_examples(20, [300, 17]), 8)
     assert (probe.iterations, probe.converged) == (2, False)
 
 
 def test_one_answer_is_refused() -> None:
     model = tiny_model("opt", tie_word_embeddings=True)
     before = state_of(model)
-    (token,) = tokenizer_of().encode(" great", add_special_tokens=False)
+    (token,) = tiny_tokenizer().encode(" great", add_special_tokens=False)
     with pytest.raises(InputError) as caught:
-        fit_head(model, tokenizer_of(), random_examples(5, [token]), 8)
+        fit_head(model, tiny_tokenizer(), random_examples(5, [token]), 8)
     assert str(caught.value) == (
         "--linear_probing: all answers among the 5 training examples are of the one token "
         "' great', there is nothing to tell apart; give a larger --num_train, or another task"
@@ -328,7 +326,7 @@ def test_hidden_states_that_are_not_finite_are_refused() -> None:
     model = tiny_model("opt")
     model.get_input_embeddings().weight.data[:] = torch.inf
     with pytest.raises(InputError, match="hidden states are not finite"):
-        fit_head(model, tokenizer_of(), random_examples(5, [300, 17]), 8)
+        fit_head(model, tiny_tokenizer(), random_examples(5, [300, 17]), 8)
 
 
 def test_probing_the_bundled_model_learns_sst2() -> None:
@@ -337,7 +335,7 @@ def test_probing_the_bundled_model_learns_sst2() -> None:
     train, validation = load_samples(task, str(SAMPLES))
     drawn, _ = sample_train_dev(train, 256, 0, 0)
     evaluation = permutation_subset(validation, 100, 0)
-    encoder = Encoder(task, tokenizer_of(), 1024)
+    encoder = Encoder(task, tiny_tokenizer(), 1024)
     model = load_model(str(MODEL), torch.float32)
 
     def accuracy() -> float:
@@ -345,7 +343,7 @@ def test_probing_the_bundled_model_learns_sst2() -> None:
         return task.score([prediction.answer for prediction in predictions], evaluation)["accuracy"]
 
     before = accuracy()
-    probe = fit_head(model, tokenizer_of(), [encoder.correct_option(s) for s in drawn], 16)
+    probe = fit_head(model, tiny_tokenizer(), [encoder.correct_option(s) for s in drawn], 16)
     assert (probe.tokens, probe.rows, probe.converged) == (2, 256, True)
     assert before < 0.75
     assert accuracy() > 0.95

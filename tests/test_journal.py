@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from running import (
     contents,
     finish,
     flip_bit,
+    probe_in_small,
     training,
     weights,
 )
@@ -273,6 +275,13 @@ def forward_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(ObjectiveTrainer, "compute_loss", count)
     return steps
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_probes() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        probe_in_small(monkeypatch)
+        yield
 
 
 @pytest.fixture(scope="module")

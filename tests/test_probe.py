@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import MODEL, assert_same_tensors, finish, log_of, training
+from running import MODEL, assert_same_tensors, finish, log_of, probe_in_small, training
 from safetensors.torch import load_file
 
 import probe
@@ -66,9 +65,7 @@ MODES = {
 def test_a_resumed_run_takes_what_was_found(
     tmp_path: Path, mode: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Fewer forward passes, which find numbers all the same.
-    small = functools.partial(step_sizes.find_step_sizes, directions=2, pairs=2)
-    monkeypatch.setattr(probe, "find_step_sizes", small)
+    probe_in_small(monkeypatch)
     measured = []
     real = probe.measure
     monkeypatch.setattr(
@@ -146,6 +143,7 @@ def test_losses_that_cannot_be_probed(
     loss: Any,
     message: str,
 ) -> None:
+    probe_in_small(monkeypatch)
     real = ObjectiveTrainer.compute_loss
     monkeypatch.setattr(
         ObjectiveTrainer, "compute_loss", lambda *args, **kwargs: loss(real(*args, **kwargs))
@@ -159,6 +157,7 @@ def test_losses_that_cannot_be_probed(
 def test_a_curve_without_a_minimum(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    probe_in_small(monkeypatch)
     monkeypatch.setattr(step_sizes._Curve, "lowest", lambda self: (None, False))
     assert probe.main(training(tmp_path, result_file=None)) == 2
     assert "no step lowers the loss of other batches" in capsys.readouterr().err

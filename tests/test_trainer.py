@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -114,25 +116,46 @@ def long_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out/checkpoint-30"
 
 
-@pytest.mark.xdist_group("long run")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda n: n.name)
-def test_interrupted_process_goes_on(tmp_path: Path, long_run: Path, number: int) -> None:
-    argv = training(tmp_path, save_on_interrupt=True, **LONG)
-    process = start(argv, tmp_path)
+def send(number: int, process: int, folder: Path) -> None:
+    """Send a process a signal when it has written a checkpoint of its sixth step."""
     deadline = time.monotonic() + 120
-    while not (tmp_path / "out/checkpoint-6" / MANIFEST).is_file():
-        assert time.monotonic() < deadline and process.poll() is None
+    while not (folder / "out/checkpoint-6" / MANIFEST).is_file():
+        assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert not (tmp_path / "result.json").exists()
-    if number == signal.SIGTERM:
-        assert process.returncode == 130
-        assert errors.splitlines()[-1].startswith("interrupted: SIGTERM: stopped after step ")
+    os.kill(process, number)
+
+
+def assert_goes_on(argv: list[str], folder: Path, long_run: Path) -> None:
+    assert not (folder / "result.json").exists()
     result = finish(argv)
     step = int(result["resumed_from"].split("-")[-1])
     assert 6 <= step < 30
-    assert_same_checkpoint(long_run, tmp_path / "out/checkpoint-30")
+    assert_same_checkpoint(long_run, folder / "out/checkpoint-30")
+
+
+@pytest.mark.xdist_group("long run")
+def test_killed_process_goes_on(tmp_path: Path, long_run: Path) -> None:
+    argv = training(tmp_path, save_on_interrupt=True, **LONG)
+    process = start(argv, tmp_path)
+    send(signal.SIGKILL, process.pid, tmp_path)
+    process.communicate(timeout=60)
+    assert_goes_on(argv, tmp_path, long_run)
+
+
+@pytest.mark.xdist_group("long run")
+def test_interrupted_run_goes_on(
+    tmp_path: Path, long_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At any time: from another thread."""
+    argv = training(tmp_path, save_on_interrupt=True, **LONG)
+    thread = threading.Thread(target=send, args=(signal.SIGTERM, os.getpid(), tmp_path))
+    thread.start()
+    code = run.main(argv)
+    thread.join()
+    errors = capsys.readouterr().err
+    assert code == 130
+    assert errors.splitlines()[-1].startswith("interrupted: SIGTERM: stopped after step ")
+    assert_goes_on(argv, tmp_path, long_run)
 
 
 def test_interrupt_keeps_its_checkpoint_beside_the_best(

@@ -35,7 +35,8 @@ pytestmark = pytest.mark.xdist_group("two processes")
 # Notes what each process ends a training with. accelerate shards on accelerators only: this lets it
 # shard on CPUs, as it does where there are GPUs; everything else is the same code.
 DRIVER = """
-import json, os, sys
+import gc, json, os, sys
+gc.disable()  # while the libraries load
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
@@ -61,6 +62,8 @@ def train_and_note(self, **arguments):
 
 AcceleratorState.__init__ = initialise_sharded
 trainer.ObjectiveTrainer.train = train_and_note
+gc.freeze()
+gc.enable()
 for folder, line in json.loads(sys.argv[1]):
     os.chdir(folder)
     if os.environ["RANK"] == "0":

@@ -122,15 +122,13 @@ WINDOWED_FAMILIES = tuple(_WINDOWED)
 OTHER_FAMILIES = tuple(_OTHER)
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerBase:
-    """Return the tokenizer of the bundled model; like OPT's, it begins every text with </s>."""
-    return AutoTokenizer.from_pretrained(TINY_OPT)
-
-
 @functools.cache
-def vocabulary_size() -> int:
-    """Return the number of tokens of ``tiny_tokenizer``."""
-    return len(tiny_tokenizer())
+def tiny_tokenizer() -> PreTrainedTokenizerBase:
+    """Return the tokenizer of the bundled model; like OPT's, it begins every text with </s>.
+
+    It is the same one for all: who changes it copies it first.
+    """
+    return AutoTokenizer.from_pretrained(TINY_OPT)
 
 
 def tokenizer_without_start() -> PreTrainedTokenizerBase:
@@ -153,7 +151,7 @@ def tiny_model(family: str, **overrides: Any) -> PreTrainedModel:
     spread = {name: 0.2}
     special = {"bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1}
     settings = {**shape, **spread, **special, **overrides}
-    config = config_class(vocab_size=vocabulary_size(), **settings)
+    config = config_class(vocab_size=len(tiny_tokenizer()), **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config)
