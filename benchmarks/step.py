@@ -36,7 +36,7 @@ from hizoo import HiZOO, counters, cut_into_packets, hashed, run, standard_norma
 from layerwise import LayerwiseWeights
 
 SHAPES = {
-    "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 256},
+    "tiny": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 64},
     "opt-125m": {
         "hidden_size": 768,
         "num_hidden_layers": 12,
