@@ -358,6 +358,7 @@ class HiZOO(torch.optim.Optimizer):
         self.curvature = 0.0
         self.examples = 1
         self._slots: list[Slot] = []
+        self._slot_of: dict[Tensor, Slot] = {}
         self._forget_estimates()
         defaults = {
             "lr": lr,
@@ -390,7 +391,7 @@ class HiZOO(torch.optim.Optimizer):
             raise ValueError("eps must be larger than 0, not 0")
         if not 0 <= group["hessian_smooth"] < 1:
             raise ValueError(f"hessian_smooth must be in [0, 1), not {group['hessian_smooth']!r}")
-        self._slots = self._cut_slots()
+        self._cut_slots()
 
     def check_perturbation_scale(self) -> None:
         """Check μ against the weights, which the first ``estimate`` does too; reads all of them.
@@ -547,7 +548,7 @@ class HiZOO(torch.optim.Optimizer):
         for parameter, number in zip(self._parameters(), saved, strict=True):
             for name, tensor in state_dict["state"].get(number, {}).items():
                 self.state[parameter][name] = tensor.to(parameter.device, copy=True)
-        self._slots = self._cut_slots()
+        self._cut_slots()
 
     def hessian_mean_and_max(self) -> tuple[float, float]:
         """Return the mean and the maximum of h over all parameters; reads all of h."""
@@ -735,7 +736,7 @@ class HiZOO(torch.optim.Optimizer):
         """
         slots = self._slots
         if outputs is not None:
-            slots = [slot for slot in slots if slot.parameter in outputs]
+            slots = [self._slot_of[parameter] for parameter in outputs]
         hessians = {slot: self._hessian(slot) for slot in slots}
         new: dict[tuple[Tensor, int], tuple[Tensor, Tensor]] = {}
         for slot, tile, noise in itertools.islice(self._tiles_with_noise(slots, draw), start, stop):
@@ -986,7 +987,7 @@ class HiZOO(torch.optim.Optimizer):
         """Yield the parameters of all groups, frozen ones too, in the order of ``state_dict``."""
         return itertools.chain.from_iterable(group["params"] for group in self.param_groups)
 
-    def _cut_slots(self) -> list[Slot]:
+    def _cut_slots(self) -> None:
         """Cut what is trained; a parameter keeps its number, and its noise, whatever is frozen."""
         numbers = itertools.count()
         slots: list[Slot] = []
@@ -1007,7 +1008,7 @@ class HiZOO(torch.optim.Optimizer):
                         self._dtype_of_hessian(parameter),
                     )
                 )
-        return slots
+        self._slots, self._slot_of = slots, {slot.parameter: slot for slot in slots}
 
     def _check_parameters(self) -> None:
         trained = {slot.parameter for slot in self._slots}
@@ -1025,7 +1026,7 @@ class HiZOO(torch.optim.Optimizer):
         trained = [parameter for parameter in self._parameters() if parameter.requires_grad]
         same = [*map(id, trained)] == [id(slot.parameter) for slot in self._slots]
         if not self._estimates and not same:
-            self._slots = self._cut_slots()
+            self._cut_slots()
             self._check_parameters()
         if self._compiles is None:
             self.check_perturbation_scale()
@@ -1044,7 +1045,7 @@ class HiZOO(torch.optim.Optimizer):
                         stacklevel=2,
                     )
                     self._compiles = False
-        self._slots = self._cut_slots()
+        self._cut_slots()
 
     def _scalars(self, numbers: list[float], slot: Slot) -> Sequence[Scalar]:
         if not slot.compiles:

@@ -33,6 +33,8 @@ class LayerwiseWeights:
     in; as it ends, also by an exception, they are swapped out. Scratch is as large as the largest
     module's weights. Weights that several modules share are written once and kept until the end of
     the evaluation, and so are those of a module that runs again (in generation, for every token).
+    Vectors, of norms and biases, are written all together before: one by one each of them would
+    take nearly as long as a matrix.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -42,6 +44,7 @@ class LayerwiseWeights:
             if trained:
                 self.owners.append((part, trained))
         self.uses = Counter(parameter for _, owned in self.owners for parameter in owned)
+        self.vectors = [parameter for parameter in self.uses if parameter.dim() < 2]
         self.names = {parameter: name for name, parameter in module.named_parameters()}
         self.free: list[torch.UntypedStorage] = []
         # Whether ``check`` has found that this model can be perturbed so.
@@ -68,14 +71,15 @@ class LayerwiseWeights:
         running: set[nn.Parameter] = set()
         reached: set[nn.Parameter] = set()
         kept: Weights = {}
+        for device in {vector.device for vector in self.vectors}:
+            kept |= self._written([v for v in self.vectors if v.device == device], write)
         depth: Counter[nn.Parameter] = Counter()
 
         def enter(parameters: list[nn.Parameter], *_: Any) -> None:
             entering = [p for p in parameters if p not in running]
-            fresh = self._borrow([p for p in entering if p not in kept])
-            if fresh:
-                give({p: own[p] for p in fresh})
-                write(fresh)
+            fresh = [p for p in entering if p not in kept]
+            give({p: own[p] for p in fresh})
+            fresh = self._written(fresh, write)
             give({p: fresh[p] if p in fresh else kept[p] for p in entering})
             running.update(entering)
             depth.update(parameters)
@@ -152,6 +156,13 @@ class LayerwiseWeights:
                 hooks.callback(part.register_forward_hook(look).remove)
             found.append(math.isnan(float(loss())))
         return sum(found)
+
+    def _written(self, parameters: list[nn.Parameter], write: Callable[[Weights], None]) -> Weights:
+        """Scratch for parameters that lie together, with the weights that ``write`` puts there."""
+        weights = self._borrow(parameters)
+        if weights:
+            write(weights)
+        return weights
 
     def _borrow(self, parameters: list[nn.Parameter]) -> Weights:
         """Scratch for a module's parameters, in the smallest free piece that is large enough."""
