@@ -120,7 +120,7 @@ class FamilyOracle(Oracle):
 def test_shared_demonstrations_are_read_once(
     family: str, task: str, calibration: str | None
 ) -> None:
-    samples, shown = draw_shared(task, 8)
+    samples, shown = draw_shared(task, 5)
     model, setting = model_of(family), (get_task(task), tiny_tokenizer(), 1024)
     oracle, encoder = FamilyOracle(model, *setting, family=family), Encoder(*setting)
     expected = oracle.predict(samples, shown, calibration)
@@ -132,13 +132,13 @@ def test_shared_demonstrations_are_read_once(
         for of in texts
     ]
     encoded = [encoder.options(*pair) for pair in zip(samples, shown, strict=True)]
-    for batch_size in (1, 3, 8):
+    for batch_size in (1, 2, 5):
         with forward_shapes(model) as shapes:
             found = scoring.score_options(model, encoded, batch_size, "")
         assert_equal_sums(found, sums)
         assert shapes[0] == (1, prefix)
         assert count(shapes) == prefix + rest
-        assert len(shapes) == 1 + -(-8 // batch_size)
+        assert len(shapes) == 1 + -(-5 // batch_size)
         predictions = predict(model, encoder, samples, shown, batch_size, calibration)
         tolerance = SUM_TOLERANCE if calibration else 1e-5
         assert_equal_predictions(predictions, expected, tolerance)

@@ -89,7 +89,10 @@ def test_a_resumed_run_takes_what_was_found(
     assert first == second
 
 
-def test_the_command_measures_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_measures_and_draws(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe_in_small(monkeypatch)
     picture = tmp_path / "probe.png"
     sizes = {"num_train": 200, "per_device_train_batch_size": 16, "num_eval": None}
     argv = training(tmp_path, model_name=MODEL, result_file=None, save_steps=None, **sizes)
