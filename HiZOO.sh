@@ -84,7 +84,7 @@ fi
 # Under torchrun, or as several tasks of srun, this is one of the processes of a job.
 BS=${BS:-16}
 PROCESSES=${WORLD_SIZE:-${SLURM_STEP_NUM_TASKS:-1}}
-if [ "$(value_given --zo_parallel "$@")" != directions ]; then
+if [ "$(value_given --zo_parallel "$@")" != directions ] && ! given --tensor_parallel "$@"; then
     if [ $((BS % PROCESSES)) != 0 ]; then
         refuse "BS=$BS: as many examples cannot be shared by $PROCESSES processes"
     fi

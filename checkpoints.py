@@ -391,12 +391,17 @@ def check_checkpoint(checkpoint: str, model: PreTrainedModel | PeftModel) -> Non
 
 def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Return the names and shapes of the tensors in a checkpoint's safetensors files."""
+    files = weight_files(folder)
+    return {name: shape for file in files for name, shape in shapes_in(file).items()}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return a checkpoint's safetensors files, by name."""
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        files = ["model.safetensors"]
-    return {name: shape for file in files for name, shape in shapes_in(folder / file).items()}
+    if not index.is_file():
+        return [folder / "model.safetensors"]
+    names = set(json.loads(index.read_text())["weight_map"].values())
+    return [folder / name for name in sorted(names)]
 
 
 def shapes_in(file: Path) -> dict[str, tuple[int, ...]]:

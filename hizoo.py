@@ -277,6 +277,11 @@ class HiZOO(torch.optim.Optimizer):
             columns (GRZO, arXiv 2606.02857): ``closure`` then returns the examples' losses,
             (examples,), g is one number for each, and c the mean of theirs. The weights stay as
             they are during the forward passes. Excludes ``layers``.
+        shards: None, or where parameters are parts of larger ones, whose other parts other
+            processes have: an object whose ``places`` maps them to their ``Shard``, and whose
+            ``sum(tensor)`` and ``max(tensor)`` return those over the processes, number by number.
+            Each part has the noise, and the h, of its place in the whole. ``closure`` has to
+            return the same loss in all processes. Excludes ``directions``.
         normalize: with ``directions``, divide the examples' g by their standard deviation.
         seed: the noise is a function of it and of the step's number.
         compile: whether torch.compile makes one kernel of the arithmetic on a tile, which takes 10
@@ -323,6 +328,7 @@ class HiZOO(torch.optim.Optimizer):
         clip: float | None = None,
         layers: Any = None,
         directions: Any = None,
+        shards: Any = None,
         normalize: bool = False,
         seed: int = 0,
         compile: bool | None = None,
@@ -340,6 +346,8 @@ class HiZOO(torch.optim.Optimizer):
                 raise ValueError(f"{name} must be larger than 0 and finite, not {value!r}")
         if layers is not None and directions is not None:
             raise ValueError("layers and directions exclude each other: give one of them")
+        if shards is not None and directions is not None:
+            raise ValueError("shards and directions exclude each other: give one of them")
         if normalize and directions is None:
             raise ValueError("normalize needs directions: there is one g for all examples")
         self.num_samples = num_samples
@@ -350,6 +358,7 @@ class HiZOO(torch.optim.Optimizer):
         self.hessian_dtype = hessian_dtype
         self.layers = layers
         self.directions = directions
+        self.shards = shards
         self.shares: Any = None
         self.normalize = normalize
         self.compile = compile
@@ -401,7 +410,7 @@ class HiZOO(torch.optim.Optimizer):
                 weights that shifting them back would not restore them.
         """
         in_place = self.layers is None and self.directions is None
-        check_perturbation_scale(self._slots, in_place)
+        check_perturbation_scale(self._slots, in_place, self.shards)
 
     @property
     def optimizer(self) -> HiZOO:
@@ -552,13 +561,22 @@ class HiZOO(torch.optim.Optimizer):
 
     def hessian_mean_and_max(self) -> tuple[float, float]:
         """Return the mean and the maximum of h over all parameters; reads all of h."""
-        total, largest, count = 0.0, 0.0, 0
+        # Of whole parameters, and of parts.
+        totals, counts, largest = [0.0, 0.0], [0, 0], 0.0
         for slot in self._slots:
             hessian, size = self._hessian(slot), slot.parameter.numel()
             if size:
                 mean, maximum = hessian.mean_and_max() if hessian else (1.0, 1.0)
-                total, largest, count = total + mean * size, max(largest, maximum), count + size
-        return (total / count, largest) if count else (1.0, 1.0)
+                part = slot.shard is not None
+                totals[part] += mean * size
+                counts[part] += size
+                largest = max(largest, maximum)
+        if self.shards is not None:
+            of_parts = torch.tensor([totals[1], counts[1]], dtype=torch.float64)
+            totals[1], counts[1] = self.shards.sum(of_parts).tolist()
+            largest = self.shards.max(torch.tensor([largest], dtype=torch.float64)).item()
+        count = sum(counts)
+        return (sum(totals) / count, largest) if count else (1.0, 1.0)
 
     # ---- the points that losses are taken at
 
@@ -867,15 +885,32 @@ class HiZOO(torch.optim.Optimizer):
         self, hessians: dict[Slot, Hessian | None], differences: list[list[float]]
     ) -> dict[Slot, LowRankHessian]:
         """Low-rank h after this step's average; a full h is averaged tile by tile."""
+        growing = {
+            slot: hessian
+            for slot, hessian in hessians.items()
+            if isinstance(hessian, LowRankHessian)
+            and slot.group["hessian_smooth"] > 0
+            and self._measured
+        }
+        for slot, hessian in growing.items():
+            self._measure_moments(slot, hessian)
+        if self.shards is not None:
+            self._sum_moments([slot.parameter for slot in growing if slot.shard])
         averaged = {}
-        for slot, hessian in hessians.items():
-            smooth = slot.group["hessian_smooth"]
-            if isinstance(hessian, LowRankHessian) and smooth > 0 and self._measured:
-                _, curvatures = self._scalars_of(slot.group, differences)
-                self._measure_moments(slot, hessian)
-                moments = [self._moments[slot.parameter, d] for d in range(self.num_samples)]
-                averaged[slot] = hessian.averaged(smooth, curvatures, moments)
+        for slot, hessian in growing.items():
+            _, curvatures = self._scalars_of(slot.group, differences)
+            moments = [self._moments[slot.parameter, d] for d in range(self.num_samples)]
+            averaged[slot] = hessian.averaged(slot.group["hessian_smooth"], curvatures, moments)
         return averaged
+
+    def _sum_moments(self, parts: Sequence[Tensor]) -> None:
+        """Make the row and column means of h u² of wholes, from those of all processes' parts."""
+        keys = [(parameter, draw) for parameter in parts for draw in range(self.num_samples)]
+        if not keys:
+            return
+        vectors = [vector for key in keys for vector in self._moments[key]]
+        summed = self.shards.sum(torch.cat(vectors)).split([len(vector) for vector in vectors])
+        self._moments |= zip(keys, zip(summed[::2], summed[1::2], strict=True), strict=True)
 
     def _measure_moments(self, slot: Slot, hessian: LowRankHessian) -> None:
         """Take the row and column means of h u² that did not come on the way, in a shift.
@@ -998,6 +1033,7 @@ class HiZOO(torch.optim.Optimizer):
                 check_parameter(parameter)
                 as_matrix = self._is_low_rank(parameter) or self._has_rows(parameter)
                 as_matrix |= "hessian_rows" in self.state.get(parameter, {})
+                shard = self.shards.places.get(parameter) if self.shards is not None else None
                 slots.append(
                     Slot.cut(
                         parameter,
@@ -1006,6 +1042,7 @@ class HiZOO(torch.optim.Optimizer):
                         as_matrix,
                         bool(self._compiles),
                         self._dtype_of_hessian(parameter),
+                        shard,
                     )
                 )
         self._slots, self._slot_of = slots, {slot.parameter: slot for slot in slots}
@@ -1034,7 +1071,8 @@ class HiZOO(torch.optim.Optimizer):
         self._start_hessians()
 
     def _decide_whether_to_compile(self) -> None:
-        count = sum(slot.parameter.numel() for slot in self._slots)
+        # Of wholes: whole parameters have to be the same, bit for bit, beside parts of any size.
+        count = sum(math.prod(slot.whole_shape) for slot in self._slots)
         self._compiles = count >= COMPILE_FROM_ELEMENTS if self.compile is None else self.compile
         if self._compiles:
             for device in {slot.parameter.device for slot in self._slots}:
@@ -1053,16 +1091,19 @@ class HiZOO(torch.optim.Optimizer):
         dtype = compute_dtype(slot.parameter.dtype)
         return torch.tensor(numbers, dtype=dtype).to(slot.parameter.device, non_blocking=True)
 
-    def _keys(self, packet: Packet, draw: int) -> Sequence[tuple[int, int] | Tensor]:
+    def _keys(self, packet: Packet, draw: int) -> Sequence[tuple[int, ...] | Tensor]:
         """Return ``tile_key`` of every tile of a packet, in the stream of a direction."""
         stream = self._stream(draw)
-        keys = [tile_key(stream, slot.number, tile * slot.length) for slot, tile in packet]
+        keys = [
+            tile_key(stream, slot.number, slot.index_of(tile), slot.row_step)
+            for slot, tile in packet
+        ]
         slot, _ = packet[0]
         if not slot.compiles:
             return keys
-        keys_there = torch.tensor(keys, dtype=torch.int32)
-        keys_there = keys_there.to(slot.parameter.device, non_blocking=True)
-        return [key.clone() for key in keys_there]
+        numbers = torch.tensor([number for key in keys for number in key], dtype=torch.int32)
+        numbers = numbers.to(slot.parameter.device, non_blocking=True)
+        return [key.clone() for key in numbers.split([len(key) for key in keys])]
 
     def _tiles_with_noise(
         self, slots: Sequence[Slot], draw: int
@@ -1235,7 +1276,8 @@ class FullHessian:
 class LowRankHessian:
     """h of one matrix as h_ij = r_i k_j / mean(r): HiZOO-L, after Adafactor (arXiv 1804.04235).
 
-    r and k are float64 vectors; a matrix of h's is never formed, only tiles of it.
+    r and k are float64 vectors; a matrix of h's is never formed, only tiles of it. Of a part of a
+    matrix they are those of the whole.
     """
 
     def __init__(self, slot: Slot, state: dict[str, Any]) -> None:
@@ -1247,15 +1289,17 @@ class LowRankHessian:
     def start(slot: Slot, dtype: torch.dtype) -> dict[str, Any]:
         """State of h = 1."""
         one = torch.ones((), dtype=torch.float64, device=slot.parameter.device)
+        rows, *columns = slot.whole_shape
         return {
-            "hessian_rows": one.repeat(slot.parameter.numel() // slot.columns),
-            "hessian_columns": one.repeat(slot.columns),
+            "hessian_rows": one.repeat(rows),
+            "hessian_columns": one.repeat(math.prod(columns)),
         }
 
     def tile(self, tile: int) -> HessianTile:
         """Return the row factors (rows, 1) and the column factors (parts, columns) of a tile."""
         dtype = compute_dtype(self.slot.parameter.dtype)
-        rows, columns = self.row_factors[self.slot.rows(tile)], self.columns.to(dtype)
+        rows = self.row_factors[self.slot.rows(tile)]
+        columns = self.columns[self.slot.own_columns].to(dtype)
         columns = columns.view(-1, self.slot.parts).t().contiguous()
         return rows.to(dtype).unsqueeze(1), columns
 
@@ -1273,9 +1317,10 @@ class LowRankHessian:
     ) -> None:
         """Add what h u² of a tile's parts contributes to the row and column means of the matrix."""
         of_rows, of_columns = moments
+        own_columns = of_columns[self.slot.own_columns]
         for part, of_part in enumerate(squares):
             of_rows[self.slot.rows(tile)] += of_part.sum(1) / len(self.columns)
-            of_columns[part :: len(squares)] += of_part.sum(0) / len(self.rows)
+            own_columns[part :: len(squares)] += of_part.sum(0) / len(self.rows)
 
     def averaged(
         self, smooth: float, curvatures: list[float], moments: list[tuple[Tensor, Tensor]]
@@ -1288,7 +1333,7 @@ class LowRankHessian:
         return LowRankHessian(self.slot, {"hessian_rows": rows, "hessian_columns": columns})
 
     def mean_and_max(self) -> tuple[float, float]:
-        """Mean and maximum of h."""
+        """Mean and maximum of h, also of a part those of the whole matrix."""
         largest = self.row_factors.max() * self.columns.max()
         return self.columns.mean().item(), largest.item()
 
@@ -1316,14 +1361,44 @@ COMPILED_PARAMETER_ELEMENTS = 1 << 16
 COMPILE_FROM_ELEMENTS = 1 << 24
 
 
+@dataclass(frozen=True)
+class Shard:
+    """The place of a parameter that is a part of a larger one: some of its rows or its columns.
+
+    Attributes:
+        shape: of the whole.
+        dimension: the one that is cut: 0, or 1.
+        start: where the part begins in it.
+    """
+
+    shape: tuple[int, ...]
+    dimension: int
+    start: int
+
+    @property
+    def first(self) -> int:
+        """The index of the part's first number among those of the whole."""
+        return self.start * math.prod(self.shape[self.dimension + 1 :])
+
+    def index(self, part: Tensor, start: int, stop: int) -> Tensor:
+        """Return the indices in the whole, int64, of a part's numbers from start to stop."""
+        index = torch.arange(start, stop, device=part.device)
+        if self.dimension == 1:
+            columns = part[0].numel()
+            rows = index.div(columns, rounding_mode="floor")
+            index += rows * (math.prod(self.shape[1:]) - columns)
+        return index.add_(self.first)
+
+
 @dataclass(frozen=True, eq=False)
 class Slot:
     """A parameter's place in the optimizer, and how it is cut into tiles of ``length`` numbers.
 
-    Where h is low-rank a tile is a matrix of whole rows with ``columns`` numbers each, otherwise,
-    with ``columns`` 0, one-dimensional. Kernels see it as words if ``in_words``: those for bfloat16
-    on a CPU work on twice as many numbers at once as those for float32, and then torch.compile
-    takes the casts of bits, for u and for rounding, through memory.
+    Where h is low-rank, or the parameter is some columns of a larger one, a tile is a matrix of
+    whole rows with ``columns`` numbers each, otherwise, with ``columns`` 0, one-dimensional.
+    Kernels see it as words if ``in_words``: those for bfloat16 on a CPU work on twice as many
+    numbers at once as those for float32, and then torch.compile takes the casts of bits, for u and
+    for rounding, through memory.
     """
 
     parameter: Tensor
@@ -1333,6 +1408,7 @@ class Slot:
     length: int
     compiles: bool
     in_words: bool
+    shard: Shard | None = None
 
     @classmethod
     def cut(
@@ -1343,6 +1419,7 @@ class Slot:
         as_matrix: bool,
         compiles: bool,
         hessian_dtype: torch.dtype | None = None,
+        shard: Shard | None = None,
     ) -> Slot:
         """Choose the length of the tiles, and whether kernels are compiled for them."""
         compiles = compiles and parameter.numel() >= COMPILED_PARAMETER_ELEMENTS
@@ -1350,6 +1427,7 @@ class Slot:
             length = LARGE_TILE_ELEMENTS if compiles else CACHED_TILE_ELEMENTS
         else:
             length = GPU_TILE_ELEMENTS if compiles else LARGE_TILE_ELEMENTS
+        as_matrix |= shard is not None and shard.dimension == 1
         columns = parameter[0].numel() if as_matrix and parameter.numel() else 0
         if columns:
             length = max(1, length // columns) * columns
@@ -1359,7 +1437,31 @@ class Slot:
             and parameter.dtype == hessian_dtype == torch.bfloat16
             and not any(n % 2 for n in (parameter.storage_offset(), parameter.numel(), columns))
         )
-        return cls(parameter, group, number, columns, length, compiles, in_words)
+        return cls(parameter, group, number, columns, length, compiles, in_words, shard)
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """The shape of the parameter, or of the one that it is a part of."""
+        return self.shard.shape if self.shard else tuple(self.parameter.shape)
+
+    @property
+    def row_step(self) -> int:
+        """From a row of a tile to the next in the whole; 0: a tile's numbers lie side by side."""
+        apart = self.shard is not None and self.shard.dimension == 1
+        return math.prod(self.whole_shape[1:]) if apart else 0
+
+    @property
+    def own_columns(self) -> slice:
+        """The columns of the whole, where h is low-rank."""
+        start = self.shard.first if self.row_step else 0
+        return slice(start, start + self.columns)
+
+    def index_of(self, tile: int) -> int:
+        """Return the index of a tile's first number among those of the whole."""
+        start = tile * self.length
+        if self.row_step:
+            start = start // self.columns * self.row_step
+        return start + (self.shard.first if self.shard else 0)
 
     def __len__(self) -> int:
         """Return the number of tiles."""
@@ -1377,9 +1479,11 @@ class Slot:
         return self.compiles and on_cpu and is_half(self.parameter) and not self.in_words
 
     def rows(self, tile: int) -> slice:
-        """Return the rows of a tile, where h is low-rank."""
+        """Return the rows of a tile in the whole, where h is low-rank."""
         height = self.length // self.columns
-        return slice(tile * height, (tile + 1) * height)
+        first = self.shard.start if self.shard and self.shard.dimension == 0 else 0
+        stop = min((tile + 1) * height, self.parameter.numel() // self.columns)
+        return slice(first + tile * height, first + stop)
 
     def view(self, tensor: Tensor, tile: int) -> Tensor:
         """Return a tile of ``tensor``, which has the parameter's shape, as a view.
@@ -1410,13 +1514,50 @@ def check_parameter(parameter: Tensor) -> None:
         raise ValueError(f"{shown} not contiguous")
 
 
-def check_perturbation_scale(slots: Sequence[Slot], in_place: bool) -> None:
+def check_perturbation_scale(slots: Sequence[Slot], in_place: bool, shards: Any = None) -> None:
     """Check that a shift by μ u changes weights, and that shifting back restores them.
 
     Weights that are 0, as LoRA's second matrix at the start, take any shift and do not count.
+    ``shards`` as of ``HiZOO``.
 
     Raises:
         ValueError: it does not.
+    """
+    changed, others, weights, norm, remainder = _effect_of_shift(
+        [slot for slot in slots if slot.shard is None], in_place
+    )
+    if shards is not None:
+        *counts, norm_of_parts, largest = _effect_of_shift(
+            [slot for slot in slots if slot.shard is not None], in_place
+        )
+        sums = torch.tensor([*counts, norm_of_parts**2], dtype=torch.float64)
+        *counts, squares = shards.sum(sums).tolist()
+        changed, others, weights = (
+            one + int(other) for one, other in zip((changed, others, weights), counts, strict=True)
+        )
+        norm = math.hypot(norm, math.sqrt(squares))
+        largest = shards.max(torch.tensor([largest], dtype=torch.float64)).item()
+        remainder = max(remainder, largest)
+    eps = max((slot.group["eps"] for slot in slots), default=0.0)
+    size = norm / math.sqrt(weights) if weights else 0.0
+    if changed < CHANGED_WEIGHTS * others:
+        raise ValueError(
+            f"eps {eps!r} is below the precision of the weights, it changes {changed:,} of "
+            f"{others:,}; give a larger one"
+        )
+    if remainder > LARGEST_REMAINDER * size > 0 or remainder == math.inf:
+        raise ValueError(
+            f"eps {eps!r} would destroy the weights: taking such a shift back leaves "
+            f"{remainder:.2g} of it, their root mean square is {size:.2g}; give a smaller one"
+        )
+
+
+def _effect_of_shift(slots: Sequence[Slot], in_place: bool) -> tuple[int, int, int, float, float]:
+    """Return what a shift by μ u does to weights.
+
+    Returns:
+        How many it changes for certain, of how many that are not 0, how many there are, their norm,
+        and what taking the shift back leaves at most.
     """
     changed = others = weights = 0
     norm, remainder = 0.0, 0.0
@@ -1434,18 +1575,7 @@ def check_perturbation_scale(slots: Sequence[Slot], in_place: bool) -> None:
             weights += values.numel()
             of_tile = torch.linalg.vector_norm(values, dtype=compute_dtype(dtype))
             norm = math.hypot(norm, float(of_tile))
-    eps = max((slot.group["eps"] for slot in slots), default=0.0)
-    size = norm / math.sqrt(weights) if weights else 0.0
-    if changed < CHANGED_WEIGHTS * others:
-        raise ValueError(
-            f"eps {eps!r} is below the precision of the weights, it changes {changed:,} of "
-            f"{others:,}; give a larger one"
-        )
-    if remainder > LARGEST_REMAINDER * size > 0 or remainder == math.inf:
-        raise ValueError(
-            f"eps {eps!r} would destroy the weights: taking such a shift back leaves "
-            f"{remainder:.2g} of it, their root mean square is {size:.2g}; give a smaller one"
-        )
+    return changed, others, weights, norm, remainder
 
 
 Packet = list[tuple[Slot, int]]
@@ -1550,27 +1680,37 @@ def mix_seed(*numbers: int) -> int:
     return state
 
 
-def tile_key(stream: int, parameter: int, first: int) -> tuple[int, int]:
+def tile_key(stream: int, parameter: int, first: int, row_step: int = 0) -> tuple[int, ...]:
     """Return the odd multiplier and the offset of ``counters`` for a tile of a 64-bit ``stream``.
 
     Number ``i`` of the ``parameter``-th parameter counts as multiplier * i + offset, modulo 2**32:
     up to 2**32 numbers of a parameter have counters of their own, and every parameter and step has
-    another sequence. ``first`` is the index of the tile's first number.
+    another sequence. ``first`` is the index of the tile's first number. Where the rows of a tile
+    do not follow one another, but by ``row_step`` numbers, a third number leads from row to row.
     """
     mixed = mix_seed(stream, parameter)
     multiplier = (mixed & MASK_32) | 1
     offset = ((mixed >> 32) + first * multiplier) & MASK_32
-    return _signed(multiplier), _signed(offset)
+    key = _signed(multiplier), _signed(offset)
+    return (*key, _signed(row_step * multiplier & MASK_32)) if row_step else key
 
 
 def _signed(number: int) -> int:
     return number - (1 << 32) if number >> 31 else number
 
 
-def counters(key: Sequence[int] | Tensor, like: Tensor) -> Tensor:
-    """Return the counters, int32, of a tile with the number of elements of ``like``."""
-    index = torch.arange(like.numel(), dtype=torch.int32, device=like.device)
-    return index.mul_(key[0]).add_(key[1])
+def counters(key: Sequence[int] | Tensor, like: Tensor, step: int = 1) -> Tensor:
+    """Return the counters, int32, of a tile with the number of elements of ``like``, flat.
+
+    Of ``step`` numbers that lie side by side it is the first one's.
+    """
+    multiplier = key[0] * step
+    if len(key) == 2:
+        index = torch.arange(like.numel(), dtype=torch.int32, device=like.device)
+        return index.mul_(multiplier).add_(key[1])
+    rows = torch.arange(like.shape[0], dtype=torch.int32, device=like.device).mul_(key[2])
+    columns = torch.arange(like.shape[1], dtype=torch.int32, device=like.device)
+    return (rows.unsqueeze(1) + columns.mul_(multiplier).add_(key[1])).view(-1)
 
 
 def hashed(bits: Tensor) -> Tensor:
@@ -1586,12 +1726,11 @@ def hashed(bits: Tensor) -> Tensor:
 
 def random_bits(key: Sequence[int] | Tensor, like: Tensor) -> list[Tensor]:
     """Return hashed counters, int32, of each part of a tile, in the part's shape."""
-    first = counters(key, like)
     if is_in_words(like):
-        first = counters((key[0] * 2, key[1]), like)
+        first = counters(key, like, step=2)
         parts = [first, first + key[0]]
     else:
-        parts = [first]
+        parts = [counters(key, like)]
     return [hashed(part).view(like.shape) for part in parts]
 
 

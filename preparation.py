@@ -56,6 +56,7 @@ from language_model.packing import collate
 from language_model.prediction import predict
 from language_model.saved_adapters import SavedAdapter
 from language_model.shared_tokens import can_share_prompt
+from language_model.tensor_parallel import parts_of
 from recording import Recording
 from sampling import ExampleSet, draw_example_sets
 from tasks import Sample, load_samples
@@ -189,9 +190,11 @@ def load_pretrained(arguments: Arguments) -> PreTrainedModel | PeftModel:
         8 if arguments.load_int8 else 4 if arguments.load_int4 else None,
         not arguments.no_auto_device,
         arguments.trust_remote_code,
+        arguments.world_size if arguments.tensor_parallel else 1,
     )
     # Sharding moves each layer itself: no GPU has room for all of them.
-    if getattr(model, "hf_device_map", None) is None and not arguments.fsdp:
+    placed = getattr(model, "hf_device_map", None) is not None or parts_of(model) is not None
+    if not placed and not arguments.fsdp:
         model.to(arguments.device)
     return model
 
@@ -377,6 +380,6 @@ def zeroth_order_settings(arguments: Arguments) -> ZerothOrderSettings:
         clip=None if arguments.zo_clip == "none" else arguments.zo_clip,
         directions=arguments.zo_directions,
         normalize=arguments.zo_normalize,
-        parallel=arguments.zo_parallel,
+        parallel=arguments.shared_by_processes,
         compile={"auto": None, "yes": True, "no": False}[arguments.zo_compile],
     )

@@ -28,6 +28,7 @@ from journal import (
     Settings,
     Step,
 )
+from language_model.tensor_parallel import Parts, parts_of, whole_shape
 from sharing import check_agreement
 from utils import InputError
 
@@ -45,24 +46,41 @@ INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 ODD = 0x9E3779B97F4A7C15 - (1 << 64)
 
 
-def checksum_of(tensors: Iterable[Tensor]) -> int:
+def checksum_of(tensors: Iterable[Tensor], parts: Parts | None = None) -> int:
     """Return 64 bits of tensors, in their order: one number that differs always changes them.
 
     It is the sum, modulo 2**64, of a hash of each number's bits and its place; the order in which a
-    device adds does not matter.
+    device adds does not matter. With ``parts`` it is that of the wholes.
     """
-    checksum = 0
+    totals, are_parts = [], []
     for tensor in tensors:
         flat = tensor.detach().reshape(-1).view(INTEGERS[tensor.element_size()])
+        place = parts.places.get(tensor) if parts else None
         total = torch.zeros((), dtype=torch.int64, device=flat.device)
         for start in range(0, len(flat), TILE):
             bits = flat[start : start + TILE].to(torch.int64, copy=True)
-            places = torch.arange(start, start + len(bits), device=flat.device)
+            stop = start + len(bits)
+            if place:
+                places = place.index(tensor, start, stop)
+            else:
+                places = torch.arange(start, stop, device=flat.device)
             bits.mul_((places * ODD).bitwise_or_(1))
             # Bits of high places would stay there.
             total += bits.bitwise_xor_(bits >> 32).mul_(ODD).sum()
+        totals.append(total.cpu())
+        are_parts.append(place is not None)
+    if parts and totals:
+        own = torch.stack(totals)
+        totals = torch.where(torch.tensor(are_parts), parts.sum(own), own).unbind()
+    checksum = 0
+    for total in totals:
         checksum = mix_seed(checksum, int(total))
     return checksum
+
+
+def checksum_of_trained(model: nn.Module) -> int:
+    """Return the checksum of the weights that are trained, whole ones; all processes call it."""
+    return checksum_of(trained_weights(model).values(), parts_of(model))
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -236,7 +254,7 @@ class Recording(TrainerCallback):
         self.by_example = optimizer.directions is not None
         if self.path is None:
             return
-        start = checksum_of(trained_weights(model).values())
+        start = checksum_of_trained(model)
         if self.replay.records and self.replay.start not in (None, start):
             raise InputError(
                 f"{self.path} begins with other weights: another model, adapter or version of the "
@@ -289,7 +307,7 @@ class Recording(TrainerCallback):
         if self.path is None:
             return
         recorded = self.replay.take(Checksum, step)
-        checksum = checksum_of(trained_weights(model).values())
+        checksum = checksum_of_trained(model)
         check_agreement(checksum, step)
         if recorded is None:
             self.write(Checksum(step, checksum))
@@ -334,7 +352,8 @@ def described(model: nn.Module, optimizer: HiZOO) -> dict[str, Any]:
         "seed": first["seed"],
         "noise": NOISE,
         "parameters": {
-            name: [short(parameter.dtype), *parameter.shape] for name, parameter in trained.items()
+            name: [short(parameter.dtype), *whole_shape(model, parameter)]
+            for name, parameter in trained.items()
         },
         "tied": dict(getattr(model, "all_tied_weights_keys", None) or {}),
         "optimizer": {

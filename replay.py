@@ -22,7 +22,7 @@ from folders import locked
 from journal import Journal, Step, read_journal
 from language_model.loading import leave_out_loading_bars, load_config_and_tokenizer
 from preparation import choose_trained_weights, load_pretrained
-from recording import checksum_of, trained_weights
+from recording import checksum_of_trained
 from replaying import Outcome, load_state, optimizer_of, play, records_until
 from utils import InputError, NotWritten, exit_code
 
@@ -117,7 +117,7 @@ def replay(options: argparse.Namespace, journal: Journal) -> Outcome:
         raise InputError(
             f"{journal.path} begins with step {done}: give a checkpoint of its run as --model_name"
         )
-    elif checksum_of(trained_weights(model).values()) != journal.header["start"]:
+    elif checksum_of_trained(model) != journal.header["start"]:
         raise InputError(
             f"--model_name {name}: its weights are not those that the run began with; give "
             f"{journal.header['model']['name']}, as it was then"

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from example_directions import ExampleDirections
 from hizoo import LARGEST_NOISE, HiZOO
 from journal import Checksum, Journal, LossAlong, Record, Settings, Step
+from language_model.tensor_parallel import parts_of, whole_shape
 from layerwise import LayerwiseWeights
-from recording import NOISE, checksum_of, replayed, short, trained_weights
+from recording import NOISE, checksum_of_trained, replayed, short, trained_weights
 from utils import InputError
 
 # Shifts of the weights in place that a forward pass takes, at most: there, and to the next point.
@@ -57,7 +58,7 @@ def optimizer_of(header: Mapping[str, Any], model: nn.Module, compile: bool | No
     parameters = dict(model.named_parameters())
     for name, (dtype, *shape) in header["parameters"].items():
         there = parameters.get(name)
-        found = None if there is None else [short(there.dtype), *there.shape]
+        found = None if there is None else [short(there.dtype), *whole_shape(model, there)]
         if found != [dtype, *shape]:
             raise InputError(f"{name} is {[dtype, *shape]} in the journal and {found} in the model")
     for name, parameter in parameters.items():
@@ -86,6 +87,7 @@ def optimizer_of(header: Mapping[str, Any], model: nn.Module, compile: bool | No
         clip=saved["clip"],
         layers=layers,
         directions=directions,
+        shards=parts_of(model),
         normalize=saved["normalize"],
         seed=header["seed"],
         compile=compile,
@@ -159,7 +161,7 @@ def play(
             on_step()
         elif isinstance(record, Checksum) and compare and different is None:
             compared.append(record.step)
-            if checksum_of(trained_weights(model).values()) != record.value:
+            if checksum_of_trained(model) != record.value:
                 different = record.step
     return Outcome(steps, compared, different, rounding_of(optimizer, model, steps, passes))
 
@@ -185,7 +187,7 @@ def go_back(
     first = dict(began.named_parameters())
     for name, parameter in trained_weights(model).items():
         parameter.data.copy_(first[name])
-    if checksum_of(trained_weights(model).values()) != journal.header["start"]:
+    if checksum_of_trained(model) != journal.header["start"]:
         raise InputError(f"{journal.path} begins with other weights than the model has now")
     play(records, optimizer, model)
 

@@ -19,6 +19,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ from language_model.head import fit_head
 from language_model.loading import leave_out_loading_bars
 from language_model.precision import advice_for_losses
 from language_model.prediction import Prediction, predict
+from language_model.tensor_parallel import whole_shape
 from plan import tell
 from predicting import predict_rows
 from preparation import (
@@ -104,8 +106,8 @@ class Experiment:
                 result[kind], _ = self.evaluate(
                     pretrained, examples.evaluation, examples.demonstrations, names[kind]
                 )
-            trained = [p.numel() for p in model.parameters() if p.requires_grad]
-            result["trained_parameters"] = sum(trained)
+            trained = [whole_shape(model, p) for p in model.parameters() if p.requires_grad]
+            result["trained_parameters"] = sum(map(math.prod, trained))
             if arguments.linear_probing:
                 result |= self.probe(model, examples, output_dir)
             else:

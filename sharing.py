@@ -57,6 +57,15 @@ class Exchange:
             self.bytes += tensor.nbytes
         return tensor
 
+    def of_first(self, tensor: Tensor) -> Tensor:
+        """Return the first process's tensor in all of them; it alone sends something."""
+        state = PartialState()
+        if state.num_processes > 1:
+            tensor = tensor.to(self.device, copy=True)
+            torch.distributed.broadcast(tensor, 0)
+            self.bytes += tensor.nbytes if state.process_index == 0 else 0
+        return tensor
+
 
 class SharedDirections:
     """Some of a step's directions for each process, for ``HiZOO.shares``.

@@ -39,6 +39,7 @@ from checkpoints import (
     from_first_process,
     read_trainer_state,
     remove_older_checkpoints,
+    weight_files,
     write_checkpoint,
     write_together,
 )
@@ -50,6 +51,7 @@ from language_model.objectives import (
     language_model_loss,
     negative_accuracy,
 )
+from language_model.tensor_parallel import load_parts, parts_of, whole_state_dict
 from manifest import damage
 from utils import Disagreement, InputError, NotWritten
 
@@ -197,7 +199,10 @@ class ObjectiveTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        if not load_renamed_weights(model or self.model, Path(resume_from_checkpoint)):
+        folder = Path(resume_from_checkpoint)
+        if parts_of(self.model):
+            load_parts(self.model, weight_files(folder))
+        elif not load_renamed_weights(model or self.model, folder):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_callback_state(self) -> None:
@@ -224,6 +229,14 @@ class ObjectiveTrainer(Trainer):
         write = functools.partial(super().save_model, output_dir, _internal_call)
         write_together(Path(output_dir or self.args.output_dir), write)
 
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
+        if parts_of(self.model):
+            # All processes come here; the first one writes the whole.
+            state_dict = whole_state_dict(self.model)
+        super()._save(output_dir, state_dict)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         folder = Path(self._get_output_dir(trial=trial), name)
@@ -241,7 +254,10 @@ class ObjectiveTrainer(Trainer):
         self._forget_damaged_best_checkpoint()
         if self.state.best_model_checkpoint is None:
             return
-        if not load_renamed_weights(self.model, Path(self.state.best_model_checkpoint)):
+        folder = Path(self.state.best_model_checkpoint)
+        if parts_of(self.model):
+            load_parts(self.model, weight_files(folder))
+        elif not load_renamed_weights(self.model, folder):
             super()._load_best_model()
 
     def collate(self, examples: list[Any]) -> dict[str, Any]:
@@ -339,9 +355,10 @@ class ObjectiveTrainer(Trainer):
         The Trainer's loop counts a batch's mean once for each example, also for those repeated ones
         that fill up the last batch. Predictions are ``prediction.predict``'s.
         """
-        # Not as DistributedDataParallel: processes may have different numbers of batches. Sharded
-        # weights are gathered by every forward pass: there all processes run all of them.
-        processes = 1 if self.is_fsdp_enabled else self.args.world_size
+        # Not as DistributedDataParallel: processes may have different numbers of batches. Of
+        # sharded weights every forward pass needs all: there all processes run all of them.
+        whole_weights = not self.is_fsdp_enabled and parts_of(self.model) is None
+        processes = self.args.world_size if whole_weights else 1
         self.model.eval()
         self.callback_handler.eval_dataloader = dataloader
         dataset, size = dataloader.dataset, self.args.eval_batch_size

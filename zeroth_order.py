@@ -8,11 +8,13 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import (
     EvalLoopOutput,
     TrainOutput,
@@ -30,6 +32,7 @@ from journal import Evaluation
 from language_model.objectives import (
     Objective,
 )
+from language_model.tensor_parallel import HiZOOOfParts, parts_of
 from layerwise import LayerwiseWeights
 from perturbing import GatheredLosses, choose_directions, choose_layers, losses_by_example
 from recording import Recording
@@ -99,7 +102,8 @@ class ZerothOrderSettings:
         clip: bound of |g| in units of its running root mean square; None: none.
         directions: "shared" by all examples of a batch, or "example": each has its own.
         normalize: whether the examples' g are divided by their standard deviation.
-        parallel: what several processes share, "batch" or "directions".
+        parallel: what several processes share, "batch", "directions" or "weights", which they have
+            parts of (language_model/tensor_parallel.py).
         compile: whether kernels are compiled; None: for 16 million weights and more.
     """
 
@@ -124,7 +128,7 @@ class ZerothOrderTrainer(ObjectiveTrainer):
 
     Under ``torchrun`` every process runs its own part of the batch, or of the directions; they
     exchange losses. The noise is the same everywhere, so they keep the same weights without
-    exchanging them. The batches are those of one process.
+    exchanging them. Or each has parts of the weights. The batches are those of one process.
 
     Args:
         settings: of the step.
@@ -163,8 +167,8 @@ class ZerothOrderTrainer(ObjectiveTrainer):
                 }
                 for decays in (True, False)
             ]
-            settings = self.settings
-            self.optimizer = HiZOO(
+            settings, parts = self.settings, parts_of(self.model)
+            self.optimizer = (HiZOOOfParts if parts else HiZOO)(
                 [group for group in groups if group["params"]],
                 lr=self.args.learning_rate,
                 eps=settings.eps,
@@ -178,11 +182,12 @@ class ZerothOrderTrainer(ObjectiveTrainer):
                 clip=settings.clip,
                 layers=layers,
                 directions=directions,
+                shards=parts,
                 normalize=settings.normalize,
                 seed=self.args.seed,
                 compile=settings.compile,
             )
-            if self.args.world_size > 1 and not self._shares_batch:
+            if self.args.world_size > 1 and settings.parallel == "directions":
                 self.optimizer.shares = SharedDirections(
                     settings.num_samples,
                     self.exchange,
@@ -269,7 +274,10 @@ class ZerothOrderTrainer(ObjectiveTrainer):
         def loss() -> Tensor:
             inputs = self._prepare_inputs(self.collate([self.train_dataset[i] for i in examples]))
             with self.compute_loss_context_manager():
-                return self.accelerator.reduce(self.compute_loss(self.model, inputs), "mean")
+                value = self.compute_loss(self.model, inputs)
+            if self.settings.parallel == "weights":
+                return self.exchange.of_first(value)
+            return self.accelerator.reduce(value, "mean")
 
         taken, note = self.recording.loss_along(loss, self.state.global_step, draw, distance)
         self.costs.forward_passes += 1
@@ -355,6 +363,8 @@ class ZerothOrderTrainer(ObjectiveTrainer):
                 loss = losses(self.model, inputs)
             if gathered:
                 return gathered(loss)
+            if self.settings.parallel == "weights":
+                return self.exchange.of_first(loss)
             return self._sum_of_parts(loss * weight) / weight_of_all
 
         is_told = self.optimizer.shares is not None
@@ -369,6 +379,21 @@ class ZerothOrderTrainer(ObjectiveTrainer):
         loss = torch.tensor(loss, device=self.args.device) * weight_of_all / num_items_in_batch
         self._loss_of_step += loss
         return loss
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if parts_of(self.model) and not self.args.should_save:
+            # The first process, which saves it, gathers the others' parts.
+            self.optimizer.state_dict()
+        super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not parts_of(self.model):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        # No device has room for the whole h.
+        for part, file in ((self.optimizer, OPTIMIZER_NAME), (self.lr_scheduler, SCHEDULER_NAME)):
+            path = Path(checkpoint) / file
+            part.load_state_dict(torch.load(path, "cpu", mmap=True, weights_only=True))
 
     def _wrap_model(
         self, model: nn.Module, training: bool = True, dataloader: Any = None

@@ -306,6 +306,13 @@ SCOPES = (
         outer=GENERATION,
     ),
     Scope(
+        ("tensor_parallel",),
+        where="`--trainer none` or `zo`",
+        holds=lambda arguments: arguments.trainer != "regular",
+        reason="parts of weights are trained without gradients",
+        instead="use --trainer zo, or finetune_fsdp.sh, which shards weights otherwise",
+    ),
+    Scope(
         ("reward",),
         where="`--trainer none` or `zo`",
         holds=lambda arguments: arguments.trainer != "regular",

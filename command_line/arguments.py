@@ -136,6 +136,11 @@ class Arguments(
         return self.load_best_model_at_end and not saves
 
     @property
+    def shared_by_processes(self) -> str:
+        """What the processes of a zeroth-order step share: batch, directions, or weights."""
+        return "weights" if self.tensor_parallel else self.zo_parallel
+
+    @property
     def probed(self) -> list[str]:
         """The arguments whose values a probe of the losses finds."""
         return [name for name in WORDS if getattr(self, name) == AUTO]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedConfig
 from transformers.training_args import ParallelMode
 
@@ -81,6 +82,8 @@ def check(arguments: Arguments) -> None:
     _check_trained_weights(arguments)
     if arguments.fsdp:
         _check_sharding(arguments)
+    if arguments.tensor_parallel:
+        _check_parts(arguments)
     if arguments.trainer != "none":
         _check_training(arguments, task)
 
@@ -138,6 +141,34 @@ def _check_sharding(arguments: Arguments) -> None:
         _refuse(arguments, name, "it needs the whole weights, which --fsdp shards")
     if arguments.parallel_mode != ParallelMode.DISTRIBUTED:
         raise InputError("--fsdp needs processes: start with torchrun, or bash finetune_fsdp.sh")
+
+
+def _check_parts(arguments: Arguments) -> None:
+    """Refuse what does not go together with a part of every weight in each process."""
+    for name in ("lora", "prefix_tuning", "load_int8", "load_int4"):
+        _refuse(arguments, name, "its weights are not cut into the parts of --tensor_parallel")
+    _refuse(arguments, "untie_emb", "the head of --tensor_parallel is not copied")
+    for name in ("sampling", "reward"):
+        _refuse(arguments, name, "processes of --tensor_parallel have to write the same texts")
+    if arguments.zo_directions == "example":
+        raise InputError(
+            "--zo_directions example: examples have signs for whole rows and columns, which "
+            "--tensor_parallel cuts; leave one of them out"
+        )
+    if arguments.zo_parallel != "batch":
+        raise InputError(
+            f"--zo_parallel {arguments.zo_parallel}: with --tensor_parallel processes share the "
+            "weights; leave one of them out"
+        )
+    unknown = ("head_tuning", "torch_compile", "use_liger_kernel", "dry_run", "save_on_each_node")
+    for name in unknown:
+        _refuse(arguments, name, "it does not know the parts of --tensor_parallel")
+    if arguments.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise InputError(
+            "--tensor_parallel needs processes: start with torchrun --nproc_per_node N, or srun"
+        )
+    if arguments.use_cpu and torch.accelerator.is_available():
+        raise InputError("--use_cpu: --tensor_parallel takes the GPUs that are there; leave it out")
 
 
 def _check_probed(arguments: Arguments) -> None:

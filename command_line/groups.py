@@ -143,6 +143,12 @@ class Model:
     no_auto_device: bool = argument(
         False, "Do not spread the model over the GPUs (accelerate's device_map auto)."
     )
+    tensor_parallel: bool = argument(
+        False,
+        "Under torchrun, give each process a part of every large weight, by transformers' "
+        "tensor-parallel plan: for models larger than one GPU. All processes have the whole batch. "
+        "For --trainer zo and none.",
+    )
     trust_remote_code: bool = argument(
         False, "Run Python code that comes with the model. Only for sources that you trust."
     )

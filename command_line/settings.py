@@ -72,6 +72,7 @@ SPEED_AND_MACHINE = (
     *("gradient_checkpointing_kwargs", "dataloader_num_workers", "dataloader_pin_memory"),
     *("dataloader_persistent_workers", "dataloader_prefetch_factor"),
     *("dataloader_multiprocessing_context", "dataloader_in_order", "zo_parallel", "check_every"),
+    "tensor_parallel",
 )
 NOT_OF_THE_RESULT = {*PLACES, *FOLDERS_AND_FILES, *SHOWN_AND_LOGGED, *SPEED_AND_MACHINE}
 # When checkpoints are saved matters where one of them is chosen.
@@ -263,7 +264,7 @@ def batch_and_processes(arguments: Arguments, name: str) -> dict[str, int]:
 
 def examples_of_a_batch(arguments: Arguments) -> int:
     """Return the examples of a batch in all processes together."""
-    shared = arguments.trainer != "zo" or arguments.zo_parallel == "batch"
+    shared = arguments.trainer != "zo" or arguments.shared_by_processes == "batch"
     return arguments.per_device_train_batch_size * (arguments.world_size if shared else 1)
 
 
