@@ -149,9 +149,12 @@ def test_interrupted_run_goes_on(
     """At any time: from another thread."""
     argv = training(tmp_path, save_on_interrupt=True, **LONG)
     thread = threading.Thread(target=send, args=(signal.SIGTERM, os.getpid(), tmp_path))
+    # A run that were through before would leave the signal to the process of the tests.
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
     thread.start()
     code = run.main(argv)
     thread.join()
+    signal.signal(signal.SIGTERM, before)
     errors = capsys.readouterr().err
     assert code == 130
     assert errors.splitlines()[-1].startswith("interrupted: SIGTERM: stopped after step ")
