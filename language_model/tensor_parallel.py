@@ -115,7 +115,7 @@ class Parts:
 
 def parts_of(model: nn.Module) -> Parts | None:
     """Return which parameters of a model are parts; None: this process has all of it."""
-    return getattr(model, "parts", None)
+    return getattr(model, "tensor_parallel_parts", None)
 
 
 def whole_shape(model: nn.Module, parameter: Tensor) -> tuple[int, ...]:
@@ -171,7 +171,7 @@ def keep_parts(name: str, model: PreTrainedModel) -> None:
         InputError: a weight is cut in a way that is not known, or a process would have nothing.
     """
     mesh = model._mesh_manager.get_mesh("tp")
-    parts = model.parts = Parts(mesh)
+    parts = model.tensor_parallel_parts = Parts(mesh)
     known: dict[Tensor, nn.Parameter] = {}
     for path, module in list(model.named_modules()):
         own = {n: p for n, p in module._parameters.items() if isinstance(p, DTensor)}

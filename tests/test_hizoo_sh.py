@@ -427,6 +427,12 @@ def test_variables_of_another_script_are_pointed_out(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, expected)
 
 
+def test_processes_share_the_batch_or_the_weights(tmp_path: Path) -> None:
+    for more, examples in (([], "3"), (["--tensor_parallel"], "6")):
+        argv = passed_arguments(tmp_path, *more, WORLD_SIZE="2", BS="6")
+        assert value_of(argv, "per_device_train_batch_size") == examples
+
+
 def test_variables_of_a_cluster_are_not_pointed_out(tmp_path: Path) -> None:
     names = "NODE NODES NUM_CPU MODULEPATH DEVICE TMP LD_LIBRARY_PATH SLURM_NTASKS SLURM_STEP_ID"
     names += " WORLD_SIZE RANK MASTER_PORT TERM MAIL DATASETS BASE PS1 no_proxy TASK_ID TRAINER"
