@@ -398,7 +398,10 @@ class ZerothOrderTrainer(ObjectiveTrainer):
     def _wrap_model(
         self, model: nn.Module, training: bool = True, dataloader: Any = None
     ) -> nn.Module:
-        # Without gradients there is nothing for DistributedDataParallel to exchange.
+        # Without gradients there is nothing for DistributedDataParallel to exchange, and it would
+        # reserve memory for them. Accelerate, which wraps models too, leaves those alone that have
+        # this.
+        model._is_accelerate_prepared = True
         return model
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:

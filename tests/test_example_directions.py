@@ -277,7 +277,8 @@ def test_losses_along_a_direction_share_it() -> None:
     for own, parameter, u in zip(shifted.parameters(), model.parameters(), noise, strict=True):
         own.data += 0.02 * u / (1 + whole_hessian_offset(optimizer, parameter)) ** 0.5
     found = optimizer.loss_along(lambda: output_losses(model, inputs).mean(), 0.02, draw=4)
-    assert found == pytest.approx(output_losses(shifted, inputs).mean().item(), rel=1e-9)
+    # u is float32, and its last place depends on where a processor's vectors end.
+    assert found == pytest.approx(output_losses(shifted, inputs).mean().item(), rel=1e-7)
 
 
 def test_only_a_part_of_the_noise_is_there_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
