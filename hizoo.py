@@ -95,19 +95,18 @@ def hessian_of(tile: Tensor | tuple[Tensor, Tensor], dtype: torch.dtype) -> list
 
 
 def shift_tile(
-    targets: Sequence[Tensor],
+    target: Tensor,
     source: Tensor | None,
     hessian: HessianTile,
     noise: Tensor,
-    scales: Sequence[Scalar],
+    scale: Scalar,
     measured: bool = False,
 ) -> list[Tensor] | None:
-    """Write ``source`` + a scale times u/√h into each of ``targets``, one for each of ``scales``.
+    """Write ``source`` + ``scale`` u/√h into ``target``, half precision rounded once, at the end.
 
-    Half precision rounds once, at the end. ``source`` None means in place. Returns h u² of each
-    part if ``measured``.
+    ``source`` None means in place. Returns h u² of each part if ``measured``.
     """
-    source = targets[0] if source is None else source
+    source = target if source is None else source
     noises = drawn(noise, source)
     squares = None
     if hessian is not None:
@@ -116,9 +115,8 @@ def shift_tile(
             squares = [u.square().mul_(h) for u, h in zip(noises, hessians, strict=True)]
         noises = [u.mul_(h.rsqrt_()) for u, h in zip(noises, hessians, strict=True)]
     values = numbers_of(source)
-    for target, scale in zip(targets, scales, strict=True):
-        shifted = [u.mul(scale).add_(value) for u, value in zip(noises, values, strict=True)]
-        target.copy_(tile_of_numbers(shifted, target.dtype))
+    shifted = [u.mul_(scale).add_(value) for u, value in zip(noises, values, strict=True)]
+    target.copy_(tile_of_numbers(shifted, target.dtype))
     return squares
 
 
@@ -766,11 +764,11 @@ class HiZOO(torch.optim.Optimizer):
             if slot.draws_apart:
                 (noise,) = run(drawn, slot)(noise, own)
             squares = run(shift_tile, slot)(
-                [own if outputs is None else slot.view(outputs[parameter], tile)],
+                own if outputs is None else slot.view(outputs[parameter], tile),
                 None if outputs is None else own,
                 tile_of(hessian, tile),
                 noise,
-                [*self._scalars([scale * slot.group["eps"]], slot)],
+                self._scalars([scale * slot.group["eps"]], slot)[0],
                 measured,
             )
             self._written_tiles += 1
@@ -1352,7 +1350,7 @@ def tile_of(hessian: Hessian | None, tile: int) -> HessianTile:
 # it has to stay in the cache; in a compiled kernel, or on another device, it has to be large enough
 # that starting the work, about 0.05 ms, costs little.
 CACHED_TILE_ELEMENTS = 1 << 17
-LARGE_TILE_ELEMENTS = 1 << 21
+LARGE_TILE_ELEMENTS = 1 << 22
 GPU_TILE_ELEMENTS = 1 << 23
 # Smaller parameters are computed together, one operation after the other, for less overhead. And
 # torch.compile makes kernels for one core if the first tile that it sees is small.
@@ -1620,7 +1618,7 @@ def why_not_compiled(device: torch.device) -> str | None:
     target = torch.zeros(COMPILED_PARAMETER_ELEMENTS, device=device)
     noise = torch.zeros(2, dtype=torch.int32, device=device)
     try:
-        compiled(shift_tile)([target], None, None, noise, [torch.ones((), device=device)])
+        compiled(shift_tile)(target, None, None, noise, torch.ones((), device=device))
     except Exception as error:  # of torch, Triton, a compiler or the system, as it may be
         return str(error).strip().partition("\n")[0] or type(error).__name__
     return None
