@@ -92,7 +92,7 @@ def prepare_model(name: str, dtype: torch.dtype, mode: str, seed: int) -> tuple[
         model = add_lora(model, 8, 16)
     elif mode == "prefix":
         tokens = torch.randint(len(tokenizer), (5,), generator=torch.Generator().manual_seed(seed))
-        model = add_prefix(model, 5, initial_tokens=tokens)
+        model = add_prefix(model, 5, False, tokens)
     elif mode == "head":
         untie_head(model)
         freeze_all_but_head(model)

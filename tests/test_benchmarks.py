@@ -117,8 +117,9 @@ def test_methods(
     methods = importlib.import_module("methods")
     monkeypatch.setattr(methods, "TRAIN", 20)
     monkeypatch.setattr(methods, "DEV", 4)
-    curvature, mezo = "curvature batch=2", "mezo lr=1e-4 batch=2"
-    for task, chosen in (("SST2", [mezo]), ("SST2", [curvature, mezo]), ("SQuAD", [curvature])):
+    curvature, mezo = "curvature batch=2 mode=lora", "mezo lr=1e-4 batch=2"
+    prefix = "curvature batch=2 mode=prefix"
+    for task, chosen in (("SST2", [mezo]), ("SST2", [curvature, mezo]), ("SQuAD", [prefix])):
         file = tmp_path / f"{task}.json"
         line = ["methods.py", "--task", task, "--passes", "3", "--points", "1", "--seeds", "0"]
         monkeypatch.setattr(sys, "argv", [*line, "--output", str(file), "--methods", *chosen])

@@ -215,11 +215,6 @@ def test_fitted_head_is_the_classifier(
         assert (probe.tokens, probe.rows) == (len(answers), len(targets))
         assert probe.converged
         found = probabilities_of(model, examples, oracle.classes_)
-        print(
-            np.abs(found - oracle.predict_proba(features)).max(),
-            probe.iterations,
-            oracle.n_iter_,
-        )
         assert np.abs(found - oracle.predict_proba(features)).max() < 1e-5
         assert np.abs(found - 1 / len(answers)).max() > 0.1
         assert_only_rows_of_head_changed(model, before, answers)
