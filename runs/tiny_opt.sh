@@ -19,11 +19,15 @@ grid=(
     "hizoo lr=8e-4 alpha=1e-5 hessian=lowrank"
     "traceless lr=8e-4 alpha=1e-5" "traceless lr=8e-4 alpha=1e-4" "traceless lr=3.2e-3 alpha=1e-4"
     "fzoo lr=1e-6" "fzoo lr=3e-6" "fzoo lr=1e-5" "fzoo lr=3e-5"
+    "mezo lr=1e-6 mode=lora" "mezo lr=1e-2 mode=lora" "mezo lr=4e-2 mode=lora"
+    "mezo lr=1.6e-1 mode=lora" "mezo lr=1e-6 mode=head" "mezo lr=2e-3 mode=head"
+    "mezo lr=8e-3 mode=head" "mezo lr=3.2e-2 mode=head"
     "zo-muon lr=1e-4" "zo-muon lr=3e-4" "zo-muon lr=1e-3" "zo-muon lr=3e-3"
 )
 best=(
     "adamw lr=1e-4" "mezo lr=1e-6" "mezo lr=1e-4" "mezo lr=8e-4" "mezo lr=1.6e-3"
-    "curvature" "curvature every=10" "hizoo lr=8e-4 alpha=1e-6" "hizoo lr=3.2e-3 alpha=1e-3"
+    "curvature" "curvature mode=lora" "curvature mode=head"
+    "curvature every=10" "hizoo lr=8e-4 alpha=1e-6" "hizoo lr=3.2e-3 alpha=1e-3"
     "traceless lr=8e-4 alpha=1e-4" "fzoo lr=3e-6" "fzoo lr=1e-5"
 )
 compare() {

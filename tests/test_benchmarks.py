@@ -147,7 +147,7 @@ def test_learning_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rates.shown_steps(0.5, [curve(1.0, 0.9), curve(1.0, 0.0)]) == "> 10 (1 of 2)"
     found = {"curvature": [curve(1, 0.5)], "mezo lr=1e-6": [curve(1, 0.9)]}
     found["mezo lr=1e-2"] = [curve(1, 0.0)]
-    monkeypatch.setattr(rates, "curves_of", lambda files: found)
-    cells = rates.row("none", (), "a model, a task").split(" | ")
+    monkeypatch.setattr(rates, "curves_of", lambda file, mode: found)
+    cells = rates.row("none", "", "", "a model, a task").split(" | ")
     assert cells[2:5] == ["1.0e-03 to 1.0e-03", "1e-2", "0.100"]
     assert cells[5:] == ["> 10 (1 of 1)", "> 10 (1 of 1)", "9", "1 |"]
