@@ -6,9 +6,11 @@ import functools
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,6 +23,7 @@ from tiny_models import tiny_model, tiny_tokenizer
 import probe
 import run
 import step_sizes
+from journal import FILE, read_journal
 from language_model.loading import leave_out_loading_bars
 from trainer import ObjectiveTrainer
 
@@ -108,6 +111,65 @@ def start(
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )
+
+
+# What processes that do several runs one after another begin and end with.
+BEFORE_RUNS = """
+import gc, json, os, sys
+gc.disable()  # while the libraries load
+import torch
+import run, trainer
+"""
+RUNS = """
+gc.freeze()
+gc.enable()
+for folder, line in json.loads(sys.argv[1]):
+    os.chdir(folder)
+    if os.environ["RANK"] == "0":
+        print(f"[{os.path.basename(folder)}]", flush=True)
+    if code := run.main(line):
+        sys.exit(code)
+"""
+
+
+def launch_runs(
+    folder: Path,
+    launcher: Sequence[str],
+    patches: str,
+    lines: Sequence[tuple[Path, list[str]]],
+) -> None:
+    """Do runs in one launch of processes: loading the libraries takes longer than all of them.
+
+    Each is done in the folder beside its arguments, which gets a ``printed.txt``. ``patches`` is
+    executed before them.
+    """
+    driver = folder / "driver.py"
+    driver.write_text(BEFORE_RUNS + patches + RUNS)
+    done = subprocess.run(
+        [
+            *(sys.executable, *launcher, str(driver)),
+            json.dumps([(str(where), line) for where, line in lines]),
+        ],
+        cwd=folder,
+        env=os.environ
+        | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    printed = re.split(r"^\[(\w+)\]\n", done.stdout, flags=re.MULTILINE)
+    for (where, _), name, of_run in zip(lines, printed[1::2], printed[2::2], strict=True):
+        assert where.name == name
+        with (where / "printed.txt").open("a") as file:
+            file.write(of_run)
+
+
+def keep_steps(whole: Path, parted: Path, steps: int) -> None:
+    """Copy the first steps of a run's journal."""
+    (parted / "out").mkdir(parents=True)
+    content = (whole / "out" / FILE).read_bytes()
+    (parted / "out" / FILE).write_bytes(content[: read_journal(whole / "out" / FILE).end_of(steps)])
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

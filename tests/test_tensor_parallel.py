@@ -6,17 +6,22 @@ Loading the libraries takes longer than all of these runs: one launch does them 
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from running import ROOT, assert_same_tensors, command, finish, log_of, training, weights
+from running import (
+    assert_same_tensors,
+    command,
+    finish,
+    keep_steps,
+    launch_runs,
+    log_of,
+    training,
+    weights,
+)
 from tiny_models import tiny_model, tiny_tokenizer
 
 import replay
@@ -28,11 +33,7 @@ from utils import InputError
 # One process of pytest-xdist runs all of this module.
 pytestmark = pytest.mark.xdist_group("tensor parallel")
 
-DRIVER = """
-import json, os, sys
-import torch
-import run, trainer
-
+NOTING = """
 train = trainer.ObjectiveTrainer.train
 
 def train_and_note(self, **arguments):
@@ -40,12 +41,6 @@ def train_and_note(self, **arguments):
     torch.save(self.model.state_dict(), f"rank{os.environ['RANK']}.pt")
 
 trainer.ObjectiveTrainer.train = train_and_note
-for folder, line in json.loads(sys.argv[1]):
-    os.chdir(folder)
-    if os.environ["RANK"] == "0":
-        print(f"[{os.path.basename(folder)}]", flush=True)
-    if code := run.main(line):
-        sys.exit(code)
 """
 # The projected gradient and the curvature magnify the rounding of the losses, by 1/2μ and 1/2μ²:
 # hence a large μ and a small α.
@@ -94,9 +89,8 @@ def evaluation(model: Path, folder: Path) -> list[str]:
 
 def cut_short(whole: Path, parted: Path) -> None:
     """Copy a run's checkpoint of three steps, and of its journal four."""
+    keep_steps(whole, parted, 4)
     shutil.copytree(whole / "out/checkpoint-3", parted / "out/checkpoint-3")
-    content = (whole / "out" / FILE).read_bytes()
-    (parted / "out" / FILE).write_bytes(content[: read_journal(whole / "out" / FILE).end_of(4)])
 
 
 @pytest.fixture(scope="module")
@@ -109,32 +103,15 @@ def in_parts(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Path:
     finish(training(folder / "alone", model_name=models / "llama", **LLAMA))
     cut_short(folder / "alone", folders["resumed"])
     part = {"tensor_parallel": True}
-    lines = [
+    runs = [
         ("llama", training(folders["llama"], model_name=models / "llama", **LLAMA, **part)),
         ("resumed", training(folders["resumed"], model_name=models / "llama", **LLAMA, **part)),
         ("qwen2", training(folders["qwen2"], model_name=models / "qwen2", **QWEN2, **part)),
         ("opt", training(folders["opt"], model_name=models / "opt", **OPT, **part)),
         ("answers", [*evaluation(models / "llama", folders["answers"]), "--tensor_parallel"]),
     ]
-    driver = folder / "driver.py"
-    driver.write_text(DRIVER)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    done = subprocess.run(
-        [
-            *(sys.executable, *launcher, str(driver)),
-            json.dumps([(str(folders[name]), line) for name, line in lines]),
-        ],
-        cwd=folder,
-        env=os.environ
-        | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    printed = re.split(r"^\[(\w+)\]\n", done.stdout, flags=re.MULTILINE)
-    for name, lines_of_a_run in zip(printed[1::2], printed[2::2], strict=True):
-        (folders[name] / "printed.txt").write_text(lines_of_a_run)
+    launch_runs(folder, launcher, NOTING, [(folders[name], line) for name, line in runs])
     return folder
 
 

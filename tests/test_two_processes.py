@@ -6,19 +6,16 @@ Loading the libraries takes longer than all of these runs: one launch does them 
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from running import (
-    ROOT,
     assert_same_tensors,
     command,
     finish,
+    keep_steps,
+    launch_runs,
     log_of,
     training,
     weights,
@@ -34,13 +31,9 @@ pytestmark = pytest.mark.xdist_group("two processes")
 
 # Notes what each process ends a training with. accelerate shards on accelerators only: this lets it
 # shard on CPUs, as it does where there are GPUs; everything else is the same code.
-DRIVER = """
-import gc, json, os, sys
-gc.disable()  # while the libraries load
-import torch
+NOTING = """
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-import run, trainer
 
 initialise = AcceleratorState.__init__
 train = trainer.ObjectiveTrainer.train
@@ -62,14 +55,6 @@ def train_and_note(self, **arguments):
 
 AcceleratorState.__init__ = initialise_sharded
 trainer.ObjectiveTrainer.train = train_and_note
-gc.freeze()
-gc.enable()
-for folder, line in json.loads(sys.argv[1]):
-    os.chdir(folder)
-    if os.environ["RANK"] == "0":
-        print(f"[{os.path.basename(folder)}]", flush=True)
-    if code := run.main(line):
-        sys.exit(code)
 """
 
 
@@ -125,13 +110,6 @@ SHARDED = (
 SHARDED_VARIABLES = SMALL | {"LR": "1e-4"}
 
 
-def keep_steps(whole: Path, parted: Path, steps: int) -> None:
-    """Copy the first steps of a run's journal."""
-    (parted / "out").mkdir(parents=True)
-    content = (whole / "out" / FILE).read_bytes()
-    (parted / "out" / FILE).write_bytes(content[: read_journal(whole / "out" / FILE).end_of(steps)])
-
-
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all runs, each in one of its own, with what they printed."""
@@ -148,7 +126,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     launcher, sharded = launcher_and_arguments(passed)
     assert "--eval_before_training" not in sharded
     half = {"per_device_train_batch_size": 2}
-    lines = [
+    runs = [
         *(("evaluation", evaluation(folders["evaluation"], task)) for task in ("SST2", "SQuAD")),
         ("first_order", training(folders["first_order"], **FIRST_ORDER | half)),
         ("zeroth_order", training(folders["zeroth_order"], **ZEROTH_ORDER | half)),
@@ -157,24 +135,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("resumed", training(folders["resumed"], **ZEROTH_ORDER | half)),
         ("sharded", sharded),
     ]
-    driver = folder / "driver.py"
-    driver.write_text(DRIVER)
-    done = subprocess.run(
-        [
-            *(sys.executable, *launcher, str(driver)),
-            json.dumps([(str(folders[name]), line) for name, line in lines]),
-        ],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    printed = re.split(r"^\[(\w+)\]\n", done.stdout, flags=re.MULTILINE)
-    for name, lines_of_a_run in zip(printed[1::2], printed[2::2], strict=True):
-        with (folders[name] / "printed.txt").open("a") as file:
-            file.write(lines_of_a_run)
+    launch_runs(folder, launcher, NOTING, [(folders[name], line) for name, line in runs])
     return folder
 
 
