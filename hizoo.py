@@ -1794,12 +1794,12 @@ def rounded_stochastically(
     subnormal numbers; where it is 0 nothing moves. ``value`` is of that half-precision dtype, and
     ``bits`` are random, int32; the upper ones count most.
     """
-    return (rounded_to_bfloat16 if dtype == torch.bfloat16 else rounded_to_units)(
-        value, change, bits, dtype
-    )
+    if dtype == torch.bfloat16:
+        return rounded_to_bfloat16(value, change, bits)
+    return rounded_to_units(value, change, bits, dtype)
 
 
-def rounded_to_bfloat16(value: Tensor, change: Tensor, bits: Tensor, _: torch.dtype) -> Tensor:
+def rounded_to_bfloat16(value: Tensor, change: Tensor, bits: Tensor) -> Tensor:
     """Round by adding random bits below bfloat16's last one to float32's, and cutting them off.
 
     The sum in float32, whose last place is 2**-16 units, rounds at random too: half a last place

@@ -71,6 +71,17 @@ def shown_objective(objective: Objective) -> ShownObjective:
     return ShownObjective("accuracy", -1) if objective is negative_accuracy else ShownObjective()
 
 
+def load_as_saved(model: nn.Module, folder: Path) -> bool:
+    """Load a checkpoint's weights where the Trainer's own way would not; tell whether it was done.
+
+    So it is with a model in parts, and with one whose files have other names than its weights.
+    """
+    if parts_of(model):
+        load_parts(model, weight_files(folder))
+        return True
+    return load_renamed_weights(model, folder)
+
+
 class ObjectiveTrainer(Trainer):
     """First-order training on an objective; ``data_collator`` makes the batches that it takes.
 
@@ -199,10 +210,7 @@ class ObjectiveTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        folder = Path(resume_from_checkpoint)
-        if parts_of(self.model):
-            load_parts(self.model, weight_files(folder))
-        elif not load_renamed_weights(model or self.model, folder):
+        if not load_as_saved(model or self.model, Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_callback_state(self) -> None:
@@ -254,10 +262,7 @@ class ObjectiveTrainer(Trainer):
         self._forget_damaged_best_checkpoint()
         if self.state.best_model_checkpoint is None:
             return
-        folder = Path(self.state.best_model_checkpoint)
-        if parts_of(self.model):
-            load_parts(self.model, weight_files(folder))
-        elif not load_renamed_weights(self.model, folder):
+        if not load_as_saved(self.model, Path(self.state.best_model_checkpoint)):
             super()._load_best_model()
 
     def collate(self, examples: list[Any]) -> dict[str, Any]:

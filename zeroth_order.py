@@ -399,8 +399,8 @@ class ZerothOrderTrainer(ObjectiveTrainer):
         self, model: nn.Module, training: bool = True, dataloader: Any = None
     ) -> nn.Module:
         # Without gradients there is nothing for DistributedDataParallel to exchange, and it would
-        # reserve memory for them. Accelerate, which wraps models too, leaves those alone that have
-        # this.
+        # reserve memory for them, or give all processes the first one's parts of weights.
+        # Accelerate, which wraps models too, leaves those alone that have this.
         model._is_accelerate_prepared = True
         return model
 

@@ -191,12 +191,10 @@ def keep_parts(name: str, model: PreTrainedModel) -> None:
     for module in model.modules():
         if counts and hasattr(module, counts):
             setattr(module, counts, getattr(module, counts) // mesh.size())
-    # transformers would gather, save and train DTensors only; accelerate would give all processes
-    # the parts of the first one.
+    # transformers would gather, save and train DTensors only.
     model.config.distributed_config = None
     model._device_mesh = model._mesh_manager = model._tp_size = None
     model._is_distributed_loading_by_transformers = False
-    model._is_accelerate_prepared = True
 
 
 def place_of(weight: str, name: str, whole: DTensor, part: Tensor) -> Shard | None:
