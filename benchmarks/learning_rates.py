@@ -1,4 +1,4 @@
-"""The step from the curvature beside fixed learning rates: a table of runs of the bundled model.
+"""The step from the curvature beside fixed learning rates: a table of the runs in runs/.
 
     python benchmarks/learning_rates.py
 
@@ -24,6 +24,7 @@ CASES = (
     ("tiny-opt_sst2", "tiny_opt_sst2", "", "tiny-opt, SST2"),
     ("", "tiny_opt_sst2", " mode=lora", "tiny-opt, SST2, LoRA"),
     ("", "tiny_opt_sst2", " mode=head", "tiny-opt, SST2, head"),
+    ("smollm2_sst2", "smollm2_sst2", "", "SmolLM2, SST2"),
 )
 PUBLISHED, OURS = "mezo lr=1e-6", "curvature"
 WAY = 0.9

@@ -5,7 +5,7 @@
 #
 # MODEL: Hub id, folder or GGUF file; default: HuggingFaceTB/SmolLM2-135M-Instruct, whose weights are
 # not rounded to 4 bits as in the file behind the figures. DATA_DIR: folder with sst2/train.jsonl;
-# default: hub. A run that stands in a JSON file is not repeated. Five hours on one core.
+# default: hub. A run that stands in a JSON file is not repeated. Seven hours on one core.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 compare() {
@@ -13,12 +13,12 @@ compare() {
         --task SST2 --data_dir "${DATA_DIR:-hub}" "$@"
 }
 compare --passes 400 --points 4 --output runs/smollm2_sst2.json \
-    --methods "curvature" "adamw lr=1e-5" "mezo lr=1e-6"
+    --methods "curvature" "adamw lr=1e-5" "mezo lr=1e-6" "hizoo lr=1e-6 alpha=1e-6" "mezo lr=3e-5"
 compare --passes 400 --points 4 --output runs/smollm2_sst2.json --plot runs/smollm2_sst2.png \
-    --seeds 0 --methods "hizoo lr=1e-6 alpha=1e-6"
+    --seeds 0 --methods "mezo lr=1e-5"
 compare --passes 900 --points 9 --output runs/smollm2_sst2_900.json --methods "curvature"
 compare --passes 2100 --points 10 --output runs/smollm2_sst2_1000_steps.json \
     --methods "curvature every=10"
 compare --passes 400 --points 4 --output runs/smollm2_sst2_fzoo.json --seeds 0 --methods "fzoo lr=1e-6"
-compare --passes 300 --points 3 --output runs/smollm2_sst2_example.json --seeds 0 \
+compare --passes 300 --points 3 --output runs/smollm2_sst2_example.json \
     --methods "example-curvature"

@@ -276,15 +276,17 @@ def test_table_of_results_has_the_measured_numbers() -> None:
 
 
 def test_table_of_the_real_model_has_the_measured_numbers() -> None:
-    files = {name: ROOT / "runs" / f"smollm2_sst2{name}.json" for name in ("", "_900")}
+    names = ("", "_900", "_1000_steps")
+    files = {name: ROOT / "runs" / f"smollm2_sst2{name}.json" for name in names}
     runs = {name: json.loads(file.read_text())["runs"] for name, file in files.items()}
     rows = rows_of("README.md", "Results")
-    assert len(rows) == 6
+    assert len(rows) == 8
     for name, (_, passes, *cells) in rows.items():
         method = "curvature" if name == "zero-shot" else name.partition("`")[0]
-        of_method = [run for run in runs["_900" * ("longer" in name)] if run["method"] == method]
+        file = "_1000_steps" if "every=10" in name else "_900" * ("longer" in name)
+        of_method = [run for run in runs[file] if run["method"] == method]
         reached = [run["curve"][0 if name == "zero-shot" else -1] for run in of_method]
-        assert {str(row["passes"]) for row in reached} == {passes}
+        assert {str(row["passes"]) for row in reached} == {passes.replace(",", "")}
         for key, cell in zip(("loss", "accuracy"), cells, strict=True):
             values = [row[key] for row in reached]
             seeds = {1: " (one seed)", 2: " (two seeds)", 3: ""}[len(values)]
