@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
 
 from example_directions import ExampleDirections
-from hizoo import HiZOO, counters, cut_into_packets, hashed, run, standard_normal
+from hizoo import HiZOO, cut_into_packets, drawn, run, tile_of_numbers
 from layerwise import LayerwiseWeights
 
 SHAPES = {
@@ -122,16 +122,17 @@ def resident(status: Path, field: str) -> int:
     return int(line.split()[1])
 
 
-def draw_tile(target: Tensor, key: Tensor) -> None:
-    """Write u into a tile."""
-    target.copy_(standard_normal(hashed(counters(key, target))))
+def draw_tile(target: Tensor, noise: Tensor) -> None:
+    """Write u into a tile, in its dtype."""
+    target.copy_(tile_of_numbers(drawn(noise, target), target.dtype))
 
 
 def draw_only(optimizer: HiZOO, target: Tensor) -> None:
     """Draw the numbers of one pass, as a step does, into memory that is written over."""
     for packet in cut_into_packets(optimizer._slots):
-        for (slot, _), key in zip(packet, optimizer._keys(packet, 0), strict=True):
-            run(draw_tile, slot)(target[: min(slot.length, slot.parameter.numel())], key)
+        for (slot, tile), noise in zip(packet, optimizer._noise(packet, 0), strict=True):
+            numbers = target[: slot.numbers(slot.parameter, tile).numel()]
+            run(draw_tile, slot)(slot.view(numbers, 0), noise)
 
 
 def draw_with_torch(optimizer: HiZOO, target: Tensor) -> None:
@@ -251,7 +252,8 @@ def measure(arguments: argparse.Namespace, dtype_name: str) -> list[dict[str, An
     }
     first = first_step_memory(optimizers["HiZOO"], forward, device)
     textbook = TextbookHiZOO(parameters, 1e-3, 1e-6, 1e-9)
-    scratch = torch.empty(max(slot.length for slot in optimizers["HiZOO"]._slots), device=device)
+    length = max(slot.length for slot in optimizers["HiZOO"]._slots)
+    scratch = torch.empty(length, dtype=dtype, device=device)
     timed = [
         Timed("forward", forward),
         Timed("draw", functools.partial(draw_only, optimizers["HiZOO"], scratch)),
