@@ -355,6 +355,7 @@ def examples_along(use: Use, shape: torch.Size, strides: tuple[int, ...]) -> Ten
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return W x + b and the examples' own parts, as ``functional.linear``."""
+    inputs = foldable(inputs)
     output = functional.linear(inputs, own_of(weight), own_of(bias))
     if isinstance(weight, ExampleWeight):
         use, tokens = only_cast(weight), tokens_now(weight.use)
@@ -380,7 +381,7 @@ def matmul(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         raise inputs.use.refused("is multiplied from the left")
     if isinstance(weight, ExampleWeight) and weight.is_transposed:
         return linear(inputs, ExampleWeight.of(weight.use), bias)
-    own = own_of(weight)
+    own, inputs = own_of(weight), foldable(inputs)
     output = torch.matmul(inputs, own) if bias is None else torch.addmm(bias, inputs, own)
     if isinstance(weight, ExampleWeight):
         use, tokens = only_cast(weight), tokens_now(weight.use)
@@ -470,6 +471,16 @@ def elementwise(
     if function.__name__.endswith("_") and not function.__name__.endswith("__"):
         dtype = other.dtype
     return function(*(own if value is weight else other for value in args)).to(dtype)
+
+
+def foldable(inputs: Tensor) -> Tensor:
+    """Return tokens that torch multiplies by a matrix as rows of one matrix.
+
+    Tokens that lie apart, as the last one of each text, it would multiply one text after the other,
+    by a copy of the matrix for each: of a parameter it does not, but what stands here for one needs
+    no gradient.
+    """
+    return inputs.contiguous()
 
 
 def add_bias(output: Tensor, bias: Tensor | None) -> Tensor:

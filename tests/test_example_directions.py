@@ -15,6 +15,7 @@ from test_hizoo import largest_difference, whole_hessian_offset
 from tiny_models import tiny_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hizoo
 from example_directions import ExampleDirections, NotByExample, examples_of_tokens
@@ -293,6 +294,27 @@ def test_only_a_part_of_the_noise_is_there_at_once(monkeypatch: pytest.MonkeyPat
     )
     optimizer.step(lambda: token_losses(model, TOKENS))
     assert max(drawn) <= 1400 < model.lm_head.weight.numel() / 10
+
+
+class RepeatedMatrices(TorchDispatchMode):
+    """Counts the products of several texts with one and the same matrix, one after the other."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        if function is torch.ops.aten.bmm.default:
+            self.count += args[1].stride(0) == 0
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_tokens_that_lie_apart_are_multiplied_together(family: str) -> None:
+    """As the last of each row: otherwise torch copies a bfloat16 matrix for each of them."""
+    model = tiny_model(family)
+    optimizer = HiZOO(model.parameters(), directions=ExampleDirections(model))
+    with RepeatedMatrices() as products:
+        optimizer.step(lambda: model(TOKENS, logits_to_keep=1).logits[:, 0, :2].mean(1))
+    assert products.count == 0
 
 
 # ---- several examples in a row, and what is refused
