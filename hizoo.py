@@ -1095,17 +1095,20 @@ class HiZOO(torch.optim.Optimizer):
         That is ``tile_key``; for compiled kernels a tensor, with the columns of a matrix behind it.
         """
         stream = self._stream(draw)
-        if not packet[0][0].compiles:
-            return [
-                tile_key(stream, slot.number, slot.index_of(tile), slot.row_step)
-                for slot, tile in packet
-            ]
+        first, _ = packet[0]
         keys = [
-            tile_key(stream, slot.number, slot.index_of(tile), slot.row_step or slot.columns)
+            tile_key(
+                stream,
+                slot.number,
+                slot.index_of(tile),
+                slot.row_step or slot.columns * first.compiles,
+            )
             for slot, tile in packet
         ]
+        if not first.compiles:
+            return keys
         numbers = torch.tensor([number for key in keys for number in key], dtype=torch.int32)
-        numbers = numbers.to(packet[0][0].parameter.device, non_blocking=True)
+        numbers = numbers.to(first.parameter.device, non_blocking=True)
         tensors = numbers.split([len(key) for key in keys])
         return [
             torch.cat((tensor, slot.lanes * key[0])) if slot.columns else tensor.clone()
