@@ -218,7 +218,10 @@ class Use:
 
     def whole(self) -> Tensor:
         """Return μ u/√h in the parameter's shape: for vectors."""
-        return torch.cat([tile for _, tile in self.noise.tiles(self.parameter)])
+        whole = torch.empty_like(self.parameter)
+        for part, tile in self.noise.tiles(self.parameter):
+            whole[part] = tile
+        return whole
 
     def perturbed(self, tokens: Tokens, examples: Tensor) -> Tensor:
         """Return the perturbed parameter of every token, float32 at least: for vectors."""

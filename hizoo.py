@@ -30,9 +30,10 @@ rises, steps become shorter.
 
 The noise u is never stored. Every number of it is a function of (seed, step, parameter, index), a
 hash that is computed again, tile by tile, whenever it is needed: three times a step, once for each
-perturbed forward pass and once for the update. No global random state is read or changed. For large
-models torch.compile makes one kernel of the hash and all arithmetic on a tile, which costs less
-than drawing with torch's generator alone; without a compiler the same functions run one by one.
+perturbed forward pass and once for the update. A hash makes a pair of numbers, one in each half of
+a parameter. No global random state is read or changed. For large models torch.compile makes one
+kernel of the hash and all arithmetic on a tile, which costs less than drawing with torch's
+generator alone; without a compiler the same functions run one by one.
 """
 
 from __future__ import annotations
@@ -55,17 +56,36 @@ from torch import Tensor
 #
 # These functions are compiled as they are, or run as they are. Scalars are 0-dimensional tensors in
 # a compiled kernel, which would otherwise be compiled anew for every number, and floats elsewhere.
-# A tile holds its numbers as they are, or as int32 words, two bfloat16 numbers each: then its parts
-# are the first numbers of all words and the second ones, else it is one part.
+# A tile is one block of numbers or two of the same shape, the first and the second ones of pairs. A
+# block holds its numbers as they are, or as int32 words, two bfloat16 numbers each: then its parts
+# are the first numbers of all words and the second ones, else it is one part. The parts of a tile
+# are those of its blocks, one block after the other.
 
 Scalar = float | Tensor
 # A direction's number, and how many times μ u/√h the parameters are shifted along it.
 Point = tuple[int, float]
 # The loss at a point: of a batch, or (examples,) of each of its examples.
 Losses = float | Tensor
-# h - 1 of a tile, or the row factors (rows, 1) and column factors (parts, columns) whose product is
-# h.
-HessianTile = Tensor | tuple[Tensor, Tensor] | None
+Tile = Sequence[Tensor]
+# h - 1 of a tile, or the row factors (rows, 1) of each block and the column factors (parts of a
+# block, columns), whose product is h.
+HessianTile = Tile | tuple[Sequence[Tensor], Tensor] | None
+
+
+class Draw(NamedTuple):
+    """Where a tile's random numbers come from.
+
+    Attributes:
+        key: of the ``counters`` of the tile's pairs.
+        halves: for every block which number of its pairs it gets, 0 or 1.
+    """
+
+    key: Sequence[int] | Tensor
+    halves: tuple[int, ...]
+
+
+# Random numbers of a tile: drawn already, those of each block, or to be drawn in a compiled kernel.
+Random = Draw | Sequence[Tensor]
 
 
 class Coefficients(NamedTuple):
@@ -87,18 +107,19 @@ class Coefficients(NamedTuple):
     decay: Scalar | None
 
 
-def hessian_of(tile: Tensor | tuple[Tensor, Tensor], dtype: torch.dtype) -> list[Tensor]:
+def hessian_of(tile: Tile | tuple[Sequence[Tensor], Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Return h of each part of a tile, new tensors."""
     if isinstance(tile, tuple):
-        return [tile[0] * columns for columns in tile[1]]
-    return [offset.to(dtype) + 1 for offset in numbers_of(tile)]
+        rows_of_blocks, columns_of_parts = tile
+        return [rows * columns for rows in rows_of_blocks for columns in columns_of_parts]
+    return [offset.to(dtype) + 1 for offset in parts_of(tile)]
 
 
 def shift_tile(
-    target: Tensor,
-    source: Tensor | None,
+    target: Tile,
+    source: Tile | None,
     hessian: HessianTile,
-    noise: Tensor,
+    noise: Random,
     scale: Scalar,
     measured: bool = False,
 ) -> list[Tensor] | None:
@@ -114,33 +135,33 @@ def shift_tile(
         if measured:
             squares = [u.square().mul_(h) for u, h in zip(noises, hessians, strict=True)]
         noises = [u.mul_(h.rsqrt_()) for u, h in zip(noises, hessians, strict=True)]
-    values = numbers_of(source)
-    shifted = [u.mul_(scale).add_(value) for u, value in zip(noises, values, strict=True)]
-    target.copy_(tile_of_numbers(shifted, target.dtype))
+    values = parts_of(source)
+    write(target, [u.mul_(scale).add_(value) for u, value in zip(noises, values, strict=True)])
     return squares
 
 
 def update_tile(
-    target: Tensor,
+    target: Tile,
     hessian: HessianTile,
     shifted_with: HessianTile,
-    noises: Sequence[Tensor],
+    noises: Sequence[Random],
     coefficients: Coefficients,
-    rounding: Sequence[int] | Tensor,
+    rounding: Random | None,
 ) -> None:
     """Take the shift back, and update h and θ of a tile.
 
     ``shifted_with`` is the low-rank h before this step's average; None: it is ``hessian`` itself.
-    Half precision rounds stochastically, from the key ``rounding``.
+    Half precision rounds stochastically, by the bits ``rounding``.
     """
     steps, back, growths, smooth, decay = coefficients
     directions = [drawn(noise, target) for noise in noises]
     dtype = directions[0][0].dtype
     shifted_with = hessian if shifted_with is None else shifted_with
     before = None if shifted_with is None else hessian_of(shifted_with, dtype)
-    rounds = [is_half(tile) for tile in (target, hessian) if isinstance(tile, Tensor)]
-    bits = random_bits(rounding, target) if any(rounds) else None
-    values, offsets = numbers_of(target), None if growths is None else numbers_of(hessian)
+    rounds = [is_half(target[0]), growths is not None and is_half(hessian[0])]
+    bits = numbers_of_pairs(rounding, target, rounding_bits) if any(rounds) else None
+    after = None if hessian is None or growths is not None else hessian_of(hessian, dtype)
+    values, offsets = parts_of(target), None if growths is None else parts_of(hessian)
     for part, value in enumerate(values):
         noises = [direction[part] for direction in directions]
         of_part = None if bits is None else bits[part]
@@ -153,31 +174,31 @@ def update_tile(
             growth.mul_(before[part])
             # Bits that θ rounds by as well come last here.
             turned = None if of_part is None else half_turned(of_part)
-            offset = added(offsets[part], growth, turned, hessian)
+            offset = added(offsets[part], growth, turned, hessian[0])
             # An h of 0 would make the next perturbation infinite, an infinite one would become NaN.
-            limits = torch.finfo(format_of(hessian))
+            limits = torch.finfo(format_of(hessian[0]))
             offsets[part] = offset.clamp(limits.eps - 1, limits.max)
             change.mul_((offsets[part].to(dtype) + 1).rsqrt_())
-        elif hessian is not None:
-            change.mul_(hessian_of(hessian, dtype)[part].rsqrt_())
+        elif after is not None:
+            change.mul_(after[part].rsqrt_())
         if decay is not None:
             change.add_(value * decay)
-        values[part] = added(value, change, of_part, target)
-    target.copy_(tile_of_numbers(values, target.dtype))
+        values[part] = added(value, change, of_part, target[0])
+    write(target, values)
     if growths is not None:
-        hessian.copy_(tile_of_numbers(offsets, hessian.dtype))
+        write(hessian, offsets)
 
 
-def direction_tile(like: Tensor, hessian: HessianTile, noise: Tensor, scale: Scalar) -> Tensor:
-    """Return ``scale`` u/√h of a tile, in the shape and dtype of ``like``."""
+def direction_tile(like: Tile, hessian: HessianTile, noise: Random, scale: Scalar) -> list[Tensor]:
+    """Return ``scale`` u/√h of every block of a tile, in its shape and dtype."""
     noises = drawn(noise, like)
     if hessian is not None:
         hessians = hessian_of(hessian, noises[0].dtype)
         noises = [u.mul(h.rsqrt_()) for u, h in zip(noises, hessians, strict=True)]
-    return tile_of_numbers([u.mul(scale) for u in noises], like.dtype)
+    return blocks_of_parts([u.mul(scale) for u in noises], like)
 
 
-def measured_squares(like: Tensor, hessian: HessianTile, noise: Tensor) -> list[Tensor]:
+def measured_squares(like: Tile, hessian: HessianTile, noise: Random) -> list[Tensor]:
     """Return h u² of each part of a tile."""
     noises = drawn(noise, like)
     hessians = hessian_of(hessian, noises[0].dtype)
@@ -762,7 +783,7 @@ class HiZOO(torch.optim.Optimizer):
             )
             own = slot.view(parameter, tile)
             if slot.draws_apart:
-                (noise,) = run(drawn, slot)(noise, own)
+                noise = run(drawn, slot)(noise, own)
             squares = run(shift_tile, slot)(
                 own if outputs is None else slot.view(outputs[parameter], tile),
                 None if outputs is None else own,
@@ -806,7 +827,7 @@ class HiZOO(torch.optim.Optimizer):
         averaged = self._averaged_hessians(before, differences)
         begun, own = 0, None
         try:
-            for slot, tile, noises, key in self._tiles_to_update():
+            for slot, tile, noises, rounding in self._tiles_to_update():
                 hessian = averaged.get(slot, before[slot])
                 begun, own = begun + 1, slot.view(slot.parameter, tile)
                 run(update_tile, slot)(
@@ -815,13 +836,13 @@ class HiZOO(torch.optim.Optimizer):
                     tile_of(before[slot], tile) if slot in averaged else None,
                     noises,
                     self._coefficients(slot, tile, hessian, differences, examples),
-                    key,
+                    rounding,
                 )
         except BaseException:
             if self._point:
                 draw, scale = self._point
                 # What is written first to a tile takes its shift back.
-                written = begun if own is None or own._version > 0 else begun - 1
+                written = begun if own is None or own[0]._version > 0 else begun - 1
                 self._perturb(draw, -scale, start=written)
             self._forget_estimates()
             raise
@@ -928,13 +949,16 @@ class HiZOO(torch.optim.Optimizer):
 
     def _tiles_to_update(
         self,
-    ) -> Iterator[tuple[Slot, int, Sequence[Tensor], Sequence[int] | Tensor]]:
-        """Yield every tile with u of every direction and the key of its rounding."""
+    ) -> Iterator[tuple[Slot, int, Sequence[Random], Random | None]]:
+        """Yield every tile with u of every direction and the bits that it rounds by."""
         for packet in cut_into_packets(self._slots):
             noises = zip(*(self._noise(packet, d) for d in range(self.num_samples)), strict=True)
-            keys = self._keys(packet, ROUNDING)
-            for (slot, tile), of_tile, key in zip(packet, noises, keys, strict=True):
-                yield slot, tile, of_tile, key
+            rounds = any(slot.rounds for slot, _ in packet)
+            roundings = (
+                self._random(packet, ROUNDING, rounding_bits) if rounds else [None] * len(packet)
+            )
+            for (slot, tile), of_tile, rounding in zip(packet, noises, roundings, strict=True):
+                yield slot, tile, of_tile, rounding
 
     def _coefficients(
         self,
@@ -961,7 +985,7 @@ class HiZOO(torch.optim.Optimizer):
         values = self._scalars(numbers, slot)
         grows = isinstance(hessian, FullHessian) and smooth > 0 and self._measured
         return Coefficients(
-            steps=[[value] * slot.parts for value in values[:samples]]
+            steps=[[value] * slot.parts(tile) for value in values[:samples]]
             if examples is None
             else self._steps_of(slot, tile, *examples),
             back=values[samples : 2 * samples] if self._point else None,
@@ -986,19 +1010,22 @@ class HiZOO(torch.optim.Optimizer):
         dtype = compute_dtype(parameter.dtype)
         steps = steps.to(parameter.device, dtype)
         examples = torch.arange(len(weights), dtype=torch.int32, device=parameter.device)
-        first = tile * slot.length // max(1, slot.columns)
-        count = slot.numbers(parameter, tile).numel() // max(1, slot.columns)
-        positions = torch.arange(first, first + count, dtype=torch.int32, device=parameter.device)
         tiles = []
         for draw, of_examples in enumerate(steps):
-            rows = self._signs(slot, draw, examples, positions.unsqueeze(1)).to(dtype)
-            if slot.columns:
-                columns = self._column_signs(slot, draw, examples).to(dtype)
-                parts = [columns[:, part :: slot.parts] for part in range(slot.parts)]
-                tiles.append([(rows * of_examples) @ of_part for of_part in parts])
-            else:
-                parts = [rows[part :: slot.parts] for part in range(slot.parts)]
-                tiles.append([of_part @ of_examples for of_part in parts])
+            parts = []
+            for block in slot.rows(tile):
+                positions = torch.arange(
+                    block.start, block.stop, dtype=torch.int32, device=parameter.device
+                )
+                rows = self._signs(slot, draw, examples, positions.unsqueeze(1)).to(dtype)
+                if slot.columns:
+                    columns = self._column_signs(slot, draw, examples).to(dtype)
+                    of_parts = [columns[:, part :: slot.packed] for part in range(slot.packed)]
+                    parts += [(rows * of_examples) @ of_part for of_part in of_parts]
+                else:
+                    of_parts = [rows[part :: slot.packed] for part in range(slot.packed)]
+                    parts += [of_part @ of_examples for of_part in of_parts]
+            tiles.append(parts)
         return tiles
 
     def _column_signs(self, slot: Slot, draw: int, examples: Tensor) -> Tensor:
@@ -1089,8 +1116,8 @@ class HiZOO(torch.optim.Optimizer):
         dtype = compute_dtype(slot.parameter.dtype)
         return torch.tensor(numbers, dtype=dtype).to(slot.parameter.device, non_blocking=True)
 
-    def _keys(self, packet: Packet, draw: int) -> Sequence[tuple[int, ...] | Tensor]:
-        """Return the key of every tile of a packet, in the stream of a direction.
+    def _draws(self, packet: Packet, draw: int) -> list[Draw]:
+        """Return where the random numbers of a packet's tiles come from, in a direction's stream.
 
         That is ``tile_key``; for compiled kernels a tensor, with the columns of a matrix behind it.
         """
@@ -1100,37 +1127,57 @@ class HiZOO(torch.optim.Optimizer):
             tile_key(
                 stream,
                 slot.number,
-                slot.index_of(tile),
+                slot.first_pair(tile),
                 slot.row_step or slot.columns * first.compiles,
             )
             for slot, tile in packet
         ]
+        halves = [slot.places[tile].halves for slot, tile in packet]
         if not first.compiles:
-            return keys
+            return [*map(Draw, keys, halves)]
         numbers = torch.tensor([number for key in keys for number in key], dtype=torch.int32)
         numbers = numbers.to(first.parameter.device, non_blocking=True)
         tensors = numbers.split([len(key) for key in keys])
-        return [
+        tensors = [
             torch.cat((tensor, slot.lanes * key[0])) if slot.columns else tensor.clone()
             for (slot, _), key, tensor in zip(packet, keys, tensors, strict=True)
         ]
+        return [*map(Draw, tensors, halves)]
 
     def _tiles_with_noise(
         self, slots: Sequence[Slot], draw: int
-    ) -> Iterator[tuple[Slot, int, Tensor]]:
+    ) -> Iterator[tuple[Slot, int, Random]]:
         """Yield every tile of ``slots``, in the order of their packets, with its ``_noise``."""
         for packet in cut_into_packets(slots):
             for (slot, tile), noise in zip(packet, self._noise(packet, draw), strict=True):
                 yield slot, tile, noise
 
-    def _noise(self, packet: Packet, draw: int) -> Sequence[Tensor]:
-        """Return u of every tile of a packet, or its key where the kernel draws u itself."""
-        keys = self._keys(packet, draw)
+    def _noise(self, packet: Packet, draw: int) -> Sequence[Random]:
+        """Return u of every tile of a packet."""
+        return self._random(packet, draw, standard_normals)
+
+    def _random(
+        self, packet: Packet, draw: int, of_pairs: Callable[[Tensor], tuple[Tensor, Tensor]]
+    ) -> Sequence[Random]:
+        """Return random numbers of every tile of a packet, which ``of_pairs`` makes of bits.
+
+        Where the kernel draws them itself, where they come from.
+        """
+        draws = self._draws(packet, draw)
         if packet[0][0].compiles:
-            return keys
-        views = [slot.view(slot.parameter, tile) for slot, tile in packet]
-        bits = torch.cat([counters(key, view) for key, view in zip(keys, views, strict=True)])
-        return standard_normal(hashed(bits)).split([view.numel() for view in views])
+            return draws
+        pairs = [slot.pairs(tile) for slot, tile in packet]
+        bits = torch.cat(
+            [counters(draw.key, of_tile) for draw, of_tile in zip(draws, pairs, strict=True)]
+        )
+        both = [
+            numbers.split([of_tile.numel() for of_tile in pairs])
+            for numbers in of_pairs(hashed(bits))
+        ]
+        return [
+            slot.joined(tile, [both[half][number] for half in draw.halves])
+            for number, ((slot, tile), draw) in enumerate(zip(packet, draws, strict=True))
+        ]
 
     def _stream(self, draw: int) -> int:
         group = self.param_groups[0]
@@ -1224,26 +1271,29 @@ class ExampleNoise:
         return signs if self.last is None else signs * (examples <= self.last)
 
     def tiles(self, parameter: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Yield μ u/√h of a parameter, some of its rows after the other, in its dtype."""
-        slot, start = self.slots[parameter], 0
+        """Yield μ u/√h of a parameter in its dtype: some of its rows, and which they are."""
+        slot = self.slots[parameter]
         hessian = self.optimizer._hessian(slot)
         (scale,) = self.optimizer._scalars([self.scale * slot.group["eps"]], slot)
         for _, tile, noise in self.optimizer._tiles_with_noise([slot], self.draw):
             own = slot.view(parameter, tile)
             if slot.draws_apart:
-                (noise,) = run(drawn, slot)(noise, own)
-            values = run(direction_tile, slot)(own, tile_of(hessian, tile), noise, scale)
-            values = values.view(parameter.dtype)
-            yield slice(start, start + len(values)), values
-            start += len(values)
+                noise = run(drawn, slot)(noise, own)
+            blocks = run(direction_tile, slot)(own, tile_of(hessian, tile), noise, scale)
+            for rows, block in zip(slot.rows(tile), blocks, strict=True):
+                yield rows, block.view(parameter.dtype)
 
     def rows(self, parameter: Tensor, rows: Tensor) -> Tensor:
         """Return some rows of μ u/√h of a matrix, (rows, columns), in its dtype."""
         slot = self.slots[parameter]
         key = tile_key(self.optimizer._stream(self.draw), slot.number, 0)
-        index = rows.to(torch.int32).unsqueeze(1) * slot.columns
+        height = slot.first_half // slot.columns
+        is_second = (rows >= height).unsqueeze(1)
+        pairs = torch.where(rows < height, rows, rows - height).to(torch.int32)
+        index = pairs.unsqueeze(1) * slot.columns
         index = index + torch.arange(slot.columns, dtype=torch.int32, device=rows.device)
-        noise = standard_normal(hashed(index.mul_(key[0]).add_(key[1])))
+        first, second = standard_normals(hashed(index.mul_(key[0]).add_(key[1])))
+        noise = torch.where(is_second, second, first)
         noise = noise.to(compute_dtype(parameter.dtype))
         hessian = self.optimizer._hessian(slot)
         if hessian is not None:
@@ -1276,7 +1326,7 @@ class FullHessian:
 
     def of_rows(self, rows: Tensor) -> HessianTile:
         """Return h - 1 of some rows of a matrix."""
-        return self.offset.view(-1, self.slot.columns)[rows]
+        return [self.offset.view(-1, self.slot.columns)[rows]]
 
     def mean_and_max(self) -> tuple[float, float]:
         """Mean and maximum of h."""
@@ -1306,17 +1356,17 @@ class LowRankHessian:
         }
 
     def tile(self, tile: int) -> HessianTile:
-        """Return the row factors (rows, 1) and the column factors (parts, columns) of a tile."""
+        """Return the row factors and the column factors of a tile; see ``HessianTile``."""
         dtype = compute_dtype(self.slot.parameter.dtype)
-        rows = self.row_factors[self.slot.rows(tile)]
+        factors = self.row_factors.to(dtype).unsqueeze(1)
         columns = self.columns[self.slot.own_columns].to(dtype)
-        columns = columns.view(-1, self.slot.parts).t().contiguous()
-        return rows.to(dtype).unsqueeze(1), columns
+        columns = columns.view(-1, self.slot.packed).t().contiguous()
+        return [factors[rows] for rows in self.slot.rows(tile)], columns
 
     def of_rows(self, rows: Tensor) -> HessianTile:
         """Return the row factors and the column factors of some rows."""
         dtype = compute_dtype(self.slot.parameter.dtype)
-        return self.row_factors[rows].to(dtype).unsqueeze(1), self.columns.to(dtype).unsqueeze(0)
+        return [self.row_factors[rows].to(dtype).unsqueeze(1)], self.columns.to(dtype).unsqueeze(0)
 
     def no_moments(self) -> tuple[Tensor, Tensor]:
         """Return row and column means of h u², of no tile so far."""
@@ -1328,9 +1378,10 @@ class LowRankHessian:
         """Add what h u² of a tile's parts contributes to the row and column means of the matrix."""
         of_rows, of_columns = moments
         own_columns = of_columns[self.slot.own_columns]
+        rows, packed = self.slot.rows(tile), self.slot.packed
         for part, of_part in enumerate(squares):
-            of_rows[self.slot.rows(tile)] += of_part.sum(1) / len(self.columns)
-            own_columns[part :: len(squares)] += of_part.sum(0) / len(self.rows)
+            of_rows[rows[part // packed]] += of_part.sum(1) / len(self.columns)
+            own_columns[part % packed :: packed] += of_part.sum(0) / len(self.rows)
 
     def averaged(
         self, smooth: float, curvatures: list[float], moments: list[tuple[Tensor, Tensor]]
@@ -1400,12 +1451,35 @@ class Shard:
         return index.add_(self.first)
 
 
+class Place(NamedTuple):
+    """Where a tile lies in its parameter.
+
+    Attributes:
+        starts: where its blocks begin, among the parameter's numbers.
+        size: of a block, in numbers.
+        halves: which numbers of pairs it holds: those of one half of the parameter, 0 or 1, or of
+            both, of as many blocks or of one.
+        pairs: how many pairs its numbers are of.
+    """
+
+    starts: tuple[int, ...]
+    size: int
+    halves: tuple[int, ...]
+    pairs: int
+
+
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """A parameter's place in the optimizer, and how it is cut into tiles of ``length`` numbers.
+    """A parameter's place in the optimizer, and how it is cut into tiles.
+
+    The first number of a pair lies in the first half of a parameter, the second one in the second;
+    the halves are of whole rows, and where these are odd in number the first one has one more. A
+    tile is two blocks, one of each half, of ``length`` numbers at most. It is one block where a
+    number stands alone, as that row's, or as in some rows of a larger parameter; and where nothing
+    is compiled and the whole parameter is one tile.
 
     Where kernels are compiled, h is low-rank, or the parameter is some columns of a larger one, a
-    tile is a matrix of whole rows with ``columns`` numbers each; otherwise, and of a vector, with
+    block is a matrix of whole rows with ``columns`` numbers each; otherwise, and of a vector, with
     ``columns`` 0, it is one-dimensional.
     Kernels see it as words if ``in_words``: those for bfloat16 on a CPU work on twice as many
     numbers at once as those for float32, and then torch.compile takes the casts of bits, for u and
@@ -1418,18 +1492,8 @@ class Slot:
     columns: int
     length: int
     compiles: bool
-    in_words: bool
+    hessian_dtype: torch.dtype | None = None
     shard: Shard | None = None
-
-    @functools.cached_property
-    def lanes(self) -> Tensor:
-        """The columns of a tile's first part, int32.
-
-        Kernels that load them take two thirds of the time of those that count: on a CPU
-        torch.compile builds a vector of consecutive numbers from its elements.
-        """
-        device = self.parameter.device
-        return torch.arange(0, self.columns, self.parts, dtype=torch.int32, device=device)
 
     @classmethod
     def cut(
@@ -1442,7 +1506,7 @@ class Slot:
         hessian_dtype: torch.dtype | None = None,
         shard: Shard | None = None,
     ) -> Slot:
-        """Choose the length of the tiles, and whether kernels are compiled for them."""
+        """Choose the length of the blocks, and whether kernels are compiled for them."""
         compiles = compiles and parameter.numel() >= COMPILED_PARAMETER_ELEMENTS
         if parameter.device.type == "cpu":
             length = LARGE_TILE_ELEMENTS if compiles else CACHED_TILE_ELEMENTS
@@ -1451,15 +1515,10 @@ class Slot:
         as_matrix |= shard is not None and shard.dimension == 1
         as_matrix |= compiles and parameter.dim() > 1
         columns = parameter[0].numel() if as_matrix and parameter.numel() else 0
+        length //= 2
         if columns:
             length = max(1, length // columns) * columns
-        in_words = (
-            compiles
-            and parameter.device.type == "cpu"
-            and parameter.dtype == hessian_dtype == torch.bfloat16
-            and not any(n % 2 for n in (parameter.storage_offset(), parameter.numel(), columns))
-        )
-        return cls(parameter, group, number, columns, length, compiles, in_words, shard)
+        return cls(parameter, group, number, columns, length, compiles, hessian_dtype, shard)
 
     @property
     def whole_shape(self) -> tuple[int, ...]:
@@ -1467,8 +1526,54 @@ class Slot:
         return self.shard.shape if self.shard else tuple(self.parameter.shape)
 
     @property
+    def first_half(self) -> int:
+        """How many numbers of the whole are in its first half."""
+        return first_half(self.whole_shape)
+
+    @functools.cached_property
+    def places(self) -> list[Place]:
+        """Where the tiles lie."""
+        count, length = self.parameter.numel(), self.length
+        some_rows = self.shard is not None and self.shard.dimension == 0
+        if some_rows:
+            first, pairs = min(max(self.first_half - self.shard.first, 0), count), 0
+        else:
+            first = first_half(self.parameter.shape)
+            pairs = count - first
+            if 0 < count <= 2 * length and not self.compiles:
+                return [Place((0,), count, (0, 1), first)]
+
+        def alone(start: int, stop: int, half: int) -> list[Place]:
+            sizes = ((at, min(length, stop - at)) for at in range(start, stop, length))
+            return [Place((at,), size, (half,), size) for at, size in sizes]
+
+        sizes = ((at, min(length, pairs - at)) for at in range(0, pairs, length))
+        places = [Place((at, first + at), size, (0, 1), size) for at, size in sizes]
+        return places + alone(pairs, first, 0) + alone(first + pairs, count, 1)
+
+    @functools.cached_property
+    def in_words(self) -> bool:
+        """Whether kernels see the parameter, and its full h, as words of two numbers."""
+        of_words = self.parameter.dtype == self.hessian_dtype == torch.bfloat16
+        if not (self.compiles and self.parameter.device.type == "cpu" and of_words):
+            return False
+        numbers = [self.parameter.storage_offset(), self.columns]
+        numbers += [number for place in self.places for number in (*place.starts, place.size)]
+        return not any(number % 2 for number in numbers)
+
+    @functools.cached_property
+    def lanes(self) -> Tensor:
+        """The columns of a block's first part, int32.
+
+        Kernels that load them take two thirds of the time of those that count: on a CPU
+        torch.compile builds a vector of consecutive numbers from its elements.
+        """
+        device = self.parameter.device
+        return torch.arange(0, self.columns, self.packed, dtype=torch.int32, device=device)
+
+    @property
     def row_step(self) -> int:
-        """From a row of a tile to the next in the whole; 0: a tile's numbers lie side by side."""
+        """From a row of a block to the next in the whole; 0: its numbers lie side by side."""
         apart = self.shard is not None and self.shard.dimension == 1
         return math.prod(self.whole_shape[1:]) if apart else 0
 
@@ -1478,21 +1583,27 @@ class Slot:
         start = self.shard.first if self.row_step else 0
         return slice(start, start + self.columns)
 
-    def index_of(self, tile: int) -> int:
-        """Return the index of a tile's first number among those of the whole."""
-        start = tile * self.length
+    def first_pair(self, tile: int) -> int:
+        """Return the index of a tile's first pair among those of the whole."""
+        place = self.places[tile]
+        start = place.starts[0]
         if self.row_step:
             start = start // self.columns * self.row_step
-        return start + (self.shard.first if self.shard else 0)
+        start += self.shard.first if self.shard else 0
+        return start - self.first_half if place.halves == (1,) else start
 
     def __len__(self) -> int:
         """Return the number of tiles."""
-        return math.ceil(self.parameter.numel() / self.length)
+        return len(self.places)
 
     @property
-    def parts(self) -> int:
-        """Return the number of parts that kernels see a tile in."""
+    def packed(self) -> int:
+        """Return the number of parts that kernels see a block in."""
         return 2 if self.in_words else 1
+
+    def parts(self, tile: int) -> int:
+        """Return the number of parts that kernels see a tile in."""
+        return self.packed * len(self.places[tile].starts)
 
     @property
     def draws_apart(self) -> bool:
@@ -1500,26 +1611,44 @@ class Slot:
         on_cpu = self.parameter.device.type == "cpu"
         return self.compiles and on_cpu and is_half(self.parameter) and not self.in_words
 
-    def rows(self, tile: int) -> slice:
-        """Return the rows of a tile in the whole, where h is low-rank."""
-        height = self.length // self.columns
-        first = self.shard.start if self.shard and self.shard.dimension == 0 else 0
-        stop = min((tile + 1) * height, self.parameter.numel() // self.columns)
-        return slice(first + tile * height, first + stop)
+    @property
+    def rounds(self) -> bool:
+        """Whether the parameter or its full h is of half precision."""
+        dtypes = self.parameter.dtype, self.hessian_dtype or self.parameter.dtype
+        return min(dtype.itemsize for dtype in dtypes) < 4
 
-    def view(self, tensor: Tensor, tile: int) -> Tensor:
-        """Return a tile of ``tensor``, which has the parameter's shape, as a view.
+    def rows(self, tile: int) -> list[slice]:
+        """Return the rows of a tile's blocks in the whole; the numbers, if it has no columns."""
+        columns, place = max(1, self.columns), self.places[tile]
+        first = self.shard.start if self.shard and self.shard.dimension == 0 else 0
+        starts = [first + start // columns for start in place.starts]
+        return [slice(start, start + place.size // columns) for start in starts]
+
+    def view(self, tensor: Tensor, tile: int) -> list[Tensor]:
+        """Return the blocks of a tile of ``tensor``, which has the parameter's shape, as views.
 
         ``data`` hides what it is a view of, for which torch.compile would compile anew.
         """
-        flat, columns = self.numbers(tensor, tile), self.columns
+        place, flat, columns = self.places[tile], tensor.view(-1), self.columns
+        blocks = [flat[start : start + place.size].data for start in place.starts]
         if self.in_words:
-            flat, columns = flat.view(torch.int32), columns // 2
-        return flat.view((-1, columns) if columns else (-1,)).data
+            blocks, columns = [block.view(torch.int32) for block in blocks], columns // 2
+        return [block.view((-1, columns) if columns else (-1,)).data for block in blocks]
 
-    def numbers(self, tensor: Tensor, tile: int) -> Tensor:
-        """Return the numbers of a tile of ``tensor``, as a one-dimensional view."""
-        return tensor.view(-1)[tile * self.length : (tile + 1) * self.length].data
+    def pairs(self, tile: int) -> Tensor:
+        """Return a tensor like that of a tile's first numbers of pairs, where nothing compiles."""
+        block, *_ = self.view(self.parameter, tile)
+        return block[: self.places[tile].pairs // max(1, self.columns)]
+
+    def joined(self, tile: int, halves: list[Tensor]) -> list[Tensor]:
+        """Return each block's random numbers, of the first and of the second ones of its pairs."""
+        place = self.places[tile]
+        return halves if len(halves) == len(place.starts) else [torch.cat(halves)[: place.size]]
+
+
+def first_half(shape: Sequence[int]) -> int:
+    """Return how many numbers the first half of a parameter has: that of its rows, and one more."""
+    return -(-shape[0] // 2) * math.prod(shape[1:]) if shape else 1
 
 
 def check_parameter(parameter: Tensor) -> None:
@@ -1590,8 +1719,7 @@ def _effect_of_shift(slots: Sequence[Slot], in_place: bool) -> tuple[int, int, i
         largest_changed = 4 * shift / limits.eps
         rounding = torch.finfo(dtype if in_place else compute_dtype(dtype)).eps / 2
         remainder = max(remainder, shift * rounding if shift < limits.max else math.inf)
-        for tile in range(len(slot)):
-            values = slot.numbers(slot.parameter, tile)
+        for values in slot.parameter.detach().view(-1).split(slot.length):
             others += int(values.count_nonzero())
             changed += int((values.ne(0) & values.abs().lt(largest_changed)).sum())
             weights += values.numel()
@@ -1611,12 +1739,12 @@ def cut_into_packets(slots: Sequence[Slot]) -> list[Packet]:
     packets: list[Packet] = []
     room, kind = 0, None
     for slot in sorted(slots, key=lambda slot: slot.compiles):
-        for tile in range(len(slot)):
+        for tile, place in enumerate(slot.places):
             if room <= 0 or kind != (slot.compiles, slot.parameter.device):
                 packets.append([])
-                room, kind = slot.length, (slot.compiles, slot.parameter.device)
+                room, kind = 2 * slot.length, (slot.compiles, slot.parameter.device)
             packets[-1].append((slot, tile))
-            room -= min(slot.length, slot.parameter.numel())
+            room -= place.size * len(place.starts)
     return packets
 
 
@@ -1639,8 +1767,8 @@ def run(function: Callable[..., Any], slot: Slot) -> Callable[..., Any]:
 @functools.cache
 def why_not_compiled(device: torch.device) -> str | None:
     """Try to compile a small kernel for ``device``; returns the reason if it can't be done."""
-    target = torch.zeros(COMPILED_PARAMETER_ELEMENTS, device=device)
-    noise = torch.zeros(2, dtype=torch.int32, device=device)
+    target = [*torch.zeros(2, COMPILED_PARAMETER_ELEMENTS // 2, device=device)]
+    noise = Draw(torch.zeros(2, dtype=torch.int32, device=device), (0, 1))
     try:
         compiled(shift_tile)(target, None, None, noise, torch.ones((), device=device))
     except Exception as error:  # of torch, Triton, a compiler or the system, as it may be
@@ -1657,37 +1785,49 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 UPPER_HALF = -(1 << 16)
 
 
-def is_in_words(tile: Tensor) -> bool:
-    """Whether a tile holds two bfloat16 numbers in each int32 one."""
-    return tile.dtype == torch.int32
+def is_in_words(block: Tensor) -> bool:
+    """Whether a block holds two bfloat16 numbers in each int32 one."""
+    return block.dtype == torch.int32
 
 
-def format_of(tile: Tensor) -> torch.dtype:
-    """The dtype of a tile's numbers."""
-    return torch.bfloat16 if is_in_words(tile) else tile.dtype
+def format_of(block: Tensor) -> torch.dtype:
+    """The dtype of a block's numbers."""
+    return torch.bfloat16 if is_in_words(block) else block.dtype
 
 
-def numbers_of(tile: Tensor) -> list[Tensor]:
+def parts_of(tile: Tile) -> list[Tensor]:
     """Return the numbers of each part of a tile, float32 where they are of half precision."""
-    if is_in_words(tile):
-        return [(tile << 16).view(torch.float32), (tile & UPPER_HALF).view(torch.float32)]
-    return [tile.to(torch.float32) if is_half(tile) else tile]
+    parts: list[Tensor] = []
+    for block in tile:
+        if is_in_words(block):
+            parts += [(block << 16).view(torch.float32), (block & UPPER_HALF).view(torch.float32)]
+        else:
+            parts.append(block.to(torch.float32) if is_half(block) else block)
+    return parts
 
 
-def tile_of_numbers(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Return a tile of ``dtype`` that holds these numbers, half precision rounded to the nearest.
+def blocks_of_parts(parts: Sequence[Tensor], like: Tile) -> list[Tensor]:
+    """Return blocks that hold these numbers, half precision rounded to the nearest.
 
-    The inverse of ``numbers_of``; int32 means words.
+    The inverse of ``parts_of``, for a tile as ``like``.
     """
-    if dtype != torch.int32:
-        return parts[0].to(dtype)
+    if not is_in_words(like[0]):
+        return [part.to(block.dtype) for part, block in zip(parts, like, strict=True)]
     patterns = [part.view(torch.int32) for part in parts]
-    first, second = (p + (0x7FFF + ((p >> 16) & 1)) for p in patterns)
-    return ((first >> 16) & 0xFFFF) | (second & UPPER_HALF)
+    rounded = [pattern + (0x7FFF + ((pattern >> 16) & 1)) for pattern in patterns]
+    pairs = zip(rounded[::2], rounded[1::2], strict=True)
+    return [((first >> 16) & 0xFFFF) | (second & UPPER_HALF) for first, second in pairs]
+
+
+def write(tile: Tile, parts: Sequence[Tensor]) -> None:
+    """Let a tile hold these numbers, half precision rounded to the nearest."""
+    for block, values in zip(tile, blocks_of_parts(parts, tile), strict=True):
+        block.copy_(values)
 
 
 # ------------------------------------------------------------------------- noise from seeds
 
+SIGN_BIT = -(1 << 31)
 MASK_32, MASK_64 = (1 << 32) - 1, (1 << 64) - 1
 
 
@@ -1722,7 +1862,7 @@ def _signed(number: int) -> int:
 
 
 def counters(key: Sequence[int] | Tensor, like: Tensor, step: int = 1) -> Tensor:
-    """Return the counters, int32, of a tile like ``like``: a matrix for a key tensor, else flat.
+    """Return the counters, int32, of a block like ``like``: a matrix for a key tensor, else flat.
 
     Of ``step`` numbers that lie side by side it is the first one's. A key tensor of a matrix holds
     what its columns add, one for each, behind ``tile_key``'s three numbers.
@@ -1749,32 +1889,30 @@ def hashed(bits: Tensor) -> Tensor:
     return bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF))
 
 
-def random_bits(key: Sequence[int] | Tensor, like: Tensor) -> list[Tensor]:
-    """Return hashed counters, int32, of each part of a tile, in the part's shape."""
-    if is_in_words(like):
-        first = counters(key, like, step=2)
-        parts = [first, first + key[0]]
-    else:
-        parts = [counters(key, like)]
-    return [hashed(part).view(like.shape) for part in parts]
-
-
 def half_turned(bits: Tensor) -> Tensor:
     """Exchange the upper and the lower 16 bits."""
     return (bits << 16) | ((bits >> 16) & 0xFFFF)
 
 
-def standard_normal(bits: Tensor) -> Tensor:
-    """Turn hashed int32 numbers into u ~ N(0, 1), float32 (Box and Muller, 1958).
+def rounding_bits(bits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return random bits for the two numbers of pairs, of which the upper ones count most."""
+    return bits, half_turned(bits)
 
-    20 bits become the radius √(-2 ln U), 12 the angle, in the middle of their intervals; so |u| is
-    at most 5.4, and its distribution is the normal one to about 1e-6. Sine and logarithm are
-    polynomials fitted to 2e-6: as fused arithmetic they cost a tenth of the library's functions.
+
+def standard_normals(bits: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn hashed int32 numbers into pairs of u ~ N(0, 1), float32 (Box and Muller, 1958).
+
+    20 bits become the radius √(-2 ln U) and 12 the angle, in the middle of their intervals; the
+    numbers are the radius times its sine and its cosine, and independent. So |u| is at most 5.4,
+    and its distribution is the normal one to about 1e-6. Sine, cosine and logarithm are polynomials
+    fitted to 2e-6: as fused arithmetic they cost a tenth of the library's functions.
     """
-    angle = (bits >> 20).to(torch.float32).add_(0.5).mul_(1 / 2048)  # in (-1, 1), times π/2
+    angle = (bits >> 21).to(torch.float32).add_(0.5).mul_(1 / 1024)  # in (-1, 1), times π/2
     square = angle * angle
     sine = square.mul(-0.00437101).add_(0.07950065).mul_(square).add_(-0.64592596)
     sine.mul_(square).add_(1.57079514).mul_(angle)
+    cosine = square.mul(0.00085819).add_(-0.02081063).mul_(square).add_(0.25365075)
+    cosine.mul_(square).add_(-1.2336982).mul_(square).add_(1)
     uniform = (bits & 0xFFFFF).to(torch.float32).add_(0.5).mul_(2**-20)
     # U = (1 + t) 2**e with 1 + t between √½ and √2
     pattern = uniform.view(torch.int32)
@@ -1783,32 +1921,50 @@ def standard_normal(bits: Tensor) -> Tensor:
     logarithm = t.mul(-0.14337014).add_(0.22314531).mul_(t).add_(-0.254644).mul_(t).add_(0.3322804)
     logarithm.mul_(t).add_(-0.49985581).mul_(t).add_(1.000012).mul_(t)
     logarithm.add_(exponent.to(torch.float32).mul_(math.log(2)))
-    return logarithm.mul_(-2).sqrt_().mul_(sine)
+    radius = logarithm.mul_(-2).sqrt_()
+    # Those angles are half a circle: the sign of the cosine is the twelfth bit.
+    signed = (radius.view(torch.int32) ^ ((bits << 11) & SIGN_BIT)).view(torch.float32)
+    return sine.mul_(radius), cosine.mul_(signed)
 
 
-def drawn(noise: Tensor, like: Tensor) -> list[Tensor]:
-    """Return u of each part of a tile, in the part's shape and the dtype of arithmetic.
+def numbers_of_pairs(
+    random: Random, tile: Tile, of_pairs: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> list[Tensor]:
+    """Return random numbers of each part of a tile, in its shape.
 
-    ``noise`` is u already, or a key: then it is drawn here, as a part of a compiled kernel.
+    ``random`` are these numbers, of each block, or where they come from: then ``of_pairs`` makes
+    them of hashed counters here, as a part of a compiled kernel.
     """
-    dtype = compute_dtype(like.dtype)
-    if noise.is_floating_point():
-        return [noise.view(like.shape).to(dtype)]
-    return [standard_normal(bits).to(dtype) for bits in random_bits(noise, like)]
+    if not isinstance(random, Draw):
+        return [numbers.view(block.shape) for numbers, block in zip(random, tile, strict=True)]
+    like, key = tile[0], random.key
+    if is_in_words(like):
+        first = counters(key, like, step=2)
+        of_parts = [first, first + key[0]]
+    else:
+        of_parts = [counters(key, like)]
+    both = [of_pairs(hashed(part).view(like.shape)) for part in of_parts]
+    return [numbers[half] for half in random.halves for numbers in both]
+
+
+def drawn(noise: Random, tile: Tile) -> list[Tensor]:
+    """Return u of each part of a tile, in the part's shape and the dtype of arithmetic."""
+    dtype = compute_dtype(tile[0].dtype)
+    return [u.to(dtype) for u in numbers_of_pairs(noise, tile, standard_normals)]
 
 
 # ----------------------------------------------------------------------------------- rounding
 
 
-def is_half(tile: Tensor) -> bool:
-    """Whether a tile's numbers are of half precision."""
-    return format_of(tile).itemsize < 4
+def is_half(block: Tensor) -> bool:
+    """Whether a block's numbers are of half precision."""
+    return format_of(block).itemsize < 4
 
 
-def added(value: Tensor, change: Tensor, bits: Tensor | None, tile: Tensor) -> Tensor:
-    """Return ``value`` + ``change``, of a part of ``tile``, as a number that the tile can hold."""
-    if is_half(tile):
-        return rounded_stochastically(value, change, bits, format_of(tile))
+def added(value: Tensor, change: Tensor, bits: Tensor | None, block: Tensor) -> Tensor:
+    """Return ``value`` + ``change``, of a part of ``block``, as a number that it can hold."""
+    if is_half(block):
+        return rounded_stochastically(value, change, bits, format_of(block))
     return value + change.to(value.dtype)
 
 

@@ -37,7 +37,7 @@ Closure = Callable[[], Any]
 SomeRecord = TypeVar("SomeRecord", bound=Record)
 
 # How u comes about, should that ever change.
-NOISE = "hash of seed, step, direction, parameter and index, version 2"
+NOISE = "hash of seed, step, direction, parameter and index, version 3"
 # What a probe finds, of every parameter group.
 FOUND_BY_PROBES = ("eps", "curvature_eps", "mean_curvature", "measured_steps")
 # Numbers that a checksum takes at a time.

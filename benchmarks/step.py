@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
 
 from example_directions import ExampleDirections
-from hizoo import HiZOO, cut_into_packets, drawn, run, tile_of_numbers
+from hizoo import HiZOO, Random, Tile, cut_into_packets, drawn, run, write
 from layerwise import LayerwiseWeights
 
 SHAPES = {
@@ -122,24 +122,25 @@ def resident(status: Path, field: str) -> int:
     return int(line.split()[1])
 
 
-def draw_tile(target: Tensor, noise: Tensor) -> None:
+def draw_tile(target: Tile, noise: Random) -> None:
     """Write u into a tile, in its dtype."""
-    target.copy_(tile_of_numbers(drawn(noise, target), target.dtype))
+    write(target, drawn(noise, target))
 
 
 def draw_only(optimizer: HiZOO, target: Tensor) -> None:
     """Draw the numbers of one pass, as a step does, into memory that is written over."""
     for packet in cut_into_packets(optimizer._slots):
         for (slot, tile), noise in zip(packet, optimizer._noise(packet, 0), strict=True):
-            numbers = target[: slot.numbers(slot.parameter, tile).numel()]
-            run(draw_tile, slot)(slot.view(numbers, 0), noise)
+            numbers = target[: slot.parameter.numel()]
+            run(draw_tile, slot)(slot.view(numbers, tile), noise)
 
 
 def draw_with_torch(optimizer: HiZOO, target: Tensor) -> None:
     """Draw as many numbers with torch's generator, into the same memory."""
     for packet in cut_into_packets(optimizer._slots):
-        for slot, _ in packet:
-            target[: min(slot.length, slot.parameter.numel())].normal_()
+        for slot, tile in packet:
+            for block in slot.view(target[: slot.parameter.numel()], tile):
+                block.view(target.dtype).normal_()
 
 
 class TextbookHiZOO:
@@ -252,8 +253,8 @@ def measure(arguments: argparse.Namespace, dtype_name: str) -> list[dict[str, An
     }
     first = first_step_memory(optimizers["HiZOO"], forward, device)
     textbook = TextbookHiZOO(parameters, 1e-3, 1e-6, 1e-9)
-    length = max(slot.length for slot in optimizers["HiZOO"]._slots)
-    scratch = torch.empty(length, dtype=dtype, device=device)
+    largest = max(parameter.numel() for parameter in parameters)
+    scratch = torch.empty(largest, dtype=dtype, device=device)
     timed = [
         Timed("forward", forward),
         Timed("draw", functools.partial(draw_only, optimizers["HiZOO"], scratch)),

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hizoo import SIGNS, HiZOO, counters, hashed, mix_seed, standard_normal, tile_key
+from hizoo import SIGNS, HiZOO, counters, hashed, mix_seed, standard_normals, tile_key
 
 
 def read_noise(optimizer: HiZOO, draw: int = 0) -> list[Tensor]:
@@ -22,8 +22,12 @@ def read_noise(optimizer: HiZOO, draw: int = 0) -> list[Tensor]:
     noise = []
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            bits = counters(tile_key(stream, len(noise), 0), parameter)
-            noise.append(standard_normal(hashed(bits)).double().view(parameter.shape))
+            # Of the first half of the rows and of the second one; the row in the middle is alone.
+            bits = hashed(counters(tile_key(stream, len(noise), 0), parameter))
+            height = parameter.shape[0] if parameter.dim() else 1
+            pairs = bits.view(height, -1)[: (height + 1) // 2]
+            whole = torch.cat(standard_normals(pairs))[:height]
+            noise.append(whole.double().view(parameter.shape))
     return noise
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from oracle_hizoo import OracleHiZOO, read_noise
-from test_hizoo import largest_difference, make_loss, make_parameters, oracle_noise
+from test_hizoo import SEED, largest_difference, make_loss, make_parameters, oracle_noise
 from torch import Tensor, nn
 
 import hizoo
@@ -39,7 +39,7 @@ def test_steps_follow_the_oracle(dtype: torch.dtype, settings: dict[str, Any]) -
     parameters = make_parameters(dtype)
     lr = 1e-3 if settings.get("step_size") == "curvature" else 1e-4
     eps = 1e-3 if dtype == torch.float64 else 1e-2
-    optimizer = HiZOO(parameters, lr=lr, eps=eps, seed=5, **settings)
+    optimizer = HiZOO(parameters, lr=lr, eps=eps, seed=SEED, **settings)
     oracle = OracleHiZOO(
         parameters,
         eps,

@@ -288,9 +288,9 @@ def test_only_a_part_of_the_noise_is_there_at_once(monkeypatch: pytest.MonkeyPat
     model = tiny_model("llama")
     optimizer = HiZOO(model.parameters(), directions=ExampleDirections(model))
     drawn: list[int] = []
-    normal = hizoo.standard_normal
+    normal = hizoo.standard_normals
     monkeypatch.setattr(
-        hizoo, "standard_normal", lambda bits: drawn.append(bits.numel()) or normal(bits)
+        hizoo, "standard_normals", lambda bits: drawn.append(bits.numel()) or normal(bits)
     )
     optimizer.step(lambda: token_losses(model, TOKENS))
     assert max(drawn) <= 1400 < model.lm_head.weight.numel() / 10

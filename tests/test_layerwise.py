@@ -80,8 +80,8 @@ def test_generation_draws_no_noise_for_every_token(monkeypatch) -> None:
     before = bits_of(model)
     optimizer = HiZOO(model.parameters(), hessian_smooth=0.0, layers=LayerwiseWeights(model))
     drawn = []
-    draw = hizoo.standard_normal
-    monkeypatch.setattr(hizoo, "standard_normal", lambda bits: (drawn.append(None), draw(bits))[1])
+    draw = hizoo.standard_normals
+    monkeypatch.setattr(hizoo, "standard_normals", lambda bits: (drawn.append(None), draw(bits))[1])
 
     def generated(count: int) -> list[torch.Tensor]:
         drawn.clear()

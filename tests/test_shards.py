@@ -174,10 +174,11 @@ def test_compiled_kernels_draw_the_noise_of_places() -> None:
     if hizoo.why_not_compiled(torch.device("cpu")):
         pytest.skip("torch.compile needs a C++ compiler")
     whole, part = torch.empty(300, 500), nn.Parameter(torch.empty(300, 250))
-    (plain,) = hizoo.drawn(torch.tensor(hizoo.tile_key(3, 1, 0), dtype=torch.int32), whole)
+    key = torch.tensor(hizoo.tile_key(3, 1, 0), dtype=torch.int32)
+    plain = torch.cat(hizoo.drawn(hizoo.Draw(key, (0, 1)), whole.chunk(2)))
     slot = hizoo.Slot.cut(part, {}, 1, False, True, shard=Shard((300, 500), 1, 250))
-    (key,) = HiZOO._keys(SimpleNamespace(_stream=lambda draw: 3), [(slot, 0)], 0)
-    (compiled,) = hizoo.compiled(hizoo.drawn)(key, slot.view(part, 0))
+    (draw,) = HiZOO._draws(SimpleNamespace(_stream=lambda draw: 3), [(slot, 0)], 0)
+    compiled = torch.cat(hizoo.compiled(hizoo.drawn)(draw, slot.view(part, 0)))
     torch.testing.assert_close(compiled, plain[:, 250:], rtol=1e-6, atol=1e-6)
 
 
