@@ -77,10 +77,13 @@ class Draw(NamedTuple):
 
     Attributes:
         key: of the ``counters`` of the tile's pairs.
+        index: of the pairs, from the tile's first one, int32; it may be longer than a block, and
+            None means that they follow one another.
         halves: for every block which number of its pairs it gets, 0 or 1.
     """
 
     key: Sequence[int] | Tensor
+    index: Tensor | None
     halves: tuple[int, ...]
 
 
@@ -1119,30 +1122,19 @@ class HiZOO(torch.optim.Optimizer):
     def _draws(self, packet: Packet, draw: int) -> list[Draw]:
         """Return where the random numbers of a packet's tiles come from, in a direction's stream.
 
-        That is ``tile_key``; for compiled kernels a tensor, with the columns of a matrix behind it.
+        The key is ``tile_key``, for compiled kernels as a tensor.
         """
         stream = self._stream(draw)
         first, _ = packet[0]
-        keys = [
-            tile_key(
-                stream,
-                slot.number,
-                slot.first_pair(tile),
-                slot.row_step or slot.columns * first.compiles,
-            )
-            for slot, tile in packet
+        keys = [tile_key(stream, slot.number, slot.first_pair(tile)) for slot, tile in packet]
+        if first.compiles:
+            numbers = torch.tensor(keys, dtype=torch.int32)
+            numbers = numbers.to(first.parameter.device, non_blocking=True)
+            keys = [key.clone() for key in numbers]
+        return [
+            Draw(key, slot.index(tile), slot.places[tile].halves)
+            for key, (slot, tile) in zip(keys, packet, strict=True)
         ]
-        halves = [slot.places[tile].halves for slot, tile in packet]
-        if not first.compiles:
-            return [*map(Draw, keys, halves)]
-        numbers = torch.tensor([number for key in keys for number in key], dtype=torch.int32)
-        numbers = numbers.to(first.parameter.device, non_blocking=True)
-        tensors = numbers.split([len(key) for key in keys])
-        tensors = [
-            torch.cat((tensor, slot.lanes * key[0])) if slot.columns else tensor.clone()
-            for (slot, _), key, tensor in zip(packet, keys, tensors, strict=True)
-        ]
-        return [*map(Draw, tensors, halves)]
 
     def _tiles_with_noise(
         self, slots: Sequence[Slot], draw: int
@@ -1166,14 +1158,9 @@ class HiZOO(torch.optim.Optimizer):
         draws = self._draws(packet, draw)
         if packet[0][0].compiles:
             return draws
-        pairs = [slot.pairs(tile) for slot, tile in packet]
-        bits = torch.cat(
-            [counters(draw.key, of_tile) for draw, of_tile in zip(draws, pairs, strict=True)]
-        )
-        both = [
-            numbers.split([of_tile.numel() for of_tile in pairs])
-            for numbers in of_pairs(hashed(bits))
-        ]
+        bits = hashed(torch.cat([counters(draw.key, draw.index) for draw in draws]))
+        sizes = [len(draw.index) for draw in draws]
+        both = [numbers.split(sizes) for numbers in of_pairs(bits)]
         return [
             slot.joined(tile, [both[half][number] for half in draw.halves])
             for number, ((slot, tile), draw) in enumerate(zip(packet, draws, strict=True))
@@ -1478,9 +1465,9 @@ class Slot:
     number stands alone, as that row's, or as in some rows of a larger parameter; and where nothing
     is compiled and the whole parameter is one tile.
 
-    Where kernels are compiled, h is low-rank, or the parameter is some columns of a larger one, a
-    block is a matrix of whole rows with ``columns`` numbers each; otherwise, and of a vector, with
-    ``columns`` 0, it is one-dimensional.
+    Where h is low-rank, or the parameter is some columns of a larger one, a block is a matrix of
+    whole rows with ``columns`` numbers each; otherwise, and of a vector, with ``columns`` 0, it is
+    one-dimensional.
     Kernels see it as words if ``in_words``: those for bfloat16 on a CPU work on twice as many
     numbers at once as those for float32, and then torch.compile takes the casts of bits, for u and
     for rounding, through memory.
@@ -1513,7 +1500,6 @@ class Slot:
         else:
             length = GPU_TILE_ELEMENTS if compiles else LARGE_TILE_ELEMENTS
         as_matrix |= shard is not None and shard.dimension == 1
-        as_matrix |= compiles and parameter.dim() > 1
         columns = parameter[0].numel() if as_matrix and parameter.numel() else 0
         length //= 2
         if columns:
@@ -1561,15 +1547,31 @@ class Slot:
         numbers += [number for place in self.places for number in (*place.starts, place.size)]
         return not any(number % 2 for number in numbers)
 
-    @functools.cached_property
-    def lanes(self) -> Tensor:
-        """The columns of a block's first part, int32.
+    def index(self, tile: int) -> Tensor | None:
+        """Return the index of a tile's pairs for ``Draw``, for kernels of each word's first one."""
+        if self.compiles:
+            return self.loaded_index
+        pairs = self.places[tile].pairs
+        return self.spread(counted(pairs, 1, self.parameter.device)[:pairs])
 
-        Kernels that load them take two thirds of the time of those that count: on a CPU
-        torch.compile builds a vector of consecutive numbers from its elements.
+    @functools.cached_property
+    def loaded_index(self) -> Tensor | None:
+        """What kernels load as the index of a tile's pairs; None: they count.
+
+        On a CPU torch.compile builds a vector of consecutive numbers from its elements, which takes
+        as long as half of a draw.
         """
         device = self.parameter.device
-        return torch.arange(0, self.columns, self.packed, dtype=torch.int32, device=device)
+        if device.type != "cpu" and not self.row_step:
+            return None
+        return self.spread(counted(self.length, self.packed, device))
+
+    def spread(self, index: Tensor) -> Tensor:
+        """Return the indices in the whole, from a tile's first number, of those in the tile."""
+        if not self.row_step:
+            return index
+        rows = index.div(self.columns, rounding_mode="floor")
+        return rows.mul_(self.row_step - self.columns).add_(index)
 
     @property
     def row_step(self) -> int:
@@ -1629,21 +1631,29 @@ class Slot:
 
         ``data`` hides what it is a view of, for which torch.compile would compile anew.
         """
-        place, flat, columns = self.places[tile], tensor.view(-1), self.columns
-        blocks = [flat[start : start + place.size].data for start in place.starts]
+        place, flat = self.places[tile], tensor.view(-1)
+        blocks = [flat[start : start + place.size] for start in place.starts]
         if self.in_words:
-            blocks, columns = [block.view(torch.int32) for block in blocks], columns // 2
-        return [block.view((-1, columns) if columns else (-1,)).data for block in blocks]
-
-    def pairs(self, tile: int) -> Tensor:
-        """Return a tensor like that of a tile's first numbers of pairs, where nothing compiles."""
-        block, *_ = self.view(self.parameter, tile)
-        return block[: self.places[tile].pairs // max(1, self.columns)]
+            blocks = [block.view(torch.int32) for block in blocks]
+        if self.columns:
+            blocks = [block.view(-1, self.columns // self.packed) for block in blocks]
+        return [block.data for block in blocks]
 
     def joined(self, tile: int, halves: list[Tensor]) -> list[Tensor]:
         """Return each block's random numbers, of the first and of the second ones of its pairs."""
         place = self.places[tile]
         return halves if len(halves) == len(place.starts) else [torch.cat(halves)[: place.size]]
+
+
+def counted(stop: int, step: int, device: torch.device) -> Tensor:
+    """Return 0, ``step``, and so on to ``stop`` at least, int32: memory that is not written to."""
+    return counted_to_power(max(0, stop - 1).bit_length(), step, device)
+
+
+@functools.lru_cache(maxsize=8)
+def counted_to_power(power: int, step: int, device: torch.device) -> Tensor:
+    """Return 0, ``step``, and so on below 2**``power``, the same tensor for all that ask."""
+    return torch.arange(0, 1 << power, step, dtype=torch.int32, device=device)
 
 
 def first_half(shape: Sequence[int]) -> int:
@@ -1748,6 +1758,10 @@ def cut_into_packets(slots: Sequence[Slot]) -> list[Packet]:
     return packets
 
 
+# A C++ compiler makes one operation of a product and a sum, rounded once: a quarter less time.
+COMPILER_OPTIONS = {"cpp.enable_floating_point_contract_flag": "fast"}
+
+
 @functools.cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` as one kernel for tiles of every size."""
@@ -1756,7 +1770,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     torch._dynamo.config.recompile_limit = max(limit, 64)
     # float16 weights whose h is bfloat16 are meant to be mixed.
     warnings.filterwarnings("ignore", message="bf16 and fp16 are mixed")
-    return torch.compile(function, dynamic=True)
+    return torch.compile(function, dynamic=True, options=COMPILER_OPTIONS)
 
 
 def run(function: Callable[..., Any], slot: Slot) -> Callable[..., Any]:
@@ -1768,7 +1782,7 @@ def run(function: Callable[..., Any], slot: Slot) -> Callable[..., Any]:
 def why_not_compiled(device: torch.device) -> str | None:
     """Try to compile a small kernel for ``device``; returns the reason if it can't be done."""
     target = [*torch.zeros(2, COMPILED_PARAMETER_ELEMENTS // 2, device=device)]
-    noise = Draw(torch.zeros(2, dtype=torch.int32, device=device), (0, 1))
+    noise = Draw(torch.zeros(2, dtype=torch.int32, device=device), None, (0, 1))
     try:
         compiled(shift_tile)(target, None, None, noise, torch.ones((), device=device))
     except Exception as error:  # of torch, Triton, a compiler or the system, as it may be
@@ -1842,40 +1856,26 @@ def mix_seed(*numbers: int) -> int:
     return state
 
 
-def tile_key(stream: int, parameter: int, first: int, row_step: int = 0) -> tuple[int, ...]:
+def tile_key(stream: int, parameter: int, first: int) -> tuple[int, int]:
     """Return the odd multiplier and the offset of ``counters`` for a tile of a 64-bit ``stream``.
 
     Number ``i`` of the ``parameter``-th parameter counts as multiplier * i + offset, modulo 2**32:
     up to 2**32 numbers of a parameter have counters of their own, and every parameter and step has
-    another sequence. ``first`` is the index of the tile's first number. Where the rows of a tile
-    do not follow one another, but by ``row_step`` numbers, a third number leads from row to row.
+    another sequence. ``first`` is the index of the tile's first number.
     """
     mixed = mix_seed(stream, parameter)
     multiplier = (mixed & MASK_32) | 1
     offset = ((mixed >> 32) + first * multiplier) & MASK_32
-    key = _signed(multiplier), _signed(offset)
-    return (*key, _signed(row_step * multiplier & MASK_32)) if row_step else key
+    return _signed(multiplier), _signed(offset)
 
 
 def _signed(number: int) -> int:
     return number - (1 << 32) if number >> 31 else number
 
 
-def counters(key: Sequence[int] | Tensor, like: Tensor, step: int = 1) -> Tensor:
-    """Return the counters, int32, of a block like ``like``: a matrix for a key tensor, else flat.
-
-    Of ``step`` numbers that lie side by side it is the first one's. A key tensor of a matrix holds
-    what its columns add, one for each, behind ``tile_key``'s three numbers.
-    """
-    if len(key) == 2:
-        index = torch.arange(like.numel(), dtype=torch.int32, device=like.device)
-        return index.mul_(key[0] * step).add_(key[1])
-    rows = torch.arange(like.shape[0], dtype=torch.int32, device=like.device)
-    rows = rows.mul_(key[2]).add_(key[1]).unsqueeze(1)
-    if isinstance(key, Tensor):
-        return rows + key.narrow(0, 3, like.shape[1])
-    columns = torch.arange(like.shape[1], dtype=torch.int32, device=like.device)
-    return (rows + columns.mul_(key[0])).view(-1)
+def counters(key: Sequence[int] | Tensor, index: Tensor) -> Tensor:
+    """Return the counters, int32, of numbers whose ``index`` counts from that of the key."""
+    return index.mul(key[0]).add_(key[1])
 
 
 def hashed(bits: Tensor) -> Tensor:
@@ -1937,13 +1937,13 @@ def numbers_of_pairs(
     """
     if not isinstance(random, Draw):
         return [numbers.view(block.shape) for numbers, block in zip(random, tile, strict=True)]
-    like, key = tile[0], random.key
-    if is_in_words(like):
-        first = counters(key, like, step=2)
-        of_parts = [first, first + key[0]]
-    else:
-        of_parts = [counters(key, like)]
-    both = [of_pairs(hashed(part).view(like.shape)) for part in of_parts]
+    like, index = tile[0], random.index
+    count, packed = like.numel(), 2 if is_in_words(like) else 1
+    if index is None:
+        index = torch.arange(0, packed * count, packed, dtype=torch.int32, device=like.device)
+    first = counters(random.key, index.narrow(0, 0, count)).view(like.shape)
+    of_parts = [first, first + random.key[0]][:packed]
+    both = [of_pairs(hashed(part)) for part in of_parts]
     return [numbers[half] for half in random.halves for numbers in both]
 
 

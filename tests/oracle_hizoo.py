@@ -23,7 +23,8 @@ def read_noise(optimizer: HiZOO, draw: int = 0) -> list[Tensor]:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             # Of the first half of the rows and of the second one; the row in the middle is alone.
-            bits = hashed(counters(tile_key(stream, len(noise), 0), parameter))
+            index = torch.arange(parameter.numel(), dtype=torch.int32)
+            bits = hashed(counters(tile_key(stream, len(noise), 0), index))
             height = parameter.shape[0] if parameter.dim() else 1
             pairs = bits.view(height, -1)[: (height + 1) // 2]
             whole = torch.cat(standard_normals(pairs))[:height]
@@ -41,9 +42,8 @@ def read_signs(optimizer: HiZOO, count: int, draw: int = 0) -> list[list[Tensor]
         of_example = []
         for number, parameter in enumerate(parameters):
             first = example * sum(parameter.shape)
-            bits = hashed(
-                counters(tile_key(stream, number, first), torch.empty(sum(parameter.shape)))
-            )
+            index = torch.arange(sum(parameter.shape), dtype=torch.int32)
+            bits = hashed(counters(tile_key(stream, number, first), index))
             negative = bits < 0
             vectors = torch.where(negative, -1.0, 1.0).double().split(list(parameter.shape))
             of_example.append(vectors[0] if len(vectors) == 1 else torch.outer(*vectors))

@@ -19,7 +19,7 @@ from layerwise import LayerwiseWeights
 
 SHAPES = [(37, 19), (50,), (3, 4, 5), (), (1, 700)]
 # With one in ten seeds a c of the twenty is so small that float32's digits are lost in it.
-SEED = 7
+SEED = 9
 
 
 @pytest.fixture(autouse=True)
@@ -231,6 +231,12 @@ def test_learning_rate_zero_leaves_the_model_untouched(dtype) -> None:
     assert optimizer.hessian_mean_and_max()[1] > 1.0
 
 
+def hashed_numbers(stream: int, parameter: int, count: int) -> Tensor:
+    """The first random numbers of a parameter, int32, as they are before they become u."""
+    index = torch.arange(count, dtype=torch.int32)
+    return hizoo.hashed(hizoo.counters(hizoo.tile_key(stream, parameter, 0), index))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_small_updates_of_half_precision_are_right_on_average(dtype) -> None:
     """Of normal and of subnormal numbers, up and down, all in one tile."""
@@ -247,9 +253,7 @@ def test_small_updates_of_half_precision_are_right_on_average(dtype) -> None:
     numbers = torch.cat([torch.full((count,), start, dtype=dtype) for start, _ in kinds])
     change = torch.cat([torch.full((count,), 1e-3 * unit) for _, unit in kinds])
     for step in range(10_000):
-        pairs = numbers[: len(numbers) // 2]
-        bits = hizoo.hashed(hizoo.counters(hizoo.tile_key(step, 0, 0), pairs))
-        bits = torch.cat(hizoo.rounding_bits(bits))
+        bits = torch.cat(hizoo.rounding_bits(hashed_numbers(step, 0, len(numbers) // 2)))
         numbers.copy_(hizoo.rounded_stochastically(numbers.float(), change, bits, dtype))
     for moved, (start, unit) in zip(numbers.double().split(count), kinds, strict=True):
         units = (moved - start) / unit
@@ -372,8 +376,7 @@ def test_noise_is_a_function_of_seed_step_parameter_and_index_alone(monkeypatch)
 
 def noise_of(seed: int, parameter: int, pairs: int) -> Tensor:
     """u of a vector of twice as many numbers as ``pairs``, in float64."""
-    key = hizoo.tile_key(hizoo.mix_seed(seed, 0, 0), parameter, 0)
-    bits = hizoo.hashed(hizoo.counters(key, torch.empty(pairs)))
+    bits = hashed_numbers(hizoo.mix_seed(seed, 0, 0), parameter, pairs)
     return torch.cat(hizoo.standard_normals(bits)).double()
 
 
@@ -397,7 +400,7 @@ def test_noise_does_not_depend_on_tiles(shape, elements, monkeypatch) -> None:
 
 def test_noise_is_box_and_mullers_of_the_hashed_numbers() -> None:
     """The polynomials against the logarithm, the sine and the cosine of numpy, in float64."""
-    bits = hizoo.hashed(hizoo.counters((0x9E3779B1 - (1 << 32), 7), torch.empty(1 << 20)))
+    bits = hashed_numbers(7, 0, 1 << 20)
     unsigned = bits.numpy().astype(np.int64) & 0xFFFFFFFF
     radius = np.sqrt(-2 * np.log(((unsigned & 0xFFFFF) + 0.5) / 2**20))
     signed = (unsigned >> 21) - 2048 * (unsigned >> 31)
@@ -528,7 +531,7 @@ def test_tiles_in_words_hold_the_same_bits(kind) -> None:
     rows, columns = torch.rand(30, 1, generator=generator), torch.rand(44, generator=generator)
     step = torch.randn(30, 44, generator=generator).mul(1e-2)
     key = torch.tensor([123_457, 99], dtype=torch.int32)
-    noise, rounding = hizoo.Draw(key, (0, 1)), hizoo.Draw(key + 1, (0, 1))
+    noise, rounding = (hizoo.Draw(k, None, (0, 1)) for k in (key, key + 1))
     found = []
     for in_words in (True, False):
         parts = 2 if in_words else 1
@@ -678,7 +681,7 @@ def test_weights_stay_finite_where_h_ends(dtype, smooth, loss) -> None:
 @pytest.mark.parametrize("value, change", [(0.0, 1.003), (1.0, 1.004), (1.9921875, 0.012)])
 def test_changes_into_a_higher_last_place_are_right_on_average(value, change) -> None:
     tile = torch.full((1 << 16,), value, dtype=torch.bfloat16)
-    bits = hizoo.hashed(hizoo.counters(hizoo.tile_key(1, 2, 0), tile))
+    bits = hashed_numbers(1, 2, len(tile))
     changes = torch.full((1 << 16,), change)
     tile.copy_(hizoo.rounded_stochastically(tile.float(), changes, bits, tile.dtype))
     assert tile.double().mean().item() == pytest.approx(value + change, abs=1e-4)

@@ -175,7 +175,7 @@ def test_compiled_kernels_draw_the_noise_of_places() -> None:
         pytest.skip("torch.compile needs a C++ compiler")
     whole, part = torch.empty(300, 500), nn.Parameter(torch.empty(300, 250))
     key = torch.tensor(hizoo.tile_key(3, 1, 0), dtype=torch.int32)
-    plain = torch.cat(hizoo.drawn(hizoo.Draw(key, (0, 1)), whole.chunk(2)))
+    plain = torch.cat(hizoo.drawn(hizoo.Draw(key, None, (0, 1)), whole.chunk(2)))
     slot = hizoo.Slot.cut(part, {}, 1, False, True, shard=Shard((300, 500), 1, 250))
     (draw,) = HiZOO._draws(SimpleNamespace(_stream=lambda draw: 3), [(slot, 0)], 0)
     compiled = torch.cat(hizoo.compiled(hizoo.drawn)(draw, slot.view(part, 0)))
