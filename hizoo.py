@@ -67,9 +67,8 @@ Point = tuple[int, float]
 # The loss at a point: of a batch, or (examples,) of each of its examples.
 Losses = float | Tensor
 Tile = Sequence[Tensor]
-# h - 1 of a tile, or the row factors (rows, 1) of each block and the column factors (parts of a
-# block, columns), whose product is h.
-HessianTile = Tile | tuple[Sequence[Tensor], Tensor] | None
+# h of a tile: h - 1 as it is kept, a list of blocks, or a tuple of h of each part.
+HessianTile = list[Tensor] | tuple[Tensor, ...] | None
 
 
 class Draw(NamedTuple):
@@ -110,11 +109,10 @@ class Coefficients(NamedTuple):
     decay: Scalar | None
 
 
-def hessian_of(tile: Tile | tuple[Sequence[Tensor], Tensor], dtype: torch.dtype) -> list[Tensor]:
+def hessian_of(tile: list[Tensor] | tuple[Tensor, ...], dtype: torch.dtype) -> list[Tensor]:
     """Return h of each part of a tile, new tensors."""
     if isinstance(tile, tuple):
-        rows_of_blocks, columns_of_parts = tile
-        return [rows * columns for rows in rows_of_blocks for columns in columns_of_parts]
+        return [part.clone() for part in tile]
     return [offset.to(dtype) + 1 for offset in parts_of(tile)]
 
 
@@ -1343,17 +1341,22 @@ class LowRankHessian:
         }
 
     def tile(self, tile: int) -> HessianTile:
-        """Return the row factors and the column factors of a tile; see ``HessianTile``."""
+        """Return h of each part of a tile.
+
+        Outside of compiled kernels: torch.compile would cut those in two, for what has rows and
+        columns and for what has numbers alone.
+        """
         dtype = compute_dtype(self.slot.parameter.dtype)
         factors = self.row_factors.to(dtype).unsqueeze(1)
         columns = self.columns[self.slot.own_columns].to(dtype)
         columns = columns.view(-1, self.slot.packed).t().contiguous()
-        return [factors[rows] for rows in self.slot.rows(tile)], columns
+        blocks = [factors[rows] for rows in self.slot.rows(tile)]
+        return tuple(rows * of_part for rows in blocks for of_part in columns)
 
     def of_rows(self, rows: Tensor) -> HessianTile:
-        """Return the row factors and the column factors of some rows."""
+        """Return h of some rows."""
         dtype = compute_dtype(self.slot.parameter.dtype)
-        return [self.row_factors[rows].to(dtype).unsqueeze(1)], self.columns.to(dtype).unsqueeze(0)
+        return (self.row_factors[rows].to(dtype).unsqueeze(1) * self.columns.to(dtype),)
 
     def no_moments(self) -> tuple[Tensor, Tensor]:
         """Return row and column means of h u², of no tile so far."""

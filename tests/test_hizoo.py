@@ -542,7 +542,8 @@ def test_tiles_in_words_hold_the_same_bits(kind) -> None:
 
         hessian = {"full": tile(offsets), "example": tile(offsets)}.get(kind)
         if kind == "lowrank":
-            hessian = rows.chunk(2), columns.view(-1, parts).t()
+            of_parts = columns.view(-1, parts).t()
+            hessian = tuple(block * part for block in rows.chunk(2) for part in of_parts)
         coefficients = hizoo.Coefficients(
             steps=[
                 [
