@@ -5,7 +5,8 @@
 
 The first is OPT-125m's shape with 16 examples of 16 tokens on the CPU: SST-2's training texts, most
 of them phrases, with the prompt. Weights are random.
-"draw" only draws the numbers of a pass, with the same tiles and threads; "torch's draw" fills the
+A step's bare forward passes are three, MeZO's two; one is timed before every step. "draw" only
+draws the numbers of a pass, with the same tiles and threads; "torch's draw" fills the
 same tiles with torch's generator, on the CPU one core's work. "by example" gives every example of
 the batch a direction of its own. "textbook" is the step as it is
 usually written: whole-parameter noise drawn four times, and a new tensor for every operation.
@@ -196,6 +197,11 @@ class Timed:
     after: Callable[[], Any] | None = None
     seconds: list[float] = field(default_factory=list)
 
+    @property
+    def is_step(self) -> bool:
+        """Whether the call is a whole step, with its forward passes."""
+        return self.what.endswith("whole step")
+
     def run(self, device: str) -> None:
         """Time the call once."""
         synchronize(device)
@@ -273,13 +279,19 @@ def measure(arguments: argparse.Namespace, dtype_name: str) -> list[dict[str, An
         timed.append(Timed(f"{name}: whole step", step))
     timed.append(Timed("textbook HiZOO: whole step", functools.partial(textbook.step, forward)))
     # In turns, so that a machine that slows down slows all of them; the first round warms up.
+    forward_pass = timed[0]
     for _ in range(arguments.repeats + 1):
         for one in timed:
+            if one.is_step:
+                forward_pass.run(device)
             one.run(device)
-    seconds = {one.what: statistics.median(one.seconds[1:]) for one in timed}
+    seconds = {
+        one.what: statistics.median(one.seconds[len(one.seconds) // (arguments.repeats + 1) :])
+        for one in timed
+    }
     rows: list[dict[str, Any]] = []
     for one in timed:
-        is_step = one.what.endswith("whole step")
+        is_step = one.is_step
         row = {"what": one.what, "dtype": dtype_name, "seconds": seconds[one.what]}
         row["added_mib"] = added_memory(one.call, device) if is_step else None
         row["over_draw"] = seconds[one.what] / seconds["draw"]
@@ -287,11 +299,16 @@ def measure(arguments: argparse.Namespace, dtype_name: str) -> list[dict[str, An
             shared = one.what.replace(" by example", "")
             row["over_shared"] = seconds[one.what] / seconds[shared]
             row["textbook_over_this"] = seconds["textbook HiZOO: whole step"] / seconds[one.what]
+            passes = 2 if one.what.startswith("MeZO") else 3
+            row["over_passes"] = seconds[one.what] / passes / seconds["forward"]
         rows.append(row)
         nanoseconds = f"{row['seconds'] / count * 1e9:7.2f} ns/weight"
         ratio = f"{row['over_draw']:6.2f} x draw"
         memory = "" if row["added_mib"] is None else f"{row['added_mib']:6.0f} MiB"
-        against = f"textbook / this {row['textbook_over_this']:.2f}" if is_step else ""
+        against = ""
+        if is_step:
+            against = f"{row['over_passes']:.2f} x its passes, "
+            against += f"textbook / this {row['textbook_over_this']:.2f}"
         if "by example" in one.what:
             against += f", this / shared {row['over_shared']:.2f}"
         print(
