@@ -1761,7 +1761,7 @@ def cut_into_packets(slots: Sequence[Slot]) -> list[Packet]:
     return packets
 
 
-# A C++ compiler makes one operation of a product and a sum, rounded once: a quarter less time.
+# A C++ compiler makes one operation of a product and a sum, rounded once: a sixth less time.
 COMPILER_OPTIONS = {"cpp.enable_floating_point_contract_flag": "fast"}
 
 
