@@ -151,14 +151,17 @@ def update_tile(
 ) -> None:
     """Take the shift back, and update h and θ of a tile.
 
-    ``shifted_with`` is the low-rank h before this step's average; None: it is ``hessian`` itself.
+    ``shifted_with`` is the low-rank h before this step's average; None: it is ``hessian`` itself,
+    or there is no shift.
     Half precision rounds stochastically, by the bits ``rounding``.
     """
     steps, back, growths, smooth, decay = coefficients
     directions = [drawn(noise, target) for noise in noises]
     dtype = directions[0][0].dtype
     shifted_with = hessian if shifted_with is None else shifted_with
-    before = None if shifted_with is None else hessian_of(shifted_with, dtype)
+    before = None
+    if shifted_with is not None and (back is not None or growths is not None):
+        before = hessian_of(shifted_with, dtype)
     rounds = [is_half(target[0]), growths is not None and is_half(hessian[0])]
     bits = numbers_of_pairs(rounding, target, rounding_bits) if any(rounds) else None
     after = None if hessian is None or growths is not None else hessian_of(hessian, dtype)
@@ -834,7 +837,7 @@ class HiZOO(torch.optim.Optimizer):
                 run(update_tile, slot)(
                     own,
                     tile_of(hessian, tile),
-                    tile_of(before[slot], tile) if slot in averaged else None,
+                    tile_of(before[slot], tile) if slot in averaged and self._point else None,
                     noises,
                     self._coefficients(slot, tile, hessian, differences, examples),
                     rounding,
@@ -1014,13 +1017,14 @@ class HiZOO(torch.optim.Optimizer):
         tiles = []
         for draw, of_examples in enumerate(steps):
             parts = []
+            if slot.columns:
+                columns = self._column_signs(slot, draw, examples).to(dtype)
             for block in slot.rows(tile):
                 positions = torch.arange(
                     block.start, block.stop, dtype=torch.int32, device=parameter.device
                 )
                 rows = self._signs(slot, draw, examples, positions.unsqueeze(1)).to(dtype)
                 if slot.columns:
-                    columns = self._column_signs(slot, draw, examples).to(dtype)
                     of_parts = [columns[:, part :: slot.packed] for part in range(slot.packed)]
                     parts += [(rows * of_examples) @ of_part for of_part in of_parts]
                 else:
@@ -1175,7 +1179,7 @@ class HiZOO(torch.optim.Optimizer):
         shape = slot.parameter.shape
         width = shape[0] + slot.columns
         key = tile_key(stream, slot.number, 0)
-        bits = hashed((examples * width + positions).mul_(key[0]).add_(key[1]))
+        bits = hashed(counters(key, examples * width + positions))
         return (bits >> 31).mul_(2).add_(1).to(torch.float32)
 
     def _hessian(self, slot: Slot) -> Hessian | None:
@@ -1277,7 +1281,7 @@ class ExampleNoise:
         pairs = torch.where(rows < height, rows, rows - height).to(torch.int32)
         index = pairs.unsqueeze(1) * slot.columns
         index = index + torch.arange(slot.columns, dtype=torch.int32, device=rows.device)
-        first, second = standard_normals(hashed(index.mul_(key[0]).add_(key[1])))
+        first, second = standard_normals(hashed(counters(key, index)))
         noise = torch.where(is_second, second, first)
         noise = noise.to(compute_dtype(parameter.dtype))
         hessian = self.optimizer._hessian(slot)
@@ -1596,10 +1600,6 @@ class Slot:
             start = start // self.columns * self.row_step
         start += self.shard.first if self.shard else 0
         return start - self.first_half if place.halves == (1,) else start
-
-    def __len__(self) -> int:
-        """Return the number of tiles."""
-        return len(self.places)
 
     @property
     def packed(self) -> int:
