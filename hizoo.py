@@ -461,7 +461,7 @@ class HiZOO(torch.optim.Optimizer):
         if not self._estimates:
             raise RuntimeError(
                 "step() needs a closure, or estimate(closure) before it; with transformers take "
-                "ZerothOrderTrainer (zeroth_order.py), a plain Trainer calls neither"
+                "ZerothOrderTrainer (trainer.py), a plain Trainer calls neither"
             )
         differences = self._mean_differences()
         skipped = not all(math.isfinite(value) for pair in differences for value in pair)

@@ -27,13 +27,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from command_line.arguments import Arguments, parse_arguments
 from command_line.checks import check
 from command_line.settings import name_run, settle_dtype
-from folders import locked
+from experiment.folders import locked
+from experiment.preparation import choose_trained_weights, load_pretrained, make_trainer, prepare
 from hizoo import FIRST_MEASUREMENTS, HiZOO
 from language_model.loading import leave_out_loading_bars
-from preparation import choose_trained_weights, load_pretrained, make_trainer, prepare
-from step_sizes import StepSizes, find_step_sizes
+from trainer import CURVATURE_PART, ZerothOrderTrainer
+from training.step_sizes import StepSizes, find_step_sizes
 from utils import InputError, exit_code, write_json
-from zeroth_order import CURVATURE_PART, ZerothOrderTrainer
 
 FILE = "probe.json"
 

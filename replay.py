@@ -18,12 +18,12 @@ from tqdm.auto import tqdm
 
 from command_line.arguments import TUNING_MODES, Arguments, parse_arguments
 from command_line.settings import WEIGHTS
-from folders import locked
-from journal import Journal, Step, read_journal
+from experiment.folders import locked
+from experiment.preparation import choose_trained_weights, load_pretrained
 from language_model.loading import leave_out_loading_bars, load_config_and_tokenizer
-from preparation import choose_trained_weights, load_pretrained
-from recording import checksum_of_trained
-from replaying import Outcome, load_state, optimizer_of, play, records_until
+from training.journal import Journal, Step, read_journal
+from training.recording import checksum_of_trained
+from training.replaying import Outcome, load_state, optimizer_of, play, records_until
 from utils import InputError, NotWritten, exit_code
 
 # What decides which weights a run trains, beside its model.

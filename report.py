@@ -13,11 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from checkpoints import last_checkpoint, read_trainer_state
 from command_line.arguments import parse_arguments
 from command_line.settings import changed_settings
-from results import USED, history, read_result
+from experiment.results import USED, history, read_result
 from sweeps.tables import COLUMNS, FORMATS, FORMS, Loaded, Table
+from training.checkpoints import last_checkpoint, read_trainer_state
 from utils import InputError, check_writable, exit_code, write_text_atomically
 
 RECORD = "sweep.json"

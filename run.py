@@ -29,23 +29,15 @@ from typing import Any
 import transformers
 from transformers import PreTrainedModel
 
-from callbacks import SaveOnInterrupt
-from checkpoints import RemoveEarlierCheckpoints, last_checkpoint, write_together
 from command_line.arguments import USAGE, Arguments, parse_arguments
 from command_line.checks import check
 from command_line.restarts import own_store
 from command_line.settings import name_run, settle_dtype
 from command_line.slurm import take_slurm_variables
-from folders import locked_places, run_folders
-from journal import FILE
-from language_model.head import fit_head
-from language_model.loading import leave_out_loading_bars
-from language_model.precision import advice_for_losses
-from language_model.prediction import Prediction, predict
-from language_model.tensor_parallel import whole_shape
-from plan import tell
-from predicting import predict_rows
-from preparation import (
+from experiment.folders import locked_places, run_folders
+from experiment.plan import tell
+from experiment.predicting import predict_rows
+from experiment.preparation import (
     Prepared,
     choose_trained_weights,
     chosen_by_optimizer,
@@ -55,9 +47,7 @@ from preparation import (
     save_trained,
     zeroth_order_settings,
 )
-from probe import Probing
-from replaying import go_back
-from results import (
+from experiment.results import (
     describe,
     earlier_result,
     example_lines,
@@ -70,9 +60,19 @@ from results import (
     used_settings,
     write_results,
 )
-from resuming import Start, find_start, journal_of_first_process, recording_of
-from sampling import ExampleSet
+from experiment.resuming import Start, find_start, journal_of_first_process, recording_of
+from language_model.head import fit_head
+from language_model.loading import leave_out_loading_bars
+from language_model.precision import advice_for_losses
+from language_model.prediction import Prediction, predict
+from language_model.tensor_parallel import whole_shape
+from probe import Probing
+from task_data.sampling import ExampleSet
 from tasks import Sample
+from training.callbacks import SaveOnInterrupt
+from training.checkpoints import RemoveEarlierCheckpoints, last_checkpoint, write_together
+from training.journal import FILE
+from training.replaying import go_back
 from utils import Diverged, Interrupted, exit_code, leave_process_group_at_exit
 
 

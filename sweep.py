@@ -20,11 +20,11 @@ from typing import Any
 from command_line.arguments import Arguments, parse_arguments
 from command_line.checks import check
 from command_line.settings import name_run, settle_dtype
-from folders import locked
+from experiment.folders import locked
+from experiment.plan import Plan, make_plan, shown_time
+from experiment.preparation import Prepared, prepare
+from experiment.results import describe, earlier_result, is_wanted_again, read_result
 from language_model.loading import leave_out_loading_bars
-from plan import Plan, make_plan, shown_time
-from preparation import Prepared, prepare
-from results import describe, earlier_result, is_wanted_again, read_result
 from sweeps.grid import Grid, Run, read_grid, words_of
 from sweeps.jobs import Job
 from sweeps.running import Display, Processes, Runner, follow

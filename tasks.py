@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 
 import metrics
 import templates
-from data_files import (
+from task_data.columns import Arrangement
+from task_data.files import (
     PlacedRow,
     Row,
     Table,
@@ -23,8 +24,7 @@ from data_files import (
     row_place,
     shown,
 )
-from own_columns import Arrangement
-from rewards import Reward
+from task_data.rewards import Reward
 from templates import Template
 from utils import InputError, first_line
 

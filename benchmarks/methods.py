@@ -52,10 +52,10 @@ from language_model.objectives import (
     option_scores,
 )
 from language_model.packing import collate
-from layerwise import LayerwiseWeights
-from sampling import sample_train_dev
+from task_data.sampling import sample_train_dev
 from tasks import get_task, load_samples
 from utils import write_json
+from zeroth_order.layerwise import LayerwiseWeights
 
 BUNDLED, SAMPLES = ROOT / "data" / "tiny-opt", ROOT / "data" / "samples"
 TRAIN, DEV, BATCH = 1000, 200, 16

@@ -35,9 +35,9 @@ from language_model.loading import load_config_and_tokenizer, load_model
 from language_model.objectives import classification_loss
 from language_model.packing import collate
 from language_model.prediction import predict
-from layerwise import LayerwiseWeights
-from sampling import permutation_subset, sample_train_dev
+from task_data.sampling import permutation_subset, sample_train_dev
 from tasks import Sample, get_task, load_samples
+from zeroth_order.layerwise import LayerwiseWeights
 
 MODEL, SAMPLES = str(ROOT / "data" / "tiny-opt"), str(ROOT / "data" / "samples")
 DTYPES = ("float32", "float16", "bfloat16")

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import replay
 import run
-from journal import FILE, read_journal
+from training.journal import FILE, read_journal
 
 METHODS = {
     "HiZOO": ("--hessian_smooth_type", "constant1e-5"),

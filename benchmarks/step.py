@@ -34,7 +34,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from example_directions import ExampleDirections
 from hizoo import HiZOO, Random, Tile, cut_into_packets, drawn, run, write
-from layerwise import LayerwiseWeights
+from zeroth_order.layerwise import LayerwiseWeights
 
 SHAPES = {
     "tiny": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 64},

@@ -27,7 +27,7 @@ from language_model.encoding import EncodedExample, Encoder
 from language_model.loading import load_config_and_tokenizer, load_model
 from language_model.objectives import classification_loss
 from language_model.packing import collate
-from sampling import sample_train_dev
+from task_data.sampling import sample_train_dev
 from tasks import get_task, load_samples
 
 MODEL, SAMPLES = str(ROOT / "data" / "tiny-opt"), str(ROOT / "data" / "samples")

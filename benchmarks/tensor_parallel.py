@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2
 import run
 from hizoo import LARGEST_NOISE, HiZOO
 from language_model.loading import leave_out_loading_bars
-from zeroth_order import ZerothOrderSettings
+from trainer import ZerothOrderSettings
 
 BUNDLED = ROOT / "data" / "tiny-opt"
 SHAPE = {

@@ -32,8 +32,8 @@ from command_line.groups import (
 )
 from command_line.unknown import NOT_OFFERED, explain_unknown
 from command_line.values import AUTO, BOUNDS, WORDS, check_number, number_or, read_dictionary
-from own_columns import Columns
-from own_tasks import choose_task
+from task_data.columns import Columns
+from task_data.own_tasks import choose_task
 from tasks import Task
 from utils import InputError, one_line
 

@@ -14,10 +14,10 @@ from command_line.arguments import TUNING_MODES, Arguments
 from command_line.settings import WEIGHTS
 from command_line.trainer_checks import check_steps
 from command_line.values import AUTO
-from own_tasks import OwnTask
+from task_data.own_tasks import OwnTask
 from tasks import Task
+from trainer import SmoothingSchedule
 from utils import InputError
-from zeroth_order import SmoothingSchedule
 
 ADAPTERS = ("lora", "prefix_tuning")
 EXCLUDE_EACH_OTHER = (

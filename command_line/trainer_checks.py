@@ -24,8 +24,8 @@ from transformers.utils import is_liger_kernel_available, is_torch_xla_available
 from command_line.arguments import Arguments
 from command_line.settings import examples_of_a_batch
 from command_line.values import AUTO
+from trainer import CURVATURE_PART
 from utils import InputError, first_line, one_line
-from zeroth_order import CURVATURE_PART
 
 # The parameters that every schedule of transformers gets from the Trainer.
 OF_EVERY_SCHEDULE = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}

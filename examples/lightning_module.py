@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 from hizoo import HiZOO
-from layerwise import LayerwiseWeights
+from zeroth_order.layerwise import LayerwiseWeights
 
 MODEL = "data/tiny-opt"
 REVIEWS = Path("data/samples/sst2/train.jsonl")

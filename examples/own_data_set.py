@@ -16,7 +16,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from zeroth_order import SmoothingSchedule, ZerothOrderSettings, ZerothOrderTrainer
+from trainer import SmoothingSchedule, ZerothOrderSettings, ZerothOrderTrainer
 
 MODEL = "data/tiny-opt"
 FILES = {"train": "data/samples/sst2/train.jsonl", "dev": "data/samples/sst2/validation.jsonl"}

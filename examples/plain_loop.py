@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 from hizoo import HiZOO
-from layerwise import LayerwiseWeights
+from zeroth_order.layerwise import LayerwiseWeights
 
 REVIEWS = Path("data/samples/sst2/train.jsonl")
 ANSWERS = (" terrible", " great")

@@ -16,7 +16,7 @@ from peft.utils import CONFIG_NAME
 from transformers import PreTrainedModel
 
 from language_model.adapters import PROMPT_ENCODER_FILE, PrefixTunedModel, without_future_warnings
-from manifest import sha256_of
+from language_model.manifest import sha256_of
 from utils import InputError, first_line
 
 # How the names of files with weights end.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pictures import new_figure, save_figure
+from sweeps.pictures import new_figure, save_figure
 from sweeps.tables import Loaded, differing_settings, shown_setting
 from utils import InputError
 

@@ -14,7 +14,7 @@ from typing import Protocol, TextIO
 
 import torch
 
-from plan import shown_time
+from experiment.plan import shown_time
 from sweeps import jobs
 from sweeps.jobs import Job
 from utils import InputError

@@ -22,10 +22,10 @@ from tiny_models import tiny_model, tiny_tokenizer
 
 import probe
 import run
-import step_sizes
-from journal import FILE, read_journal
 from language_model.loading import leave_out_loading_bars
-from trainer import ObjectiveTrainer
+from training import step_sizes
+from training.journal import FILE, read_journal
+from training.objective_trainer import ObjectiveTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "data" / "tiny-opt"

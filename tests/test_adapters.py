@@ -32,9 +32,9 @@ from language_model.adapters import (
 from language_model.encoding import Encoder
 from language_model.generation import GenerationSettings, generate
 from language_model.shared_tokens import can_share_prompt
-from layerwise import LayerwiseWeights
 from tasks import get_task
 from utils import InputError
+from zeroth_order.layerwise import LayerwiseWeights
 
 TOKENS = torch.tensor([17, 40, 233, 68, 91])
 ADAPTERS: dict[str, Callable[[PreTrainedModel], PeftModel]] = {

@@ -27,7 +27,9 @@ from running import (
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import run
-from checkpoints import (
+from language_model.loading import load_model
+from language_model.manifest import MANIFEST, damage, write_manifest
+from training.checkpoints import (
     RunSettings,
     check_checkpoint,
     checkpoints,
@@ -37,9 +39,7 @@ from checkpoints import (
     remove_older_checkpoints,
     saved_shapes,
 )
-from language_model.loading import load_model
-from manifest import MANIFEST, damage, write_manifest
-from trainer import ObjectiveTrainer
+from training.objective_trainer import ObjectiveTrainer
 from utils import InputError
 
 

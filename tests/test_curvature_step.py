@@ -146,7 +146,7 @@ def test_one_wild_loss_is_bounded() -> None:
 
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_losses_along_a_direction(layerwise: bool) -> None:
-    from layerwise import LayerwiseWeights
+    from zeroth_order.layerwise import LayerwiseWeights
 
     model = nn.Linear(6, 1, bias=False)
     layers = LayerwiseWeights(model) if layerwise else None

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from running import finish, log_of, training
 
-import preparation
+from experiment import preparation
 
 CURVE = {"num_dev": 8, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
 
@@ -48,7 +48,7 @@ def test_the_best_checkpoint_is_best_by_the_metric(
 
     monkeypatch.setattr(preparation, "dev_metric", measured)
     losses = iter((0.5, 0.9, 0.1))
-    from trainer import ObjectiveTrainer
+    from training.objective_trainer import ObjectiveTrainer
 
     loop = ObjectiveTrainer.evaluation_loop
 

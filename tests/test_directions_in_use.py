@@ -31,10 +31,10 @@ import hizoo
 import run
 from example_directions import ExampleDirections
 from hizoo import ExampleNoise, HiZOO
-from journal import FILE, read_journal
 from language_model import objectives, packing
 from language_model.adapters import add_lora
 from language_model.generation import GenerationSettings
+from training.journal import FILE, read_journal
 
 BY_EXAMPLE = {
     "classification": objectives.classification_loss,

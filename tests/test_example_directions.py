@@ -21,7 +21,7 @@ import hizoo
 from example_directions import ExampleDirections, NotByExample, examples_of_tokens
 from hizoo import ExampleNoise, HiZOO
 from language_model.adapters import add_lora
-from layerwise import LayerwiseWeights
+from zeroth_order.layerwise import LayerwiseWeights
 
 TOKENS = torch.tensor(
     [[2, 9, 17, 30, 5, 8], [2, 11, 40, 7, 21, 3], [2, 60, 6, 77, 90, 4], [2, 5, 41, 8, 33, 9]]

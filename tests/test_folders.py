@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-import folders
-from folders import locked
+from experiment import folders
+from experiment.folders import locked
 from utils import InputError
 
 

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from checkpoints import saved_shapes
 from language_model import head as head_module
 from language_model import scoring
 from language_model.encoding import EncodedExample, EncodedOption, Encoder
@@ -35,8 +34,9 @@ from language_model.head import (
 )
 from language_model.loading import load_model, tied_weights
 from language_model.prediction import predict
-from sampling import permutation_subset, sample_train_dev
+from task_data.sampling import permutation_subset, sample_train_dev
 from tasks import get_task, load_samples
+from training.checkpoints import saved_shapes
 from utils import InputError
 
 # Without the cap on Gemma 2's logits their softmax is the classifier's; it has a test of its own.

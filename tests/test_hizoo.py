@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import hizoo
 from hizoo import HiZOO
-from layerwise import LayerwiseWeights
+from zeroth_order.layerwise import LayerwiseWeights
 
 SHAPES = [(37, 19), (50,), (3, 4, 5), (), (1, 700)]
 # With some seeds a second difference of the losses is so small that few of its digits are left.

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hizoo
 from hizoo import HiZOO
-from layerwise import LayerwiseWeights
+from zeroth_order.layerwise import LayerwiseWeights
 
 
 @pytest.mark.parametrize("hessian", ["full", "lowrank"])

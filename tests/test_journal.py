@@ -23,7 +23,7 @@ from running import (
 )
 
 import run
-from journal import (
+from training.journal import (
     FILE,
     Checksum,
     Estimate,
@@ -38,8 +38,8 @@ from journal import (
     encode,
     read_journal,
 )
-from recording import Replay, checksum_of
-from trainer import ObjectiveTrainer
+from training.objective_trainer import ObjectiveTrainer
+from training.recording import Replay, checksum_of
 from utils import InputError, NotWritten
 
 HEADER = {"first_step": 0, "rate": 1e-6, "smoothing": 1e-8, "settings": {}, "max_steps": 9}

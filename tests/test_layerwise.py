@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BartConfig
 
 import hizoo
 from hizoo import HiZOO
-from layerwise import LayerwiseWeights, OnlyInPlace
+from zeroth_order.layerwise import LayerwiseWeights, OnlyInPlace
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOKENS = torch.tensor([[2, 9, 17, 30, 5, 8], [2, 11, 40, 7, 21, 3]])

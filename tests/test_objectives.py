@@ -15,9 +15,9 @@ from language_model import objectives, packing
 from language_model.encoding import Encoder
 from language_model.generation import GenerationSettings, generate
 from language_model.prediction import predict
-from layerwise import LayerwiseWeights
 from metrics import mean_exact_match, mean_f1
 from tasks import get_task
+from zeroth_order.layerwise import LayerwiseWeights
 
 
 def encoder(task: str) -> Encoder:

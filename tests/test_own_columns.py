@@ -13,8 +13,8 @@ from test_chat import TEMPLATE, save
 from transformers import AutoModelForCausalLM, pipeline
 
 import run
-from own_columns import Columns
-from own_tasks import choose_task
+from task_data.columns import Columns
+from task_data.own_tasks import choose_task
 from tasks import load_questions, load_samples
 from utils import InputError
 

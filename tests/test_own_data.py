@@ -14,7 +14,7 @@ from running import MODEL, command, contents, finish, log_of
 import run
 from language_model.encoding import Encoder
 from language_model.loading import load_config_and_tokenizer
-from own_tasks import choose_task
+from task_data.own_tasks import choose_task
 from tasks import Sample, Task, load_samples
 from utils import InputError
 

@@ -24,7 +24,7 @@ import torch
 import example_directions, hizoo, layerwise
 from hizoo import HiZOO
 from example_directions import ExampleDirections
-from layerwise import LayerwiseWeights
+from zeroth_order.layerwise import LayerwiseWeights
 model = torch.nn.Linear(3, 1)
 optimizer = HiZOO(model.parameters(), lr=1e-2, layers=LayerwiseWeights(model))
 losses = [optimizer.step(lambda: model(torch.ones(2, 3)).square().mean()) for _ in range(50)]

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 import probe
 import run
-import step_sizes
-from trainer import ObjectiveTrainer
+from training import step_sizes
+from training.objective_trainer import ObjectiveTrainer
 
 AUTO = {"learning_rate": "auto", "zo_eps": "auto"}
 

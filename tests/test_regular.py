@@ -12,8 +12,8 @@ from running import MODEL, assert_same_tensors, finish, log_of, training, weight
 from torch import Tensor, nn
 
 import run
-import trainer as trainer_module
-from trainer import ObjectiveTrainer
+import training.objective_trainer as trainer_module
+from training.objective_trainer import ObjectiveTrainer
 
 REGULAR = {"trainer": "regular", "hessian_smooth_type": None}
 

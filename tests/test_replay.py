@@ -22,9 +22,9 @@ from running import (
 from safetensors.torch import load_file
 
 import replay
-from journal import FILE, Checksum, encode, read_journal
 from language_model.adapters import PROMPT_ENCODER_FILE
-from trainer import ObjectiveTrainer
+from training.journal import FILE, Checksum, encode, read_journal
+from training.objective_trainer import ObjectiveTrainer
 
 MODES = {
     "in_place": {"lr_scheduler_type": "linear", "weight_decay": 0.1},

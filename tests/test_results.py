@@ -14,13 +14,13 @@ import torch
 from running import ROOT, command, contents, finish, small_model, training
 
 import run
-from checkpoints import RunSettings, unfinished_checkpoint
 from command_line.arguments import parse_arguments
-from folders import locked, predictions_files
+from experiment.folders import locked, predictions_files
+from experiment.provenance import commit
+from experiment.results import concerns, history, over_sets
 from language_model.loading import load_model
-from provenance import commit
-from results import concerns, history, over_sets
-from zeroth_order import ZerothOrderTrainer
+from trainer import ZerothOrderTrainer
+from training.checkpoints import RunSettings, unfinished_checkpoint
 
 SHORT = {"max_steps": 2, "num_train": 4, "per_device_train_batch_size": 2}
 

@@ -14,15 +14,15 @@ from running import ROOT, SAMPLES, contents, finish, training
 from transformers import TrainerControl
 
 import run
-from callbacks import TellStep
 from command_line.arguments import parse_arguments
 from command_line.settings import experiment_hash
 from language_model import objectives
 from language_model.generation import GenerationSettings
 from language_model.objectives import NegativeReward, RewardExample, collate_rewards
-from own_tasks import choose_task
-from rewards import Reward
+from task_data.own_tasks import choose_task
+from task_data.rewards import Reward
 from tasks import load_samples
+from training.callbacks import TellStep
 from utils import InputError
 
 EXAMPLES = ROOT / "examples" / "rewards"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from running import SAMPLES
 
-from sampling import (
+from task_data.sampling import (
     demonstration_seeds,
     draw_example_sets,
     permutation_subset,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import hizoo
 from hizoo import HiZOO, Shard
-from layerwise import LayerwiseWeights
+from zeroth_order.layerwise import LayerwiseWeights
 
 # Shapes, and the dimension that is cut; None: every process has all of it.
 SHAPES = {(10, 20): 0, (8, 36): 1, (24,): 0, (4, 8, 5): 1, (8, 3, 5): 0, (7,): None}

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-import sharing
-from sharing import NOTHING, Exchange, SharedDirections, check_agreement, own_part
+from training import processes as sharing
+from training.processes import NOTHING, Exchange, SharedDirections, check_agreement, own_part
 from utils import Disagreement
 
 

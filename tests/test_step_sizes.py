@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import probe_plot
-from differences import SCALES, Losses, choose_scales, measure_noise
-from step_sizes import MULTIPLES, StepSizes, find_step_sizes, measure_step
+from training.scales import SCALES, Losses, choose_scales, measure_noise
+from training.step_sizes import MULTIPLES, StepSizes, find_step_sizes, measure_step
 from utils import InputError, NotWritten
 
 

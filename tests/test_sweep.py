@@ -20,8 +20,8 @@ import sweep
 import sweeps.jobs
 from command_line.arguments import parse_arguments
 from command_line.checks import check
-from plan import make_plan, training_passes
-from preparation import prepare
+from experiment.plan import make_plan, training_passes
+from experiment.preparation import prepare
 from sweeps import running, slurm
 from sweeps.grid import read_grid
 from sweeps.jobs import Job, last_words

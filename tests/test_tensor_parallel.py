@@ -26,8 +26,8 @@ from tiny_models import tiny_model, tiny_tokenizer
 
 import replay
 import run
-from journal import FILE, Checksum, read_journal
 from language_model.loading import load_model
+from training.journal import FILE, Checksum, read_journal
 from utils import InputError
 
 # One process of pytest-xdist runs all of this module.

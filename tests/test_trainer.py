@@ -34,10 +34,10 @@ from running import (
 from transformers import AutoModelForCausalLM, get_scheduler
 
 import run
-import zeroth_order
-from manifest import MANIFEST
+import trainer as zeroth_order
+from language_model.manifest import MANIFEST
+from trainer import SmoothingSchedule, ZerothOrderTrainer
 from utils import InputError
-from zeroth_order import SmoothingSchedule, ZerothOrderTrainer
 
 RESUMED = {
     "hizoo": {},

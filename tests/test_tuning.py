@@ -29,7 +29,7 @@ from language_model.adapters import without_future_warnings
 from language_model.encoding import Encoder
 from language_model.scoring import score_options
 from metrics import mean_f1
-from sampling import permutation_subset
+from task_data.sampling import permutation_subset
 from tasks import get_task, load_samples
 
 MODES: dict[str, dict[str, Any]] = {

@@ -24,7 +24,7 @@ from test_hizoo_sh import passed_to_python
 from test_scripts import FINETUNE, FSDP, SMALL, checkpoint_of, launcher_and_arguments
 from test_scripts import finish as finish_script
 
-from journal import FILE, Step, read_journal
+from training.journal import FILE, Step, read_journal
 
 # One process of pytest-xdist runs all of this module.
 pytestmark = pytest.mark.xdist_group("two processes")

@@ -13,10 +13,10 @@ from test_families import save_model
 
 import hizoo
 import run
-from journal import read_journal
 from language_model.loading import load_model
-from replaying import optimizer_of, play
-from zeroth_order import ZerothOrderTrainer
+from trainer import ZerothOrderTrainer
+from training.journal import read_journal
+from training.replaying import optimizer_of, play
 
 MODES = {
     "bfloat16": {"load_bfloat16": True},

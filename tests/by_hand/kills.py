@@ -23,9 +23,9 @@ import torch
 from running import assert_same_tensors, log_of, training, weights
 
 import run
-from checkpoints import checkpoints
-from journal import FILE, read_journal
-from manifest import MANIFEST
+from language_model.manifest import MANIFEST
+from training.checkpoints import checkpoints
+from training.journal import FILE, read_journal
 
 GOING_ON = r"going on from (?:\S*checkpoint-(\d+))?(?:, and )?(?:(\d+) steps)?"
 

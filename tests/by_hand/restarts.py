@@ -17,7 +17,7 @@ from pathlib import Path
 
 from running import MODEL, ROOT, assert_same_checkpoint, training
 
-from journal import FILE, read_journal
+from training.journal import FILE, read_journal
 
 STEPS, KILLS = 40, 2
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_files import PlacedRow, Row, Table, read_table, shown
+from task_data.files import PlacedRow, Row, Table, read_table, shown
 from utils import InputError
 
 # More different labels than this are no classes.

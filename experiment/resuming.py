@@ -12,17 +12,17 @@ from accelerate import PartialState
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from checkpoints import (
+from command_line.arguments import Arguments
+from command_line.settings import length_of_run, settings_of_a_checkpoint
+from language_model.saved_adapters import sums_of_weights
+from training.checkpoints import (
     check_settings,
     find_checkpoint,
     from_first_process,
     read_trainer_state,
 )
-from command_line.arguments import Arguments
-from command_line.settings import length_of_run, settings_of_a_checkpoint
-from journal import FILE, Journal, read_journal
-from language_model.saved_adapters import sums_of_weights
-from recording import Recording, Replay
+from training.journal import FILE, Journal, read_journal
+from training.recording import Recording, Replay
 from utils import InputError
 
 logger = logging.getLogger(__name__)

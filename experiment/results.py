@@ -24,11 +24,11 @@ from command_line.settings import (
     changed_settings,
     length_of_run,
 )
-from folders import has_all_files, predictions_files
+from experiment.folders import has_all_files, predictions_files
+from experiment.provenance import provenance
 from language_model.encoding import Encoder
 from language_model.prediction import Prediction
-from provenance import provenance
-from sampling import ExampleSet
+from task_data.sampling import ExampleSet
 from tasks import Sample, Task
 from utils import InputError, write_json, write_json_lines
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import templates
-from data_files import (
+from task_data.columns import MESSAGES, Arrangement, Columns
+from task_data.files import (
     SUFFIXES,
     Row,
     check_answers,
@@ -17,8 +18,7 @@ from data_files import (
     typed_answer,
     typed_choice,
 )
-from own_columns import MESSAGES, Arrangement, Columns
-from rewards import Reward
+from task_data.rewards import Reward
 from tasks import Sample, Task, get_task
 from utils import InputError
 

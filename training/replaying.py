@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from example_directions import ExampleDirections
 from hizoo import LARGEST_NOISE, HiZOO
-from journal import Checksum, Journal, LossAlong, Record, Settings, Step
 from language_model.tensor_parallel import parts_of, whole_shape
-from layerwise import LayerwiseWeights
-from recording import NOISE, checksum_of_trained, replayed, short, trained_weights
+from training.journal import Checksum, Journal, LossAlong, Record, Settings, Step
+from training.recording import NOISE, checksum_of_trained, replayed, short, trained_weights
 from utils import InputError
+from zeroth_order.layerwise import LayerwiseWeights
 
 # Shifts of the weights in place that a forward pass takes, at most: there, and to the next point.
 SHIFTS_OF_A_PASS = 2

@@ -17,9 +17,9 @@ from example_directions import ExampleDirections, NotByExample
 from hizoo import HiZOO
 from language_model.adapters import prefix_length
 from language_model.objectives import Objective, losses_of_examples
-from layerwise import LayerwiseWeights, OnlyInPlace
-from sharing import Exchange
+from training.processes import Exchange
 from utils import InputError
+from zeroth_order.layerwise import LayerwiseWeights, OnlyInPlace
 
 Warn = Callable[[str], None]
 

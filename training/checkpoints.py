@@ -28,7 +28,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from language_model.adapters import adapter_file
 from language_model.loading import saved_names, tied_weights
-from manifest import MANIFEST, damage, missing_file, write_manifest
+from language_model.manifest import MANIFEST, damage, missing_file, write_manifest
 from utils import InputError, NotWritten, first_line, write_json
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from differences import (
+from training.scales import (
     SCALES,
     LossAt,
     Losses,

@@ -17,7 +17,6 @@ import transformers
 from peft import PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from checkpoints import RunSettings, write_together
 from command_line.arguments import Arguments
 from command_line.checks import check_sizes
 from command_line.settings import length_of_run, settings_of_a_checkpoint
@@ -57,12 +56,13 @@ from language_model.prediction import predict
 from language_model.saved_adapters import SavedAdapter
 from language_model.shared_tokens import can_share_prompt
 from language_model.tensor_parallel import parts_of
-from recording import Recording
-from sampling import ExampleSet, draw_example_sets
+from task_data.sampling import ExampleSet, draw_example_sets
 from tasks import Sample, load_samples
-from trainer import ObjectiveTrainer
+from trainer import CURVATURE_PART, SmoothingSchedule, ZerothOrderSettings, ZerothOrderTrainer
+from training.checkpoints import RunSettings, write_together
+from training.objective_trainer import ObjectiveTrainer
+from training.recording import Recording
 from utils import InputError
-from zeroth_order import CURVATURE_PART, SmoothingSchedule, ZerothOrderSettings, ZerothOrderTrainer
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,13 @@ from command_line.arguments import Arguments
 from command_line.settings import changed_settings, examples_of_a_batch
 from command_line.trainer_checks import steps_of_run
 from command_line.values import AUTO
+from experiment.preparation import Prepared, prepare
 from hizoo import RARELY
 from language_model.adapters import add_lora
 from language_model.loading import choose_dtype, load_config_and_tokenizer
-from preparation import Prepared, prepare
-from sampling import ExampleSet
+from task_data.sampling import ExampleSet
 from tasks import Sample
-from zeroth_order import SmoothingSchedule
+from trainer import SmoothingSchedule
 
 # Forward passes that a probe takes at most (step_sizes.find_step_sizes, by its defaults).
 PROBE_PASSES = 197

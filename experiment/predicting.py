@@ -9,11 +9,11 @@ from typing import Any
 import transformers
 
 from command_line.arguments import Arguments
-from folders import locked
+from experiment.folders import locked
+from experiment.preparation import load_pretrained, prepare_encoder
 from language_model.prediction import Prediction, predict
-from own_tasks import OwnTask, own_file
-from preparation import load_pretrained, prepare_encoder
-from sampling import draw_example_sets
+from task_data.own_tasks import OwnTask, own_file
+from task_data.sampling import draw_example_sets
 from tasks import Sample, Task, load_questions, load_samples
 from utils import InputError, write_json_lines
 

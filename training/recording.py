@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hizoo import HiZOO, mix_seed
-from journal import (
+from language_model.tensor_parallel import Parts, parts_of, whole_shape
+from training.journal import (
     Checksum,
     Estimate,
     Evaluation,
@@ -28,8 +29,7 @@ from journal import (
     Settings,
     Step,
 )
-from language_model.tensor_parallel import Parts, parts_of, whole_shape
-from sharing import check_agreement
+from training.processes import check_agreement
 from utils import InputError
 
 logger = logging.getLogger(__name__)

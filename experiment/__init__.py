@@ -1,0 +1,1 @@
+"""How a run goes from arguments to a result."""

@@ -1,0 +1,1 @@
+"""How weights are perturbed and updated; torch only."""
