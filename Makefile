@@ -1,18 +1,19 @@
 # make demo: fine-tune the bundled model with HiZOO.   make test: lint, format check and tests.
-# Both install what they need into .venv first, once.
+# make test-all: the slow tests too. Each installs what it needs into .venv first, once.
 
 PYTHON ?= python3
 VENV_PATH = PATH="$(CURDIR)/.venv/bin:$$PATH"
 
-.PHONY: demo test clean
+.PHONY: demo test test-all clean
 
 demo: .venv/demo-installed
 	$(VENV_PATH) bash HiZOO.sh --overwrite_output_dir
 
-test: .venv/test-installed
+test: PYTEST_ARGUMENTS = -m "not slow"
+test test-all: .venv/test-installed
 	$(VENV_PATH) ruff check .
 	$(VENV_PATH) ruff format --check .
-	$(VENV_PATH) python -m pytest -q -n 2 --dist loadgroup
+	$(VENV_PATH) python -m pytest -q -n 2 --dist loadgroup $(PYTEST_ARGUMENTS)
 
 # pip comes last into an environment: without it the environment is not whole.
 .venv/bin/pip:
