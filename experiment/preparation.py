@@ -40,14 +40,11 @@ from language_model.loading import (
     load_model,
 )
 from language_model.objectives import (
-    GenerationExample,
-    NegativeReward,
     NegativeTextMetric,
     Objective,
-    RewardExample,
+    PromptExample,
     classification_loss,
-    collate_generation,
-    collate_rewards,
+    collate_prompts,
     language_model_loss,
     negative_accuracy,
 )
@@ -55,7 +52,6 @@ from language_model.packing import collate
 from language_model.prediction import predict
 from language_model.saved_adapters import SavedAdapter
 from language_model.shared_tokens import can_share_prompt
-from language_model.tensor_parallel import parts_of
 from task_data.sampling import ExampleSet, draw_example_sets
 from tasks import Sample, load_samples
 from trainer import CURVATURE_PART, SmoothingSchedule, ZerothOrderSettings, ZerothOrderTrainer
@@ -190,10 +186,9 @@ def load_pretrained(arguments: Arguments) -> PreTrainedModel | PeftModel:
         8 if arguments.load_int8 else 4 if arguments.load_int4 else None,
         not arguments.no_auto_device,
         arguments.trust_remote_code,
-        arguments.world_size if arguments.tensor_parallel else 1,
     )
     # Sharding moves each layer itself: no GPU has room for all of them.
-    placed = getattr(model, "hf_device_map", None) is not None or parts_of(model) is not None
+    placed = getattr(model, "hf_device_map", None) is not None
     if not placed and not arguments.fsdp:
         model.to(arguments.device)
     return model
@@ -238,34 +233,30 @@ def choose_objective(
     packed = functools.partial(collate, share_prompt=share)
     if arguments.train_as_classification:
         return Training(classification_loss, encoder.options, packed)
-    if encoder.task.reward:
-        return _reward_objective(arguments, prepared)
+    if encoder.task.reward or (arguments.non_diff and encoder.task.generation):
+        return _text_objective(arguments, prepared)
     if not arguments.non_diff:
         only_option = arguments.only_train_option
         encode = functools.partial(encoder.correct_option, only_option=only_option)
         return Training(language_model_loss, encode, packed)
-    if not encoder.task.generation:
-        return Training(negative_accuracy, encoder.options, packed)
+    return Training(negative_accuracy, encoder.options, packed)
 
-    def encode_for_generation(sample: Sample) -> GenerationExample:
-        return GenerationExample(encoder.prompt(sample), sample.correct)
 
+def _text_objective(arguments: Arguments, prepared: Prepared) -> Training:
+    """Return the metric of generated texts; several texts of a prompt are sampled."""
+    encoder, generation, count = prepared.encoder, prepared.generation, 1
     metric = arguments.non_diff_metric or "f1"
-    objective = NegativeTextMetric(metric, encoder.tokenizer, prepared.generation)
-    return Training(objective, encode_for_generation, collate_generation)
+    if encoder.task.reward:
+        metric, count = "reward", arguments.reward_samples
+        generation = replace(generation, sampling=generation.sampling or count > 1)
+    objective = NegativeTextMetric(
+        encoder.task, metric, encoder.tokenizer, generation, count, arguments.seed
+    )
 
+    def encode(sample: Sample) -> PromptExample:
+        return PromptExample(encoder.prompt(sample), sample)
 
-def _reward_objective(arguments: Arguments, prepared: Prepared) -> Training:
-    """Return the reward of generated texts; several of a prompt are drawn at random."""
-    encoder, count = prepared.encoder, arguments.reward_samples
-    drawn = prepared.generation.sampling or count > 1
-    generation = replace(prepared.generation, sampling=drawn)
-    objective = NegativeReward(encoder.task, encoder.tokenizer, generation, count, arguments.seed)
-
-    def encode(sample: Sample) -> RewardExample:
-        return RewardExample(encoder.prompt(sample), sample)
-
-    return Training(objective, encode, collate_rewards)
+    return Training(objective, encode, collate_prompts)
 
 
 def make_trainer(

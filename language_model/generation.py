@@ -23,7 +23,6 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from example_directions import examples_are_apart, examples_of_tokens
 from language_model.adapters import without_adapter
 from language_model.batches import run_in_batches
 from language_model.precision import not_finite
@@ -152,9 +151,7 @@ def generate(
     longest = max(map(len, prompts)) + settings.max_new_tokens
     room = 0
     if settings.num_beams == 1 and can_share_prompt(model, longest):
-        # Examples with weights of their own read every token themselves.
-        limit = 0 if examples_are_apart() else min(map(len, prompts)) - 1
-        prefix = read_shared_prefix(model, prompts, limit) or prefix
+        prefix = read_shared_prefix(model, prompts, min(map(len, prompts)) - 1) or prefix
         room = settings.max_new_tokens
     shared = prefix.tokens
     # What stands for the tokens of prefix-tuning is never looked at: they are in the cache.
@@ -177,9 +174,7 @@ def generate(
         shown = torch.tensor(mask, device=model.device)
         # generate() itself counts from 0 in every family.
         positions = {"position_ids": shown.cumsum(-1) - 1 + first} if first else {}
-        owners = torch.tensor(indices, device=model.device)
-        owners = owners.repeat_interleave(settings.num_beams).unsqueeze(1)
-        with only_what_is_asked_for(generator), examples_of_tokens(owners, len(prompts)):
+        with only_what_is_asked_for(generator):
             output = generator.generate(
                 torch.tensor(tokens, device=model.device),
                 attention_mask=shown,

@@ -28,7 +28,6 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from language_model.gguf_files import GgufFile
 from language_model.saved_adapters import SavedAdapter
-from language_model.tensor_parallel import keep_parts, settings_of_parts, whole_shape
 from utils import InputError, first_line
 
 logger = logging.getLogger(__name__)
@@ -56,7 +55,6 @@ def load_model(
     quantised_bits: int | None = None,
     auto_device: bool = True,
     trust_remote_code: bool = False,
-    parts: int = 1,
 ) -> PreTrainedModel | PeftModel:
     """Load a causal language model for evaluation (no dropout).
 
@@ -68,11 +66,10 @@ def load_model(
         auto_device: spread the model over the GPUs there are, if any. Otherwise, and in a run of
             several processes, the caller places it.
         trust_remote_code: run code that comes with the model.
-        parts: how many processes have a part each (tensor_parallel.py).
 
     Raises:
         InputError: there is no such model, it is no causal language model, its files are damaged,
-            they lack some of its weights, or it cannot be loaded in parts.
+            or they lack some of its weights.
     """
     adapter = SavedAdapter.find(name)
     base = adapter.base if adapter else name
@@ -82,16 +79,7 @@ def load_model(
             f"--load_int{quantised_bits}: the weights of a GGUF file, quantised ones too, are "
             "loaded as ordinary ones; leave it out, or give the model as a directory"
         )
-    if parts > 1 and (gguf or adapter):
-        raise InputError(
-            f"--tensor_parallel: {name} is {'a GGUF file' if gguf else 'an adapter'}, which is not "
-            "loaded in parts; give the model as a directory"
-        )
     quantisation = quantisation_of(quantised_bits, dtype) if quantised_bits else None
-    in_parts = {}
-    if parts > 1:
-        config = load_config(base, trust_remote_code)
-        in_parts["distributed_config"] = settings_of_parts(base, config, parts, trust_remote_code)
     several_processes = int(os.environ.get("WORLD_SIZE", "1")) > 1
     spread = auto_device and torch.cuda.is_available() and not several_processes
     device_map = "auto" if spread else None
@@ -109,27 +97,13 @@ def load_model(
                     output_loading_info=True,
                     # What does not match is refused below, by name.
                     ignore_mismatched_sizes=True,
-                    **in_parts,
                 )
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # pickle, tokenizers and others have errors of their own
         raise _loading_error(base, "no causal language model there", error) from error
     _check_nothing_is_drawn(base, model, found["missing_keys"], found["mismatched_keys"])
-    if parts > 1:
-        keep_parts(base, model)
-        _check_names_in_files(base, model)
     return adapter.load(model) if adapter else model.eval()
-
-
-def _check_names_in_files(name: str, model: PreTrainedModel) -> None:
-    """Refuse parts of weights that have other names in checkpoints than in the model."""
-    renamed = sorted(saved_names(model).keys() - set(model.state_dict()))
-    if renamed:
-        raise InputError(
-            f"--tensor_parallel: {type(model).__name__} ({name}) has another name for {renamed[0]} "
-            "than its files, by which its parts are found; leave it out"
-        )
 
 
 def _check_nothing_is_drawn(
@@ -304,7 +278,7 @@ def saved_names(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     transformers loads some families under other names than their files have (GPT-NeoX's head).
     """
     without_values = {
-        name: torch.empty(whole_shape(model, tensor), dtype=tensor.dtype, device="meta")
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         for name, tensor in model.state_dict(keep_vars=True).items()
     }
     return revert_weight_conversion(model, without_values)

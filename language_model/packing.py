@@ -95,15 +95,12 @@ def collate(
         option's number in the batch. ``option_examples``: (options,): the example of each option.
         ``correct``: (examples,): the number within its example of the correct option.
         ``acceptable``: (options,) of bool: whether an option counts as right; several of an example
-        may. ``token_examples``: the example of every token, (rows, length), or (rows, 1) where a
-        row holds one alone.
+        may.
     """
     sequences, first_options, option_examples, acceptable = [], [], [], []
-    sequence_examples: list[int] = []
     for number, example in enumerate(examples):
         packed = pack(example, share_prompt)
         sequences += packed
-        sequence_examples += [number] * len(packed)
         first_options += [len(option_examples)] * len(packed)
         option_examples += [number] * len(example.options)
         right = {example.correct, *example.also_correct}
@@ -114,8 +111,6 @@ def collate(
     shape = (len(rows), length)
     tokens, positions = torch.full(shape, pad_token), torch.zeros(shape, dtype=torch.long)
     branches, owners = torch.full(shape, -1), torch.full(shape, -1)
-    # Padding, which no one sees, goes with the first example.
-    token_examples = torch.zeros(shape, dtype=torch.long)
     reads = []
     for number, row in enumerate(rows):
         column = length - sum(lengths[sequence] for sequence in row) if share_prompt else 0
@@ -125,12 +120,9 @@ def collate(
             positions[number, place] = torch.tensor(sequence.positions)
             branches[number, place] = torch.tensor(sequence.branches)
             owners[number, place] = owner
-            token_examples[number, place] = sequence_examples[owner]
             first = first_options[owner]
             reads += [(number, column + i, first + o, target) for o, i, target in sequence.reads]
             column = place.stop
-    if all(len(row) == 1 for row in rows):
-        token_examples = torch.tensor([[sequence_examples[owner]] for (owner,) in rows])
     # In the order of the options, whatever row they are in.
     reads.sort(key=lambda read: read[2])
     read_rows, read_columns, read_options, targets = torch.tensor(reads).unbind(1)
@@ -145,7 +137,6 @@ def collate(
         "option_examples": torch.tensor(option_examples),
         "correct": torch.tensor([example.correct for example in examples]),
         "acceptable": torch.tensor(acceptable),
-        "token_examples": token_examples,
     }
 
 

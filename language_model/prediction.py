@@ -14,7 +14,6 @@ from language_model.batches import process_index
 from language_model.encoding import Encoder
 from language_model.generation import GenerationSettings, generate
 from language_model.scoring import score_options
-from language_model.tensor_parallel import parts_of
 from tasks import Sample
 from utils import InputError
 
@@ -54,8 +53,8 @@ def predict(
         raise InputError(f"--{calibration}: {encoder.task.name} has no options to calibrate")
     pairs = list(zip(samples, demonstrations, strict=True))
     processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    if isinstance(model, FSDPModule) or parts_of(model):
-        # Every forward pass needs all processes' parts: they must run the same ones.
+    if isinstance(model, FSDPModule):
+        # Every forward pass gathers weights from all processes: they must run the same ones.
         processes = 1
     own = pairs[process_index() % processes :: processes]
     arguments = (model, encoder, own, batch_size)

@@ -7,14 +7,12 @@ batches.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from example_directions import examples_of_tokens
 from language_model.batches import run_in_batches
 from language_model.encoding import EncodedExample, EncodedOption
 from language_model.packing import collate, collate_behind, pack
@@ -34,22 +32,14 @@ def token_log_probabilities(
     """
     # DistributedDataParallel hides the model's own methods.
     head = getattr(model, "module", model).get_output_embeddings()
-    examples = batch.get("token_examples")
-    count = len(batch["correct"]) if examples is not None else None
-    passed = contextlib.ExitStack()
 
     def keep_predicting_positions(_: nn.Module, arguments: tuple[Tensor, ...]) -> Tensor:
         hidden = arguments[0]
-        rows, columns = batch["read_rows"], batch["read_columns"]
-        if examples is not None:
-            of_positions = examples.expand(hidden.shape[:2])[rows, columns].to(hidden.device)
-            passed.enter_context(examples_of_tokens(of_positions, count))
-        return hidden[rows.to(hidden.device), columns.to(hidden.device)]
+        return hidden[batch["read_rows"].to(hidden.device), batch["read_columns"].to(hidden.device)]
 
     # The head of the model itself, with whatever the family does to its logits, on few positions.
-    passed.callback(head.register_forward_pre_hook(keep_predicting_positions).remove)
-    with passed:
-        passed.enter_context(examples_of_tokens(examples, count))
+    hook = head.register_forward_pre_hook(keep_predicting_positions)
+    try:
         logits = model(
             input_ids=batch["input_ids"],
             position_ids=batch.get("position_ids"),
@@ -57,6 +47,8 @@ def token_log_probabilities(
             past_key_values=cache,
             use_cache=cache is not None,
         ).logits
+    finally:
+        hook.remove()
     targets = batch["targets"].to(logits.device)
     # A part after the other: a copy of all logits would take as much memory as they do.
     parts = zip(logits.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)

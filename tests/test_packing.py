@@ -53,7 +53,6 @@ def test_collate(monkeypatch: pytest.MonkeyPatch) -> None:
         "option_examples": [0, 0, 1, 1],
         "correct": [0, 1],
         "acceptable": [True, False, False, True],
-        "token_examples": [[0], [1]],
     }
     assert mask.dtype == torch.bool and mask.shape == (2, 1, 6, 6)
     drawn = ["".join(".x"[seen] for seen in row) for row in mask.flatten(0, 2).tolist()]
@@ -77,7 +76,6 @@ def test_sequences_that_share_a_row() -> None:
         "option_examples": [0, 0, 1, 1],
         "correct": [0, 1],
         "acceptable": [True, False, False, True],
-        "token_examples": [[1, 1, 1, 1, 1, 1, 0, 0]],
     }
     drawn = ["".join(".x"[seen] for seen in row) for row in mask.flatten(0, 2).tolist()]
     assert drawn[2:] == ["xxx.....", "xxxx....", "xxx.x...", "xxx.xx..", "......x.", "......xx"]

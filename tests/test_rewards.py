@@ -18,7 +18,7 @@ from command_line.arguments import parse_arguments
 from command_line.settings import experiment_hash
 from language_model import objectives
 from language_model.generation import GenerationSettings
-from language_model.objectives import NegativeReward, RewardExample, collate_rewards
+from language_model.objectives import NegativeTextMetric, PromptExample, collate_prompts
 from task_data.own_tasks import choose_task
 from task_data.rewards import Reward
 from tasks import load_samples
@@ -120,8 +120,10 @@ def test_both_sides_of_a_direction_draw_the_same_numbers(
         return ["x" * (10 * len(drawn))] * len(prompts)
 
     monkeypatch.setattr(objectives, "generate", draw)
-    objective = NegativeReward(task, None, GenerationSettings(sampling=True), 3, seed=5)
-    batch = collate_rewards([RewardExample((1, 2), sample) for sample in samples[:2]])
+    objective = NegativeTextMetric(
+        task, "reward", None, GenerationSettings(sampling=True), 3, seed=5
+    )
+    batch = collate_prompts([PromptExample((1, 2), sample) for sample in samples[:2]])
     model = torch.nn.Linear(1, 1)
     model.device = torch.device("cpu")
     callback, state = TellStep(objective), SimpleNamespace(global_step=7)

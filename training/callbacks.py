@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.trainer_callback import ExportableState
 
-from language_model.objectives import NegativeReward
+from language_model.objectives import NegativeTextMetric
 
 # The log's entries that a person wants to see, and how they are called in little room.
 SHOWN = {
@@ -51,7 +51,7 @@ class ShownObjective(NamedTuple):
 class TellStep(TrainerCallback):
     """Tells an objective that draws at random which step it is of, and that it is of none."""
 
-    def __init__(self, objective: NegativeReward) -> None:
+    def __init__(self, objective: NegativeTextMetric) -> None:
         self.objective = objective
 
     def on_step_begin(

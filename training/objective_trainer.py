@@ -29,7 +29,6 @@ from transformers.trainer_utils import (
 from language_model.loading import load_renamed_weights, tied_weights
 from language_model.manifest import damage
 from language_model.objectives import (
-    NegativeReward,
     NegativeTextMetric,
     Objective,
     language_model_loss,
@@ -66,8 +65,6 @@ def shown_objective(objective: Objective) -> ShownObjective:
     """Return how an objective is called where people read it."""
     if isinstance(objective, NegativeTextMetric):
         return ShownObjective(objective.metric, -1)
-    if isinstance(objective, NegativeReward):
-        return ShownObjective("reward", -1)
     return ShownObjective("accuracy", -1) if objective is negative_accuracy else ShownObjective()
 
 
@@ -133,7 +130,7 @@ class ObjectiveTrainer(Trainer):
         # Losses come weighted (compute_loss): the Trainer need not divide them by their number.
         self.model_accepts_loss_kwargs = True
         shown = shown_objective(objective)
-        if isinstance(objective, NegativeReward):
+        if isinstance(objective, NegativeTextMetric):
             self.add_callback(TellStep(objective))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(LossProgress(shown))
