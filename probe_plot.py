@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sweeps.pictures import new_figure, save_figure
 from training.step_sizes import Step, StepSizes
+from utils import new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

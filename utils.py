@@ -14,7 +14,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Of files beyond this many bytes, fingerprints take so many samples of so many bytes.
 WHOLLY_READ = 2**28
@@ -179,3 +182,35 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def new_figure(path: Path, size: tuple[float, float]) -> Figure:
+    """Return an empty figure for a picture file; ``size`` in inches.
+
+    Raises:
+        InputError: matplotlib is not installed, or cannot write such a file.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError(
+            f"--plot {path}: a picture needs matplotlib: install it, or leave --plot out"
+        ) from error
+    # A figure of its own, not pyplot's: that would choose a window system for the whole process.
+    figure = Figure(figsize=size, layout="constrained")
+    if path.suffix.removeprefix(".").lower() not in figure.canvas.get_supported_filetypes():
+        raise InputError(f"--plot {path}: give a name that ends in .png, .pdf or .svg")
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure and make its folder.
+
+    Raises:
+        NotWritten: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise NotWritten.of(path, error) from error

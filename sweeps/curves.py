@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sweeps.pictures import new_figure, save_figure
 from sweeps.tables import Loaded, differing_settings, shown_setting
-from utils import InputError
+from utils import InputError, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
