@@ -34,6 +34,7 @@ from command_line.checks import check
 from command_line.restarts import own_store
 from command_line.settings import name_run, settle_dtype
 from command_line.slurm import take_slurm_variables
+from command_line.values import AUTO
 from experiment.folders import locked_places, run_folders
 from experiment.plan import tell
 from experiment.predicting import predict_rows
@@ -66,13 +67,13 @@ from language_model.loading import leave_out_loading_bars
 from language_model.precision import advice_for_losses
 from language_model.prediction import Prediction, predict
 from language_model.tensor_parallel import whole_shape
-from probe import Probing
 from task_data.sampling import ExampleSet
 from tasks import Sample
 from training.callbacks import SaveOnInterrupt
 from training.checkpoints import RemoveEarlierCheckpoints, last_checkpoint, write_together
 from training.journal import FILE
 from training.replaying import go_back
+from training.scales import ChooseScales
 from utils import Diverged, Interrupted, exit_code, leave_process_group_at_exit
 
 
@@ -162,8 +163,13 @@ class Experiment:
         recording = recording_of(arguments, start)
         trainer = make_trainer(arguments, model, self.prepared, examples, output_dir, recording)
         interrupt = SaveOnInterrupt()
-        probing = Probing(trainer, arguments, output_dir)
-        trainer.add_callback(probing)
+        probe = None
+        if AUTO in (arguments.zo_eps, arguments.curvature_eps):
+            eps, eps_of_c = arguments.zo_eps, arguments.curvature_eps or arguments.zo_eps
+            probe = ChooseScales(
+                *(trainer.loss_along, trainer.recording, eps == AUTO, eps_of_c == AUTO, output_dir)
+            )
+            trainer.add_callback(probe)
         if arguments.overwrite_output_dir and not checkpoint:
             trainer.add_callback(RemoveEarlierCheckpoints())
         if arguments.save_on_interrupt:
@@ -198,7 +204,7 @@ class Experiment:
             "resumed_from": start.source,
             "checkpoint": str(best) if best else None,
             **({"best_step": trainer.state.best_global_step} if arguments.replays_best else {}),
-            "probes": probing.results,
+            **({"probe": probe.found} if probe else {}),
             "history": history(trainer.state.log_history, arguments.task.metric_name),
         }
 

@@ -6,11 +6,12 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -268,28 +269,24 @@ class ZerothOrderTrainer(ObjectiveTrainer):
         return self.collate(list(examples))
 
     @torch.no_grad()
-    def loss_along(self, examples: Sequence[int], direction: int, distance: float) -> float:
-        """Return the loss of training examples at θ + ``distance`` u/√h, for looking at it.
+    def loss_along(self, batch: int, direction: int, distance: float) -> float:
+        """Return the loss of a shuffled batch at θ + ``distance`` u/√h, the same in every process.
 
-        The directions are none of those that the step itself takes. Every process has the same
-        examples. ``self.optimizer.restore()`` afterwards.
+        The directions differ from the step's. Call ``self.optimizer.restore()`` afterwards.
         """
         self.model.eval()
-        draw = self.settings.num_samples + direction
+        size, count = self.examples_of_a_batch, len(self.train_dataset)
+        order = np.random.RandomState(self.args.seed).permutation(count)
+        chosen = order[np.arange(batch * size, (batch + 1) * size) % count]
 
         def loss() -> Tensor:
-            inputs = self._prepare_inputs(self.collate([self.train_dataset[i] for i in examples]))
+            inputs = self.collate([self.train_dataset[int(i)] for i in chosen])
             with self.compute_loss_context_manager():
-                value = self.compute_loss(self.model, inputs)
-            if self.settings.parallel == "weights":
-                return self.exchange.of_first(value)
+                value = self.compute_loss(self.model, self._prepare_inputs(inputs))
             return self.accelerator.reduce(value, "mean")
 
-        taken, note = self.recording.loss_along(loss, self.state.global_step, draw, distance)
         self.costs.forward_passes += 1
-        value = self.optimizer.loss_along(taken, distance, draw)
-        note(value)
-        return value
+        return self.optimizer.loss_along(loss, distance, self.settings.num_samples + direction)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Return the dev metrics; those that are in the journal are not computed again."""

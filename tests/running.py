@@ -20,10 +20,8 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import tiny_model, tiny_tokenizer
 
-import probe
 import run
 from language_model.loading import leave_out_loading_bars
-from training import step_sizes
 from training.journal import FILE, read_journal
 from training.objective_trainer import ObjectiveTrainer
 
@@ -91,12 +89,6 @@ def let_every_dev_loss_be_worse(monkeypatch: pytest.MonkeyPatch) -> None:
         return evaluate(self, *args, **kwargs) | {"eval_loss": float(next(losses))}
 
     monkeypatch.setattr(ObjectiveTrainer, "evaluate", evaluate_worse)
-
-
-def probe_in_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let probes take a third of their forward passes, which find numbers all the same."""
-    small = functools.partial(step_sizes.find_step_sizes, directions=2, pairs=2)
-    monkeypatch.setattr(probe, "find_step_sizes", small)
 
 
 def start(

@@ -16,7 +16,6 @@ from running import (
     assert_same_tensors,
     finish,
     log_of,
-    probe_in_small,
     training,
     weights,
 )
@@ -160,7 +159,6 @@ def test_every_mode_trains_and_resumes_bit_for_bit(
     tmp_path: Path, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hizoo, "CACHED_TILE_ELEMENTS", 1 << 14)  # so that the model is cut
-    probe_in_small(monkeypatch)
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     few = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 3}
     few |= {"zo_directions": "example"}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import MODEL, ROOT, SAMPLES, command, probe_in_small
+from running import MODEL, ROOT, SAMPLES, command
 
 import probe
 import replay
@@ -152,7 +152,6 @@ def test_every_command_line_runs(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    probe_in_small(monkeypatch)
     if page == "own-data.md" and number:
         calls_of(blocks(page, "bash")[0], checkout)  # It writes the file that this one reads.
     block = blocks(page, "bash")[number]

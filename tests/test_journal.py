@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from running import (
     contents,
     finish,
     flip_bit,
-    probe_in_small,
     training,
     weights,
 )
@@ -30,7 +28,6 @@ from training.journal import (
     Evaluation,
     Journal,
     JournalFile,
-    LossAlong,
     Record,
     Settings,
     Step,
@@ -51,10 +48,7 @@ def one_batch(step: int, *losses: float, **settings: float) -> Step:
 
 
 RECORDS = [
-    LossAlong(0, 3, 0.25, 0.7),
-    Settings(
-        0, ({"eps": 1e-3, "curvature_eps": None, "mean_curvature": 3.5, "measured_steps": 5},)
-    ),
+    Settings(0, {"eps": 1e-3, "curvature_eps": None}),
     one_batch(0, *SINGLE, rate=1e-6, smoothing=1e-8),
     one_batch(1, *SINGLE, rate=1e-6, smoothing=1e-8),
     Evaluation(2, {"eval_loss": 0.123456789, "eval_f1": math.inf}),
@@ -174,16 +168,16 @@ def test_flipped_bits_are_noticed_and_what_follows_is_found(tmp_path: Path) -> N
 def test_steps_behind_a_checkpoint(tmp_path: Path) -> None:
     journal = written(tmp_path / FILE, RECORDS)
     assert journal.after(0) == (RECORDS, journal.ends[0][-1])
-    assert journal.after(2) == (RECORDS[5:], journal.ends[0][-1])
+    assert journal.after(2) == (RECORDS[4:], journal.ends[0][-1])
     # What a checkpoint after step 2 holds, its dev loss, stays before it.
-    assert journal.end_of(2) == journal.ends[0][4]
+    assert journal.end_of(2) == journal.ends[0][3]
     assert journal.after(5) == ([], journal.ends[0][-1])
     content = bytearray((tmp_path / FILE).read_bytes())
-    content[journal.ends[0][5] + 9] ^= 1
+    content[journal.ends[0][4] + 9] ^= 1
     (tmp_path / FILE).write_bytes(content)
     harmed = read_journal(tmp_path / FILE)
-    assert harmed.after(0)[0] == RECORDS[:6] and harmed.after(2)[0] == RECORDS[5:6]
-    assert harmed.after(3) == ([], journal.ends[0][5])
+    assert harmed.after(0)[0] == RECORDS[:5] and harmed.after(2)[0] == RECORDS[4:5]
+    assert harmed.after(3) == ([], journal.ends[0][4])
     assert [record.step for record in harmed.after(4)[0]] == [4, 5]
 
 
@@ -210,7 +204,7 @@ def test_nothing_is_written_before_the_first_step(tmp_path: Path) -> None:
 
 def test_full_disk_leaves_whole_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = JournalFile(tmp_path / FILE, HEADER)
-    file.add(RECORDS[2])
+    file.add(RECORDS[1])
     write = os.write
 
     def write_half(descriptor: int, content: bytes) -> int:
@@ -220,23 +214,22 @@ def test_full_disk_leaves_whole_records(tmp_path: Path, monkeypatch: pytest.Monk
 
     with monkeypatch.context() as patched, pytest.raises(NotWritten, match="No space left"):
         patched.setattr(os, "write", write_half)
-        file.add(RECORDS[3])
-    file.add(RECORDS[3])
-    assert read_journal(tmp_path / FILE).segments == [RECORDS[2:4]]
+        file.add(RECORDS[2])
+    file.add(RECORDS[2])
+    assert read_journal(tmp_path / FILE).segments == [RECORDS[1:3]]
 
 
 def test_records_of_a_replay_are_taken_in_order() -> None:
     replay = Replay(RECORDS)
     assert replay.steps == 5
     assert replay.take(Step, 1) is None  # not before step 0
-    assert replay.take(LossAlong, 0) == RECORDS[0] and replay.take(LossAlong, 0) is None
-    assert replay.take(Step, 0) == RECORDS[2]
-    assert replay.take(Settings, 0) is None
-    assert replay.take(Step, 1) == RECORDS[3]
-    assert replay.take(Evaluation, 2) == RECORDS[4]
+    assert replay.take(Settings, 0) == RECORDS[0] and replay.take(Settings, 0) is None
+    assert replay.take(Step, 0) == RECORDS[1]
+    assert replay.take(Step, 1) == RECORDS[2]
+    assert replay.take(Evaluation, 2) == RECORDS[3]
     assert replay.take(Checksum, 2) is None
-    assert [replay.take(Step, step) for step in (2, 3, 4, 5)] == [*RECORDS[5:8], None]
-    assert replay.take(Checksum, 5) == RECORDS[8]
+    assert [replay.take(Step, step) for step in (2, 3, 4, 5)] == [*RECORDS[4:7], None]
+    assert replay.take(Checksum, 5) == RECORDS[7]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -259,8 +252,7 @@ PLAIN = {
     **{"num_dev": 8, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2},
     "logging_steps": 3,  # not before every checkpoint
 }
-PROBED = PLAIN | {"learning_rate": "auto", "zo_eps": "auto", "probe_every": 3}
-PASSES_OF_A_STEP = 3
+PROBED = PLAIN | {"learning_rate": "auto", "zo_eps": "auto"}
 
 
 @pytest.fixture
@@ -275,13 +267,6 @@ def forward_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(ObjectiveTrainer, "compute_loss", count)
     return steps
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_probes() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        probe_in_small(monkeypatch)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -326,16 +311,6 @@ def cut_within(folder: Path, new: Path, kind: type[Record], step: int) -> Journa
     index = max(i for i, r in enumerate(records) if isinstance(r, kind) and r.step == step)
     os.truncate(new / "out" / FILE, ends[index] - 1)
     return journal
-
-
-def test_probe_goes_on_behind_its_last_record(
-    probed: Path, tmp_path: Path, forward_passes: list[int]
-) -> None:
-    journal = cut_within(probed, tmp_path, LossAlong, 3)
-    finish(training(tmp_path, **PROBED))
-    assert set(forward_passes) == {3, 4, 5, 6} and forward_passes.count(3) == 1 + PASSES_OF_A_STEP
-    assert_same_checkpoint(probed / "out/checkpoint-6", tmp_path / "out/checkpoint-6")
-    assert read_journal(tmp_path / "out" / FILE).segments == journal.segments
 
 
 @pytest.mark.parametrize("checkpoint", [None, 2, 4])

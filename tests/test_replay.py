@@ -14,7 +14,6 @@ from running import (
     finish,
     flip_bit,
     let_every_dev_loss_be_worse,
-    probe_in_small,
     small_model,
     training,
     weights,
@@ -60,7 +59,6 @@ def test_replay_gives_the_checkpoints_of_every_mode(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    probe_in_small(monkeypatch)
     finish(training(tmp_path, **{"max_steps": 4, "save_steps": 2} | arguments))
     monkeypatch.setattr(ObjectiveTrainer, "compute_loss", None)
     for steps in (2, 4):

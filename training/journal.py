@@ -80,23 +80,12 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class LossAlong:
-    """A loss of a probe, at a distance along a direction: in place it rounds the weights."""
-
-    kind: ClassVar[int] = 3
-    step: int
-    direction: int
-    distance: float
-    loss: float
-
-
-@dataclass(frozen=True)
 class Settings:
-    """What a probe has changed, of every parameter group: μ of g and of c, and c̄ with its count."""
+    """The settings that ``auto`` has chosen, by name: μ of g and of c."""
 
     kind: ClassVar[int] = 4
     step: int
-    groups: tuple[Mapping[str, Any], ...]
+    values: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -108,11 +97,11 @@ class Checksum:
     value: int
 
 
-Record = Step | Evaluation | LossAlong | Settings | Checksum
+Record = Step | Evaluation | Settings | Checksum
 KINDS: dict[int, type[Record]] = {
-    each.kind: each for each in (Step, Evaluation, LossAlong, Settings, Checksum)
+    each.kind: each for each in (Step, Evaluation, Settings, Checksum)
 }
-FORMS = {LossAlong.kind: "<Idd", Checksum.kind: "<Q"}
+FORMS = {Checksum.kind: "<Q"}
 
 
 # ------------------------------------------------------------------------------------ as bytes
@@ -125,7 +114,7 @@ def encode(record: Record, before: Step | None = None) -> bytes:
         case Step():
             flags, payload = _encode_step(record, before)
         case Settings():
-            payload = _json_words(record.groups)
+            payload = _json_words(record.values)
         case Evaluation():
             payload = _json_words(record.metrics)
         case _:
@@ -191,7 +180,7 @@ def _decode_payload(step: int, kind: int, flags: int, payload: bytes) -> Record:
     if kind == Step.kind:
         return _decode_step(step, flags, payload)
     if kind == Settings.kind:
-        return Settings(step, tuple(json.loads(payload)))
+        return Settings(step, json.loads(payload))
     if kind == Evaluation.kind:
         return Evaluation(step, json.loads(payload))
     return KINDS[kind](step, *struct.unpack(FORMS[kind], payload))

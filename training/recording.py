@@ -24,7 +24,6 @@ from training.journal import (
     Estimate,
     Evaluation,
     JournalFile,
-    LossAlong,
     Record,
     Settings,
     Step,
@@ -38,8 +37,6 @@ SomeRecord = TypeVar("SomeRecord", bound=Record)
 
 # How u comes about, should that ever change.
 NOISE = "hash of seed, step, direction, parameter and index, version 3"
-# What a probe finds, of every parameter group.
-FOUND_BY_PROBES = ("eps", "curvature_eps", "mean_curvature", "measured_steps")
 # Numbers that a checksum takes at a time.
 TILE = 1 << 20
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -209,25 +206,14 @@ class Recording(TrainerCallback):
             for group in optimizer.param_groups:
                 group["lr"] = self._recorded.rate
 
-    def loss_along(
-        self, closure: Closure, step: int, direction: int, distance: float
-    ) -> tuple[Closure, Callable[[float], None]]:
-        """Return what takes a probe's loss, and what is to be called with it."""
-        recorded = self.replay.take(LossAlong, step)
-        if recorded is None:
-            return closure, lambda loss: self.write(LossAlong(step, direction, distance, loss))
-        if (recorded.direction, recorded.distance) != (direction, distance):
-            raise InputError(
-                f"{self.path}: another version of this program has probed otherwise; give another "
-                "--output_dir, or --overwrite_output_dir to start anew"
-            )
-        return lambda: recorded.loss, lambda loss: None
+    def scales(self) -> dict[str, Any] | None:
+        """Return the μ that were chosen before the first step, if the journal has them."""
+        recorded = self.replay.take(Settings, 0)
+        return None if recorded is None else dict(recorded.values)
 
-    def end_probe(self, step: int, optimizer: HiZOO) -> None:
-        """Write what a probe has found."""
-        if self.replay.take(Settings, step) is None:
-            groups = ({name: g[name] for name in FOUND_BY_PROBES} for g in optimizer.param_groups)
-            self.write(Settings(step, tuple(groups)))
+    def note_scales(self, chosen: dict[str, Any]) -> None:
+        """Write the μ that were chosen before the first step."""
+        self.write(Settings(0, chosen))
 
     def evaluation(self, step: int) -> dict[str, float] | None:
         """Return the dev metrics that are in the journal."""

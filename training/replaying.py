@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from example_directions import ExampleDirections
 from hizoo import LARGEST_NOISE, HiZOO
 from language_model.tensor_parallel import parts_of, whole_shape
-from training.journal import Checksum, Journal, LossAlong, Record, Settings, Step
+from training.journal import Checksum, Journal, Record, Settings, Step
 from training.recording import NOISE, checksum_of_trained, replayed, short, trained_weights
 from utils import InputError
 from zeroth_order.layerwise import LayerwiseWeights
@@ -137,20 +137,10 @@ def play(
     """
     steps, passes, compared, different = 0, 0, [], None
     by_example = optimizer.directions is not None
-    kept: dict[Tensor, Tensor] | None = None
     for record in records:
-        if isinstance(record, LossAlong):
-            if kept is None:
-                kept = dict(weights_that_drift(optimizer))
-            optimizer.loss_along(lambda loss=record.loss: loss, record.distance, record.direction)
-            passes += 1
-        elif isinstance(record, Settings):
-            optimizer.restore()
-            for parameter, weights in (kept or {}).items():
-                parameter.data.copy_(weights)
-            kept = None
-            for group, found in zip(optimizer.param_groups, record.groups, strict=True):
-                group |= found
+        if isinstance(record, Settings):
+            for group in optimizer.param_groups:
+                group |= record.values
         elif isinstance(record, Step):
             set_rates(optimizer, record)
             for estimate in record.estimates:
@@ -199,15 +189,6 @@ def set_rates(optimizer: HiZOO, record: Step) -> None:
             group["lr"] = record.rate
         if record.smoothing is not None:
             group["hessian_smooth"] = record.smoothing
-
-
-def weights_that_drift(optimizer: HiZOO) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield copies of the weights that a probe's many shifts in place would round away."""
-    if optimizer.layers is None and optimizer.directions is None:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.element_size() < 4:
-                    yield parameter, parameter.detach().clone()
 
 
 def rounding_of(optimizer: HiZOO, model: nn.Module, steps: int, passes: int) -> float:
