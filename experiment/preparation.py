@@ -129,7 +129,7 @@ def prepare_encoder(arguments: Arguments) -> tuple[Encoder, GenerationSettings]:
         chat.check(arguments.model_name)
     generation = generation_settings(arguments)
     if task.generation:
-        check_generation(generation, tokenizer, config, max_length)
+        check_generation(generation, tokenizer, max_length)
     return Encoder(task, tokenizer, max_length, arguments.max_new_tokens, chat), generation
 
 
