@@ -11,14 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 
 from language_model.encoding import EncodedExample, EncodedOption
 
-# Rows of several sequences hold so many tokens at least, where there are enough, and twice as many
-# at most: attention looks at all of a row, and up to there that costs next to nothing.
+# A row of several sequences holds at least so many tokens, where there are enough, and at most
+# twice as many: attention looks at the whole row, which costs next to nothing up to there.
 ROW_TOKENS = 128
 # Sequences share rows if fewer than this part of the tokens and their padding are left.
 LITTLE_SAVED = 0.95
@@ -40,6 +41,12 @@ class PackedSequence:
     branches: tuple[int, ...]
     reads: tuple[tuple[int, int, int], ...]
 
+    def behind(self, prefix: int) -> PackedSequence:
+        """Return what follows the first ``prefix`` tokens, none of which predicts a target."""
+        reads = tuple((option, index - prefix, target) for option, index, target in self.reads)
+        rest = (part[prefix:] for part in (self.tokens, self.positions, self.branches))
+        return PackedSequence(*rest, reads)
+
 
 def common_prefix_length(sequences: Sequence[Sequence[int]]) -> int:
     """Return how many tokens all the sequences begin with."""
@@ -50,13 +57,15 @@ def common_prefix_length(sequences: Sequence[Sequence[int]]) -> int:
     return shortest
 
 
-def pack(example: EncodedExample, share_prompt: bool = True) -> list[PackedSequence]:
+def pack(
+    example: EncodedExample, share_prompt: bool = True, first_option: int = 0
+) -> list[PackedSequence]:
     """Lay out an example's options for the model: in one sequence, or each in its own.
 
     The last token of an option is predicted but never read by the model, so options of one token
-    need nothing beyond their prompt.
+    need nothing beyond their prompt. ``first_option`` is the number of the first option.
     """
-    numbered = list(enumerate(example.options))
+    numbered = list(enumerate(example.options, start=first_option))
     groups = [numbered] if share_prompt else [[pair] for pair in numbered]
     return [_pack_group(group) for group in groups]
 
@@ -82,62 +91,116 @@ def collate(
 ) -> dict[str, Tensor]:
     """Put the examples' sequences into rows.
 
-    With ``share_prompt`` short sequences stand behind one another in a row, where that leaves less
-    to pad, and do not see each other; the padding is on the left. Without, it is on the right,
-    where no causal model sees it, whatever its layers are, and positions are left to the model.
+    With ``share_prompt`` short sequences share rows, where that leaves less to pad, and do not see
+    each other; the padding is on the left. Without, it is on the right, where no causal model sees
+    it, whatever its layers are, and the model counts positions itself.
 
     Returns:
         ``input_ids``, and with ``share_prompt`` ``position_ids``: (rows, length).
-        ``attention_mask``: (rows, length), or
-        (rows, 1, length, length), True where a query (third dimension) sees a key, if a row holds
-        several sequences or branches. ``read_rows``, ``read_columns``, ``targets``: (scored
-        tokens,): where each is predicted, and which it is. ``read_options``: (scored tokens,): its
-        option's number in the batch. ``option_examples``: (options,): the example of each option.
-        ``correct``: (examples,): the number within its example of the correct option.
+        ``attention_mask``: (rows, length), or (rows, 1, length, length), True where a query (third
+        dimension) sees a key, if a row holds several sequences or branches.
+        ``read_rows``, ``read_columns``, ``targets``, ``read_options``: (scored tokens,): where each
+        is predicted, which it is, and its option's number in the batch.
+        ``option_examples``: (options,): the example of each option.
         ``acceptable``: (options,) of bool: whether an option counts as right; several of an example
         may.
+        ``correct``: (examples,): the number of the correct option within its example.
     """
-    sequences, first_options, option_examples, acceptable = [], [], [], []
-    for number, example in enumerate(examples):
-        packed = pack(example, share_prompt)
-        sequences += packed
-        first_options += [len(option_examples)] * len(packed)
-        option_examples += [number] * len(example.options)
-        right = {example.correct, *example.also_correct}
-        acceptable += [option in right for option in range(len(example.options))]
-    lengths = [len(sequence.tokens) for sequence in sequences]
-    rows = fill_rows(lengths) if share_prompt else [[number] for number in range(len(sequences))]
-    length = max(sum(lengths[number] for number in row) for row in rows)
-    shape = (len(rows), length)
+    sequences = _pack_all(examples, share_prompt)
+    rows = [[number] for number in range(len(sequences))]
+    if share_prompt:
+        rows = fill_rows([len(sequence.tokens) for sequence in sequences])
+    batch, branches, owners = _lay_out(sequences, rows, pad_token, pad_left=share_prompt)
+    if not share_prompt:
+        del batch["position_ids"]
+    return {
+        **batch,
+        "attention_mask": attention_mask(branches, owners),
+        "option_examples": _option_examples(examples),
+        "correct": torch.tensor([example.correct for example in examples]),
+        "acceptable": torch.tensor(
+            [
+                option == example.correct or option in example.also_correct
+                for example in examples
+                for option in range(len(example.options))
+            ]
+        ),
+    }
+
+
+def collate_behind(
+    prefix: int, examples: Sequence[EncodedExample], virtual_tokens: int = 0
+) -> dict[str, Tensor]:
+    """Put what follows the first ``prefix`` tokens of every example into one row, without padding.
+
+    Returns:
+        As ``collate``, without what is correct, for examples that all begin with the same
+        ``prefix`` tokens, which the model has cached behind ``virtual_tokens`` of prefix-tuning.
+        ``attention_mask`` is (1, 1, length, virtual_tokens + prefix + length).
+    """
+    sequences = [sequence.behind(prefix) for sequence in _pack_all(examples)]
+    batch, branches, owners = _lay_out(sequences, [list(range(len(sequences)))])
+    batch["position_ids"] += virtual_tokens
+    visible = visible_keys(branches, owners)
+    cached = torch.ones(1, visible.shape[1], virtual_tokens + prefix, dtype=torch.bool)
+    mask = torch.cat([cached, visible], dim=2).unsqueeze(1)
+    return {**batch, "attention_mask": mask, "option_examples": _option_examples(examples)}
+
+
+def _pack_all(
+    examples: Sequence[EncodedExample], share_prompt: bool = True
+) -> list[PackedSequence]:
+    sequences, options = [], 0
+    for example in examples:
+        sequences += pack(example, share_prompt, options)
+        options += len(example.options)
+    return sequences
+
+
+def _option_examples(examples: Sequence[EncodedExample]) -> Tensor:
+    return torch.tensor([number for number, each in enumerate(examples) for _ in each.options])
+
+
+def _lay_out(
+    sequences: Sequence[PackedSequence],
+    rows: Sequence[Sequence[int]],
+    pad_token: int = 0,
+    pad_left: bool = True,
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Write each row's sequences one behind the other.
+
+    Returns:
+        The batch without its mask; the branch and the sequence of every token, (rows, length), -1
+        for padding.
+    """
+    filled = [sum(len(sequences[number].tokens) for number in row) for row in rows]
+    shape = (len(rows), max(filled))
     tokens, positions = torch.full(shape, pad_token), torch.zeros(shape, dtype=torch.long)
     branches, owners = torch.full(shape, -1), torch.full(shape, -1)
     reads = []
-    for number, row in enumerate(rows):
-        column = length - sum(lengths[sequence] for sequence in row) if share_prompt else 0
-        for owner in row:
-            sequence, place = sequences[owner], slice(column, column + lengths[owner])
-            tokens[number, place] = torch.tensor(sequence.tokens)
-            positions[number, place] = torch.tensor(sequence.positions)
-            branches[number, place] = torch.tensor(sequence.branches)
-            owners[number, place] = owner
-            first = first_options[owner]
-            reads += [(number, column + i, first + o, target) for o, i, target in sequence.reads]
-            column = place.stop
+    for row, numbers in enumerate(rows):
+        column = shape[1] - filled[row] if pad_left else 0
+        for number in numbers:
+            sequence = sequences[number]
+            place = row, slice(column, column + len(sequence.tokens))
+            tokens[place] = torch.tensor(sequence.tokens)
+            positions[place] = torch.tensor(sequence.positions)
+            branches[place] = torch.tensor(sequence.branches)
+            owners[place] = number
+            reads += [(option, row, column + i, target) for option, i, target in sequence.reads]
+            column += len(sequence.tokens)
     # In the order of the options, whatever row they are in.
-    reads.sort(key=lambda read: read[2])
-    read_rows, read_columns, read_options, targets = torch.tensor(reads).unbind(1)
-    return {
+    reads.sort(key=itemgetter(0))
+    read_options, read_rows, read_columns, targets = torch.tensor(reads).unbind(1)
+    batch = {
         "input_ids": tokens,
-        **({"position_ids": positions} if share_prompt else {}),
-        "attention_mask": attention_mask(branches, owners),
+        "position_ids": positions,
         "read_rows": read_rows,
         "read_columns": read_columns,
         "targets": targets,
         "read_options": read_options,
-        "option_examples": torch.tensor(option_examples),
-        "correct": torch.tensor([example.correct for example in examples]),
-        "acceptable": torch.tensor(acceptable),
     }
+    return batch, branches, owners
 
 
 def fill_rows(lengths: Sequence[int]) -> list[list[int]]:
@@ -173,53 +236,18 @@ def spread_evenly(lengths: Sequence[int], count: int) -> list[list[int]]:
 
 
 def attention_mask(branches: Tensor, owners: Tensor) -> Tensor:
-    """Return who sees whom, from the branch and the sequence of every token (-1 for padding)."""
+    """Return who sees whom: 2-D where only padding is hidden, else 4-D."""
     alone = (owners == owners.amax(1, keepdim=True)) | (owners < 0)
     if not (branches > 0).any() and alone.all():
         return (owners >= 0).long()
+    return visible_keys(branches, owners).unsqueeze(1)
+
+
+def visible_keys(branches: Tensor, owners: Tensor) -> Tensor:
+    """Return which keys every query sees, (rows, length, length), from ``_lay_out``'s tokens."""
     query, key = branches.unsqueeze(2), branches.unsqueeze(1)
     same = owners.unsqueeze(2) == owners.unsqueeze(1)
     visible = same & (key >= 0) & ((key == 0) | (key == query))
-    causal = torch.ones(visible.shape[1:], dtype=torch.bool).tril()
     # Padding sees itself: a row of the softmax must not be empty.
     itself = torch.eye(visible.shape[1], dtype=torch.bool)
-    return ((visible & causal) | itself).unsqueeze(1)
-
-
-def collate_behind(
-    prefix: int, examples: Sequence[EncodedExample], virtual_tokens: int = 0
-) -> dict[str, Tensor]:
-    """Put what follows the first ``prefix`` tokens of every example into one row, without padding.
-
-    Returns:
-        As ``collate``, without what is correct, for examples that all begin with the same
-        ``prefix`` tokens, which the model has in its cache behind ``virtual_tokens`` of
-        prefix-tuning. ``attention_mask`` (1, 1, length, virtual_tokens + prefix + length) shows
-        these to every query, and of the rest only the query's own example.
-    """
-    tokens, positions, branches, owners, reads, option_examples = [], [], [], [], [], []
-    for number, example in enumerate(examples):
-        (sequence,) = pack(example)
-        shift = len(tokens) - prefix
-        first_option = len(option_examples)
-        reads += [(first_option + o, i + shift, target) for o, i, target in sequence.reads]
-        option_examples += [number] * len(example.options)
-        tokens += sequence.tokens[prefix:]
-        positions += (virtual_tokens + position for position in sequence.positions[prefix:])
-        branches += sequence.branches[prefix:]
-        owners += [number] * (len(tokens) - len(owners))
-    branch, owner = torch.tensor(branches), torch.tensor(owners)
-    own = owner.unsqueeze(1) == owner
-    visible = own & ((branch == 0) | (branch.unsqueeze(1) == branch))
-    cached = torch.ones(len(tokens), virtual_tokens + prefix, dtype=torch.bool)
-    read_options, columns, targets = torch.tensor(reads).unbind(1)
-    return {
-        "input_ids": torch.tensor([tokens]),
-        "position_ids": torch.tensor([positions]),
-        "attention_mask": torch.cat([cached, visible.tril()], dim=1)[None, None],
-        "read_rows": torch.zeros_like(columns),
-        "read_columns": columns,
-        "targets": targets,
-        "read_options": read_options,
-        "option_examples": torch.tensor(option_examples),
-    }
+    return visible.tril() | itself

@@ -46,55 +46,42 @@ def predict(
         batch_size: examples in a forward pass, at most.
         calibration: "sfc", "icl_sfc" (content-free prompt behind the demonstrations too) or None.
         generation: settings, for the tasks whose answer is generated.
-        progress: what the progress bar says; None: there is none.
+        progress: label of the progress bar; None: no bar.
     """
     model.eval()
     if encoder.task.generation and calibration:
         raise InputError(f"--{calibration}: {encoder.task.name} has no options to calibrate")
-    pairs = list(zip(samples, demonstrations, strict=True))
     processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     if isinstance(model, FSDPModule):
         # Every forward pass gathers weights from all processes: they must run the same ones.
         processes = 1
+    pairs = list(zip(samples, demonstrations, strict=True))
     own = pairs[process_index() % processes :: processes]
-    arguments = (model, encoder, own, batch_size)
     if not own:
         predictions = []
     elif encoder.task.generation:
-        predictions = _generated(*arguments, generation or GenerationSettings(), progress)
+        prompts = [encoder.prompt(sample, shown) for sample, shown in own]
+        settings = generation or GenerationSettings()
+        texts = generate(model, encoder.tokenizer, prompts, settings, batch_size, progress)
+        predictions = [Prediction(text) for text in texts]
     else:
-        predictions = _chosen(*arguments, calibration, progress)
+        predictions = _chosen(model, encoder, own, batch_size, calibration, progress)
     if processes == 1:
         return predictions
-    parts: list[list[Prediction]] = [[] for _ in range(processes)]
-    torch.distributed.all_gather_object(parts, predictions)
-    return [parts[number % processes][number // processes] for number in range(len(pairs))]
-
-
-Pairs = Sequence[tuple[Sample, Sequence[Sample]]]
-
-
-def _generated(
-    model: PreTrainedModel,
-    encoder: Encoder,
-    pairs: Pairs,
-    batch_size: int,
-    settings: GenerationSettings,
-    progress: str | None,
-) -> list[Prediction]:
-    prompts = [encoder.prompt(sample, shown) for sample, shown in pairs]
-    texts = generate(model, encoder.tokenizer, prompts, settings, batch_size, progress)
-    return [Prediction(text) for text in texts]
+    gathered: list[list[Prediction]] = [[] for _ in range(processes)]
+    torch.distributed.all_gather_object(gathered, predictions)
+    return [gathered[number % processes][number // processes] for number in range(len(pairs))]
 
 
 def _chosen(
     model: PreTrainedModel,
     encoder: Encoder,
-    pairs: Pairs,
+    pairs: Sequence[tuple[Sample, Sequence[Sample]]],
     batch_size: int,
     calibration: str | None,
     progress: str | None,
 ) -> list[Prediction]:
+    """Score the options of every sample, and choose the best of each."""
     encoded = [encoder.options(sample, shown) for sample, shown in pairs]
     scored = score_options(model, encoded, batch_size, progress)
     scores = [[total / count for total, count in options] for options in scored]
@@ -103,9 +90,8 @@ def _chosen(
             encoder.options(sample, shown if calibration == "icl_sfc" else (), content_free=True)
             for sample, shown in pairs
         ]
-        priors = score_options(
-            model, content_free, batch_size, progress and f"{progress} ({calibration})"
-        )
+        label = progress and f"{progress} ({calibration})"
+        priors = score_options(model, content_free, batch_size, label)
         scores = [
             [total - prior for (total, _), (prior, _) in zip(options, of_prompt, strict=True)]
             for options, of_prompt in zip(scored, priors, strict=True)

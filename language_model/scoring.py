@@ -1,8 +1,6 @@
-"""Tokens to option log-probabilities.
+"""Tokens to option log-probabilities, with logits only where a scored token is predicted.
 
-The score of an option is the mean log-probability of its tokens; the largest wins (DESIGN of the
-prompts: templates.py). Logits are made only where a scored token is predicted; packing.py makes the
-batches.
+The score of an option is the mean log-probability of its tokens; the largest wins.
 """
 
 from __future__ import annotations
@@ -30,14 +28,14 @@ def token_log_probabilities(
 
     ``cache`` holds the keys and values of the tokens that the batch begins behind.
     """
-    # DistributedDataParallel hides the model's own methods.
-    head = getattr(model, "module", model).get_output_embeddings()
 
     def keep_predicting_positions(_: nn.Module, arguments: tuple[Tensor, ...]) -> Tensor:
         hidden = arguments[0]
         return hidden[batch["read_rows"].to(hidden.device), batch["read_columns"].to(hidden.device)]
 
-    # The head of the model itself, with whatever the family does to its logits, on few positions.
+    # DistributedDataParallel hides the model's own methods.
+    head = getattr(model, "module", model).get_output_embeddings()
+    # The model's own forward, with whatever its family does to logits, but on few positions.
     hook = head.register_forward_pre_hook(keep_predicting_positions)
     try:
         logits = model(
@@ -50,10 +48,10 @@ def token_log_probabilities(
     finally:
         hook.remove()
     targets = batch["targets"].to(logits.device)
-    # A part after the other: a copy of all logits would take as much memory as they do.
-    parts = zip(logits.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
+    # In pieces: a float32 copy of all logits would take as much memory as they do.
+    pieces = zip(logits.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
     return -torch.cat(
-        [nn.functional.cross_entropy(part.float(), ids, reduction="none") for part, ids in parts]
+        [nn.functional.cross_entropy(piece.float(), ids, reduction="none") for piece, ids in pieces]
     )
 
 
@@ -68,9 +66,8 @@ def model_mask(model: nn.Module, mask: Tensor) -> Tensor:
 
 def option_sums(token_log_probabilities: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return the summed log-probability and the number of scored tokens of every option."""
-    device = token_log_probabilities.device
-    options = batch["read_options"].to(device)
-    zeros = torch.zeros(len(batch["option_examples"]), device=device)
+    options = batch["read_options"].to(token_log_probabilities.device)
+    zeros = token_log_probabilities.new_zeros(len(batch["option_examples"]))
     sums = zeros.index_add(0, options, token_log_probabilities)
     return sums, zeros.index_add(0, options, torch.ones_like(token_log_probabilities))
 
@@ -84,8 +81,8 @@ def score_options(
 ) -> list[list[tuple[float, int]]]:
     """Return (summed log-probability, number of tokens) of every option of every example.
 
-    Demonstrations that all examples share are read once; equal options (content-free prompts) too,
-    whichever of them is correct.
+    The model reads demonstrations that all examples share once, and equal options (content-free
+    prompts) once.
 
     Raises:
         NotFinite: a log-probability is NaN or infinite.
@@ -95,7 +92,7 @@ def score_options(
     share = can_share_prompt(model, max(len(option.tokens) for option in options))
     prefix = None
     if share and len(distinct) > 1:
-        # What predicts a scored token is not in the prefix.
+        # The token that predicts the first scored one does not belong to the prefix.
         limit = min(option.targets.start - 1 for option in options)
         prefix = read_shared_prefix(model, [option.tokens[:-1] for option in options], limit)
     results: dict[tuple[EncodedOption, ...], list[tuple[float, int]]] = {}
@@ -107,11 +104,11 @@ def score_options(
         chosen = [distinct[index] for index in indices]
         if prefix:
             batch = collate_behind(len(prefix.tokens), chosen, prefix.virtual_tokens)
-            cache = prefix.cache()
         else:
-            batch, cache = collate(chosen, share_prompt=share), None
+            batch = collate(chosen, share_prompt=share)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        sums, lengths = option_sums(token_log_probabilities(model, batch, cache), batch)
+        values = token_log_probabilities(model, batch, prefix and prefix.cache())
+        sums, lengths = option_sums(values, batch)
         if not sums.isfinite().all():
             raise not_finite("scores of the options", model)
         results.update({example.options: [] for example in chosen})
