@@ -70,12 +70,13 @@ def draw(found: Scales, path: Path) -> None:
         axes = figure.add_subplot(1, 2, 1 + number)
         axes.plot(scales, values, color=colour, marker="o", markersize=4, label="measured")
         axes.plot(scales, noise, color="tab:gray", linestyle="--", label="rounding noise alone")
-        right = "" if error is None else f", right to {error:.2g}"
+        right = "" if error is None else f", right to {error:.0%}"
         axes.axvline(scale, color=colour, linestyle=":", label=f"μ = {scale:.2g}{right}")
         axes.set_xscale("log")
         positive = [value for value in values if value > 0]
         if positive:
-            axes.set(yscale="log", ylim=(min(positive) / 5, max(positive) * 5))
+            lowest = min([*positive, noise.max() or min(positive)])
+            axes.set(yscale="log", ylim=(lowest / 5, max(positive) * 5))
         axes.set(xlabel="perturbation scale μ", ylabel=name)
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
