@@ -8,16 +8,13 @@ A method is a kind and its settings:
 
     mezo        lr, n (directions)
     hizoo       lr, alpha, n, hessian (full, lowrank)
-    curvature   the step bounded by the curvature: lr is its part k; alpha 0 is MeZO's direction
-    example     a direction for every example; normalize=yes divides their g by its deviation
-    example-curvature                                               both
-    traceless   hizoo with u² - 1 in place of u² in h's growth
-    fzoo, zo-muon                                                   lr (other_methods.py)
-    adamw                                                           lr
+    curvature   the step from the measured curvature: lr is its k; alpha 0 is MeZO's direction
+    fzoo        lr (fzoo.py)
+    adamw       lr
 
-and for all of them, where they know it: eps, curvature_eps, every (curvature_every), clip, decay
+and for all of them, where they know it: eps, curvature_eps, every (curvature_every), decay
 (linear, to 0 at the end), mode (ft, lora, prefix, head), batch. A first-order step counts as three
-forward passes. Every run that is done stands in --output and is not repeated.
+forward passes. Every finished run stands in --output and is not repeated.
 """
 
 from __future__ import annotations
@@ -27,7 +24,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +32,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch
-from other_methods import FZOO, TraceFreeHiZOO, ZOMuon
-from step_size import batches
+from fzoo import FZOO
 from torch import Tensor, nn
 
-from example_directions import ExampleDirections
 from hizoo import HiZOO
 from language_model.adapters import add_lora, add_prefix
 from language_model.encoding import EncodedExample, Encoder
@@ -48,7 +43,6 @@ from language_model.loading import load_config_and_tokenizer, load_model
 from language_model.objectives import (
     classification_loss,
     language_model_loss,
-    losses_of_examples,
     option_scores,
 )
 from language_model.packing import collate
@@ -68,8 +62,6 @@ DEFAULTS = (
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FIRST_ORDER_PASSES = 3
-OTHERS = {"fzoo": FZOO, "zo-muon": ZOMuon, "traceless": TraceFreeHiZOO}
-BY_EXAMPLE = ("example", "example-curvature")
 Loss = Callable[[], Tensor]
 Step = Callable[[Loss], tuple[float, int]]
 
@@ -115,18 +107,10 @@ def make_step(model: nn.Module, settings: dict[str, Any], seed: int) -> tuple[St
             return float(value), FIRST_ORDER_PASSES
 
         return first_order_step, first_order
-    if kind in OTHERS:
-        own = {"hessian_smooth": settings["alpha"]} if "alpha" in settings else {}
-        other = OTHERS[kind](trained, lr=lr, eps=settings.get("eps", 1e-3), seed=seed, **own)
-
-        def other_step(loss: Loss) -> tuple[float, int]:
-            before = other.passes
-            return other.step(loss), other.passes - before
-
-        return other_step, other
-    directions = ExampleDirections(model) if kind in BY_EXAMPLE else None
-    half = trained[0].dtype.itemsize < 4
-    layers = LayerwiseWeights(model) if half and directions is None else None
+    if kind == "fzoo":
+        fzoo = FZOO(trained, lr=lr, eps=settings.get("eps", 1e-3), seed=seed)
+        return lambda loss: (fzoo.step(loss), 1 + fzoo.directions), fzoo
+    layers = LayerwiseWeights(model) if trained[0].dtype.itemsize < 4 else None
     optimizer = HiZOO(
         trained,
         lr=lr,
@@ -134,13 +118,10 @@ def make_step(model: nn.Module, settings: dict[str, Any], seed: int) -> tuple[St
         hessian_smooth=settings.get("alpha", 0.0),
         hessian=settings.get("hessian", "full"),
         num_samples=int(settings.get("n", 1)),
-        step_size="curvature" if kind.endswith("curvature") else "fixed",
+        step_size="curvature" if kind == "curvature" else "fixed",
         curvature_every=int(settings.get("every", 1)),
         curvature_eps=settings.get("curvature_eps"),
-        clip=settings.get("clip"),
         layers=layers,
-        directions=directions,
-        normalize=settings.get("normalize") == "yes",
         seed=seed,
     )
 
@@ -155,6 +136,17 @@ def make_step(model: nn.Module, settings: dict[str, Any], seed: int) -> tuple[St
         return optimizer.step(counted), passes
 
     return step, optimizer
+
+
+def batches(examples: list[EncodedExample], seed: int, size: int) -> Iterator[dict[str, Tensor]]:
+    """Yield batches of whole epochs, without end."""
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    while True:
+        if len(order) < size:
+            order = torch.randperm(len(examples), generator=generator).tolist()
+        numbers, order = order[:size], order[size:]
+        yield collate([examples[number] for number in numbers])
 
 
 @torch.no_grad()
@@ -191,8 +183,6 @@ def measure(arguments: argparse.Namespace, method: str, seed: int) -> dict[str, 
     encode = encoder.correct_option if task.generation else encoder.options
     train, dev = ([encode(sample) for sample in part] for part in drawn)
     objective = language_model_loss if task.generation else classification_loss
-    if settings["kind"] in BY_EXAMPLE:
-        objective = losses_of_examples(objective)
     step, optimizer = make_step(model, settings, seed)
     curve, passes, steps, seconds = [], 0, 0, 0.0
     targets = [round(arguments.passes * i / arguments.points) for i in range(arguments.points + 1)]
@@ -205,7 +195,7 @@ def measure(arguments: argparse.Namespace, method: str, seed: int) -> dict[str, 
             row |= {"accuracy": accuracy, "largest_loss": largest}
             if isinstance(optimizer, HiZOO):
                 group = optimizer.param_groups[0]
-                row |= {"eta": optimizer.learning_rate(group), "clipped": group["clipped_steps"]}
+                row |= {"eta": optimizer.learning_rate(group)}
                 row |= {"mean_curvature": group["mean_curvature"]}
             curve.append(row)
             tell(method, seed, row)

@@ -19,6 +19,3 @@ compare --passes 400 --points 4 --output runs/smollm2_sst2.json --plot runs/smol
 compare --passes 900 --points 9 --output runs/smollm2_sst2_900.json --methods "curvature"
 compare --passes 2100 --points 10 --output runs/smollm2_sst2_1000_steps.json \
     --methods "curvature every=10"
-compare --passes 400 --points 4 --output runs/smollm2_sst2_fzoo.json --seeds 0 --methods "fzoo lr=1e-6"
-compare --passes 300 --points 3 --output runs/smollm2_sst2_example.json \
-    --methods "example-curvature"

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 import tasks
 
@@ -48,6 +50,7 @@ def test_step(measured: Callable[..., Any]) -> None:
     assert ratios == [1, 1]
 
 
+@pytest.mark.slow
 def test_scoring(measured: Callable[..., Any]) -> None:
     small = ("--model", "tiny", "--examples", "4", "--usual_examples", "2", "--repeats", "1")
     rows = measured("scoring.py", *small, "--only", "icl", "SST2", "generation 20")
@@ -57,6 +60,7 @@ def test_scoring(measured: Callable[..., Any]) -> None:
     assert generation["same_text"]
 
 
+@pytest.mark.slow
 def test_precision(
     tmp_path: Path, measured: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,21 +84,12 @@ def test_precision(
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_modes(measured: Callable[..., Any]) -> None:
     (row,) = measured("modes.py", "--only", "zero-shot")
     assert row["trained_parameters"] == 0 and row["checkpoint_mib"] is None
     assert row["after"] == pytest.approx(0.746, abs=0.01)
     assert row["peak_mib"] > 100
-
-
-def test_step_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    step_size = importlib.import_module("step_size")
-    monkeypatch.setattr(step_size, "SHOWN", (1, 3))
-    losses = {name: step_size.measure(step_size.RULES[name], 0) for name in ("η 8e-4", "k 0.1")}
-    assert [passes for _, passes in losses.values()] == [6, 9]
-    assert all(0 < loss < 1 for values, _ in losses.values() for loss in values)
-    assert losses["η 8e-4"][0] != losses["k 0.1"][0]
 
 
 def test_demo_curves_are_drawn_from_their_numbers(
@@ -134,20 +129,19 @@ def test_methods(
     assert capsys.readouterr().err.count(f"{mezo}, seed 0: 0 passes") == 1
 
 
-def test_learning_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fzoo_is_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    rates = importlib.import_module("learning_rates")
+    fzoo = importlib.import_module("fzoo")
+    weights = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
 
-    def curve(*losses: float) -> list[dict[str, float]]:
-        return [{"steps": 10 * i, "loss": loss, "eta": 1e-3} for i, loss in enumerate(losses)]
+    def loss_at(x: Tensor) -> Tensor:
+        return (x.square() * torch.tensor([1.0, 2.0, 3.0])).sum()
 
-    assert rates.steps_to(0.5, curve(1.0, 0.8, 0.4)) == 17.5
-    assert rates.steps_to(0.3, curve(1.0, 0.8, 0.4)) is None
-    assert rates.shown_steps(0.5, [curve(1.0, 0.5), curve(1.0, 0.0)]) == "8"
-    assert rates.shown_steps(0.5, [curve(1.0, 0.9), curve(1.0, 0.0)]) == "> 10 (1 of 2)"
-    found = {"curvature": [curve(1, 0.5)], "mezo lr=1e-6": [curve(1, 0.9)]}
-    found["mezo lr=1e-2"] = [curve(1, 0.0)]
-    monkeypatch.setattr(rates, "curves_of", lambda file, mode: found)
-    cells = rates.row("none", "", "", "a model, a task").split(" | ")
-    assert cells[2:5] == ["1.0e-03 to 1.0e-03", "1e-2", "0.100"]
-    assert cells[5:] == ["> 10 (1 of 1)", "> 10 (1 of 1)", "9", "1 |"]
+    optimizer = fzoo.FZOO([weights], lr=1e-5, seed=3)
+    u = torch.stack([next(optimizer.direction(i)) for i in range(8)])
+    assert set(u.flatten().tolist()) == {-1, 1}
+    center = loss_at(weights)
+    losses = torch.stack([loss_at(weights + 1e-3 * each) for each in u])
+    expected = weights - 1e-5 * (losses - center) @ u / (8 * 1e-3 * losses.std())
+    assert optimizer.step(lambda: loss_at(weights)) == float(center)
+    assert torch.allclose(weights, expected, rtol=1e-9)
