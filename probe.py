@@ -17,11 +17,13 @@ from pathlib import Path
 import numpy as np
 import transformers
 
-from command_line.arguments import Arguments, parse_arguments
+from command_line.arguments import parse_arguments
 from command_line.checks import check
 from command_line.settings import name_run, settle_dtype
 from experiment.folders import locked
-from experiment.preparation import choose_trained_weights, load_pretrained, make_trainer, prepare
+from experiment.options import Options, options_of
+from experiment.preparation import choose_trained_weights, load_pretrained, prepare
+from experiment.training import make_trainer
 from language_model.loading import leave_out_loading_bars
 from trainer import ZerothOrderTrainer
 from training.scales import FILE, Scales, choose_scales, kept_weights
@@ -31,15 +33,14 @@ from utils import InputError, exit_code, new_figure, save_figure, write_json
 GRID = tuple(1e-5 * 4.0**power for power in range(7))
 
 
-def make_probed_trainer(arguments: Arguments) -> ZerothOrderTrainer:
+def make_probed_trainer(options: Options) -> ZerothOrderTrainer:
     """Return the trainer of a run's first set, with its optimizer, before the first step."""
-    transformers.set_seed(arguments.seed)
-    prepared = prepare(arguments)
-    model = choose_trained_weights(
-        arguments, load_pretrained(arguments), prepared.encoder.tokenizer, print
-    )
+    transformers.set_seed(options.weights.seed)
+    prepared = prepare(options)
+    pretrained, tokenizer = load_pretrained(options.model), prepared.encoder.tokenizer
+    model = choose_trained_weights(pretrained, options.weights, tokenizer, print)
     trainer = make_trainer(
-        arguments, model, prepared, prepared.example_sets[0], Path(arguments.output_dir)
+        options, model, prepared, prepared.example_sets[0], options.files.folders[0]
     )
     trainer.create_optimizer()
     return trainer
@@ -96,7 +97,7 @@ def run_command_line(argv: Sequence[str]) -> None:
     name_run(arguments)
     file = Path(arguments.output_dir) / FILE
     with locked("--output_dir", file.parent, is_folder=True):
-        trainer = make_probed_trainer(arguments)
+        trainer = make_probed_trainer(options_of(arguments))
         with kept_weights(trainer.model, trainer.optimizer):
             found = choose_scales(trainer.loss_along, start=GRID)
         write_json(file, asdict(found))

@@ -14,20 +14,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 
-from command_line.arguments import TUNING_MODES, Arguments, parse_arguments
-from command_line.settings import WEIGHTS
 from experiment.folders import locked
+from experiment.options import ModelOptions, TrainedWeights
 from experiment.preparation import choose_trained_weights, load_pretrained
-from language_model.loading import leave_out_loading_bars, load_config_and_tokenizer
+from language_model.loading import (
+    choose_dtype,
+    leave_out_loading_bars,
+    load_config_and_tokenizer,
+)
 from training.journal import Journal, Step, read_journal
 from training.recording import checksum_of_trained
 from training.replaying import Outcome, load_state, optimizer_of, play, records_until
 from utils import InputError, NotWritten, exit_code
-
-# What decides which weights a run trains, beside its model.
-OF_THE_WEIGHTS = (*WEIGHTS, *TUNING_MODES, "untie_emb", "seed")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -64,19 +65,22 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def arguments_of(journal: Journal, options: argparse.Namespace) -> Arguments:
-    """Return run.py's arguments, as far as they decide which weights were trained."""
+def model_and_weights(
+    journal: Journal, options: argparse.Namespace
+) -> tuple[ModelOptions, TrainedWeights]:
+    """Return which model the run began with, and which of its weights were trained."""
     settings = journal.header["settings"]
-    name = options.model_name or journal.header["model"]["name"]
-    line = ["--trainer", "zo", "--model_name", name]
-    modes = [mode for mode in TUNING_MODES if settings.get(mode)]
-    names = (*OF_THE_WEIGHTS, *(own for mode in modes for own in TUNING_MODES[mode]))
-    for each in names:
-        if settings.get(each) is not None:
-            line += [f"--{each}", str(settings[each])]
-    for flag in ("use_cpu", "trust_remote_code"):
-        line += [f"--{flag}"] if getattr(options, flag) else []
-    return parse_arguments(line)
+    bits = 8 if settings.get("load_int8") else 4 if settings.get("load_int4") else None
+    gpu = None if options.use_cpu else torch.accelerator.current_accelerator(check_available=True)
+    model = ModelOptions(
+        options.model_name or journal.header["model"]["name"],
+        choose_dtype(bool(settings.get("load_float16")), bool(settings.get("load_bfloat16"))),
+        bits,
+        spread=not options.use_cpu,
+        device=gpu or torch.device("cpu"),
+        trust_remote_code=options.trust_remote_code,
+    )
+    return model, TrainedWeights.of(settings)
 
 
 def check(options: argparse.Namespace) -> Journal:
@@ -104,10 +108,10 @@ def replay(options: argparse.Namespace, journal: Journal) -> Outcome:
     Raises:
         InputError: the model is not the one that the run began with, or steps are missing.
     """
-    arguments = arguments_of(journal, options)
-    name = arguments.model_name
-    _, tokenizer = load_config_and_tokenizer(name, arguments.trust_remote_code)
-    model = choose_trained_weights(arguments, load_pretrained(arguments), tokenizer, print)
+    began, weights = model_and_weights(journal, options)
+    name = began.name
+    _, tokenizer = load_config_and_tokenizer(name, began.trust_remote_code)
+    model = choose_trained_weights(load_pretrained(began), weights, tokenizer, print)
     compile = {"auto": None, "yes": True, "no": False}[options.compile]
     optimizer = optimizer_of(journal.header, model, compile)
     done = journal.header["first_step"]

@@ -21,9 +21,11 @@ from command_line.arguments import Arguments, parse_arguments
 from command_line.checks import check
 from command_line.settings import name_run, settle_dtype
 from experiment.folders import locked
+from experiment.options import options_of
 from experiment.plan import Plan, make_plan, shown_time
 from experiment.preparation import Prepared, prepare
-from experiment.results import describe, earlier_result, is_wanted_again, read_result
+from experiment.results import earlier_result, is_wanted_again, read_result
+from experiment.telling import describe
 from language_model.loading import leave_out_loading_bars
 from sweeps.grid import Grid, Run, read_grid, words_of
 from sweeps.jobs import Job
@@ -179,7 +181,9 @@ class Sweep:
             return False
         name_run(arguments)
         try:
-            return bool(earlier_result(arguments)) and not is_wanted_again(arguments)
+            options = options_of(arguments)
+            earlier = earlier_result(options.files, options.identity)
+            return bool(earlier) and not is_wanted_again(options.files)
         except InputError as error:
             reason = str(error).partition(": give another")[0]
             raise InputError(
@@ -265,9 +269,10 @@ def make_plans(sweep: Sweep) -> dict[str, Plan]:
         words = ("task_name", "data_dir", "train_file", "validation_file", "model_name", "trainer")
         numbers = ("num_train", "num_dev", "num_eval", "num_train_sets", "max_length", "num_prefix")
         key = tuple(getattr(arguments, each) for each in (*words, *numbers, "max_new_tokens"))
+        options = options_of(arguments)
         if key not in prepared:
-            prepared[key] = prepare(arguments)
-        plans[name] = make_plan(arguments, prepared[key])
+            prepared[key] = prepare(options)
+        plans[name] = make_plan(options, prepared[key])
     return plans
 
 

@@ -10,45 +10,35 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 
 
-def provenance(device: torch.device) -> dict[str, Any]:
-    """Return what a result says about its origin.
+def provenance(device: torch.device | None) -> dict[str, Any]:
+    """Return what a result on a device says about its origin; None: on all GPUs.
 
-    ``device`` is the GPUs' or the processor's name. ``peak_memory_mib`` is what torch has allocated
-    at most on this process's GPUs, or all of this process's memory where there is none. ``commit``
-    is git's of this package, with a + behind it where files differ from it; None outside of git.
+    ``peak_memory_mib`` is what torch has allocated at most on this process's GPUs, or all of this
+    process's memory without a GPU. ``commit`` is git's of this package, with a + where files differ
+    from it; None outside of git.
     """
-    return {
-        "device": device_name(device),
-        "peak_memory_mib": round(peak_memory(device) / 2**20, 1),
-        "commit": commit(),
-    }
+    if device is None or device.type == "cuda":
+        gpus = range(torch.cuda.device_count())
+        name = torch.cuda.get_device_name()
+        name = f"{len(gpus)} x {name}" if len(gpus) > 1 else name
+        peak = sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
+    else:
+        name = _processor()
+        unit = 1 if platform.system() == "Darwin" else 1024  # macOS counts bytes
+        peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"device": name, "peak_memory_mib": round(peak / 2**20, 1), "commit": commit()}
 
 
-def device_name(device: torch.device) -> str:
-    """Return the name of all GPUs that this process may use, or of the processor."""
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        name = torch.cuda.get_device_name(device)
-        return f"{count} x {name}" if count > 1 else name
-    if device.type != "cpu":
-        return device.type
+def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     name = next((line.partition(":")[2] for line in lines if line.startswith("model name")), "")
     return name.strip() or platform.processor() or platform.machine()
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return the bytes that this process has held at most: on GPUs, or else altogether."""
-    if device.type == "cuda":
-        return sum(torch.cuda.max_memory_allocated(n) for n in range(torch.cuda.device_count()))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else 1024 * peak  # macOS counts bytes
 
 
 def commit(folder: Path = ROOT) -> str | None:
@@ -67,11 +57,5 @@ def commit(folder: Path = ROOT) -> str | None:
 
 
 def _git(folder: Path, *words: str) -> str:
-    done = subprocess.run(
-        ["git", "-C", str(folder), *words],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=10,
-    )
-    return done.stdout
+    command = ["git", "-C", str(folder), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout

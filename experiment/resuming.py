@@ -12,8 +12,7 @@ from accelerate import PartialState
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from command_line.arguments import Arguments
-from command_line.settings import length_of_run, settings_of_a_checkpoint
+from experiment.options import Options
 from language_model.saved_adapters import sums_of_weights
 from training.checkpoints import (
     check_settings,
@@ -58,7 +57,7 @@ class Start:
 
 
 def find_start(
-    arguments: Arguments,
+    options: Options,
     output_dir: Path,
     model: PreTrainedModel | PeftModel,
     has_result: bool,
@@ -68,12 +67,12 @@ def find_start(
     Raises:
         InputError: what is there, or what is asked for, does not belong to this run.
     """
-    if arguments.linear_probing:
+    if options.weights.mode == "linear_probing":
         return Start()
-    settings, length = settings_of_a_checkpoint(arguments), length_of_run(arguments)
-    wanted, overwrite = arguments.resume_from_checkpoint, arguments.overwrite_output_dir
-    file = output_dir / FILE
-    journal = journal_of_first_process(file) if arguments.trainer == "zo" else None
+    settings, length = options.identity.of_checkpoint, options.identity.length
+    wanted, overwrite = options.files.resume_from, options.files.overwrite
+    file, is_zo = output_dir / FILE, options.training.zeroth_order is not None
+    journal = journal_of_first_process(file) if is_zo else None
     checkpoint = find_checkpoint(
         output_dir,
         model,
@@ -84,22 +83,22 @@ def find_start(
         has_result=has_result,
         has_journal=journal is not None,
     )
-    if arguments.trainer != "zo":
+    if not is_zo:
         return Start(checkpoint)
     if journal is None or (wanted and wanted.lower() == "false"):
         return Start(checkpoint, file)
     its_settings = journal.header["settings"]
     if wanted and wanted.lower() != "true":
         # Who names a checkpoint wants to go on from there.
-        belongs = its_settings == its_settings | settings
+        belongs = its_settings == {**its_settings, **settings}
         end = journal.end_of(read_trainer_state(checkpoint)["global_step"])
         replay = Replay(begins_at=end, before=journal.step_before(end)) if belongs else Replay()
         return Start(checkpoint, file, replay)
     if overwrite and not checkpoint:
         is_done = has_result and journal.steps >= journal.header["max_steps"]
-        if is_done or its_settings != settings | length:
+        if is_done or its_settings != {**settings, **length}:
             return Start(None, file)
-    if its_settings != its_settings | settings:
+    if its_settings != {**its_settings, **settings}:
         if checkpoint is None:
             check_settings(file, its_settings, settings)
         return Start(checkpoint, file)
@@ -131,19 +130,19 @@ def replay_of(journal: Journal, checkpoint: Path | None, max_steps: float | None
     return found
 
 
-def recording_of(arguments: Arguments, start: Start) -> Recording | None:
+def recording_of(options: Options, start: Start) -> Recording | None:
     """Return what writes a run's journal, and replays it; None where there is none."""
     if start.journal is None:
         return None
     header: dict[str, Any] = {}
-    if start.replay.begins_at is None and arguments.process_index == 0:
-        name = arguments.model_name
+    if start.replay.begins_at is None and PartialState().is_main_process:
+        name = options.model.name
         header = {
             "model": {"name": name, "sha256": sums_of_weights(name)},
-            "settings": settings_of_a_checkpoint(arguments) | length_of_run(arguments),
+            "settings": {**options.identity.of_checkpoint, **options.identity.length},
             "versions": {"torch": torch.__version__},
         }
-    return Recording(start.journal, header, start.replay, arguments.check_every)
+    return Recording(start.journal, header, start.replay, options.training.check_every)
 
 
 def journal_of_first_process(path: Path) -> Journal | None:

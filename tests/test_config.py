@@ -12,6 +12,7 @@ import run
 from command_line.arguments import parse_arguments
 from command_line.checks import check
 from command_line.settings import experiment_hash
+from experiment import running
 
 CONFIG = """\
 # Of this house.
@@ -104,12 +105,12 @@ def test_shown_arguments_are_a_file_of_the_same_run(
         **{"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": '{"min_lr": 1e-7}'},
         **{"zo_compile": "no", "eos_token": None, "learning_rate": 0.1 + 0.2},
     )
-    # The script's bound has an effect, its workers have none.
-    script = ["--zo_clip", "2", "--dataloader_persistent_workers", "True", "--"]
+    # The script's number has an effect, its workers have none.
+    script = ["--zo_num_samples", "2", "--dataloader_persistent_workers", "True", "--"]
     assert run.main([*script, *argv, "--show_config"]) == 0
     shown = capsys.readouterr().out
     assert "learning_rate: 0.30000000000000004\n" in shown and "zo_compile: 'no'\n" in shown
-    assert "zo_clip: 2\n" in shown and "workers" not in shown
+    assert "zo_num_samples: 2\n" in shown and "workers" not in shown
     assert "# defaults\n" in shown and "# zo_eps: 0.001\n" in shown
     again = parse_arguments(
         ["--config", write_config(tmp_path, shown.replace("{", "{{").replace("}", "}}"))]
@@ -123,7 +124,7 @@ def test_dry_run_checks_everything_but_the_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     argv = training(tmp_path, num_dev=4, eval_strategy="steps", eval_steps=2, no_eval=None)
-    monkeypatch.setattr(run, "load_pretrained", None)
+    monkeypatch.setattr(running, "load_pretrained", None)
     assert run.main([*argv, "--dry_run"]) == 0
     steps, weights, seconds = capsys.readouterr().out.splitlines()
     # 3 dev losses, one dev and one test evaluation, in batches of 8.

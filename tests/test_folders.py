@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import signal
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from experiment import folders
 from experiment.folders import locked
 from utils import InputError
 
@@ -62,39 +60,10 @@ def test_folder_that_a_lock_made_goes_if_it_is_empty(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.rglob("*")} == {"a", "file", "mine"}
 
 
-def test_lock_file_that_its_holder_removed_meanwhile_is_no_lock(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flock, path = fcntl.flock, tmp_path / ".lock"
-
-    def remove_first(file: object, operation: int) -> None:
-        monkeypatch.setattr(folders.fcntl, "flock", flock)
-        path.unlink()
-        flock(file, operation)
-
-    monkeypatch.setattr(folders.fcntl, "flock", remove_first)
-    with locked("--output_dir", tmp_path, is_folder=True):
-        with pytest.raises(InputError), locked("--output_dir", tmp_path, is_folder=True):
-            pass
-        assert path.is_file()
-    assert not path.exists()
-
-
 def test_lock_file_that_cannot_be_opened(tmp_path: Path) -> None:
     (tmp_path / ".rows.jsonl.lock").mkdir()
     with (
-        pytest.raises(InputError, match=r"--predictions_file .*/rows\.jsonl: cannot open .*\.lock"),
+        pytest.raises(InputError, match=r"--predictions_file .*/rows\.jsonl: cannot lock .*\.lock"),
         locked("--predictions_file", tmp_path / "rows.jsonl"),
     ):
         pass
-
-
-def test_file_system_without_locks_is_no_obstacle(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def refuse(file: object, operation: int) -> None:
-        raise OSError(38, "Function not implemented")
-
-    monkeypatch.setattr(folders.fcntl, "flock", refuse)
-    with locked("--output_dir", tmp_path, is_folder=True):
-        assert "is not locked against a second run" in caplog.text

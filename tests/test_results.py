@@ -15,9 +15,12 @@ from running import ROOT, command, contents, finish, small_model, training
 
 import run
 from command_line.arguments import parse_arguments
-from experiment.folders import locked, predictions_files
+from experiment import running
+from experiment.folders import locked
+from experiment.options import options_of
 from experiment.provenance import commit
-from experiment.results import concerns, history, over_sets
+from experiment.results import history, over_sets
+from experiment.telling import concerns
 from language_model.loading import load_model
 from trainer import ZerothOrderTrainer
 from training.checkpoints import RunSettings, unfinished_checkpoint
@@ -31,7 +34,7 @@ def run_again(
     """Run to the end without loading a model; return what is printed."""
     capsys.readouterr()
     with monkeypatch.context() as patched:
-        patched.setattr(run, "load_pretrained", None)
+        patched.setattr(running, "load_pretrained", None)
         assert run.main(argv) == 0
     return capsys.readouterr().out
 
@@ -141,7 +144,7 @@ def test_overwriting_goes_on_with_what_it_began(
             assert run.main(argv) == 130
         assert capsys.readouterr().err.splitlines()[-1] == (
             f"interrupted: SIGINT: stopped after step 2, checkpoint in "
-            f"{tmp_path}/out/checkpoint-2; the same command goes on from there"
+            f"{tmp_path}/out/checkpoint-2; the same command resumes there"
         )
         assert not (tmp_path / "out/.lock").exists()
         assert (tmp_path / "result.json").exists() is resumed
@@ -332,5 +335,5 @@ def test_diverged_run_says_so_in_its_last_lines(
 
 def test_predictions_of_sets_have_names_of_their_own() -> None:
     argv = command(num_train=1, num_train_sets=2, predictions_file="a/rows.jsonl")
-    paths = predictions_files(parse_arguments(argv))
-    assert paths == [Path("a/rows-set0.jsonl"), Path("a/rows-set1.jsonl")]
+    paths = options_of(parse_arguments(argv)).files.predictions
+    assert paths == (Path("a/rows-set0.jsonl"), Path("a/rows-set1.jsonl"))

@@ -19,6 +19,7 @@ import run
 import tasks
 from command_line.arguments import parse_arguments
 from command_line.settings import changed_settings
+from experiment import running
 
 
 def evaluation(folder: Path, task: str = "SST2", **arguments: Any) -> list[str]:
@@ -40,13 +41,15 @@ def validation_column(name: str) -> list[Any]:
 def shown_demonstrations(monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]]]:
     """Ids of the demonstrations of every eval example, one list a call of ``predict``."""
     calls = []
-    predict = run.predict
+    predict = running.predict
 
-    def record(model: Any, encoder: Any, samples: Any, demonstrations: Any, *rest: Any) -> Any:
+    def record(
+        model: Any, encoder: Any, samples: Any, demonstrations: Any, *rest: Any, **more: Any
+    ) -> Any:
         calls.append([[sample.id for sample in shown] for shown in demonstrations])
-        return predict(model, encoder, samples, demonstrations, *rest)
+        return predict(model, encoder, samples, demonstrations, *rest, **more)
 
-    monkeypatch.setattr(run, "predict", record)
+    monkeypatch.setattr(running, "predict", record)
     return calls
 
 

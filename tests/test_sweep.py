@@ -20,6 +20,7 @@ import sweep
 import sweeps.jobs
 from command_line.arguments import parse_arguments
 from command_line.checks import check
+from experiment.options import options_of
 from experiment.plan import make_plan, training_passes
 from experiment.preparation import prepare
 from sweeps import running, slurm
@@ -449,10 +450,9 @@ def test_planned_passes_are_those_of_the_run(tmp_path: Path, changes: dict[str, 
     arguments = parse_arguments(argv)
     assert run.main(argv) == 0
     result = json.loads((tmp_path / "result.json").read_text())
-    forward, backward = training_passes(arguments)
-    probes = sum(probe["passes"] for probe in result["probes"])
-    planned = forward - (197 if probes else 0) + probes
-    assert (result["forward_passes"], result.get("backward_passes", 0)) == (planned, backward)
+    options = options_of(arguments)
+    forward, backward = training_passes(options.training, options.data)
+    assert (result["forward_passes"], result.get("backward_passes", 0)) == (forward, backward)
     history = result["history"]
     assert history["forward_passes"][str(result["steps"])] == result["forward_passes"]
     assert list(history["seconds"].values()) == sorted(history["seconds"].values())
@@ -461,7 +461,7 @@ def test_planned_passes_are_those_of_the_run(tmp_path: Path, changes: dict[str, 
 def test_plan_counts_weights_and_says_so(tmp_path: Path) -> None:
     arguments = parse_arguments(training(tmp_path, lora=True))
     check(arguments)
-    plan = make_plan(arguments, prepare(arguments))
+    plan = make_plan(options_of(arguments), prepare(options_of(arguments)))
     assert run.main(training(tmp_path, lora=True)) == 0
     result = json.loads((tmp_path / "result.json").read_text())
     assert plan.trained_parameters == result["trained_parameters"]
@@ -469,7 +469,7 @@ def test_plan_counts_weights_and_says_so(tmp_path: Path) -> None:
     assert 4 * plan.parameters < plan.memory < 100 * 2**20 and 0 < plan.seconds < 60
     steps, weights, seconds = plan.lines()
     assert steps.startswith("6 steps: 19 forward passes of training")
-    assert weights.endswith("of memory") and seconds.endswith("on this machine")
+    assert weights.endswith("for weights and optimizer") and seconds.endswith("on this machine")
 
 
 def test_dry_run_tells_and_writes_nothing(

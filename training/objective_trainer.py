@@ -92,6 +92,7 @@ class ObjectiveTrainer(Trainer):
         max_skipped_steps: steps in a row without a finite loss, after which the run stops with a
             checkpoint.
         dev_metric: measures a model on the dev set, beside the dev loss; returns metrics by name.
+        quiet: show no line of the log.
         **kwargs: of ``transformers.Trainer``.
     """
 
@@ -102,6 +103,7 @@ class ObjectiveTrainer(Trainer):
         decay_step: int = 0,
         max_skipped_steps: int = 50,
         dev_metric: Callable[[nn.Module], dict[str, float]] | None = None,
+        quiet: bool = False,
         **kwargs: Any,
     ) -> None:
         self.objective = objective
@@ -134,7 +136,6 @@ class ObjectiveTrainer(Trainer):
             self.add_callback(TellStep(objective))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(LossProgress(shown))
-        quiet = getattr(arguments, "quiet", False)
         if self.pop_callback(PrinterCallback) is not None and not quiet:
             self.add_callback(LogLines(shown))
         self.costs = Costs()

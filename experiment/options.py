@@ -1,0 +1,335 @@
+"""What the command line says, as frozen objects: nothing below this folder sees ``Arguments``."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from command_line.arguments import TUNING_MODES, Arguments, plain_value
+from command_line.settings import (
+    changed_settings,
+    examples_of_a_batch,
+    length_of_run,
+    settings_of_a_checkpoint,
+)
+from command_line.trainer_checks import steps_of_run
+from command_line.values import AUTO
+from language_model.generation import GenerationSettings
+from language_model.loading import choose_dtype
+from tasks import Task
+from trainer import CURVATURE_PART, SmoothingSchedule, ZerothOrderSettings
+from utils import InputError
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model is loaded, and how.
+
+    Attributes:
+        name: Hub id, local directory or GGUF file.
+        dtype: of the weights.
+        bits: of quantised weights, 8 or 4; None: not quantised.
+        spread: over all GPUs of one process.
+        device: where a model goes that is not spread; None: nowhere, sharding moves each layer.
+        trust_remote_code: run Python code that comes with the model.
+    """
+
+    name: str
+    dtype: torch.dtype = torch.float32
+    bits: int | None = None
+    spread: bool = True
+    device: torch.device | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class TrainedWeights:
+    """Which weights are trained; the names are those of the arguments.
+
+    Attributes:
+        mode: lora, prefix_tuning, head_tuning, linear_probing; None: all weights, or none.
+        seed: of an adapter's first numbers.
+    """
+
+    mode: str | None = None
+    seed: int = 42
+    untie_emb: bool = False
+    lora_r: int = 8
+    lora_alpha: int = 16
+    num_prefix: int = 5
+    no_reparam: bool = True
+    prefix_init_by_real_act: bool = True
+    lp_early_stopping: bool = False
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> TrainedWeights:
+        """Read settings by their names, those of an earlier run too; others are ignored.
+
+        Raises:
+            InputError: a value is of another type.
+        """
+        fields = {field.name: type(field.default) for field in dataclasses.fields(cls)[1:]}
+        given = {name: settings[name] for name in fields if settings.get(name) is not None}
+        for name, value in given.items():
+            if type(value) is not fields[name]:
+                raise InputError(f"{name} {value!r}: must be of type {fields[name].__name__}")
+        return cls(
+            next((mode for mode in TUNING_MODES if settings.get(mode) is True), None), **given
+        )
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which examples are read, and how many are drawn; None: as many as there are, or no seed."""
+
+    task: Task
+    data_dir: str | None
+    in_context: bool
+    num_train: int
+    num_dev: int
+    num_eval: int | None
+    num_train_sets: int | None
+    train_set_seed: int | None
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """How samples become tokens, and how text is generated.
+
+    Attributes:
+        max_length: tokens of a text; None: what the model has room for.
+        chat: whether texts go through the tokenizer's chat template.
+        system_prompt: what the system says first there.
+    """
+
+    max_length: int | None
+    chat: bool
+    system_prompt: str | None
+    generation: GenerationSettings
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What is measured, and what is shown of it."""
+
+    batch_size: int
+    calibration: str | None
+    before_training: bool
+    after_training: bool
+    quiet: bool
+    verbose: bool
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How weights are trained.
+
+    Attributes:
+        trainer: regular or zo.
+        own: transformers' own arguments.
+        zeroth_order: settings of zo; None: regular.
+        auto_eps: whether a probe chooses μ.
+        auto_curvature_eps: whether it chooses the curvature's.
+        steps: of a run with as many examples as were asked for.
+        examples_of_a_batch: in all processes together.
+        replays_best: whether the best model comes from the journal, without checkpoints.
+    """
+
+    trainer: str
+    own: TrainingArguments
+    zeroth_order: ZerothOrderSettings | None
+    auto_eps: bool
+    auto_curvature_eps: bool
+    steps: int
+    examples_of_a_batch: int
+    train_as_classification: bool
+    only_train_option: bool
+    non_diff: bool
+    non_diff_metric: str | None
+    reward_samples: int
+    decay_step: int
+    max_skipped_steps: int
+    check_every: int
+    wants_dev_metric: bool
+    replays_best: bool
+    save_on_interrupt: bool
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where a run's files go, and what may happen to those that are there.
+
+    Attributes:
+        folders: of each set's checkpoints, journal and model.
+        result: the result JSON.
+        predictions: each set's rows; empty: not written.
+        result_option: the argument that gives the result another name.
+        resume_from: a checkpoint, "true" or "false"; None: the newest, if any.
+    """
+
+    folders: tuple[Path, ...]
+    result: Path
+    predictions: tuple[Path, ...]
+    result_option: str
+    save_model: bool
+    merge_adapter: bool
+    overwrite: bool
+    resume_from: str | None
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What tells an experiment from others.
+
+    Attributes:
+        experiment: hash of all that changes the result, but its length.
+        trainer: none, regular or zo.
+        settings: of the result.
+        of_checkpoint: what decides the course of the training.
+        length: ``max_steps`` or ``num_train_epochs``; empty without steps.
+        defaults: of all arguments.
+    """
+
+    experiment: str
+    trainer: str
+    settings: Mapping[str, Any]
+    of_checkpoint: Mapping[str, Any]
+    length: Mapping[str, float]
+    defaults: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """All that an experiment is told; ``training`` is None where nothing is trained."""
+
+    model: ModelOptions
+    weights: TrainedWeights
+    data: DataOptions
+    texts: TextOptions
+    evaluation: EvaluationOptions
+    training: TrainingOptions | None
+    files: Files
+    identity: Identity
+
+
+def options_of(arguments: Arguments) -> Options:
+    """Return what checked arguments say."""
+    trained = arguments.trainer != "none"
+    return Options(
+        model=model_options(arguments),
+        weights=TrainedWeights.of(vars(arguments)),
+        data=_taken(DataOptions, arguments, in_context=not trained, num_dev=arguments.num_dev or 0),
+        texts=_taken(
+            TextOptions,
+            arguments,
+            chat=arguments.apply_chat_template,
+            generation=_taken(
+                GenerationSettings, arguments, eos_token=arguments.eos_token.replace("\\n", "\n")
+            ),
+        ),
+        evaluation=_taken(
+            EvaluationOptions,
+            arguments,
+            batch_size=arguments.per_device_eval_batch_size,
+            before_training=arguments.eval_before_training,
+            after_training=not arguments.no_eval,
+        ),
+        training=_training_options(arguments) if trained else None,
+        files=_files(arguments),
+        identity=Identity(
+            arguments.experiment,
+            arguments.trainer,
+            changed_settings(arguments),
+            settings_of_a_checkpoint(arguments),
+            length_of_run(arguments),
+            {field.name: plain_value(field.default) for field in dataclasses.fields(arguments)},
+        ),
+    )
+
+
+def _taken(kind: type, arguments: Arguments, **others: Any) -> Any:
+    """Return an object whose fields have the values of the arguments of the same names."""
+    names = {field.name for field in dataclasses.fields(kind)} - others.keys()
+    return kind(**{name: getattr(arguments, name) for name in names}, **others)
+
+
+def model_options(arguments: Arguments) -> ModelOptions:
+    """Return which model is loaded, and how."""
+    return ModelOptions(
+        arguments.model_name,
+        choose_dtype(arguments.load_float16, arguments.load_bfloat16),
+        8 if arguments.load_int8 else 4 if arguments.load_int4 else None,
+        not arguments.no_auto_device,
+        None if arguments.fsdp else arguments.device,
+        arguments.trust_remote_code,
+    )
+
+
+def _training_options(arguments: Arguments) -> TrainingOptions:
+    is_zo = arguments.trainer == "zo"
+    return _taken(
+        TrainingOptions,
+        arguments,
+        own=_trainers_own(arguments),
+        zeroth_order=zeroth_order_settings(arguments) if is_zo else None,
+        auto_eps=is_zo and arguments.zo_eps == AUTO,
+        auto_curvature_eps=is_zo and (arguments.curvature_eps or arguments.zo_eps) == AUTO,
+        steps=steps_of_run(arguments),
+        examples_of_a_batch=examples_of_a_batch(arguments),
+    )
+
+
+def _trainers_own(arguments: Arguments) -> TrainingArguments:
+    """Return transformers' own arguments, without ours."""
+    ours = {field.name for field in dataclasses.fields(Arguments)} | {"task"}
+    ours -= {field.name for field in dataclasses.fields(TrainingArguments)}
+    own = object.__new__(TrainingArguments)
+    vars(own).update({n: v for n, v in vars(copy.copy(arguments)).items() if n not in ours})
+    if arguments.learning_rate == AUTO:
+        own.learning_rate = CURVATURE_PART
+    return own
+
+
+def _files(arguments: Arguments) -> Files:
+    """Return where the files of all sets go; several sets have a folder each."""
+    sets = arguments.num_train_sets or 1
+    names = [f"set{seed}" for seed in range(sets)] if sets > 1 else [""]
+    rows = arguments.predictions_file and Path(arguments.predictions_file)
+    return Files(
+        folders=tuple(Path(arguments.output_dir or "", name) for name in names),
+        result=arguments.result_path,
+        predictions=tuple(
+            rows.with_stem(f"{rows.stem}-{name}") if name else rows for name in names if rows
+        ),
+        result_option="--result_file" if arguments.result_file else "--tag",
+        save_model=arguments.save_model,
+        merge_adapter=arguments.merge_adapter,
+        overwrite=arguments.overwrite_output_dir,
+        resume_from=arguments.resume_from_checkpoint,
+    )
+
+
+def zeroth_order_settings(arguments: Arguments) -> ZerothOrderSettings:
+    """Return what the arguments say about the zeroth-order step."""
+    dtype = arguments.hessian_dtype
+    return ZerothOrderSettings(
+        smoothing=SmoothingSchedule.parse(arguments.hessian_smooth_type),
+        # The default is the μ until a probe has found one.
+        eps=ZerothOrderSettings.eps if arguments.zo_eps == AUTO else arguments.zo_eps,
+        hessian=arguments.hessian,
+        hessian_dtype=None if dtype == "auto" else getattr(torch, dtype),
+        perturbation=arguments.zo_perturbation,
+        num_samples=arguments.zo_num_samples,
+        step_size="curvature" if arguments.learning_rate == AUTO else "fixed",
+        curvature_eps=None if arguments.curvature_eps == AUTO else arguments.curvature_eps,
+        curvature_every=arguments.curvature_every,
+        parallel=arguments.shared_by_processes,
+        compile={"auto": None, "yes": True, "no": False}[arguments.zo_compile],
+    )
