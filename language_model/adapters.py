@@ -1,7 +1,6 @@
 """Adapters: LoRA and prefix-tuning, with peft's modules and saved in peft's format.
 
-The model's own weights stay as they are; only the adapter's are trained, get an h and are saved.
-They are float32 whatever the model's dtype.
+Only the adapter's weights are trained and saved. They are float32 whatever the model's dtype.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
 )
-from peft.tuners.lora import LoraLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -30,14 +28,10 @@ from transformers.pytorch_utils import Conv1D
 
 from utils import InputError
 
-# The query and value projections, or the one layer that holds them where a family has fused them.
+# The query and value projections, or the layer that a family has fused them into.
 PROJECTIONS = (
-    ("q_proj", "v_proj"),
-    ("query", "value"),
-    ("query_key_value",),
-    ("qkv_proj",),
-    ("c_attn",),
-    ("Wqkv",),
+    *(("q_proj", "v_proj"), ("query", "value")),
+    *(("query_key_value",), ("qkv_proj",), ("c_attn",), ("Wqkv",)),
 )
 # Hidden size of the network that makes the prefix (Li and Liang 2021, arXiv 2101.00190, 512).
 REPARAMETERISATION_SIZE = 512
@@ -49,7 +43,7 @@ KeysAndValues = tuple[tuple[Tensor, Tensor], ...]
 def add_lora(model: PreTrainedModel, rank: int, alpha: int) -> PeftModel:
     """Add LoRA (Hu et al. 2021, arXiv 2106.09685) to the query and value projections.
 
-    The second matrix starts at 0, so the model's predictions are at first what they were.
+    The second matrix starts at 0, so the model's predictions start unchanged.
 
     Raises:
         InputError: the model has no such projections.
@@ -78,7 +72,7 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: int) -> PeftModel:
 
 @contextlib.contextmanager
 def without_future_warnings() -> Iterator[None]:
-    """Keep what peft and transformers still have to settle between them from the user."""
+    """Hide warnings that concern peft and transformers alone."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
@@ -87,10 +81,10 @@ def without_future_warnings() -> Iterator[None]:
 class PrefixTunedModel(PeftModelForCausalLM):
     """A causal language model behind a trained prefix: keys and values in every layer.
 
-    Beside what peft's model does, it takes 4-D attention masks and position ids, which stand for
-    the text alone: the prefix comes before position 0 of the text. ``past_key_values`` of a caller
-    have to hold the prefix already. Checkpoints also hold the network that makes the prefix, if
-    there is one: peft's own file has the finished prefix only.
+    Unlike peft's model, it takes 4-D attention masks and position ids, which describe the text
+    alone: position 0 is that of the first token behind the prefix. A caller's ``past_key_values``
+    must begin with the prefix. Checkpoints also hold the network that makes the prefix, if there
+    is one: peft's own file has the finished prefix only.
     """
 
     def forward(
@@ -120,7 +114,7 @@ class PrefixTunedModel(PeftModelForCausalLM):
         )
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save the adapter for ``PeftModel.from_pretrained``, and what a resumed run needs."""
+        """Save the adapter for ``PeftModel.from_pretrained``, and the network for resuming."""
         super().save_pretrained(save_directory, **kwargs)
         if self.active_peft_config.prefix_projection and kwargs.get("is_main_process", True):
             save_file(self._prompt_encoder.state_dict(), Path(save_directory) / PROMPT_ENCODER_FILE)
@@ -138,26 +132,24 @@ class PrefixTunedModel(PeftModelForCausalLM):
 
 
 def save_merged(model: PeftModel, folder: Path) -> None:
-    """Write the model that LoRA's matrices make of its weights; it has no adapter any more.
+    """Write the model with LoRA's matrices merged into its weights; ``model`` itself is unchanged.
 
-    The model itself is what it was afterwards, bit for bit.
+    ``merge_and_unload`` of a copy would need the memory of a second model.
     """
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    kept = [layer.get_base_layer().weight.detach().clone() for layer in layers]
     base = model.get_base_model()
+    adapted = {n: w.clone() for n, w in base.state_dict().items() if ".base_layer." in n}
     model.merge_adapter()
     try:
-        weights = {
-            name.replace(".base_layer.", "."): tensor
-            for name, tensor in base.state_dict().items()
+        merged = {
+            name.replace(".base_layer.", "."): weight
+            for name, weight in base.state_dict().items()
             if ".lora_" not in name
         }
-        base.save_pretrained(folder, state_dict=weights)
+        base.save_pretrained(folder, state_dict=merged)
     finally:
         model.unmerge_adapter()
-        with torch.no_grad():
-            for layer, weight in zip(layers, kept, strict=True):
-                layer.get_base_layer().weight.copy_(weight)
+        # Subtracting what was added rounds.
+        base.load_state_dict(adapted, strict=False)
 
 
 def add_prefix(
@@ -169,14 +161,13 @@ def add_prefix(
     """Add a prefix (Li and Liang 2021, arXiv 2101.00190) of keys and values to every layer.
 
     Args:
-        model: the model, whose own weights stay as they are.
+        model: the model, whose own weights do not change.
         num_tokens: length of the prefix.
         reparameterise: train a two-layer network that makes the prefix, not the prefix itself.
-        tokens: (num_tokens,), whose keys and values the prefix starts from; None: from noise.
+        tokens: (num_tokens,): the prefix starts from their keys and values; None: from noise.
 
     Raises:
-        InputError: a layer of the model has no keys and values, or none that a prefix of peft's
-            could stand for.
+        InputError: the layers have no keys and values, or some of different sizes.
     """
     activations = keys_and_values(model, torch.zeros(1).long() if tokens is None else tokens)
     shapes = {(part.shape[1], part.shape[3]) for layer in activations for part in layer}
@@ -188,7 +179,7 @@ def add_prefix(
         num_virtual_tokens=num_tokens,
         prefix_projection=reparameterise,
         encoder_hidden_size=REPARAMETERISATION_SIZE,
-        # Many families' configurations name or count these otherwise than peft expects.
+        # Many families' configurations have other names for these than peft expects.
         num_layers=len(activations),
         num_attention_heads=heads,
         token_dim=heads * head_size,
@@ -254,14 +245,13 @@ def prefix_of(model: nn.Module) -> KeysAndValues:
 
 
 def prefix_length(model: nn.Module) -> int:
-    """Return how many tokens stand before every text: 0 without prefix-tuning."""
-    if not isinstance(model, PrefixTunedModel):
-        return 0
-    return model.active_peft_config.num_virtual_tokens
+    """Return how many tokens of prefix-tuning come before every text."""
+    tuned = isinstance(model, PrefixTunedModel)
+    return model.active_peft_config.num_virtual_tokens if tuned else 0
 
 
 def adapter_file(model: PeftModel) -> tuple[str, dict[str, Tensor]]:
-    """Return the file of a checkpoint that a run goes on from, and the tensors that it holds."""
+    """Return the file of a checkpoint that a run resumes from, and the tensors that it holds."""
     if isinstance(model, PrefixTunedModel) and model.active_peft_config.prefix_projection:
         return PROMPT_ENCODER_FILE, model.prompt_encoder[model.active_adapter].state_dict()
     return SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict(model)

@@ -21,9 +21,8 @@ def run_in_batches(
 ) -> None:
     """Call ``function`` with the numbers below ``count`` in batches, the longest examples first.
 
-    So little is padded. A batch that does not fit into memory is halved until it does. Shows a
-    progress bar with examples per second on a terminal, in one process, unless ``progress`` is
-    None.
+    So little is padded. A batch that does not fit into memory is halved until it does; what is done
+    is not done again. Shows a progress bar on a terminal, unless ``progress`` is None.
     """
     waiting = sorted(range(count), key=length, reverse=True)
     # None: tqdm hides the bar where there is no terminal.
@@ -40,7 +39,8 @@ def run_in_batches(
                 waiting = waiting[len(indices) :]
                 bar.update(len(indices))
                 continue
-            # Only here does the error no longer hold the tensors of the batch that did not fit.
+            # Not in the handler, whose error holds the tensors of the batch that did not fit.
+            # (accelerate's find_executable_batch_size would empty the device's cache every time.)
             batch_size = len(indices) // 2
             logger.warning(
                 "%s: %d examples at a time, for lack of memory", progress or "loss", batch_size
@@ -49,10 +49,9 @@ def run_in_batches(
 
 
 def is_lack_of_memory(error: Exception) -> bool:
-    """Tell whether a smaller batch might go through."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(
-        error
-    )
+    """Tell whether a smaller batch might fit."""
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or should_reduce_batch_size(error)
 
 
 def process_index() -> int:

@@ -1,7 +1,7 @@
 """GGUF files, llama.cpp's format, as models: their weights become ordinary ones when loaded.
 
-One file holds the configuration, the tokenizer and the weights. Nothing beside it is read: the
-folder that transformers is given is an empty one.
+One file holds the configuration, the tokenizer and the weights. transformers looks for further
+files in the folder that it is given, so that it is given an empty one.
 """
 
 from __future__ import annotations
@@ -34,17 +34,13 @@ from utils import InputError
 logger = logging.getLogger(__name__)
 
 MAGIC = b"GGUF"
-# general.file_type of files whose matrices are not in blocks of quantised weights.
+# general.file_type of files whose matrices are not quantised.
 DTYPE_OF_FILE_TYPE = {0: torch.float32, 1: torch.float16, 32: torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class GgufFile:
-    """A GGUF file on disk; what cannot be read raises whatever the libraries raise.
-
-    Attributes:
-        path: where it is.
-    """
+    """A GGUF file on disk; what cannot be read raises whatever the libraries raise."""
 
     path: Path
 
@@ -57,10 +53,8 @@ class GgufFile:
                 is missing.
         """
         path = Path(name)
-        if not path.is_file():
-            if path.suffix.lower() != ".gguf" or path.is_dir():
-                return None
-            raise InputError(f"--model_name {name}: there is no such file; give one that is there")
+        if path.is_dir() or not (path.is_file() or path.suffix.lower() == ".gguf"):
+            return None
         try:
             with path.open("rb") as file:
                 begin = file.read(len(MAGIC))
@@ -85,20 +79,20 @@ class GgufFile:
         return copy.deepcopy(_config(self.path.absolute(), self.path.stat().st_mtime_ns))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Read the tokenizer."""
-        with tempfile.TemporaryDirectory() as empty:
-            # AutoTokenizer makes the same one, but reads the whole file once more before.
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(
-                empty, gguf_file=str(self.path.absolute())
-            )
-        _remove_tokens_from(self.config().vocab_size, tokenizer)
+        """Read the tokenizer, without what transformers adds to it, as to Llama 3's."""
+        # AutoTokenizer makes the same one, but reads the whole file once more before.
+        tokenizer = _from_file(PreTrainedTokenizerFast, self.path)
+        size = self.config().vocab_size
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < size]
+        tokenizer._tokenizer = tokenizer.backend_tokenizer.from_str(json.dumps(state))
         tokenizer.name_or_path = str(self.path)
         return tokenizer
 
     def saved_dtype(self) -> torch.dtype:
-        """Return the dtype of most weights; bfloat16 for quantised ones, which it loses least of.
+        """Return the dtype of most weights; bfloat16 for quantised ones.
 
-        Nothing overflows in it, and it has more digits than blocks of 8 bits or fewer.
+        Nothing overflows in it, and it has more digits than weights of 8 bits or fewer.
         """
         metadata, _ = read_gguf_metadata(str(self.path))
         return DTYPE_OF_FILE_TYPE.get(metadata.get("general.file_type"), torch.bfloat16)
@@ -112,40 +106,35 @@ class GgufFile:
             The model, which is trained and saved as any other, and transformers' loading info.
         """
         _, tensors = read_gguf_metadata(str(self.path))
-        with tempfile.TemporaryDirectory() as empty:
-            model, found = AutoModelForCausalLM.from_pretrained(
-                empty,
-                gguf_file=str(self.path.absolute()),
-                config=self.config(),
-                dtype=dtype,
-                device_map=device_map,
-                quantization_config=GgufConfig(dequantize=True),
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
-        # An adapter names the model that it belongs to; peft looks for a config.json there.
+        model, found = _from_file(
+            AutoModelForCausalLM,
+            self.path,
+            config=self.config(),
+            dtype=dtype,
+            device_map=device_map,
+            quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+        # An adapter names its base model; peft looks for a config.json there.
         model.name_or_path = model.config.name_or_path = str(self.path)
         warnings.filterwarnings("ignore", "Could not find a config file in", UserWarning)
         if scaled := [name for name in tensors if name.startswith(("rope_freqs", "rope_factors"))]:
             logger.warning(
-                "--model_name %s: transformers leaves out %s, by which this model scales its "
-                "positions: results differ from those of the original",
+                "--model_name %s: transformers ignores %s, which scales this model's positions: "
+                "results differ from those of the original",
                 self.path,
                 ", ".join(scaled),
             )
         return model, found
 
 
-def _remove_tokens_from(size: int, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Remove what transformers adds beyond the vocabulary, as <|endoftext|> to Llama 3's."""
-    backend = tokenizer.backend_tokenizer
-    state = json.loads(backend.to_str())
-    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < size]
-    tokenizer._tokenizer = backend.from_str(json.dumps(state))
+def _from_file(kind: Any, path: Path, **arguments: Any) -> Any:
+    with tempfile.TemporaryDirectory() as empty:
+        return kind.from_pretrained(empty, gguf_file=str(path.absolute()), **arguments)
 
 
 @functools.lru_cache(maxsize=1)
 def _config(path: Path, changed: int) -> PreTrainedConfig:
     """Read a file's configuration once: a large vocabulary takes many seconds each time."""
-    with tempfile.TemporaryDirectory() as empty:
-        return AutoConfig.from_pretrained(empty, gguf_file=str(path))
+    return _from_file(AutoConfig, path)

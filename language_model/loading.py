@@ -14,7 +14,6 @@ import torch
 import transformers
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from peft import PeftModel
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,26 +23,18 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.core_model_loading import revert_weight_conversion
 
 from language_model.gguf_files import GgufFile
 from language_model.saved_adapters import SavedAdapter
+from language_model.weight_names import tied_weights
 from utils import InputError, first_line
-
-logger = logging.getLogger(__name__)
 
 # What MeZO and HiZOO use; a model with fewer positions uses all of them.
 DEFAULT_MAX_LENGTH = 2048
 
 
 def choose_dtype(load_float16: bool, load_bfloat16: bool) -> torch.dtype:
-    """Return the dtype of the weights: float32 unless one of the flags asks for another.
-
-    Raises:
-        InputError: both are set.
-    """
-    if load_float16 and load_bfloat16:
-        raise InputError("--load_float16 and --load_bfloat16 exclude each other: give one")
+    """Return the dtype of the weights: float32 unless one of the flags asks for another."""
     if load_float16:
         return torch.float16
     return torch.bfloat16 if load_bfloat16 else torch.float32
@@ -60,7 +51,7 @@ def load_model(
 
     Args:
         name: a Hub id, a local directory or a GGUF file, of a model or of an adapter, which is
-            loaded with the model that it belongs to.
+            loaded with its base model.
         dtype: of the weights.
         quantised_bits: 8 or 4 (NF4) bits a weight, by bitsandbytes; needs a GPU.
         auto_device: spread the model over the GPUs there are, if any. Otherwise, and in a run of
@@ -83,36 +74,31 @@ def load_model(
     several_processes = int(os.environ.get("WORLD_SIZE", "1")) > 1
     spread = auto_device and torch.cuda.is_available() and not several_processes
     device_map = "auto" if spread else None
-    try:
-        with _without_report():
-            if gguf:
-                model, found = gguf.load(dtype, device_map)
-            else:
-                model, found = AutoModelForCausalLM.from_pretrained(
-                    base,
-                    dtype=dtype,
-                    device_map=device_map,
-                    quantization_config=quantisation,
-                    trust_remote_code=trust_remote_code,
-                    output_loading_info=True,
-                    # What does not match is refused below, by name.
-                    ignore_mismatched_sizes=True,
-                )
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # pickle, tokenizers and others have errors of their own
-        raise _loading_error(base, "no causal language model there", error) from error
-    _check_nothing_is_drawn(base, model, found["missing_keys"], found["mismatched_keys"])
+    with _in_one_line(base, "no causal language model there"), _without_report():
+        if gguf:
+            model, found = gguf.load(dtype, device_map)
+        else:
+            model, found = AutoModelForCausalLM.from_pretrained(
+                base,
+                dtype=dtype,
+                device_map=device_map,
+                quantization_config=quantisation,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                # _check_weights_are_there names them.
+                ignore_mismatched_sizes=True,
+            )
+    _check_weights_are_there(base, model, found["missing_keys"], found["mismatched_keys"])
     return adapter.load(model) if adapter else model.eval()
 
 
-def _check_nothing_is_drawn(
+def _check_weights_are_there(
     name: str,
     model: PreTrainedModel,
     missing: Collection[str],
     mismatched: Collection[tuple[str, Sequence[int], Sequence[int]]],
 ) -> None:
-    """Refuse weights that transformers has drawn at random, as the head of a ``LlamaModel``."""
+    """Refuse weights that transformers has initialised at random, as the head of a LlamaModel."""
     for weight, there, here in sorted(mismatched):
         raise InputError(
             f"--model_name {name}: {weight} is {tuple(there)} in its files and {tuple(here)} by "
@@ -129,7 +115,7 @@ def _check_nothing_is_drawn(
 
 @contextlib.contextmanager
 def _without_report() -> Iterator[None]:
-    """Keep transformers' table of missing and unexpected weights from the user."""
+    """Hide transformers' table of missing and unexpected weights."""
     reporting = logging.getLogger("transformers.modeling_utils")
 
     def is_no_report(record: logging.LogRecord) -> bool:
@@ -143,7 +129,7 @@ def _without_report() -> Iterator[None]:
 
 
 def quantisation_of(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Return what bitsandbytes is told for 8-bit or 4-bit (NF4) weights.
+    """Return bitsandbytes' settings for 8-bit or 4-bit (NF4) weights.
 
     Raises:
         InputError: there is no CUDA GPU, or no bitsandbytes.
@@ -163,12 +149,15 @@ def quantisation_of(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
+# ------------------------------------------------------------------- configuration and tokenizer
+
+
 def load_config_and_tokenizer(
     name: str, trust_remote_code: bool = False
 ) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
-    """Load a model's configuration and its own tokenizer, without its weights.
+    """Load a model's configuration and tokenizer, without its weights.
 
-    For an adapter they are its model's, the tokenizer its own if it was saved with one.
+    An adapter has its base model's, but may have a tokenizer of its own.
 
     Raises:
         InputError: as ``load_model``.
@@ -176,16 +165,14 @@ def load_config_and_tokenizer(
     config = load_config(name, trust_remote_code)
     adapter = SavedAdapter.find(name)
     own = adapter is None or (adapter.folder / "tokenizer_config.json").is_file()
-    place = name if own else adapter.base
-    gguf = GgufFile.find(place)
-    try:
+    source = name if own else adapter.base
+    gguf = GgufFile.find(source)
+    with _in_one_line(source, "no tokenizer there that can be read"):
         tokenizer = (
             gguf.tokenizer()
             if gguf
-            else AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+            else AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         )
-    except Exception as error:
-        raise _loading_error(place, "no tokenizer there that can be read", error) from error
     if any(kind.endswith("ForMaskedLM") for kind in config.architectures or ()):
         raise InputError(
             f"--model_name {name}: {config.architectures[0]} is no causal language model; give one "
@@ -200,7 +187,7 @@ def load_config_and_tokenizer(
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Load the configuration of a model, for an adapter that of its model.
+    """Load the configuration of a model, or of an adapter's base model.
 
     Raises:
         InputError: there is none, or it is damaged.
@@ -213,16 +200,14 @@ def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
         raise InputError(
             f"--model_name {base}: this folder holds no model, config.json is missing{way_out}"
         )
-    try:
+    with _in_one_line(base, "no causal language model there"):
         if gguf:
             return gguf.config()
         return AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise _loading_error(base, "no causal language model there", error) from error
 
 
 def _base_of(name: str) -> str:
-    """Return the model that an adapter belongs to, or the model itself."""
+    """Return the base model of an adapter, or the model itself."""
     adapter = SavedAdapter.find(name)
     return adapter.base if adapter else name
 
@@ -230,8 +215,8 @@ def _base_of(name: str) -> str:
 def saved_dtype(name: str, trust_remote_code: bool = False) -> torch.dtype | None:
     """Return the dtype that a model's weights were saved in; None if its configuration says none.
 
-    Only the configuration is read. An adapter's weights are float32; this is its model's dtype.
-    Quantised weights of a GGUF file count as bfloat16.
+    Only the configuration is read, an adapter's base model's. Quantised weights of a GGUF file
+    count as bfloat16.
 
     Raises:
         InputError: as ``load_config``.
@@ -267,53 +252,32 @@ def choose_max_length(requested: int | None, config: object) -> int:
     return requested
 
 
-def tied_weights(model: PreTrainedModel) -> set[str]:
-    """Return the names of the weights that are the same tensor as another weight."""
-    return set(getattr(model, "all_tied_weights_keys", None) or ())
+# ---------------------------------------------------------------------------------- what is said
 
 
-def saved_names(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return the model's tensors, without values, under the names that ``save_pretrained`` gives.
-
-    transformers loads some families under other names than their files have (GPT-NeoX's head).
-    """
-    without_values = {
-        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-        for name, tensor in model.state_dict(keep_vars=True).items()
-    }
-    return revert_weight_conversion(model, without_values)
-
-
-def load_renamed_weights(model: nn.Module, folder: Path) -> bool:
-    """Load a checkpoint's weights if its names are not the model's own; tell whether they are not.
-
-    ``load_state_dict``, by which the Trainer goes on from a checkpoint, would leave them out.
-    """
-    if not isinstance(model, PreTrainedModel) or saved_names(model).keys() <= set(
-        model.state_dict()
-    ):
-        return False
-    saved = type(model).from_pretrained(folder, config=model.config, dtype=model.dtype)
-    model.load_state_dict(saved.state_dict())
-    return True
-
-
-def _loading_error(name: str, what: str, error: Exception) -> InputError:
-    reason = first_line(error)
-    if isinstance(error, pickle.UnpicklingError):
-        reason = "its pickle holds more than tensors, and nothing in it is run; save it again"
-    elif not isinstance(error, OSError | ValueError):
-        # A message as of KeyError says little without its kind.
-        reason = f"{type(error).__name__}: {reason}"
-    way_out = "give a Hub id, or a local directory with config.json, weights and tokenizer"
-    if Path(name).is_file():
-        what = "transformers cannot load this GGUF file"
-        way_out = "give a whole one of a model that it knows, or a Hub id or a local directory"
-    return InputError(f"--model_name {name}: {what} ({reason}); {way_out}")
+@contextlib.contextmanager
+def _in_one_line(name: str, what: str) -> Iterator[None]:
+    """Turn whatever a library raises over a model's files into one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # pickle, tokenizers and others have errors of their own
+        reason = first_line(error)
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "its pickle holds more than tensors, and nothing in it is run; save it again"
+        elif not isinstance(error, OSError | ValueError):
+            # The message of a KeyError says little without its type.
+            reason = f"{type(error).__name__}: {reason}"
+        way_out = "give a Hub id, or a local directory with config.json, weights and tokenizer"
+        if Path(name).is_file():
+            what = "transformers cannot load this GGUF file"
+            way_out = "give a whole one of a model that it knows, or a Hub id or a local directory"
+        raise InputError(f"--model_name {name}: {what} ({reason}); {way_out}") from error
 
 
 def leave_out_loading_bars() -> None:
-    """Show no bar for reading and writing weight files; downloads and our own bars stay."""
+    """Hide the bars of reading and writing weight files; downloads and our own bars stay."""
     downloads_are_shown = not are_progress_bars_disabled()
     transformers.utils.logging.disable_progress_bar()
     if downloads_are_shown:

@@ -1,4 +1,4 @@
-"""What is said where a model's dtype does not hold its numbers."""
+"""What to tell a user whose model's numbers are not finite."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class NotFinite(InputError):
 
 
 def not_finite(what: str, model: nn.Module) -> NotFinite:
-    """Return the error to raise; ``what`` says which numbers of the model are not finite."""
+    """Return the error to raise; ``what`` names the numbers that are not finite."""
     dtype = without_adapter(model).dtype
     remedy = (
         "its weights are damaged, or were trained with too large a step; load other weights, or "
@@ -32,7 +32,7 @@ def not_finite(what: str, model: nn.Module) -> NotFinite:
 
 
 def advice_for_losses(model: nn.Module, from_the_start: bool) -> str:
-    """Return what to change where training has no finite loss, or had none from the first step."""
+    """Return what to change where training meets losses that are not finite."""
     remedy = "lower --learning_rate or --zo_eps"
     if from_the_start and without_adapter(model).dtype == torch.float16:
         return f"{OVERFLOW}, or {remedy}"

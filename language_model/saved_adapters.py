@@ -1,6 +1,6 @@
 """Adapters in folders of their own, as a LoRA or prefix-tuning run saves them: found and loaded.
 
-Such a folder has the adapter's weights and the name of the model that they belong to.
+Such a folder has the adapter's weights and the name of the base model, whose weights it lacks.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ class SavedAdapter:
 
     @property
     def base(self) -> str:
-        """The model that the adapter belongs to: a folder, a GGUF file, or a Hub id.
+        """The base model: a folder, a GGUF file, or a Hub id.
 
-        A relative path is looked for below this folder first, as it was when the adapter was saved,
-        then below the folders that hold the adapter.
+        A relative path is looked up below the working directory, where it was when the adapter was
+        saved, then below the folders that hold the adapter.
         """
         name = self.config.base_model_name_or_path or ""
-        for place in (Path(), *self.folder.absolute().parents):
-            path = place / name
+        for parent in (Path(), *self.folder.absolute().parents):
+            path = parent / name
             if name and (path.is_dir() or (path.suffix == ".gguf" and path.is_file())):
                 return str(path)
         return name
@@ -83,7 +83,7 @@ class SavedAdapter:
         """The values of run.py's arguments that the adapter was made with."""
         if isinstance(self.config, LoraConfig):
             return {"lora_r": self.config.r, "lora_alpha": self.config.lora_alpha}
-        return {"num_prefix": self.config.num_virtual_tokens, "no_reparam": not self.has_network}
+        return {"num_prefix": self.num_prefix, "no_reparam": not self.has_network}
 
     @property
     def has_network(self) -> bool:
@@ -92,7 +92,7 @@ class SavedAdapter:
 
     @property
     def num_prefix(self) -> int:
-        """How many tokens stand before every text."""
+        """How many tokens come before every text."""
         return getattr(self.config, "num_virtual_tokens", 0)
 
     def load(self, model: PreTrainedModel) -> PeftModel:
@@ -110,10 +110,8 @@ class SavedAdapter:
         try:
             with without_future_warnings():
                 adapted = kind(model, config)
-                loaded = adapted.load_adapter(
-                    str(self.folder), adapted.active_adapter, is_trainable=True
-                )
-            missing = loaded.missing_keys
+                name = adapted.active_adapter
+                missing = adapted.load_adapter(str(self.folder), name, is_trainable=True)[0]
         except Exception as error:  # whatever damaged files, and another model's, lead to
             raise self._unfit(first_line(error)) from error
         if missing:
@@ -128,29 +126,22 @@ class SavedAdapter:
 
 
 def sums_of_weights(name: str) -> dict[str, str]:
-    """Return the SHA-256 sums of the files with a model's weights, an adapter's and those below it.
+    """Return the SHA-256 sums of the files with a model's weights, and its base model's.
 
     Args:
-        name: a Hub id, a local directory or a GGUF file. Of the Hub the sums are those that its
-            cache names files by, and files without one are left out.
+        name: a Hub id, a local directory or a GGUF file.
     """
-    path = Path(name)
     adapter = SavedAdapter.find(name)
     below = sums_of_weights(adapter.base) if adapter else {}
-    if path.is_file():
-        files = [path]
-    elif path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in WEIGHTS)
-    else:
-        blobs = {file.name: file.resolve().name for file in cached_files(name)}
-        return {file: blob for file, blob in blobs.items() if re.fullmatch("[0-9a-f]{64}", blob)}
-    return below | dict(zip((file.name for file in files), sha256_of(files), strict=True))
-
-
-def cached_files(name: str) -> list[Path]:
-    """Return the files with weights that the Hub's cache has of a model."""
-    try:
-        folder = Path(snapshot_download(name, local_files_only=True))
-    except (OSError, ValueError):  # a cache of another kind, or none
-        return []
-    return sorted(file for file in folder.iterdir() if file.suffix in WEIGHTS)
+    path = Path(name)
+    if not path.exists():
+        try:
+            path = Path(snapshot_download(name, local_files_only=True))
+        except (OSError, ValueError):  # a cache of another kind, or none
+            return below
+    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in WEIGHTS)
+    # The Hub's cache names large files by their sums.
+    sums = {file.name: file.resolve().name for file in files}
+    unknown = [file for file in files if not re.fullmatch("[0-9a-f]{64}", sums[file.name])]
+    read = zip((file.name for file in unknown), sha256_of(unknown), strict=True)
+    return below | sums | dict(read)

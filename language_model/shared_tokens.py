@@ -1,7 +1,4 @@
-"""Tokens that several texts begin with: whether a model may read them once, and what it then keeps.
-
-What it keeps are keys and values, those of prefix-tuning among them.
-"""
+"""Tokens that several texts begin with: whether a model may read them once, and their cache."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from language_model.adapters import KeysAndValues, prefix_length, prefix_of, without_adapter
@@ -28,12 +25,12 @@ SHORTEST_PREFIX = 16
 def can_share_prompt(model: PreTrainedModel, length: int) -> bool:
     """Tell whether the options of an example may share their prompt's tokens in one sequence.
 
-    ``length`` is that of the longest text. It takes attention that reads a 4-D mask, and nothing
-    else that mixes tokens: a recurrent layer or a convolution would carry one option into the next.
-    Where a window slides over the keys, the mask would have to slide with it: texts that are longer
-    than the window go one option at a time.
+    ``length`` is that of the longest text. Sharing needs attention that takes a 4-D mask, and
+    nothing else that mixes tokens: a recurrent layer or a convolution would carry one option into
+    the next. A sliding window would have to slide in the mask too: texts longer than the window go
+    one option at a time.
     """
-    config = without_adapter(model).config.get_text_config(decoder=True)
+    config = _config(model)
     reason = why_not_attention_alone(model)
     if reason is None and config._attn_implementation not in ("sdpa", "eager"):
         reason = f"attention implementation {config._attn_implementation}"
@@ -47,26 +44,24 @@ def can_share_prompt(model: PreTrainedModel, length: int) -> bool:
 
 def fits_window(model: PreTrainedModel, length: int) -> bool:
     """Tell whether all layers see a whole text of ``length`` tokens and the prefix before it."""
-    config = without_adapter(model).config.get_text_config(decoder=True)
-    window = getattr(config, "sliding_window", None)
+    window = getattr(_config(model), "sliding_window", None)
     return not window or length + prefix_length(model) <= window
 
 
 def why_not_attention_alone(model: PreTrainedModel) -> str | None:
-    """Return why a mask and position ids do not decide alone what a token sees; None if they do.
+    """Return why mask and position ids alone do not decide what a token sees; None if they do.
 
-    Padding on the left then changes the text behind it.
+    Where they do not, padding on the left changes the text behind it.
     """
-    model = without_adapter(model)
-    config = model.config.get_text_config(decoder=True)
-    layers = set(getattr(config, "layer_types", None) or ())
+    layers = set(getattr(_config(model), "layer_types", None) or ())
     other_layers = layers - {"full_attention", "sliding_attention"}
-    if not getattr(model, "_supports_attention_backend", False):
-        return f"{type(model).__name__} does not take a 4-D attention mask"
+    kind = type(without_adapter(model)).__name__
+    if not getattr(without_adapter(model), "_supports_attention_backend", False):
+        return f"{kind} does not take a 4-D attention mask"
     if other_layers:
         return f"it has layers of type {', '.join(sorted(other_layers))}"
     if first_position(model):
-        return f"{type(model).__name__} counts positions from its padding token"
+        return f"{kind} counts positions from its padding token"
     return None
 
 
@@ -77,6 +72,10 @@ def first_position(model: PreTrainedModel) -> int:
         if "position" in name and padding is not None:
             return padding + 1
     return 0
+
+
+def _config(model: PreTrainedModel) -> PreTrainedConfig:
+    return without_adapter(model).config.get_text_config(decoder=True)
 
 
 @functools.cache
@@ -102,15 +101,16 @@ class ReadPrefix:
     @classmethod
     def read(cls, model: PreTrainedModel, tokens: Sequence[int]) -> ReadPrefix:
         """Run the model on the tokens, once."""
-        layers = prefix_of(model)
-        if tokens:
-            output = without_adapter(model)(
-                input_ids=torch.tensor([tokens], device=model.device),
-                past_key_values=cache_of(layers),
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            layers = tuple((layer.keys, layer.values) for layer in output.past_key_values.layers)
+        prefix = cls((), prefix_of(model))
+        if not tokens:
+            return prefix
+        output = without_adapter(model)(
+            input_ids=torch.tensor([tokens], device=model.device),
+            past_key_values=prefix.cache(),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        layers = tuple((layer.keys, layer.values) for layer in output.past_key_values.layers)
         return cls(tuple(tokens), layers)
 
     @property
@@ -119,8 +119,13 @@ class ReadPrefix:
         return self.layers[0][0].shape[2] - len(self.tokens) if self.layers else 0
 
     def cache(self, rows: int = 1, room: int = 0) -> DynamicCache:
-        """Return a new cache that forward passes of so many rows may extend; see ``cache_of``."""
-        return cache_of(self.layers, rows, room)
+        """Return a new cache with the same keys and values in every row, and room for more."""
+        cache = DynamicCache()
+        if room:
+            cache.layer_class_to_replicate = functools.partial(LayerWithRoom, room)
+        for number, layer in enumerate(self.layers):
+            cache.update(*(part.expand(rows, *part.shape[1:]) for part in layer), number)
+        return cache
 
 
 class LayerWithRoom(DynamicLayer):
@@ -132,7 +137,7 @@ class LayerWithRoom(DynamicLayer):
     def __init__(self, room: int) -> None:
         super().__init__()
         self.room = room
-        self.places: tuple[Tensor, Tensor] | None = None
+        self.buffers: list[Tensor] = []
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -140,32 +145,19 @@ class LayerWithRoom(DynamicLayer):
         """Append keys and values, (rows, heads, tokens, head size); return all of them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start = self.get_seq_length()
+        new, start = (key_states, value_states), self.get_seq_length()
         end = start + key_states.shape[-2]
-        if self.places is None or self.places[0].shape[-2] < end:
+        if not self.buffers or self.buffers[0].shape[-2] < end:
             old = self.keys, self.values
-            shape = (*key_states.shape[:-2], end + self.room)
-            self.places = tuple(
-                new.new_empty((*shape, new.shape[-1])) for new in (key_states, value_states)
-            )
+            size = end + self.room
+            self.buffers = [n.new_empty((*n.shape[:-2], size, n.shape[-1])) for n in new]
             if start:
-                for place, values in zip(self.places, old, strict=True):
-                    place[..., :start, :] = values
-        for place, values in zip(self.places, (key_states, value_states), strict=True):
-            place[..., start:end, :] = values
-        self.keys, self.values = (place[..., :end, :] for place in self.places)
+                for buffer, values in zip(self.buffers, old, strict=True):
+                    buffer[..., :start, :] = values
+        for buffer, values in zip(self.buffers, new, strict=True):
+            buffer[..., start:end, :] = values
+        self.keys, self.values = (buffer[..., :end, :] for buffer in self.buffers)
         return self.keys, self.values
-
-
-def cache_of(layers: KeysAndValues, rows: int = 1, room: int = 0) -> DynamicCache:
-    """Return a cache with the same keys and values in every row, and room for further tokens."""
-    cache = DynamicCache()
-    if room:
-        cache.layer_class_to_replicate = functools.partial(LayerWithRoom, room)
-    for number, (keys, values) in enumerate(layers):
-        of_rows = (part.expand((rows, *part.shape[1:])) for part in (keys, values))
-        cache.update(*of_rows, number)
-    return cache
 
 
 def read_shared_prefix(

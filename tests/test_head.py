@@ -32,8 +32,9 @@ from language_model.head import (
     head_is_tied,
     untie_head,
 )
-from language_model.loading import load_model, tied_weights
+from language_model.loading import load_model
 from language_model.prediction import predict
+from language_model.weight_names import tied_weights
 from task_data.sampling import permutation_subset, sample_train_dev
 from tasks import get_task, load_samples
 from training.checkpoints import saved_shapes

@@ -27,8 +27,8 @@ from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from language_model.adapters import adapter_file
-from language_model.loading import saved_names, tied_weights
 from language_model.manifest import MANIFEST, damage, missing_file, write_manifest
+from language_model.weight_names import saved_names, tied_weights
 from utils import InputError, NotWritten, first_line, write_json
 
 logger = logging.getLogger(__name__)

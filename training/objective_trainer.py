@@ -26,7 +26,6 @@ from transformers.trainer_utils import (
     TrainOutput,
 )
 
-from language_model.loading import load_renamed_weights, tied_weights
 from language_model.manifest import damage
 from language_model.objectives import (
     NegativeTextMetric,
@@ -35,6 +34,7 @@ from language_model.objectives import (
     negative_accuracy,
 )
 from language_model.tensor_parallel import load_parts, parts_of, whole_state_dict
+from language_model.weight_names import load_renamed_weights, tied_weights
 from training.callbacks import (
     Costs,
     LogLines,
