@@ -7,6 +7,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -121,36 +122,41 @@ def write_text_atomically(path: Path, text: str) -> None:
     Raises:
         NotWritten: the disk is full, or the place cannot be written to.
     """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        _replace_text(path, text)
-    except OSError as error:
-        raise NotWritten.of(path, error) from error
-
-
-def _replace_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # In JSON a replaced surrogate, of a file name that is no UTF-8, is an escape.
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    except OSError as error:
+        raise NotWritten.of(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):  # it is in its place, or was never made
+            temporary.unlink()
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write ``value`` as indented JSON, atomically."""
-    write_text_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write ``value`` as indented JSON, atomically; NaN and infinity become null."""
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+    write_text_atomically(path, text + "\n")
 
 
 def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line, atomically."""
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_text_atomically(path, "".join(lines))
+    """Write one JSON object a line, atomically; NaN and infinity become null."""
+    lines = (json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) for row in rows)
+    write_text_atomically(path, "".join(f"{line}\n" for line in lines))
+
+
+def _finite(value: Any) -> Any:
+    """Return what JSON can hold: None for numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @functools.cache
@@ -163,7 +169,7 @@ def leave_process_group_at_exit() -> None:
 
 
 def fingerprint(paths: Iterable[Path]) -> str:
-    """Return the SHA-256 of files' contents, in their order; of large files it takes samples."""
+    """Return the SHA-256 of files' contents, in their order; large files are sampled."""
     digest = hashlib.sha256()
     for path in paths:
         size = path.stat().st_size
@@ -176,12 +182,6 @@ def fingerprint(paths: Iterable[Path]) -> str:
                 file.seek(start)
                 digest.update(file.read(SAMPLE_SIZE))
     return digest.hexdigest()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def new_figure(path: Path, size: tuple[float, float]) -> Figure:
