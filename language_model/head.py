@@ -1,8 +1,8 @@
 """Training the language-model head alone: untying, head tuning, and linear probing.
 
-Linear probing fits the head by logistic regression on hidden states that never change (Kumar et al.
-2022, arXiv 2202.10054; for language models MeZO, Malladi et al. 2023, arXiv 2305.17333): one
-forward pass over the examples, no steps.
+Linear probing fits the head by logistic regression on hidden states (Kumar et al. 2022, arXiv
+2202.10054; for language models MeZO, Malladi et al. 2023, arXiv 2305.17333): one forward pass over
+the examples, no steps.
 """
 
 from __future__ import annotations
@@ -64,8 +64,7 @@ def head_is_tied(model: PreTrainedModel) -> bool:
 def untie_head(model: PreTrainedModel) -> None:
     """Give the head a weight of its own, for good: files that the model is saved to hold both.
 
-    Values and logits stay as they are. Nothing happens to a model whose head is its own. An
-    optimizer made before keeps the old weight: untie first.
+    Logits do not change. An optimizer made before keeps the old weight: untie first.
 
     Raises:
         InputError: the head is of no known shape, or further weights of the model are tied, which
@@ -87,7 +86,7 @@ def untie_head(model: PreTrainedModel) -> None:
         setattr(head, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            # Loading goes by the configuration, saving by the other two.
+            # Loading reads the configuration, saving the other two.
             module.config.tie_word_embeddings = False
             module._tied_weights_keys = {}
             module.all_tied_weights_keys = {}
@@ -133,16 +132,15 @@ def fit_head(
 
     Every scored token of an answer is a row: the hidden state that predicts it, and the token as
     its class. The fitted coefficients become the head's rows of these tokens (and the entries of
-    its bias, if it has one), so that the softmax over the fitted tokens' logits is the classifier's
-    probability. All other rows stay, and so do the embeddings: a tied head is untied.
+    its bias, if it has one): the softmax over their logits is the classifier's probability. All
+    other rows stay, and so do the embeddings: a tied head is untied.
 
-    A model may scale or cap its logits behind the head (Cohere's ``logit_scale``, Gemma 2's
-    ``final_logit_softcapping``). That is monotonic: the order of the fitted tokens, and with it the
-    answer among options of one token, is still the classifier's; the probabilities are not.
-    The scores of longer options also depend on the logits of tokens that no answer has.
+    A model may scale or cap its logits behind the head (Cohere, Gemma 2): the order of the fitted
+    tokens is still the classifier's, the probabilities are not. Scores of longer options also
+    depend on the logits of tokens that no answer has.
 
     The regularisation is scikit-learn's default, C = 1. MeZO's code chooses C by cross-validation,
-    for which each token has to be in several answers: with generated answers few are.
+    which needs each token in several answers: few generated answers share theirs.
 
     In a run of several processes each one fits its own copy of the model, to all examples.
 
@@ -153,7 +151,7 @@ def fit_head(
             (``Encoder.correct_option``).
         batch_size: examples in a forward pass, at most.
         early_stopping: stop the solver sooner (``EARLY_STOPPING``), against overfitting.
-        progress: what the progress bar says.
+        progress: label of the progress bar.
 
     Raises:
         InputError: all answers are of the same token, or the model's head cannot be fitted or
@@ -196,25 +194,15 @@ def answer_features(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return what the head reads where it predicts each scored token, and the tokens.
 
-    Args:
-        model: a causal language model; left in evaluation mode.
-        examples: with one option each.
-        batch_size: examples in a forward pass, at most.
-        progress: what the progress bar says.
-
     Returns:
         The features, (scored tokens, hidden) in float32 whatever the model's dtype, and the token
-        ids, (scored tokens,), in the order of the examples, whatever the batches.
+        ids, (scored tokens,), in the order of the examples, which have one option each.
     """
     model.eval()
-    lengths = []
-    for example in examples:
-        (option,) = example.options
-        lengths.append(len(option.tokens))
+    lengths = [len(option.tokens) for example in examples for option in example.options]
     share_rows = can_share_prompt(model, max(lengths))
-    features: list[Tensor] = [torch.empty(0)] * len(examples)
-    targets: list[Tensor] = [torch.empty(0)] * len(examples)
     read: list[Tensor] = []
+    found: dict[int, tuple[Tensor, Tensor]] = {}
 
     def keep_input(_: nn.Module, arguments: tuple[Any, ...], __: Tensor) -> None:
         # Scoring has cut the input down to the predicting positions: (scored tokens, hidden).
@@ -223,19 +211,18 @@ def answer_features(
     def read_batch(indices: list[int]) -> None:
         read.clear()
         batch = collate([examples[index] for index in indices], share_prompt=share_rows)
-        token_log_probabilities(
-            model, {name: tensor.to(model.device) for name, tensor in batch.items()}
-        )
+        on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        token_log_probabilities(model, on_device)
         counts = torch.bincount(batch["read_options"]).tolist()
-        parts = zip(read[0].split(counts), batch["targets"].split(counts), strict=True)
-        for index, (rows, tokens) in zip(indices, parts, strict=True):
-            features[index], targets[index] = rows, tokens
+        rows = zip(read[0].split(counts), batch["targets"].split(counts), strict=True)
+        found.update(zip(indices, rows, strict=True))
 
     hook = model.get_output_embeddings().register_forward_hook(keep_input)
     try:
         run_in_batches(read_batch, len(examples), lengths.__getitem__, batch_size, progress)
     finally:
         hook.remove()
+    features, targets = zip(*(found[index] for index in range(len(examples))), strict=True)
     return torch.cat(features).numpy(), torch.cat(targets).numpy()
 
 
