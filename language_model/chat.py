@@ -1,7 +1,7 @@
-"""Texts as a conversation, in the form that an instruct model was trained on (chat templates).
+"""Texts as a conversation, in the format that an instruct model was trained on (chat template).
 
-The prompt is what a user says, the answer what the assistant says; demonstrations are turns before
-them. That is how lm-evaluation-harness does it (--apply_chat_template, demonstrations as turns).
+The user says the prompt, the assistant the answer; demonstrations are earlier turns, as in
+lm-evaluation-harness (--apply_chat_template --fewshot_as_multiturn).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from utils import InputError, one_line
 
 Message = dict[str, str]
 
-# Stands for an answer, to find what a template puts behind one.
+# An answer, to find what a template appends to one.
 ANSWER = "ANSWER"
 
 
@@ -26,17 +26,17 @@ class Chat:
 
     Attributes:
         tokenizer: the model's own.
-        system_prompt: what the system says before everything; None: what the template itself says.
+        system_prompt: what the system says first; None: what the template itself says.
     """
 
     tokenizer: PreTrainedTokenizerBase
     system_prompt: str | None = None
 
     def check(self, model_name: str) -> None:
-        """Refuse a tokenizer without a template, or one that does not take the system prompt.
+        """Check the template.
 
         Raises:
-            InputError: says so.
+            InputError: the tokenizer has none, or it refuses the system prompt.
         """
         if not self.tokenizer.chat_template:
             raise InputError(
@@ -54,23 +54,22 @@ class Chat:
 
     def text(self, messages: Sequence[Message]) -> str:
         """Return a conversation, up to where the assistant's next answer begins."""
-        has_own = bool(messages) and messages[0]["role"] == "system"
-        said = self.system_prompt if not has_own else None
-        system = [{"role": "system", "content": said}] if said else []
+        if self.system_prompt and not (messages and messages[0]["role"] == "system"):
+            messages = [{"role": "system", "content": self.system_prompt}, *messages]
         return self.tokenizer.apply_chat_template(
-            [*system, *messages], tokenize=False, add_generation_prompt=True
+            messages, tokenize=False, add_generation_prompt=True
         )
 
     @functools.cached_property
     def end_of_answer(self) -> str:
-        """What the template puts behind an answer, without spaces and newlines around it."""
+        """What the template appends to an answer, stripped."""
         whole = self.tokenizer.apply_chat_template(
             [user("question"), assistant(ANSWER)], tokenize=False, add_generation_prompt=False
         )
         return whole.rpartition(ANSWER)[2].strip()
 
     def tokens(self, text: str) -> list[int]:
-        """Return the tokens of a conversation; the template brings its own start token."""
+        """Return the tokens of a conversation; the template has its own start token."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
 

@@ -1,7 +1,7 @@
 """Samples to tokens: demonstrations, prompt and option as one text, cut to the model's length.
 
-The rules are MeZO's (Malladi et al. 2023, arXiv 2305.17333), so that published numbers compare: how
-texts are joined and stripped, which tokens are scored, and what is cut.
+How texts are joined and stripped, which tokens are scored, and what is cut follows MeZO (Malladi et
+al. 2023, arXiv 2305.17333), so that published numbers compare.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class EncodedOption:
 class EncodedExample:
     """All options of an example, in the task's order, and the indices of the correct ones.
 
-    ``correct`` is trained on; evaluation counts ``also_correct`` too. Where no option is correct,
-    as in some rows of ReCoRD, it is ``NONE_CORRECT``.
+    Training uses ``correct``; evaluation counts ``also_correct`` too. ``correct`` is
+    ``NONE_CORRECT`` where no option is, as in some rows of ReCoRD.
     """
 
     options: tuple[EncodedOption, ...]
@@ -53,10 +53,10 @@ class Encoder:
     """Turns samples into tokens.
 
     Attributes:
-        max_length: tokens of a whole text at most, with those to be generated; a longer text loses
+        max_length: tokens of a whole text at most, generated ones included; a longer text loses
             tokens on the left, after its first.
-        max_new_tokens: room that a prompt for generation leaves.
-        chat: puts texts into the form of a conversation; None: they are as they are.
+        max_new_tokens: room that a prompt leaves for generated tokens.
+        chat: turns texts into a conversation; None: plain text.
     """
 
     task: Task
@@ -85,7 +85,7 @@ class Encoder:
         encoded = []
         for tokens, scored in pairs:
             if len(tokens) <= scored:
-                # No start-of-text token of its own, and no prompt: something has to come first.
+                # Neither prompt nor start token: something has to predict the first token.
                 tokens = [self._start_token(), *tokens]
             encoded.append(EncodedOption(self._cut(tokens, self.max_length), scored))
         right = [index for index, c in enumerate(candidates) if c in sample.correct]
@@ -95,14 +95,14 @@ class Encoder:
     def correct_option(self, sample: Sample, only_option: bool = True) -> EncodedExample:
         """Encode the correct answer alone, for language-model training.
 
-        With ``only_option`` False every token after the first is trained on, the prompt's too.
+        Without ``only_option`` training uses every token after the first, the prompt's too.
         """
         (option,) = self.options(sample, candidates=sample.correct[:1]).options
         scored = option.scored if only_option else len(option.tokens) - 1
         return EncodedExample((EncodedOption(option.tokens, scored),))
 
     def prompt(self, sample: Sample, demonstrations: Sequence[Sample] = ()) -> tuple[int, ...]:
-        """Encode the prompt that an answer is generated behind."""
+        """Encode the prompt of an answer that is generated."""
         prompt = self.task.prompt(sample)
         if self.chat:
             tokens = self.chat.tokens(self._conversation(prompt, sample, demonstrations))
@@ -114,7 +114,7 @@ class Encoder:
     def _plain(
         self, prompt: str, options: Sequence[str], demonstrations: Sequence[Sample]
     ) -> Iterator[tuple[list[int], int]]:
-        """Yield each option's tokens behind everything, and how many of them are scored."""
+        """Yield the tokens of the text with each option, and how many of them are scored."""
         before = self._demonstrations(demonstrations)
         prompt_length = len(self._tokens(prompt.strip(" ")))
         for option in options:
@@ -124,15 +124,11 @@ class Encoder:
             yield self._tokens(self._whole_text(before, text)), scored
 
     def _turns(
-        self,
-        prompt: str,
-        options: Sequence[str],
-        sample: Sample,
-        demonstrations: Sequence[Sample],
+        self, prompt: str, options: Sequence[str], sample: Sample, demonstrations: Sequence[Sample]
     ) -> Iterator[tuple[list[int], int]]:
         """Yield the same of a conversation, in which an option is the assistant's answer.
 
-        An answer that is generated ends as the template ends it.
+        Answers of generation tasks end as the template ends them.
         """
         opening = self._conversation(prompt, sample, demonstrations)
         length = len(self.chat.tokens(opening))
@@ -168,9 +164,9 @@ class Encoder:
 
     @functools.cached_property
     def _appended(self) -> int:
-        """How many tokens the tokenizer puts behind every text, as with ``add_eos_token``.
+        """How many tokens the tokenizer appends to every text, as with ``add_eos_token``.
 
-        They would be scored in the option's place, and end a prompt before its answer.
+        They would be scored in place of the option, and would end a prompt before its answer.
         """
         text = "a"
         alone = self.tokenizer.encode(text, add_special_tokens=False)
@@ -184,9 +180,9 @@ class Encoder:
         token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         if token is None:
             raise InputError(
-                "the tokenizer has neither a start token (bos_token) nor an end token (eos_token), "
-                "and nothing else stands before an option whose prompt is empty: give another "
-                "model, or leave out --sfc"
+                "the tokenizer has neither a start token (bos_token) nor an end token (eos_token) "
+                "to put before an option whose prompt is empty: give another model, or leave out "
+                "--sfc"
             )
         return token
 
