@@ -62,6 +62,13 @@ DEFAULTS = (
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FIRST_ORDER_PASSES = 3
+NAMES = {
+    "mezo": "MeZO",
+    "hizoo": "HiZOO",
+    "curvature": "MeZO, LR=auto",
+    "fzoo": "FZOO",
+    "adamw": "AdamW",
+}
 Loss = Callable[[], Tensor]
 Step = Callable[[Loss], tuple[float, int]]
 
@@ -251,26 +258,35 @@ def table(runs: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def draw(runs: list[dict[str, Any]], path: Path) -> None:
+def label(method: str) -> str:
+    """Return a method as people say it."""
+    settings = settings_of(method)
+    words = [NAMES[settings["kind"]]]
+    words += [f"learning rate {settings['lr']:g}"] if "lr" in settings else []
+    words += [f"α {settings['alpha']:g}"] if settings.get("alpha") else []
+    return ", ".join(words)
+
+
+def draw(runs: list[dict[str, Any]], methods: Sequence[str], path: Path) -> None:
     """Draw dev loss and accuracy over forward passes: mean and standard error of the seeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     names = [name for name in ("loss", "accuracy") if runs[0]["curve"][0][name] is not None]
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        for method in dict.fromkeys(run["method"] for run in runs):
+        for method in methods:
             curves = [run["curve"] for run in runs if run["method"] == method]
             shortest = min(map(len, curves))
             passes = [row["passes"] for row in curves[0][:shortest]]
             values = torch.tensor([[row[name] for row in curve[:shortest]] for curve in curves])
             mean = values.mean(dim=0)
             error = values.std(dim=0, correction=int(len(curves) > 1)) / len(curves) ** 0.5
-            axes.plot(passes, mean, label=method, marker="o", markersize=3)
+            axes.plot(passes, mean, label=label(method), marker="o", markersize=3)
             axes.fill_between(passes, mean - error, mean + error, alpha=0.2, linewidth=0)
-        axes.set(xlabel="forward passes", ylabel=f"dev {name}")
+        axes.set(xlabel="forward passes (a backward pass counts as two)", ylabel=f"dev {name}")
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
 
 
@@ -308,7 +324,11 @@ def main() -> None:
                 write_json(arguments.output, {**shared, "runs": runs})
     print(table(runs))
     if arguments.plot:
-        draw(runs, arguments.plot)
+        draw(
+            runs,
+            arguments.methods or list(dict.fromkeys(r["method"] for r in runs)),
+            arguments.plot,
+        )
 
 
 if __name__ == "__main__":

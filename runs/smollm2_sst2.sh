@@ -12,10 +12,8 @@ compare() {
     python benchmarks/methods.py --model "${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}" \
         --task SST2 --data_dir "${DATA_DIR:-hub}" "$@"
 }
-compare --passes 400 --points 4 --output runs/smollm2_sst2.json \
-    --methods "curvature" "adamw lr=1e-5" "mezo lr=1e-6" "hizoo lr=1e-6 alpha=1e-6" "mezo lr=3e-5"
 compare --passes 400 --points 4 --output runs/smollm2_sst2.json --plot runs/smollm2_sst2.png \
-    --seeds 0 --methods "mezo lr=1e-5"
+    --methods "mezo lr=1e-6" "hizoo lr=1e-6 alpha=1e-6" "mezo lr=3e-5" "curvature" "adamw lr=1e-5"
 compare --passes 900 --points 9 --output runs/smollm2_sst2_900.json --methods "curvature"
 compare --passes 2100 --points 10 --output runs/smollm2_sst2_1000_steps.json \
     --methods "curvature every=10"
