@@ -21,22 +21,21 @@ def locked_places(files: Files, has_checkpoints: bool) -> Iterator[None]:
     """Lock what all runs write; the first process locks it for all.
 
     Raises:
-        InputError: a place cannot be written to, or another job has it.
+        InputError: places cannot be written to, or other jobs have them.
     """
     places = [("--output_dir", folder, True) for folder in files.folders if has_checkpoints]
     places += [("--result_file", files.result, False)]
     places += [("--predictions_file", path, False) for path in files.predictions]
     with contextlib.ExitStack() as stack:
-        refusal = None
-        if process_index() == 0:
+        refusals = []
+        for place in places if process_index() == 0 else ():
             try:
-                for place in places:
-                    stack.enter_context(locked(*place))
+                stack.enter_context(locked(*place))
             except InputError as error:
-                refusal = str(error)
-        (refusal,) = broadcast_object_list([refusal])
-        if refusal:
-            raise InputError(refusal)
+                refusals.append(str(error))
+        (refusals,) = broadcast_object_list([refusals])
+        if refusals:
+            raise InputError("; ".join(refusals))
         yield
 
 
@@ -77,7 +76,7 @@ def _held(what: str, path: Path) -> Iterator[None]:
             f"{what} is used by {holder or 'another run'}: wait for its end, or give another place"
         ) from error
     except OSError as error:  # it is another user's, or the folder is gone again
-        raise InputError(f"{what}: cannot lock {path} ({error.strerror}); remove it") from error
+        raise InputError(f"{what}: cannot lock {path} ({error.strerror})") from error
     try:
         with contextlib.suppress(OSError):  # on a full disk the lock holds without its words
             path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")

@@ -8,16 +8,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import IntervalStrategy
 
 from experiment.options import DataOptions, Options, TrainedWeights, TrainingOptions
-from experiment.preparation import Prepared
+from experiment.preparation import Prepared, choose_trained_weights
 from hizoo import RARELY
-from language_model.adapters import add_lora
 from language_model.encoding import Encoder
 from language_model.loading import load_config_and_tokenizer
 from task_data.sampling import ExampleSet
@@ -105,7 +104,8 @@ def make_plan(options: Options, prepared: Prepared) -> Plan:
     evaluated = _evaluated_samples(options, examples)
     task, generation = prepared.encoder.task, prepared.generation
     of_a_batch = 1 + (generation.max_new_tokens if task.generation else 0)
-    trained = _trained_parameters(options.weights, model, config) if options.training else 0
+    tokenizer = prepared.encoder.tokenizer
+    trained = _trained_parameters(model, options.weights, tokenizer) if in_steps else 0
     # Tokens that go through the model in all, a backward pass counting as two forward ones.
     shown = examples.demonstrations[0] if examples.demonstrations else []
     tokens = evaluated * mean_tokens(prepared.encoder, examples.evaluation, shown)
@@ -174,20 +174,12 @@ def _evaluated_samples(options: Options, examples: ExampleSet) -> int:
 
 
 def _trained_parameters(
-    weights: TrainedWeights, model: PreTrainedModel, config: PreTrainedConfig
+    model: PreTrainedModel, weights: TrainedWeights, tokenizer: PreTrainedTokenizerBase
 ) -> int:
-    """Return how many numbers are trained; of a prefix those that it becomes."""
-    if weights.mode in ("linear_probing", "head_tuning"):
-        return sum(p.numel() for p in model.get_output_embeddings().parameters())
-    if weights.mode == "prefix_tuning":
-        sizes = config.get_text_config()
-        heads = sizes.num_attention_heads
-        head_size = getattr(sizes, "head_dim", None) or sizes.hidden_size // heads
-        of_keys = (getattr(sizes, "num_key_value_heads", None) or heads) * head_size
-        return 2 * sizes.num_hidden_layers * of_keys * weights.num_prefix
-    if weights.mode == "lora":
-        with torch.device("meta"):
-            model = add_lora(model, weights.lora_r, weights.lora_alpha)
+    """Return how many numbers are trained."""
+    weights = replace(weights, prefix_init_by_real_act=False)  # that takes a forward pass
+    with torch.device("meta"):
+        model = choose_trained_weights(model, weights, tokenizer)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -195,7 +187,7 @@ def _memory(options: Options, parameters: int, trained: int) -> int:
     """Return the bytes of weights, and of h or of a gradient and AdamW's two means."""
     training, size = options.training, options.model.dtype.itemsize
     weights = parameters * (options.model.bits / 8 if options.model.bits else size)
-    if training is None or options.weights.mode == "linear_probing":
+    if not trained:
         return int(weights)
     settings = training.zeroth_order
     if settings is None:

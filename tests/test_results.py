@@ -251,7 +251,6 @@ def test_commit_of_a_folder(tmp_path: Path) -> None:
     ("arguments", "dtype"),
     [
         ({"load_float16": True}, "bfloat16"),
-        ({"load_bfloat16": True, "hessian_dtype": "float32"}, "float32"),
         ({"load_bfloat16": True, "hessian_smooth_type": "constant0"}, None),
     ],
 )
