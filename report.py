@@ -7,26 +7,29 @@ python report.py result/*.json --columns seed --format latex
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from command_line.arguments import parse_arguments
-from command_line.settings import changed_settings
-from experiment.results import USED, history, read_result
-from sweeps.tables import COLUMNS, FORMATS, FORMS, Loaded, Table
-from training.checkpoints import last_checkpoint, read_trainer_state
+from sweeps.results import (
+    RECORD,
+    Outcome,
+    name_data,
+    read_json,
+    read_outcomes,
+    read_record,
+    unfinished,
+)
+from sweeps.tables import COLUMNS, FORMATS, FORMS, Table
 from utils import InputError, check_writable, exit_code, write_text_atomically
 
-RECORD = "sweep.json"
-# Folders below those of results, with files of their own.
+# These folders hold JSON files that are no results.
 WITHOUT_RESULTS = ("checkpoint-", "slurm")
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Says in one line what is wrong."""
+    """Raises InputError where the command line is wrong."""
 
     def error(self, message: str) -> NoReturn:
         """Raise InputError."""
@@ -34,28 +37,22 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return what reads the command line."""
+    """Return the parser of the command line."""
     parser = OneLineParser(
         description=__doc__,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("places", nargs="+", type=Path, help="result files, and folders of them; of a sweep, too")
+    add("places", nargs="+", type=Path, help="result files, and folders of results or sweeps")
     add(
         "--columns",
         choices=COLUMNS,
         default="task",
         help="task (default): a column for each task, means over seeds. seed: one for each seed",
     )
-    add("--show", choices=FORMS, default="metric", help="what the cells are. Default: metric")
-    add(
-        "--also",
-        choices=FORMS,
-        nargs="+",
-        default=[],
-        help="further columns, over all runs of a row. Default: none",
-    )
+    add("--show", choices=FORMS, default="metric", help="what the cells show. Default: metric")
+    add("--also", choices=FORMS, nargs="+", default=[], help="further columns. Default: none")
     add("--percent", action="store_true", help="show metrics in percent. Default: fractions of 1")
     add("--format", choices=FORMATS, default="markdown", help="Default: markdown")
     add("--output", type=Path, help="file for the table. Default: it is printed")
@@ -63,95 +60,59 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def load(places: Sequence[Path]) -> tuple[list[Loaded], int]:
-    """Return the results in files and folders, those of running runs too, and how many are not.
+def load(places: Sequence[Path]) -> list[Outcome]:
+    """Return the runs of files and folders, those of sweeps even without a result.
 
     Raises:
         InputError: a place is not there, or holds no result.
     """
-    found: dict[Path, Loaded | None] = {}
+    found: dict[Path, list[Outcome]] = {}
     for place in places:
         if not place.exists():
             raise InputError(f"{place}: no such file or folder")
-        files = [place] if place.is_file() else sorted(_result_files(place))
-        before = len(found)
-        for file in files:
-            result = read_result(file)
-            if result:
-                found[file.resolve()] = Loaded(file, result)
-            elif place.is_file():
-                raise InputError(f"{file}: this is no result of a run")
-        if place.is_dir():
-            found |= _unfinished(place, found)
-            if not found or (len(found) == before and not files):
+        if place.is_file():
+            outcomes = {place: read_outcomes(place)}
+            if not outcomes[place]:
+                raise InputError(f"{place}: this is no result of a run")
+        else:
+            files = (p for p in sorted(place.rglob("*.json")) if not _is_internal(p, place))
+            outcomes = {file: runs for file in files if (runs := read_outcomes(file))}
+            for record in sorted(place.rglob(RECORD)):
+                for name, run in read_record(record.parent).items():
+                    path = record.parent / f"{name}.json"
+                    if path not in outcomes:
+                        outcomes[path] = [unfinished(path, run)]
+            if not outcomes:
                 raise InputError(f"{place}: there is no result of a run in it")
-    loaded = [part for each in found.values() if each for part in _sets(each)]
-    return loaded, sum(each is None or not each.is_finished for each in found.values())
+        found |= {path.resolve(): runs for path, runs in outcomes.items()}
+    return name_data([each for runs in found.values() for each in runs])
 
 
-def _result_files(folder: Path) -> Iterator[Path]:
-    for path in folder.rglob("*.json"):
-        inside = path.relative_to(folder).parts[:-1]
-        if not any(name.startswith(WITHOUT_RESULTS) for name in inside):
-            yield path
-
-
-def _sets(each: Loaded) -> Iterator[Loaded]:
-    """Yield the runs of several training sets one by one."""
-    for run in each.result.get("runs", [each.result]):
-        settings = {**each.settings, "train_set_seed": run.get("train_set_seed")}
-        yield Loaded(each.path, {**each.result, **run, "settings": settings}, each.is_finished)
-
-
-def _unfinished(folder: Path, found: Mapping[Path, Any]) -> dict[Path, Loaded | None]:
-    """Return the runs of sweeps in a folder that have no result yet; None: nothing saved."""
-    unfinished: dict[Path, Loaded | None] = {}
-    for record in sorted(folder.rglob(RECORD)):
-        for name, words in json.loads(record.read_text(encoding="utf-8"))["runs"].items():
-            path = record.parent / f"{name}.json"
-            if path.resolve() not in found:
-                unfinished[path.resolve()] = _running(record.parent / name, path, words)
-    return unfinished
-
-
-def _running(folder: Path, path: Path, words: Sequence[str]) -> Loaded | None:
-    """Return what the newest checkpoint of a run says of its course."""
-    checkpoint = last_checkpoint(folder)
-    state = read_trainer_state(checkpoint) if checkpoint else None
-    if not state:
-        return None
-    arguments = parse_arguments(words)
-    settings = changed_settings(arguments)
-    # What a result says in place of these is not known yet.
-    known = {n: v for n, v in settings.items() if n not in USED or v not in (None, "auto")}
-    result = {
-        "task": arguments.task.name,
-        "trainer": arguments.trainer,
-        "settings": known,
-        "history": history(state["log_history"], arguments.task.metric_name),
-    }
-    return Loaded(path, result, is_finished=False)
+def _is_internal(path: Path, folder: Path) -> bool:
+    return any(part.startswith(WITHOUT_RESULTS) for part in path.relative_to(folder).parts[:-1])
 
 
 def report(argv: Sequence[str]) -> None:
-    """Read the command line, and write its table and its picture."""
+    """Write the table and the picture that a command line asks for."""
     arguments = make_parser().parse_args(argv)
-    loaded, unfinished = load(arguments.places)
+    outcomes = load(arguments.places)
     for name in ("output", "plot"):
         if file := getattr(arguments, name):
             check_writable(f"--{name}", file)
-    table = Table.of(loaded, arguments.columns, arguments.show, arguments.also)
+            if "settings" in read_json(file) or file.name == RECORD:
+                raise InputError(f"--{name} {file}: this is a result; give another name")
+    table = Table.of(outcomes, arguments.columns, arguments.show, arguments.also, arguments.percent)
     if arguments.plot:
         from sweeps.curves import draw  # matplotlib takes a second to load
 
-        draw(loaded, arguments.plot)
-    text = FORMATS[arguments.format](table, arguments.percent)
+        draw(outcomes, arguments.plot)
+    text = FORMATS[arguments.format](table)
     if arguments.output:
         write_text_atomically(arguments.output, text)
     else:
         print(text, end="")
-    if unfinished:
-        print(f"{unfinished} runs have no result yet", file=sys.stderr)
+    if left := sum(not each.is_finished for each in outcomes):
+        print(f"{left} runs have no result yet", file=sys.stderr)
 
 
 def main(argv: Sequence[str]) -> int:

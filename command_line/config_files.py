@@ -13,6 +13,40 @@ from utils import InputError, first_line
 
 # YAML's words for nothing: the argument is left out.
 NOTHING = ("", "~", "null")
+DEEPEST = 20
+
+
+class Loader(yaml.BaseLoader):
+    """Reads every scalar as text; refuses names given twice, aliases, and deep nesting.
+
+    Aliases of aliases and thousands of nested lists would take all memory, or end in a traceback.
+    """
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Compose a node unless it is an alias or nested too deeply."""
+        mark = self.peek_event().start_mark
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(problem="aliases are not read", problem_mark=mark)
+        if self.depth > DEEPEST:
+            problem = f"nested more than {DEEPEST} times"
+            raise yaml.composer.ComposerError(problem=problem, problem_mark=mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
+        """Make a dictionary unless it has a name twice."""
+        names: set[str] = set()
+        for key, _ in node.value:
+            if str(key.value) in names:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key.value} is given twice", problem_mark=key.start_mark
+                )
+            names.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 class Entry(NamedTuple):
@@ -32,24 +66,23 @@ def read_yaml(path: Path) -> dict[str, Entry]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.BaseLoader)
-        values = yaml.load(text, yaml.BaseLoader)
+        root = yaml.compose(text, Loader)
+        values = yaml.load(text, Loader)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else f"{path}"
         problem = getattr(error, "problem", None) or first_line(error)
-        raise InputError(f"{place}: not YAML ({problem})") from error
+        if not isinstance(error, yaml.composer.ComposerError | yaml.constructor.ConstructorError):
+            problem = f"not YAML ({problem})"
+        raise InputError(f"{place}: {problem}") from error
     if not isinstance(values, dict) or not values:
         raise InputError(f"{path}: give arguments by name, as in learning_rate: 1e-6")
-    entries: dict[str, Entry] = {}
-    for key, _ in root.value:
-        place = f"{path}:{key.start_mark.line + 1}"
-        if key.value in entries:
-            raise InputError(f"{place}: {key.value} is given twice")
-        entries[key.value] = Entry(place, values[key.value])
-    return entries
+    return {
+        key.value: Entry(f"{path}:{key.start_mark.line + 1}", values[key.value])
+        for key, _ in root.value
+    }
 
 
 def typed(place: str, name: str, value: Any) -> str:

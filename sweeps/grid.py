@@ -1,11 +1,11 @@
-"""Which runs a grid has: lists multiply, and values that belong together are one.
+"""The runs of a grid: lists multiply, and values that belong together stay together.
 
-A grid is a YAML file, ``--NAME VALUES…`` on a command line, or both, where the command line wins:
+A grid is a YAML file, ``--NAME VALUES…`` on the command line, or both; the command line wins:
 
-    task_name: SST2                 # of every run
+    task_name: SST2                 # for every run
     learning_rate: [1e-6, 1e-7]     # two values
     seed: [0, 1]                    # times two
-    method:                         # times two; a name of your own, its entries belong together
+    method:                         # times two; a name of your own holds groups of arguments
       - {hessian_smooth_type: constant0}
       - {hessian_smooth_type: constant1e-8, hessian: lowrank}
 """
@@ -24,16 +24,16 @@ from typing import Any
 import yaml
 
 from command_line.arguments import OneLineParser, command_line
-from command_line.config_files import NOTHING, Entry, read_yaml, typed
+from command_line.config_files import NOTHING, Entry, Loader, read_yaml, typed
 from command_line.unknown import explain_unknown
 from utils import InputError
 
-# Arguments by their names, with their values as they are typed.
+# Values of arguments by name, as the user types them.
 Values = dict[str, str]
 
-# What a sweep gives every run itself.
+# The sweep sets these for every run.
 OF_THE_SWEEP = ("output_dir", "result_file", "tag", "predictions_file", "resume_from_checkpoint")
-# File systems allow 255 bytes; suffixes and a temporary file's name come on top.
+# File systems allow 255 bytes; a hash, a suffix and a temporary file's name are added.
 LONGEST_NAME = 150
 
 
@@ -42,14 +42,16 @@ class Run:
     """One run of a grid.
 
     Attributes:
-        name: of its files in the sweep's folder.
-        choice: what sets it apart from the grid's other runs.
-        words: its whole command line, but for the places of its files.
+        name: the stem of its files in the sweep's folder.
+        choice: its values of the grid's lists.
+        words: its command line without ``--output_dir`` and ``--result_file``.
+        given: the arguments in ``words``, parsed.
     """
 
     name: str
     choice: Values
     words: tuple[str, ...]
+    given: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ class Grid:
 
     Attributes:
         fixed: arguments of every run.
-        axes: by name, the choices of one list: each has one argument or those of a group.
-        further: words of a command line that come last.
+        axes: the choices of each list; a choice has one argument, or those of a group.
+        further: words that end every command line.
     """
 
     fixed: Values
@@ -67,28 +69,33 @@ class Grid:
     further: tuple[str, ...] = ()
 
     def runs(self) -> list[Run]:
-        """Return every run, in the order of the lists, the last of them changing fastest.
+        """Return every run; the last list changes fastest.
 
         Raises:
-            InputError: an argument is in two lists, or two runs are the same.
+            InputError: an argument is in two lists, two runs are the same, or a value is invalid.
         """
         self._check_axes()
-        runs: dict[tuple[str, ...], Run] = {}
+        runs: list[Run] = []
         for choices in itertools.product(*self.axes.values()):
             choice = {name: value for each in choices for name, value in each.items()}
+            name = name_of(choice)
             words = (*words_of(self.fixed | choice), *self.further)
-            if words in runs:
-                raise InputError(f"the grid has the same run twice: {words_of(choice)}")
-            runs[words] = Run("", choice, words)
-        names = _names([self._shown_choice(run.choice) for run in runs.values()])
-        return [
-            Run(name, run.choice, run.words) for name, run in zip(names, runs.values(), strict=True)
-        ]
+            try:
+                given = command_line().read(words)
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from error
+            # Parsed values are compared: 1e-4 and 0.0001 are the same run.
+            if any(run.given == given for run in runs):
+                raise InputError(f"the grid has the same run twice: {' '.join(words_of(choice))}")
+            if any(run.name == name for run in runs):
+                name = name_of(choice, hashed=True)
+            runs.append(Run(name, choice, words, given))
+        return runs
 
     def _check_axes(self) -> None:
         places: dict[str, str] = {}
         for axis, choices in self.axes.items():
-            for name in dict.fromkeys(name for choice in choices for name in choice):
+            for name in _names_in(choices):
                 if name in places:
                     raise InputError(
                         f"--{name} is in the grid twice, in {places[name]} and in {axis}: give it "
@@ -96,91 +103,100 @@ class Grid:
                     )
                 places[name] = axis
 
-    def _shown_choice(self, choice: Values) -> Values:
-        """Return what of a choice tells runs apart: nothing that is the same in all of its list."""
-        shown = {}
-        for choices in self.axes.values():
-            for name in dict.fromkeys(name for each in choices for name in each):
-                values = {each.get(name) for each in choices}
-                if name in choice and (len(values) > 1 or len(choices) == 1):
-                    shown[name] = choice[name]
-        return shown
-
 
 def read_grid(
     file: Path | None, lists: Mapping[str, Sequence[str]], further: Sequence[str]
 ) -> Grid:
-    """Read a grid: a file, lists of a command line, and arguments of every run.
+    """Read a grid from a file and the command line.
 
     Args:
-        file: in YAML; None: there is none.
-        lists: by name, the values of a command line; those in braces are groups.
-        further: arguments of run.py for every run. They replace the file's of the same name.
+        file: in YAML; None: no file.
+        lists: lists of the command line by name. They replace the file's.
+        further: arguments of run.py for every run. They replace the file's.
 
     Raises:
-        InputError: there is no such file or no such argument, a list is empty, or something is
-            given twice.
+        InputError: there is no such file or argument, or a list is empty or given twice.
     """
     parser = command_line()
-    grid = _sort_entries(parser, read_yaml(file) if file else {})
-    words = {name: Entry("the command line", _read_words(name, v)) for name, v in lists.items()}
-    typed_lists = _sort_entries(parser, words).axes
-    fixed = {n: v for n, v in grid.fixed.items() if n not in _arguments_of(typed_lists)}
-    axes = {n: v for n, v in grid.axes.items() if n not in _arguments_of(typed_lists)} | typed_lists
+    grid = _sort(parser, read_yaml(file) if file else {})
+    typed_lists = _sort(parser, {name: _entry(parser, name, v) for name, v in lists.items()}).axes
+    replaced = {*typed_lists, *(n for c in typed_lists.values() for n in _names_in(c))}
     for name in parser.read(further):
-        if name in typed_lists:
+        if name in replaced:
             raise InputError(f"--{name} is in the grid and behind --: give it once")
         if name in OF_THE_SWEEP:
             raise _of_the_sweep(name)
-        fixed.pop(name, None)
-        axes.pop(name, None)
-        for axis, choices in axes.items():
-            if any(name in choice for choice in choices):
-                raise InputError(f"--{name} is in the grid, in {axis}: leave it out behind --")
-    if not axes:
+        group = next((a for a, c in grid.axes.items() if a != name and name in _names_in(c)), None)
+        if group:
+            raise InputError(f"--{name} is in the grid, in {group}: leave it out behind --")
+        replaced.add(name)
+    fixed = {name: value for name, value in grid.fixed.items() if name not in replaced}
+    axes = {name: choices for name, choices in grid.axes.items() if name not in replaced}
+    if not axes and not typed_lists:
         raise InputError(
             "the grid has no list: give one, as in --seed 0 1 2 before --, or seed: [0, 1, 2] in a "
             "file"
         )
-    return Grid(fixed, axes, tuple(further))
+    return Grid(fixed, axes | typed_lists, tuple(further))
 
 
 def words_of(values: Values) -> tuple[str, ...]:
-    """Return arguments as words of a command line; those without a value are left out."""
+    """Return arguments as words of a command line, without those that have no value."""
     given = {name: value for name, value in values.items() if value not in NOTHING}
     return tuple(word for name, value in given.items() for word in (f"--{name}", value))
 
 
-def _read_words(name: str, words: Sequence[str]) -> list[Any]:
-    """Return the values of a list of the command line; words in braces are groups."""
+def name_of(choice: Values, hashed: bool = False) -> str:
+    """Return a file name for a choice; a long one or an ambiguous one ends in a hash."""
+    name = ",".join(f"{name}={_for_a_file(value)}" for name, value in choice.items())
+    if hashed or len(name) > LONGEST_NAME:
+        digest = hashlib.sha256(json.dumps(choice, sort_keys=True).encode()).hexdigest()
+        name = f"{name[:LONGEST_NAME]}-{digest[:8]}"
+    return name
+
+
+def _for_a_file(value: str) -> str:
+    # The last part of a path or a Hub id says what it is.
+    last = value.rstrip("/").rpartition("/")[2]
+    return re.sub(r"[^\w.+-]", "_", last, flags=re.ASCII).lstrip(".") or "none"
+
+
+def _names_in(choices: Iterable[Values]) -> list[str]:
+    return list(dict.fromkeys(name for choice in choices for name in choice))
+
+
+def _entry(parser: OneLineParser, name: str, words: Sequence[str]) -> Entry:
+    """Return a list of the command line; under a name of the user's own it holds groups."""
     if not words:
         raise InputError(f"--{name}: give the values that the grid has, or put it behind --")
+    is_argument = parser.name_of(f"--{name}") is not None
     try:
-        return [yaml.load(w, yaml.BaseLoader) if w.startswith("{") else w for w in words]
+        # The values of an argument may begin with a brace, as --prompt_template '{text}' does.
+        values = [w if is_argument else yaml.load(w, Loader) for w in words]
     except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or "not YAML"
         raise InputError(
-            f"--{name} {' '.join(words)}: not YAML; give groups as '{{lora: True, zo_eps: 1e-2}}'"
+            f"--{name}: {problem}; write groups as '{{lora: True, zo_eps: 1e-2}}'"
         ) from error
+    return Entry("the command line", values)
 
 
-def _sort_entries(parser: OneLineParser, entries: Mapping[str, Entry]) -> Grid:
-    """Part entries into arguments of every run, and lists of choices."""
+def _sort(parser: OneLineParser, entries: Mapping[str, Entry]) -> Grid:
+    """Part entries into arguments of every run and lists of choices."""
     fixed: Values = {}
     axes: dict[str, list[Values]] = {}
     for key, (place, value) in entries.items():
-        name = parser.name_of(f"--{key}")
-        groups = value if isinstance(value, list) else [value]
-        if not groups:
+        values = value if isinstance(value, list) else [value]
+        if not values:
             raise InputError(f"{place}: {key} is an empty list: give at least one value")
-        if name is None and all(isinstance(group, dict) and group for group in groups):
-            axes[key] = [_group(parser, place, key, group) for group in groups]
-        elif name is None:
-            raise InputError(f"{place}: {explain_unknown(f'--{key}', parser.options())}")
-        elif name in OF_THE_SWEEP:
-            raise _of_the_sweep(name)
-        elif name in fixed or name in axes:
+        name = parser.name_of(f"--{key}")
+        if name is None and all(isinstance(group, dict) and group for group in values):
+            axes[key] = [_group(parser, place, key, group) for group in values]
+            continue
+        name = _known(parser, place, key)
+        if name in fixed or name in axes:
             raise InputError(f"{place}: --{name} is in the grid twice: give it once")
-        elif isinstance(value, list):
+        if isinstance(value, list):
             axes[name] = [{name: typed(place, key, each)} for each in value]
         else:
             fixed[name] = typed(place, key, value)
@@ -188,45 +204,25 @@ def _sort_entries(parser: OneLineParser, entries: Mapping[str, Entry]) -> Grid:
 
 
 def _group(parser: OneLineParser, place: str, key: str, group: Mapping[str, Any]) -> Values:
-    values = {}
-    for word, value in group.items():
-        name = parser.name_of(f"--{word}")
-        if name is None:
-            said = explain_unknown(f"--{word}", parser.options())
-            raise InputError(f"{place}: in {key}: {said}")
-        if name in OF_THE_SWEEP:
-            raise _of_the_sweep(name)
-        values[name] = typed(place, word, value)
-    return values
+    names = [_known(parser, f"{place}: in {key}", word) for word in group]
+    return {
+        name: typed(place, word, value)
+        for name, (word, value) in zip(names, group.items(), strict=True)
+    }
+
+
+def _known(parser: OneLineParser, place: str, word: str) -> str:
+    """Return the name of an argument that a grid may set."""
+    name = parser.name_of(f"--{word}")
+    if name is None:
+        raise InputError(f"{place}: {explain_unknown(f'--{word}', parser.options())}")
+    if name in OF_THE_SWEEP:
+        raise _of_the_sweep(name)
+    return name
 
 
 def _of_the_sweep(name: str) -> InputError:
     return InputError(
-        f"--{name} in a sweep: every run has files of its own; give --output_dir before -- for the "
-        "folder of them all"
+        f"--{name} in a sweep: every run has files of its own below the sweep's --output_dir; "
+        "leave it out"
     )
-
-
-def _arguments_of(axes: Mapping[str, list[Values]]) -> set[str]:
-    return {*axes, *(name for choices in axes.values() for choice in choices for name in choice)}
-
-
-def _names(choices: Iterable[Values]) -> list[str]:
-    """Return a name for each choice, fit for a file, in which no two are alike."""
-    choices = list(choices)
-    readable = [
-        ",".join(f"{name}={_for_a_file(value)}" for name, value in choice.items())
-        for choice in choices
-    ]
-    names = []
-    for choice, name in zip(choices, readable, strict=True):
-        if len(name) > LONGEST_NAME or readable.count(name) > 1:
-            text = json.dumps(choice, sort_keys=True)
-            name = f"{name[:LONGEST_NAME]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-        names.append(name)
-    return names
-
-
-def _for_a_file(value: str) -> str:
-    # Of a path or a Hub id the last part says what it is.
-    return re.sub(r"[^\w.+-]", "_", value.rstrip("/").rpartition("/")[2]).lstrip(".") or "none"

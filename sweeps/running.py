@@ -1,48 +1,95 @@
-"""Runs in processes of their own, several at a time, and what is shown of them."""
+"""Runs in processes of their own, several at a time, and what the user sees of them."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
-import shutil
+import queue
+import re
 import signal
 import subprocess
 import sys
-import time
-from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Protocol, TextIO
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from time import sleep
+from typing import Protocol
 
-import torch
+from tqdm import tqdm
 
-from experiment.plan import shown_time
-from sweeps import jobs
-from sweeps.jobs import Job
-from utils import InputError
+from utils import InputError, NotWritten
 
+SCRIPT = Path(__file__).resolve().parent.parent / "run.py"
 # Seconds between two looks at the runs.
 PAUSE = 0.2
+# Bytes at the end of a log in which the newest step is searched.
+TAIL = 8192
+STEP = re.compile(r"step (\d+ of \d+)")
+# The last line that run.py writes when it fails begins with one of these.
+LAST_WORDS = ("error: ", "stopped: ", "interrupted")
+INTERRUPTED = 130
+
+
+@dataclass
+class Job:
+    """A run of the sweep.
+
+    Attributes:
+        name: of the run.
+        words: its command line.
+        log: the file that its output is appended to.
+        state: "waiting", "running", "finished", "failed" or "interrupted".
+        said: how a failed run ended, in one line.
+    """
+
+    name: str
+    words: tuple[str, ...]
+    log: Path
+    state: str = "waiting"
+    said: str = ""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it neither waits nor runs."""
+        return self.state not in ("waiting", "running")
+
+    def end(self, code: int) -> None:
+        """Note its exit code."""
+        self.said = "" if code == 0 else last_words(self.log, code)
+        self.state = {0: "finished", INTERRUPTED: "interrupted"}.get(code, "failed")
 
 
 class Runner(Protocol):
-    """What runs jobs: processes here, or a cluster."""
+    """Runs jobs: on this machine or on a cluster.
+
+    Attributes:
+        farewell: what the user reads when Ctrl-C ends the sweep.
+    """
+
+    farewell: str
 
     def look(self) -> None:
-        """Bring the states of the jobs up to date, and start what can be started."""
+        """Update the states of the jobs."""
 
     def stop(self) -> None:
-        """End what runs; return when it has ended."""
+        """End the jobs, or leave them to the cluster."""
 
 
 class Processes:
-    """Runs jobs on this machine, so many at a time.
+    """Runs jobs on this machine, some at a time.
 
     Args:
-        jobs: the runs, in their order.
-        number: processes at a time. Each has its share of the cores, and one GPU if there are any.
+        jobs: those that wait are started in their order.
+        number: of jobs at a time. Each has its share of the cores, and a GPU if there are any.
 
     Raises:
-        InputError: there are fewer GPUs than processes.
+        InputError: there are fewer GPUs than jobs at a time.
     """
+
+    farewell = "interrupted: the runs save their checkpoints"
 
     def __init__(self, jobs: Sequence[Job], number: int) -> None:
         gpus = visible_gpus()
@@ -51,146 +98,158 @@ class Processes:
                 f"--jobs {number}: each run has a GPU of its own, and there are {len(gpus)}; give "
                 f"{len(gpus)} at most"
             )
-        self.jobs = jobs
-        # Which slot a job has: a GPU's name, or a number.
-        self.free = gpus[:number] or [str(slot) for slot in range(number)]
+        self.gpus: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        for gpu in gpus[:number] or [None] * number:
+            self.gpus.put(gpu)
         self.environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-        self.has_gpus = bool(gpus)
         cores = len(os.sched_getaffinity(0))
         self.environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // number)))
-        self.running: dict[str, tuple[subprocess.Popen, str]] = {}
-        self.stopped = False
+        self.running: set[subprocess.Popen] = set()
+        self.lock, self.stopped = threading.Lock(), False
+        self.pool = ThreadPoolExecutor(number)
+        waiting = [job for job in jobs if job.state == "waiting"]
+        self.futures: list[Future] = [self.pool.submit(self._run, job) for job in waiting]
+
+    def _run(self, job: Job) -> None:
+        gpu = self.gpus.get()
+        environment = self.environment | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
+        with self.lock:
+            if self.stopped:
+                return
+            process = start(job.words, job.log, environment)
+            self.running.add(process)
+            job.state = "running"
+        job.end(process.wait())
+        self.running.discard(process)
+        self.gpus.put(gpu)
 
     def look(self) -> None:
-        """Bring the states of the jobs up to date, and start what can be started."""
-        for job in self.jobs:
-            if job.state == "running":
-                process, slot = self.running[job.name]
-                if (code := process.poll()) is not None:
-                    job.end(code)
-                    del self.running[job.name]
-                    self.free.append(slot)
-            elif job.state == "waiting" and self.free and not self.stopped:
-                slot = self.free.pop(0)
-                gpu = {"CUDA_VISIBLE_DEVICES": slot} if self.has_gpus else {}
-                process = jobs.start(jobs.SCRIPT, job.words, job.log, self.environment | gpu)
-                self.running[job.name] = (process, slot)
-                job.begin()
+        """Raise what a thread has raised; the threads update the states."""
+        for future in self.futures:
+            if future.done():
+                future.result()
 
     def stop(self) -> None:
-        """Let the runs save their checkpoints and end; a second Ctrl-C ends them at once."""
-        self.stopped = True
+        """Let the runs save their checkpoints and end; a second Ctrl-C kills them."""
         try:
-            for process, _ in self.running.values():
-                process.send_signal(signal.SIGINT)
-            for process, _ in self.running.values():
-                process.wait()
+            with self.lock:
+                self.stopped = True
+                self._send(signal.SIGINT)
+            self.pool.shutdown(cancel_futures=True)
         except KeyboardInterrupt:
-            for process, _ in self.running.values():
-                process.kill()
-                process.wait()
-        self.look()
+            self._send(signal.SIGKILL)
+            self.pool.shutdown(cancel_futures=True)
+
+    def _send(self, number: signal.Signals) -> None:
+        for process in list(self.running):
+            process.send_signal(number)
 
 
 def visible_gpus() -> list[str]:
-    """Return the names by which CUDA_VISIBLE_DEVICES tells this machine's GPUs apart."""
+    """Return the names of this machine's GPUs in CUDA_VISIBLE_DEVICES."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [name for name in named.split(",") if name.strip()]
+    import torch  # Slurm's nodes read this module too, and need no torch for it.
+
     return [str(number) for number in range(torch.cuda.device_count())]
 
 
-class Display:
-    """Shows a sweep: on a terminal every run that is on its way, elsewhere a line for each event.
+# Loaded here: between fork and exec nothing may be imported.
+_prctl = getattr(ctypes.CDLL(None), "prctl", None)
+PR_SET_PDEATHSIG = 1
+
+
+def _end_with_parent() -> None:
+    """Ask Linux for SIGTERM when the parent dies, even by ``kill -9``."""
+    if _prctl is not None:
+        _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def start(words: Sequence[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen:
+    """Start run.py and append its output to a file; it saves and ends if this process dies.
+
+    Raises:
+        NotWritten: the file cannot be written.
+    """
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        file = log.open("ab")
+    except OSError as error:
+        raise NotWritten.of(log, error) from error
+    with file:
+        return subprocess.Popen(
+            [sys.executable, str(SCRIPT), *words],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=dict(environment),
+            # The terminal sends Ctrl-C to the sweep alone, which passes it on once.
+            process_group=0,
+            preexec_fn=_end_with_parent,
+        )
+
+
+def tail(path: Path) -> str:
+    """Return the end of a text file; an empty text if there is no such file."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
+        return file.read().decode(errors="replace")
+    return ""
+
+
+def last_words(log: Path, code: int) -> str:
+    """Return how a run ended in one line: its last message, or the signal that ended it."""
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+    lines = [line.strip() for line in tail(log).splitlines() if line.strip()]
+    said = [line for line in lines if line.startswith(LAST_WORDS)] or lines
+    return said[-1] if said else f"exit code {code}"
+
+
+def follow(runner: Runner, jobs: Sequence[Job], describe: Callable[[Job], str]) -> None:
+    """Wait until all jobs are over; print their starts and ends, and show a bar on a terminal.
 
     Args:
+        runner: of the jobs.
         jobs: all runs of the sweep.
-        at_a_time: how many of them run side by side.
-        describe: what is said of a finished run.
-        file: where it is written.
-    """
-
-    def __init__(
-        self,
-        jobs: Sequence[Job],
-        at_a_time: int,
-        describe: Callable[[Job], str],
-        file: TextIO = sys.stdout,
-    ) -> None:
-        self.jobs, self.at_a_time, self.describe, self.file = jobs, at_a_time, describe, file
-        self.on_terminal = file.isatty()
-        self.known = {job.name: job.state for job in jobs}
-        self.drawn = 0
-
-    def update(self) -> None:
-        """Show what is new."""
-        events = []
-        for job in self.jobs:
-            if job.state != self.known[job.name]:
-                self.known[job.name] = job.state
-                said = {"failed": job.said, "finished": self.describe(job)}.get(job.state, "")
-                if job.state != "running":
-                    events.append(f"{job.state}: {job.name}{said and ': '}{said}")
-                elif not self.on_terminal:
-                    events.append(f"started: {job.name} ({self.summary()})")
-        self.clear()
-        for line in events:
-            print(line, file=self.file, flush=True)
-        if self.on_terminal:
-            self._draw()
-
-    def clear(self) -> None:
-        """Take away what is redrawn."""
-        if self.drawn:
-            self.file.write(f"\x1b[{self.drawn}F\x1b[J")
-            self.drawn = 0
-
-    def summary(self) -> str:
-        """Return how many runs are in which state, and the time left."""
-        counts = Counter(job.state for job in self.jobs)
-        words = [f"{counts['finished']} of {len(self.jobs)} finished"]
-        words += [f"{counts[state]} {state}" for state in ("running", "failed") if counts[state]]
-        left = self.seconds_left()
-        return ", ".join([*words, *([] if left is None else [f"about {shown_time(left)} left"])])
-
-    def seconds_left(self) -> float | None:
-        """Return an estimate from the runs that have finished here; None before the first."""
-        measured = [job.seconds for job in self.jobs if job.state == "finished" and job.seconds]
-        if not measured:
-            return None
-        mean = sum(measured) / len(measured)
-        now = time.monotonic()
-        running = [max(0.0, mean - (now - j.started)) for j in self.jobs if j.state == "running"]
-        waiting = sum(job.state == "waiting" for job in self.jobs)
-        return max([*running, (sum(running) + waiting * mean) / self.at_a_time])
-
-    def _draw(self) -> None:
-        width = shutil.get_terminal_size().columns - 1
-        lines = [self.summary()]
-        for job in self.jobs:
-            if job.state == "running":
-                step, steps, values = job.progress()
-                part = f"{step:,} of {steps:,} {values}" if steps else "starts"
-                lines.append(f"  {job.name}: {part}")
-        for line in lines:
-            self.file.write(f"{line[:width]}\n")
-        self.file.flush()
-        self.drawn = len(lines)
-
-
-def follow(runner: Runner, jobs: Sequence[Job], display: Display) -> None:
-    """Let a runner work until no job is left, and show it.
+        describe: returns the result of a finished run as text.
 
     Raises:
         KeyboardInterrupt: a signal arrived; the runner has stopped.
     """
-    try:
-        while any(job.state in ("waiting", "running") for job in jobs):
-            runner.look()
-            display.update()
-            time.sleep(PAUSE)
-    except KeyboardInterrupt:
-        display.clear()
-        print("interrupted: the runs save their checkpoints", file=display.file, flush=True)
-        runner.stop()
-        raise
+    known = {job.name: job.state for job in jobs}
+    done = sum(job.is_over for job in jobs)
+    with tqdm(total=len(jobs), initial=done, unit="run", disable=None, dynamic_ncols=True) as bar:
+        try:
+            while True:
+                runner.look()
+                for job in jobs:
+                    if job.state != known[job.name]:
+                        known[job.name] = job.state
+                        _show(bar, job, describe)
+                running = [job for job in jobs if job.state == "running"]
+                bar.set_postfix_str("; ".join(map(_progress, running)))
+                if all(job.is_over for job in jobs):
+                    return
+                sleep(PAUSE)
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                bar.write(runner.farewell)
+            runner.stop()
+            raise
+
+
+def _show(bar: tqdm, job: Job, describe: Callable[[Job], str]) -> None:
+    if job.state == "running":
+        bar.write(f"started: {job.name}")
+        return
+    said = describe(job) if job.state == "finished" else job.said
+    bar.write(f"{job.state}: {job.name}{': ' if said else ''}{said}")
+    bar.update()
+
+
+def _progress(job: Job) -> str:
+    steps = STEP.findall(tail(job.log))
+    return f"{job.name}: {steps[-1] if steps else 'starts'}"

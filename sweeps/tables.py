@@ -1,275 +1,231 @@
-"""Results as a table: a row for each setting, a column for each task or seed, means over seeds."""
+"""Means over seeds: as a table, and to choose the best setting."""
 
 from __future__ import annotations
 
-import csv
-import io
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
-from command_line.settings import NOT_OF_THE_RESULT
-from sweeps.summary import SEEDS, Measured, Result, dev_loss
+import pandas as pd
+
+from sweeps.results import (
+    METRICS,
+    MISSING,
+    NUMBERS,
+    SEEDS,
+    Outcome,
+    check_distinct,
+    differing_settings,
+)
 from utils import InputError
 
-# Of places only the model is a setting; the data are a task.
-NO_SETTING = {*NOT_OF_THE_RESULT, *SEEDS, "num_train_sets"} - {"model_name"}
-NUMBERS = (
-    *("forward_passes", "backward_passes", "steps", "trained_parameters"),
-    *("train_seconds", "seconds", "peak_memory_mib"),
-)
-# What a table can show of a result, and how.
-FORMS = {
-    **dict.fromkeys(("metric", "dev_metric", "metric_before_training", "dev_loss"), ".4f"),
-    **dict.fromkeys(NUMBERS, ",.0f"),
-}
+# What the cells can show, and its format.
+FORMS = {**dict.fromkeys((*METRICS, "dev_loss"), ".4f"), **dict.fromkeys(NUMBERS, ",.0f")}
 COLUMNS = ("task", "seed")
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A run's result and the file that it is from; one of several sets counts by itself.
+class Column:
+    """A column of means.
 
     Attributes:
-        is_finished: whether it is a result; otherwise it is what a running run has saved.
+        title: above it.
+        kind: what it shows, one of ``FORMS``.
+        values: "mean", "std" and "count", by row.
+        factor: 100 for percent.
     """
 
-    path: Path
-    result: Result
-    is_finished: bool = True
+    title: str
+    kind: str
+    values: pd.DataFrame
+    factor: int
 
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        """The settings that were used."""
-        return self.result["settings"]
-
-    @property
-    def seeds(self) -> tuple[Any, ...]:
-        """What tells it from other runs of its setting."""
-        return tuple(self.settings.get(name) for name in SEEDS)
-
-    def value(self, name: str) -> float | None:
-        """Return one of ``FORMS``, of metrics the first; None if it has none."""
-        if name == "dev_loss":
-            return dev_loss(self.result)
-        value = self.result.get(name)
-        return next(iter(value.values())) if isinstance(value, Mapping) else value
-
-
-@dataclass
-class Row:
-    """One setting.
-
-    Attributes:
-        settings: its values of the settings that differ.
-        cells: by column, its runs.
-    """
-
-    settings: tuple[Any, ...]
-    cells: dict[str, list[Loaded]] = field(default_factory=dict)
-
-    def runs(self) -> list[Loaded]:
-        """Return its runs in all columns."""
-        return list(itertools.chain(*self.cells.values()))
+    def texts(self, plus_minus: str, bold: str) -> list[str]:
+        """Return its cells; the best of several rows are bold."""
+        form = ".1f" if self.factor == 100 else FORMS[self.kind]
+        numbers = self.values[["mean", "std"]].map(lambda n: format(n * self.factor, form))
+        means, deviations = numbers["mean"], numbers["std"]
+        # A deviation that reads 0 says nothing; over one run there is none.
+        is_shown = (self.values["count"] > 1) & (deviations != format(0, form))
+        cells = means.where(~is_shown, means + plus_minus + deviations)
+        mean = self.values["mean"]
+        if self.kind in (*METRICS, "dev_loss") and means[mean.notna()].nunique() > 1:
+            best = means[mean.idxmin() if self.kind == "dev_loss" else mean.idxmax()]
+            cells = cells.where(means != best, cells.map(bold.format))
+        return cells.where(mean.notna(), MISSING).tolist()
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows and columns of runs, before anything is averaged.
+    """A row for each setting, a column for each task or seed.
 
     Attributes:
-        names: of the settings that differ.
-        columns: tasks or seeds.
-        rows: in the order of the files.
-        shown: what its cells are, one of ``FORMS``.
-        also: further columns behind them.
+        settings: the values of the settings that differ, as text.
+        columns: of means.
+        runs: in each row.
     """
 
-    names: tuple[str, ...]
-    columns: tuple[str, ...]
-    rows: list[Row]
-    shown: str = "metric"
-    also: tuple[str, ...] = ()
+    settings: pd.DataFrame
+    columns: list[Column]
+    runs: pd.Series
 
     @classmethod
     def of(
         cls,
-        loaded: Sequence[Loaded],
+        outcomes: Sequence[Outcome],
         by: str = "task",
-        shown: str = "metric",
+        kind: str = "metric",
         also: Sequence[str] = (),
+        percent: bool = False,
     ) -> Table:
-        """Arrange finished runs.
+        """Arrange runs; those without a result have empty cells.
 
         Raises:
-            InputError: there is none, a column would hold several tasks, two runs are of the same
-                setting and seed, or none has what is to be shown.
+            InputError: no run has a result, a column would hold several tasks, two runs have the
+                same settings and seed, or none has what is to be shown.
         """
-        loaded = [each for each in loaded if each.is_finished]
-        if not loaded:
+        tasks = list(dict.fromkeys(each.task for each in outcomes))
+        finished = [each for each in outcomes if each.is_finished]
+        if not finished:
             raise InputError("no run has a result yet: wait for the first")
-        tasks = list(dict.fromkeys(each.result["task"] for each in loaded))
         if by == "seed" and len(tasks) > 1:
             raise InputError(
                 f"result files of different tasks ({', '.join(tasks)}) in one column: give "
                 "--columns task, or the files of one task"
             )
-        for name in (shown, *also):
-            if all(each.value(name) is None for each in loaded):
-                raise InputError(f"none of the {len(loaded)} results has {name}: give another name")
-        names = differing_settings(loaded)
-        rows: dict[tuple, Row] = {}
-        columns: dict[str, None] = {}
-        for each in loaded:
-            settings = tuple(_hashable(each.settings.get(name)) for name in names)
-            row = rows.setdefault(settings, Row(settings))
-            column = each.result["task"] if by == "task" else _seed_name(each)
-            columns[column] = None
-            cell = row.cells.setdefault(column, [])
-            same = next((o for o in cell if o.seeds == each.seeds), None)
-            if same:
-                raise InputError(
-                    f"{same.path} and {each.path} are of the same settings and seed: give one of "
-                    "them"
-                )
-            cell.append(each)
-        return cls(names, tuple(columns), list(rows.values()), shown, tuple(also))
+        check_distinct(finished)
+        names = differing_settings(outcomes)
+        rows = list(dict.fromkeys(each.values(names) for each in outcomes))
+        runs = pd.DataFrame(
+            [
+                {"row": rows.index(each.values(names)), "title": seed_title(each)}
+                | ({"title": each.task} if by == "task" else {})
+                | each.numbers
+                for each in finished
+            ]
+        )
 
-    def head(self) -> list[str]:
-        """Return the names of the columns."""
-        return [*self.names, *self.columns, *self.also]
+        def column(title: str, kind: str, runs: pd.DataFrame) -> Column:
+            if kind not in runs:
+                raise InputError(f"none of the {len(runs)} results has {kind}: give another name")
+            values = runs.groupby("row")[kind].agg(["mean", "std", "count", "size"])
+            # A mean over only some of the runs would mislead.
+            values.loc[values["count"] < values["size"], "mean"] = float("nan")
+            factor = 100 if percent and kind in METRICS else 1
+            return Column(title, kind, values.reindex(range(len(rows))), factor)
 
-    def values(self) -> Iterator[tuple[list[str], list[Measured | None]]]:
-        """Yield each row's settings, and its means, those of ``also`` over all columns."""
-        for row in self.rows:
-            cells = [measured(row.cells.get(name, []), self.shown) for name in self.columns]
-            cells += [measured(row.runs(), name) for name in self.also]
-            yield [shown_setting(value) for value in row.settings], cells
+        columns = [
+            column(title, kind, runs[runs["title"] == title]) for title in runs["title"].unique()
+        ]
+        columns += [column(name, name, runs) for name in also]
+        settings = pd.DataFrame(rows, range(len(rows)), list(names))
+        counts = runs["row"].value_counts().reindex(range(len(rows)), fill_value=0)
+        return cls(settings, columns, counts)
+
+    def texts(self, plus_minus: str, bold: str, escape: Callable[[str], str]) -> pd.DataFrame:
+        """Return every cell as text; ``escape`` is for settings and titles."""
+        cells = self.settings.map(escape).rename(columns=escape)
+        for column in self.columns:
+            cells[escape(column.title)] = column.texts(plus_minus, bold)
+        return cells
 
     def remark(self) -> str:
         """Return how many runs a mean is of."""
-        counts = sorted({len(runs) for row in self.rows for runs in row.cells.values()})
-        if counts == [1]:
+        counts = pd.concat([column.values["count"] for column in self.columns]).dropna()
+        fewest, most = int(counts[counts > 0].min()), int(counts.max())
+        if most == 1:
             return "Single runs."
-        number = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
+        number = f"{most}" if fewest == most else f"{fewest} to {most}"
         return f"Mean ± standard deviation of {number} runs."
 
 
-def differing_settings(loaded: Sequence[Loaded]) -> tuple[str, ...]:
-    """Return the names of the settings in which runs of the same task differ.
-
-    A setting that only some runs have, as those of one trainer, has to differ among those.
-    """
-    names = dict.fromkeys(name for each in loaded for name in each.settings)
-    values: dict[str, dict[str, set]] = {name: {} for name in names if name not in NO_SETTING}
-    for each in loaded:
-        for name, by_task in values.items():
-            # Without h it has no dtype, which is no choice.
-            has_none = name == "hessian_dtype" and each.settings.get(name) is None
-            if name in each.settings and not has_none:
-                value = _hashable(each.settings[name])
-                by_task.setdefault(each.result["task"], set()).add(value)
-    differing = [
-        name
-        for name, by_task in values.items()
-        if any(len(found) > 1 for found in by_task.values())
-    ]
-    return tuple(differing)
+def seed_title(outcome: Outcome) -> str:
+    """Return the seeds of a run; those that equal the first are left out."""
+    seeds = zip(SEEDS, outcome.values(SEEDS), strict=True)
+    named = [(name, value) for name, value in seeds if value != MISSING] or [("seed", MISSING)]
+    others = [f"{name} {value}" for name, value in named if value != named[0][1]]
+    return ", ".join([f"seed {named[0][1]}", *others])
 
 
-def measured(runs: Sequence[Loaded], name: str) -> Measured | None:
-    """Return the mean of what runs have under a name; None if no run has it."""
-    values = [value for run in runs if (value := run.value(name)) is not None]
-    return Measured.of(values) if values else None
-
-
-def shown_setting(value: Any) -> str:
-    """Return a value as it may be typed."""
-    if value is None:
-        return "–"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _hashable(value: Any) -> Any:
-    return value if isinstance(value, str | float | int | bool | None) else str(value)
-
-
-def _seed_name(each: Loaded) -> str:
-    named = zip(SEEDS, each.seeds, strict=True)
-    # The seed alone, where the others go with it or are not set.
-    distinct = dict.fromkeys(str(value) for _, value in named if value is not None)
-    return f"seed {'/'.join(distinct) or '–'}"
-
-
-# ----------------------------------------------------------------------------------- as a text
-
-
-def markdown(table: Table, percent: bool = False) -> str:
+def markdown(table: Table) -> str:
     """Return the table in Markdown."""
-    lines = [table.head(), ["---"] * len(table.head())]
-    lines += [_row(table, settings, cells, percent, " ± ") for settings, cells in table.values()]
+    cells = table.texts(" ± ", "**{}**", _for_markdown)
+    lines = [list(cells.columns), ["---"] * cells.shape[1], *cells.to_numpy().tolist()]
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     return f"{text}\n{table.remark()}\n"
 
 
-def latex(table: Table, percent: bool = False) -> str:
+def latex(table: Table) -> str:
     """Return the table in LaTeX, with the rules of booktabs."""
-    form = "l" * len(table.names) + "r" * (len(table.columns) + len(table.also))
-    lines = [f"\\begin{{tabular}}{{{form}}}", "\\toprule"]
-    lines += [f"{' & '.join(map(_for_latex, table.head()))} \\\\", "\\midrule"]
-    for settings, cells in table.values():
-        row = _row(table, [_for_latex(text) for text in settings], cells, percent, " $\\pm$ ")
-        lines.append(f"{' & '.join(row)} \\\\")
-    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", f"% {table.remark()}", ""])
+    cells = table.texts(" $\\pm$ ", "\\textbf{{{}}}", _for_latex).replace(MISSING, "--")
+    form = "l" * table.settings.shape[1] + "r" * len(table.columns)
+    text = cells.to_latex(index=False, escape=False, column_format=form)
+    return f"{text}% {table.remark()}\n"
 
 
-def comma_separated(table: Table, percent: bool = False) -> str:
-    """Return the table as CSV: of each column the mean, the standard deviation and the number."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    heads = [f"{name}{end}" for name in table.head()[len(table.names) :] for end in ("", "_std")]
-    writer.writerow([*table.names, *heads, "runs"])
-    for row, (settings, cells) in zip(table.rows, table.values(), strict=True):
-        factors = _factors(table, percent)
-        numbers = [
-            "" if number is None else repr(number * factor)
-            for cell, factor in zip(cells, factors, strict=True)
-            for number in ((cell.mean, cell.deviation) if cell else (None, None))
-        ]
-        writer.writerow([*settings, *numbers, len(row.runs())])
-    return file.getvalue()
+def comma_separated(table: Table) -> str:
+    """Return the table as CSV: for each column the mean and the standard deviation, unrounded."""
+    cells = table.settings.map(_for_spreadsheets).rename(columns=_for_spreadsheets)
+    for column in table.columns:
+        title = _for_spreadsheets(column.title)
+        cells[title] = column.values["mean"] * column.factor
+        cells[f"{title}_std"] = column.values["std"] * column.factor
+    return cells.assign(runs=table.runs).to_csv(index=False)
 
 
 FORMATS = {"markdown": markdown, "latex": latex, "csv": comma_separated}
 
 
-def _row(
-    table: Table,
-    settings: list[str],
-    cells: Sequence[Measured | None],
-    percent: bool,
-    plus_minus: str,
-) -> list[str]:
-    names = [table.shown] * len(table.columns) + list(table.also)
-    factors = _factors(table, percent)
-    shown = []
-    for cell, name, factor in zip(cells, names, factors, strict=True):
-        form = ".1f" if factor == 100 else FORMS[name]
-        deviation = None if cell is None or cell.deviation is None else cell.deviation * factor
-        shown.append(
-            Measured(cell.mean * factor, deviation).text(form, plus_minus) if cell else "–"
-        )
-    return [*settings, *shown]
-
-
-def _factors(table: Table, percent: bool) -> list[int]:
-    names = [table.shown] * len(table.columns) + list(table.also)
-    return [100 if percent and "metric" in name else 1 for name in names]
+def _for_markdown(text: str) -> str:
+    return " ".join(re.sub(r"([\\|*`<])", r"\\\1", text).split())
 
 
 def _for_latex(text: str) -> str:
-    escaped = {"\\": "\\textbackslash{}", "–": "--"}
+    commands = {"\\": "backslash", "^": "asciicircum", "~": "asciitilde"}
+    escaped = {character: f"\\text{name}{{}}" for character, name in commands.items()}
     escaped |= {character: f"\\{character}" for character in "_%&#${}"}
-    return "".join(escaped.get(character, character) for character in text)
+    return " ".join(text.translate(str.maketrans(escaped)).split())
+
+
+def _for_spreadsheets(text: str) -> str:
+    """Return text that no spreadsheet takes for a formula."""
+    return f"'{text}" if re.match(r"[=+@\t\r]|-(?![\d.])", text) else text
+
+
+def best(outcomes: Sequence[Outcome]) -> Iterator[tuple[str, list[Outcome], str]]:
+    """Yield for each task its name, the runs of its best setting, and their means in words.
+
+    The highest mean dev metric wins, among equal ones the lowest dev loss. A setting counts if all
+    of its runs have finished. Without a best setting there are no runs, and the words say why.
+    """
+    names = differing_settings(outcomes)
+    for task in dict.fromkeys(each.task for each in outcomes):
+        settings: dict[tuple[str, ...], list[Outcome]] = {}
+        for each in outcomes:
+            if each.task == task:
+                settings.setdefault(each.values(names), []).append(each)
+        whole = [runs for runs in settings.values() if all(each.is_finished for each in runs)]
+        means = pd.DataFrame([_numbers(runs).mean(skipna=False) for runs in whole])
+        if not whole:
+            yield task, [], "no setting has finished with all of its seeds"
+        elif means[["dev_metric", "dev_loss"]].isna().all(axis=None):
+            yield task, [], "no run has a dev set (--num_dev) to choose by"
+        else:
+            order = means.sort_values(["dev_metric", "dev_loss"], ascending=[False, True]).index
+            yield task, whole[order[0]], in_words(whole[order[0]])
+
+
+def in_words(runs: Sequence[Outcome]) -> str:
+    """Return the mean dev metric, test metric and dev loss of runs."""
+    metric, numbers = runs[0].metric, _numbers(runs)
+    titles = {"dev_metric": f"dev {metric}", "metric": f"test {metric}", "dev_loss": "dev loss"}
+    words = []
+    for kind, title in titles.items():
+        mean, deviation = numbers[kind].mean(skipna=False), numbers[kind].std()
+        spread = f" ± {deviation:.4f}" if deviation >= 5e-5 else ""
+        words += [f"{title} {mean:.4f}{spread}"] if mean == mean else []
+    return ", ".join([*words, *([f"{len(runs)} runs"] if len(runs) > 1 else [])])
+
+
+def _numbers(runs: Sequence[Outcome]) -> pd.DataFrame:
+    return pd.DataFrame([each.numbers for each in runs], columns=list(FORMS), dtype=float)

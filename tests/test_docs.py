@@ -148,7 +148,7 @@ def accept(call: list[str], checkout: Path) -> None:
     elif name == "sweep.py":
         options = sweep.Options.read(argv)
         grid = read_grid(options.file, options.lists, options.further)
-        assert len(sweep.Sweep.of(grid, checkout / "result").runs) > 1
+        assert len(sweep.Sweep(grid, checkout / "result").runs) > 1
     elif name in ("run.py", "probe.py"):
         argv = argv[: argv.index("--plot")] if "--plot" in argv else argv
         check(parse_arguments(argv))

@@ -16,7 +16,7 @@ from running import contents, training
 import report
 import run
 from sweeps.curves import curves
-from sweeps.tables import Loaded, Table
+from sweeps.results import Outcome, differing_settings, shown
 
 
 def written(folder: Path, name: str, accuracy: float, **settings: Any) -> Path:
@@ -77,25 +77,23 @@ def test_rows_are_settings_and_columns_tasks(
     assert table[0] == ["learning_rate", "CB", "SST2"]
     rows = {row[0]: row[1:] for row in table[2:]}
     assert rows == {
-        "0.001": ["0.7100 ± 0.0100", "0.9100 ± 0.0100"],
+        "0.001": ["**0.7100 ± 0.0100**", "**0.9100 ± 0.0100**"],
         "0.0001": ["0.6200 ± 0.0100", "0.8200 ± 0.0100"],
     }
     assert "Mean ± standard deviation of 3 runs." in printed(capsys, grid)
     percent = cells(printed(capsys, grid, "--percent", "--also", "forward_passes", "dev_loss"))
     assert percent[0] == ["learning_rate", "CB", "SST2", "forward_passes", "dev_loss"]
-    assert ["0.001", "71.0 ± 1.0", "91.0 ± 1.0", "60 ± 0"] in [row[:4] for row in percent]
+    assert ["0.001", "**71.0 ± 1.0**", "**91.0 ± 1.0**", "60"] in [row[:4] for row in percent]
+    assert {row[0]: row[4] for row in percent[2:]}["0.001"].startswith("**0.19")
     dev = cells(printed(capsys, grid, "--show", "dev_metric"))
-    assert dev[2][1:] in (
-        ["0.3550 ± 0.0050", "0.4550 ± 0.0050"],
-        ["0.3100 ± 0.0050", "0.4100 ± 0.0050"],
-    )
+    assert ["0.0001", "0.3100 ± 0.0050", "0.4100 ± 0.0050"] in dev
 
 
 def test_columns_are_seeds_of_one_task(grid: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = sorted(grid.glob("SST2*"))
     table = cells(printed(capsys, *files, "--columns", "seed"))
     assert table[0] == ["learning_rate", "seed 0", "seed 1", "seed 2"]
-    assert ["0.001", "0.9000", "0.9100", "0.9200"] in table
+    assert ["0.001", "**0.9000**", "**0.9100**", "**0.9200**"] in table
     said = refusal(capsys, grid, "--columns", "seed")
     assert "result files of different tasks (CB, SST2) in one column: give --columns task" in said
 
@@ -105,7 +103,8 @@ def test_other_formats_have_the_same_numbers(
 ) -> None:
     tex = printed(capsys, grid, "--format", "latex")
     assert "\\begin{tabular}{lrr}\n\\toprule\nlearning\\_rate & CB & SST2 \\\\\n\\midrule\n" in tex
-    assert "0.001 & 0.7100 $\\pm$ 0.0100 & 0.9100 $\\pm$ 0.0100 \\\\\n" in tex
+    assert "0.0001 & 0.6200 $\\pm$ 0.0100 & 0.8200 $\\pm$ 0.0100 \\\\\n" in tex
+    assert "0.001 & \\textbf{0.7100 $\\pm$ 0.0100} & " in tex
     file = tmp_path / "tables" / "table.csv"
     assert printed(capsys, grid, "--format", "csv", "--output", file) == ""
     rows = list(csv.DictReader(io.StringIO(file.read_text())))
@@ -114,15 +113,86 @@ def test_other_formats_have_the_same_numbers(
     assert float(of_rate["SST2_std"]) == pytest.approx(0.01) and of_rate["runs"] == "6"
 
 
+def test_text_is_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [
+        written(tmp_path, name, 0.5, system_prompt=text)
+        for name, text in (("a", "=cmd|' /C calc'!A0"), ("b", "a\n| ^~\\{}*"))
+    ]
+    table = cells(printed(capsys, *files))
+    assert [row[0] for row in table[2:]] == ["=cmd\\|' /C calc'!A0", "a \\| ^~\\\\{}\\*"]
+    tex = printed(capsys, *files, "--format", "latex")
+    assert "a | \\textasciicircum{}\\textasciitilde{}\\textbackslash{}\\{\\}* & " in tex
+    rows = list(csv.reader(io.StringIO(printed(capsys, *files, "--format", "csv"))))
+    assert [row[0] for row in rows] == ["system_prompt", "'=cmd|' /C calc'!A0", "a\n| ^~\\{}*"]
+
+
+def test_numbers_are_shown_as_given() -> None:
+    values = {1e-3: "0.001", 1e-05: "1e-5", 2.5e-8: "2.5e-8", 5.0: "5", None: "–"}
+    assert {value: shown(value) for value in values} == values
+
+
 def test_settings_of_one_trainer_are_no_difference(tmp_path: Path) -> None:
     files = [
         written(tmp_path, "a", 0.5, trainer="zo", zo_eps=1e-3, model_name="m"),
         written(tmp_path, "b", 0.6, trainer="regular", optim="adamw", model_name="m"),
     ]
-    loaded, _ = report.load(files)
-    assert Table.of(loaded).names == ("trainer",)
-    loaded, _ = report.load([*files, written(tmp_path, "c", 0.6, trainer="zo", zo_eps=1e-2)])
-    assert Table.of(loaded).names == ("trainer", "zo_eps")
+    assert differing_settings(report.load(files)) == ("trainer",)
+    files.append(written(tmp_path, "c", 0.6, trainer="zo", zo_eps=1e-2))
+    assert differing_settings(report.load(files)) == ("trainer", "zo_eps")
+
+
+def test_other_data_and_other_seeds_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [written(tmp_path, n, 0.5, train_file=f"{n}/films.csv", seed=1) for n in "ab"]
+    assert cells(printed(capsys, *files))[0] == ["SST2 a/films.csv", "SST2 b/films.csv"]
+    files = [written(tmp_path, f"s{n}", 0.5, seed=n, train_set_seed=0) for n in (0, 1)]
+    table = cells(printed(capsys, *files, "--columns", "seed"))
+    assert table[0] == ["seed 0", "seed 1, train_set_seed 0"]
+
+
+ODD = {
+    "no_settings": {"task": "SST2"},
+    "no_task": {"settings": {}},
+    "a_list": [1],
+    "metric_is_text": {"metric": "good", "history": []},
+    "metric_is_nan": {"metric": {"accuracy": float("nan")}},
+    "metric_is_huge": {"metric": {"accuracy": 10**400}},
+    "metric_of_text": {"metric": {"accuracy": "0.5"}, "dev_metric": {}},
+    "runs_of_text": {"runs": ["a", 1]},
+    "odd_history": {"history": {"dev_loss": {"x": 1, "1": "a", "2": True}, "seconds": 3}},
+    "odd_settings": {"settings": {"learning_rate": [1, {"a": 2}], "seed": {"a": 1}}},
+}
+
+
+def test_odd_results_end_in_no_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = json.loads(written(tmp_path, "good", 0.75, learning_rate=0.5, seed=50).read_text())
+    (tmp_path / "cut.json").write_text('{"task": "SST2", "settings": {')
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    for n, (name, content) in enumerate(ODD.items()):
+        if isinstance(content, dict) and not name.startswith("no_"):
+            settings = {"learning_rate": 0.5, "seed": n} | content.get("settings", {})
+            content = good | content | {"settings": settings}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    table = cells(printed(capsys, tmp_path, "--plot", tmp_path / "a.png"))
+    # A mean over some of a setting's runs would mislead: that cell is empty.
+    assert table == [
+        ["learning_rate", "SST2"],
+        ["---", "---"],
+        ["0.5", "–"],
+        ["[1, {'a': 2}]", "0.7500"],
+    ]
+    # A sweep's record is read, and nothing in it is imported.
+    evil = tmp_path / "evil.py"
+    evil.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    words = ["--reward", f"{evil}:f", "--trust_remote_code"]
+    run = {"words": words, "task": 5, "settings": {"reward": f"{evil}:f", "seed": 9}}
+    (tmp_path / "sweep.json").write_text(json.dumps({"runs": {"x": run, "y": [], "../z": run}}))
+    assert report.main([str(tmp_path)]) == 0
+    assert "1 runs have no result yet" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
 
 
 def test_several_sets_are_several_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,11 +214,12 @@ def test_several_sets_are_several_runs(tmp_path: Path, capsys: pytest.CaptureFix
         (["other.json"], "other.json: this is no result of a run"),
         (["a.json", "--show", "f1"], "argument --show: invalid choice: 'f1'"),
         (["a.json", "--also", "backward_passes"], "none of the 1 results has backward_passes"),
-        (["a.json", "twin.json"], "a.json and twin.json are of the same settings and seed"),
+        (["a.json", "twin.json"], "a.json and twin.json have the same settings and seed"),
         (["a.json", "--plot", "a.txt"], "--plot a.txt: give a name that ends in .png"),
         (["a.json", "cb.json", "--plot", "a.png"], "--plot a.png: a picture shows one task"),
         (["bare.json", "--plot", "a.png"], "--plot a.png: no run has dev losses"),
         (["a.json", "--output", "empty"], "--output empty: this is a folder"),
+        (["a.json", "--output", "twin.json"], "--output twin.json: this is a result"),
     ],
 )
 def test_bad_input(
@@ -172,17 +243,24 @@ def test_bad_input(
 
 
 def test_curves_are_means_over_seeds_at_the_same_step(grid: Path) -> None:
-    loaded, _ = report.load(sorted(grid.glob("SST2*")))
-    found = {curve.label: curve for curve in curves(loaded, "dev_loss", "seconds")}
-    curve = found["learning_rate 0.001"]
-    assert curve.runs == 3
-    assert np.allclose(curve.widths, [1.0, 1.91]) and np.allclose(curve.means, [0.5, 0.09])
-    assert np.allclose(curve.deviations, [0, 0.01])
+    outcomes = report.load(sorted(grid.glob("SST2*")))
+    curve = curves(outcomes, "dev_loss", "seconds")["learning rate 0.001"]
+    assert (curve["runs"] == 3).all()
+    assert np.allclose(curve["width"], [1.0, 1.91]) and np.allclose(curve["mean"], [0.5, 0.09])
+    assert np.allclose(curve["low"], [0.5, 0.08]) and np.allclose(curve["high"], [0.5, 0.1])
     history = {"dev_loss": {"1": 0.5, "2": None}, "forward_passes": {"1": 5, "2": 10}}
     history["backward_passes"] = {"1": 5, "2": 10}
-    only = Loaded(Path("a"), {"task": "SST2", "settings": {}, "history": history})
-    (curve,) = curves([only], "dev_loss", "passes")
-    assert curve.widths.tolist() == [15] and curve.label == "the runs"
+    only = Outcome.of(Path("a"), {"task": "SST2", "settings": {}, "history": history})
+    ((label, curve),) = curves([only], "dev_loss", "passes").items()
+    assert curve["width"].tolist() == [15] and label == "the runs"
+
+
+def test_lines_have_the_names_that_people_say(tmp_path: Path) -> None:
+    files = [
+        written(tmp_path, kind, 0.5, hessian_smooth_type=kind)
+        for kind in ("constant0", "constant1e-8")
+    ]
+    assert list(curves(report.load(files), "dev_loss", "passes")) == ["MeZO", "HiZOO, α 1e-8"]
 
 
 def test_picture_and_table_of_a_running_sweep(
@@ -203,12 +281,17 @@ def test_picture_and_table_of_a_running_sweep(
             "save_steps": 1,
         }
         argv = training(tmp_path, **place, **curve, seed=seed, no_eval=None)
-        runs[f"seed={seed}"] = argv
         if seed < 2:
             assert run.main(argv) == 0
+            result = json.loads((tmp_path / f"seed={seed}.json").read_text())
+        runs[f"seed={seed}"] = {
+            "task": "SST2",
+            "metric": "accuracy",
+            "settings": result["settings"] | {"seed": seed},
+        }
     # The second has saved checkpoints, and no result yet; the third has not begun.
     (tmp_path / "seed=1.json").unlink()
-    (tmp_path / "sweep.json").write_text(json.dumps({"runs": runs, "choices": {}}))
+    (tmp_path / "sweep.json").write_text(json.dumps({"runs": runs}))
     capsys.readouterr()
     assert report.main([str(tmp_path), "--plot", str(tmp_path / "a" / "b.svg")]) == 0
     out, err = capsys.readouterr()
@@ -216,7 +299,7 @@ def test_picture_and_table_of_a_running_sweep(
     assert cells(out)[0] == ["SST2"] and len(cells(out)) == 3
     picture = (tmp_path / "a" / "b.svg").read_text()
     assert picture.startswith("<?xml") and len(picture) > 10_000
-    loaded, unfinished = report.load([tmp_path])
-    assert unfinished == 2 and [each.is_finished for each in loaded] == [True, False]
-    (curve,) = curves(loaded, "dev_loss", "passes")
-    assert curve.runs == 2 and curve.widths.tolist() == [4, 7]
+    outcomes = report.load([tmp_path])
+    assert [each.is_finished for each in outcomes] == [True, False, False]
+    (curve,) = curves(outcomes, "dev_loss", "passes").values()
+    assert (curve["runs"] == 2).all() and curve["width"].tolist() == [4, 7]

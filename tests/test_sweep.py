@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +17,6 @@ from running import MODEL, ROOT, SAMPLES, contents, small_model, training
 
 import run
 import sweep
-import sweeps.jobs
 from command_line.arguments import parse_arguments
 from command_line.checks import check
 from experiment.options import options_of
@@ -25,9 +24,9 @@ from experiment.plan import make_plan, training_passes
 from experiment.preparation import prepare
 from sweeps import running, slurm
 from sweeps.grid import read_grid
-from sweeps.jobs import Job, last_words
-from sweeps.running import Display
-from sweeps.summary import Measured, Setting, best, group
+from sweeps.results import Outcome
+from sweeps.running import Job, follow, last_words
+from sweeps.tables import best, in_words
 from utils import InputError
 
 DATA = ["--task_name", "SST2", "--model_name", str(MODEL), "--data_dir", str(SAMPLES)]
@@ -68,13 +67,12 @@ class InThisProcess:
     done: list[str]
 
     def __init__(self, jobs: list[Job], number: int) -> None:
-        self.jobs, self.number = jobs, number
+        self.jobs = jobs
         type(self).done = []
 
     def look(self) -> None:
         for job in self.jobs:
             if job.state == "waiting":
-                job.begin()
                 type(self).done.append(job.name)
                 if any(part in job.name for part in self.failing):
                     job.log.write_text("step 1 of 2: loss 1\nerror: no such thing\nSegfault\n")
@@ -127,6 +125,9 @@ def test_the_command_line_alone_and_over_a_file(tmp_path: Path) -> None:
     assert all(line[-3:] == ("--seed", "7", "--no-eval") for line in words)
     assert all(line.count("--seed") == 1 for line in words)
     assert [("--lora_r" in line, "--sfc" in line) for line in words] == [(1, 0), (0, 0)] * 2
+    # The values of an argument may begin with a brace.
+    runs = read_grid(None, {"prompt_template": ["{review} It was", "{review}"]}, []).runs()
+    assert [run.given["prompt_template"] for run in runs] == ["{review} It was", "{review}"]
 
 
 def test_values_are_what_they_say_and_names_are_fit_for_files() -> None:
@@ -150,7 +151,10 @@ BAD_GRIDS = {
     "twice": ("seed: [1, 2]\nm: [{seed: 3}, {seed: 4}]\n", "--seed is in the grid twice"),
     "one name twice": ("seed: [1]\nseed: [2]\n", "grid.yaml:2: seed is given twice"),
     "two names": ("num_eval: [1, 2]\nnum_test: [3]\n", "--num_eval is in the grid twice"),
-    "the same run": ("seed: [1, 1]\n", "the same run twice"),
+    "the same run": ("learning_rate: [1e-4, 0.0001]\n", "the same run twice"),
+    "one name twice in a group": ("m: [{seed: 1, seed: 2}]\n", "grid.yaml:1: seed is given twice"),
+    "an alias": ("a: &x [1]\nseed: *x\n", "grid.yaml:2: aliases are not read"),
+    "too deep": (f"seed: {'[' * 1200}{']' * 1200}\n", "grid.yaml:1: nested more than 20 times"),
     "a list in a list": ("seed: [[1, 2], 3]\n", "grid.yaml:1: seed is a list; give one value"),
     "a place": ("tag: [a, b]\n", "--tag in a sweep: every run has files of its own"),
     "a value": ("seed: [0, -1]\n", "seed=-1: --seed -1: must be at least 0"),
@@ -184,9 +188,14 @@ def test_bad_grid(
         (["--seed", "--", *DATA], "--seed: give the values that the grid has"),
         (["--seed", "1", "2", "--", *DATA, "--seed", "1"], "--seed is in the grid and behind --"),
         (["--seed", "1", "--jobs", "0", "--", *DATA], "--jobs 0: must be a whole number"),
-        (["--seed", "1", "--jobs"], "--jobs: its value is missing"),
+        (["--seed", "1", "--jobs"], "--jobs: give one value, not 0"),
+        (["--seed", "1", "--seed", "2"], "--seed is given twice"),
         (["--seed", "1", "--", *DATA, "--tag", "a"], "--tag in a sweep"),
-        (["--lora", "{", "--", *DATA], "--lora {: not YAML"),
+        (["--mine", "{", "--", *DATA], "--mine: "),
+        (
+            ["--mine", "{seed: 1, seed: 2}", "--", *DATA],
+            "--mine: seed is given twice; write groups",
+        ),
     ],
 )
 def test_bad_command_line(
@@ -276,47 +285,68 @@ def test_results_of_other_data_are_refused(
 
 STANDS_IN_FOR_RUN = """\
 import os, sys, time
-print(sys.argv[1], os.environ.get("OMP_NUM_THREADS"), flush=True)
+print("step 1 of 2", sys.argv[1], os.environ.get("OMP_NUM_THREADS"), flush=True)
 time.sleep(60 if sys.argv[1] == "slow" else 0)
 sys.exit(3 if sys.argv[1] == "bad" else 0)
 """
 
 
-def test_processes_run_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = tmp_path / "run.py"
-    script.write_text(STANDS_IN_FOR_RUN)
-    monkeypatch.setattr(sweeps.jobs, "SCRIPT", script)
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A script in the place of run.py."""
+    path = tmp_path / "run.py"
+    path.write_text(STANDS_IN_FOR_RUN)
+    monkeypatch.setattr(running, "SCRIPT", path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    return path
+
+
+def test_processes_run_side_by_side_and_none_is_left(
+    tmp_path: Path,
+    script: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     jobs = [Job(n, (n,), tmp_path / f"{n}.log") for n in ("good", "bad", "slow", "late")]
-    runner, shown = running.Processes(jobs, 2), io.StringIO()
-    display = Display(jobs, 2, lambda job: "well", shown)
-    for _ in range(1000):
-        runner.look()
-        display.update()
+    runner = running.Processes(jobs, 2)
+
+    def interrupt(_: float) -> None:
         # The fourth begins when the others have left it room, beside the slow one.
         if jobs[3].state == "finished" and jobs[2].log.stat().st_size:
-            break
+            assert jobs[2].state == "running"
+            raise KeyboardInterrupt
         time.sleep(0.02)
-    assert [job.state for job in jobs] == ["finished", "failed", "running", "finished"]
-    runner.stop()
-    assert jobs[2].state == "failed" and jobs[2].said == "ended by SIGINT"
-    lines = shown.getvalue().splitlines()
-    assert "finished: good: well" in lines and "failed: bad: bad 3" in lines
-    assert any(line.startswith("started: late (") for line in lines)
-    assert all((tmp_path / f"{name}.log").read_text() == f"{name} 3\n" for name in ("bad", "late"))
+
+    monkeypatch.setattr(running, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        follow(runner, jobs, lambda job: "well")
+    assert [job.state for job in jobs] == ["finished", "failed", "failed", "finished"]
+    assert jobs[2].said == "ended by SIGINT" and not runner.running
+    lines = capsys.readouterr().out.splitlines()
+    assert {"finished: good: well", "failed: bad: step 1 of 2 bad 3", "started: slow"} <= {*lines}
+    assert lines[-1] == "interrupted: the runs save their checkpoints"
+    assert (tmp_path / "late.log").read_text() == "step 1 of 2 late 3\n"
 
 
-def test_a_sweep_that_is_killed_takes_its_runs_along(tmp_path: Path) -> None:
-    script = tmp_path / "run.py"
-    script.write_text(STANDS_IN_FOR_RUN)
+def test_an_error_in_the_sweep_ends_its_runs(tmp_path: Path, script: Path) -> None:
+    jobs = [Job("good", ("good",), tmp_path / "good.log"), Job("slow", ("slow",), tmp_path / "log")]
+    runner = running.Processes(jobs, 2)
+    with pytest.raises(ZeroDivisionError):
+        follow(runner, jobs, lambda job: str(1 / 0))
+    assert jobs[1].is_over and not runner.running
+
+
+def test_a_sweep_that_is_killed_takes_its_runs_along(tmp_path: Path, script: Path) -> None:
     program = f"""
 import os, pathlib, signal, time
-from sweeps.jobs import start
+from sweeps import running
+running.SCRIPT = pathlib.Path({str(script)!r})
 log = pathlib.Path({str(tmp_path / "log")!r})
-process = start(pathlib.Path({str(script)!r}), ["slow"], log, os.environ)
-while not log.stat().st_size:
+runner = running.Processes([running.Job("slow", ("slow",), log)], 1)
+while not (log.exists() and log.stat().st_size):
     time.sleep(0.02)
-print(process.pid, flush=True)
+print(*(process.pid for process in runner.running), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     done = subprocess.run(
@@ -343,24 +373,8 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
         InputError, match="--jobs 3: each run has a GPU of its own, and there are 2"
     ):
         running.Processes([], 3)
-    assert running.Processes([], 2).free == ["2", "5"]
-
-
-def test_display_on_a_terminal_shows_running_runs(tmp_path: Path) -> None:
-    terminal = io.StringIO()
-    terminal.isatty = lambda: True  # type: ignore[method-assign]
-    jobs = [Job(name, (), tmp_path / name) for name in ("a", "b")]
-    (tmp_path / "a").write_text("step 10 of 40: loss 0.5, g 1\rstep 20 of 40: loss 0.4\n")
-    display = Display(jobs, 1, lambda job: "dev accuracy 1.0000", terminal)
-    jobs[0].begin()
-    display.update()
-    assert terminal.getvalue() == "0 of 2 finished, 1 running\n  a: 20 of 40 loss 0.4\n"
-    jobs[0].end(0)
-    jobs[0].seconds = 90.0
-    display.update()
-    assert terminal.getvalue().endswith(
-        "\x1b[2F\x1b[Jfinished: a: dev accuracy 1.0000\n1 of 2 finished, about 1.5 min left\n"
-    )
+    gpus = running.Processes([], 2).gpus
+    assert [gpus.get(), gpus.get()] == ["2", "5"]
 
 
 @pytest.mark.parametrize(
@@ -380,51 +394,44 @@ def test_last_words(tmp_path: Path, text: str, code: int, said: str) -> None:
 # ---------------------------------------------------------------------------------- the best one
 
 
-def result(accuracy: float, loss: float, **settings: Any) -> dict[str, Any]:
-    losses = {"1": 0.1, "2": loss}
-    return {
-        "dev_metric": {"accuracy": accuracy},
-        "metric": {"accuracy": 1 - accuracy},
-        "history": {"dev_loss": losses},
-        "settings": settings,
-    }
+def outcome(
+    accuracy: float | None, loss: float = 0.1, task: str = "CB", **settings: Any
+) -> Outcome:
+    """A run's result; an accuracy of None: it has none yet."""
+    result = {"task": task, "settings": settings}
+    if accuracy is not None:
+        result["dev_metric"] = {"accuracy": accuracy}
+        result["metric"] = {"accuracy": 1 - accuracy}
+        result["history"] = {"dev_loss": {"1": 0.1, "2": loss, "3": float("nan")}}
+    return Outcome.of(Path("a"), result, is_finished=accuracy is not None)
 
 
 def test_best_goes_by_the_dev_set_alone() -> None:
-    runs = [
-        ("a0", {"learning_rate": "1", "seed": "0"}, result(0.5, 0.3)),
-        ("a1", {"learning_rate": "1", "seed": "1"}, result(0.7, 0.3)),
-        ("b0", {"learning_rate": "2", "seed": "0"}, result(0.6, 0.2)),
-        ("b1", {"learning_rate": "2", "seed": "1"}, result(0.6, 0.2)),
-        ("c0", {"learning_rate": "3", "seed": "0"}, result(0.9, 0.1)),
-        ("c1", {"learning_rate": "3", "seed": "1"}, None),
-    ]
-    (settings,) = group(runs).values()
-    chosen = best(settings)
+    a = [outcome(0.5, 0.3, zo_eps=1, seed=0), outcome(0.7, 0.3, zo_eps=1, seed=1)]
+    b = [outcome(0.6, 0.2, zo_eps=2, seed=0), outcome(0.6, 0.2, zo_eps=2, seed=1)]
+    c = [outcome(0.9, 0.1, zo_eps=3, seed=0), outcome(None, zo_eps=3, seed=1)]
     # c is not whole; a and b are equal by the metric, and b has the lower dev loss.
-    assert chosen is not None and chosen.names == ["b0", "b1"]
-    name, test = chosen.metric("metric")
-    assert name == "accuracy" and test.text() == "0.4000 ± 0.0000"
-    assert settings[0].metric("dev_metric")[1].deviation == pytest.approx(0.1414, abs=1e-4)
-    lowest = Setting({}, ["x"], [result(0.5, 0.3, load_best_model_at_end=True)])
-    assert lowest.dev_loss() == Measured(0.1)
+    words = "dev accuracy 0.6000, test accuracy 0.4000, dev loss 0.2000, 2 runs"
+    assert list(best([*a, *b, *c])) == [("CB", b, words)]
+    assert in_words(a).startswith("dev accuracy 0.6000 ± 0.1414, test")
+    assert next(best(c))[1:] == ([], "no setting has finished with all of its seeds")
+    assert outcome(0.5, 0.3, load_best_model_at_end=True).numbers["dev_loss"] == 0.1
 
 
 def test_every_task_has_a_best_of_its_own() -> None:
     runs = [
-        (f"{task}{rate}", {"task_name": task, "zo_eps": rate}, result(accuracy, 0.1))
-        for task, rate, accuracy in (
-            ("CB", "1", 0.6),
-            ("CB", "2", 0.5),
-            ("RTE", "1", 0.5),
-            ("RTE", "2", 0.7),
+        outcome(accuracy, task=task, zo_eps=eps)
+        for task, eps, accuracy in (
+            ("CB", 1, 0.6),
+            ("CB", 2, 0.5),
+            ("RTE", 1, 0.5),
+            ("RTE", 2, 0.7),
         )
     ]
-    problems = group(runs)
-    assert {key: best(settings).names for key, settings in problems.items()} == {
-        ("CB",): ["CB1"],
-        ("RTE",): ["RTE2"],
-    }
+    assert [(task, chosen) for task, chosen, _ in best(runs)] == [
+        ("CB", [runs[0]]),
+        ("RTE", [runs[3]]),
+    ]
 
 
 # -------------------------------------------------------------------------- what it will take
@@ -472,18 +479,16 @@ def test_plan_counts_weights_and_says_so(tmp_path: Path) -> None:
     assert weights.endswith("for weights and optimizer") and seconds.endswith("on this machine")
 
 
-def test_dry_run_tells_and_writes_nothing(
+def test_dry_run_tells_what_differs_and_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert sweep.main(["--seed", "0", "1", "--dry_run", "--jobs", "2", "--", *short()]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("python ") and "run.py --seed 0 --task_name SST2" in lines[0]
-    assert lines[1].startswith("  2 steps: 7 forward passes of training")
-    assert lines[-1].startswith(
-        "2 runs, 14 forward passes of training and 0 of evaluation are left"
-    )
-    assert "with --jobs 2" in lines[-1]
+    every, head, *rows, last = capsys.readouterr().out.splitlines()
+    assert every.startswith("each run: python ") and "--task_name SST2" in every
+    assert head.split()[:3] == ["seed", "steps", "forward"]
+    assert [row.split()[:4] for row in rows] == [["0", "2", "7", "0"], ["1", "2", "7", "0"]]
+    assert last.startswith("2 of 2 runs are left: about ") and last.endswith("with --jobs 2")
     assert contents(tmp_path) == {}
 
 
@@ -519,15 +524,16 @@ def test_an_array_on_the_local_executor(tmp_path: Path, monkeypatch: pytest.Monk
     script.write_text("import sys\nprint('error: bad')\nsys.exit('1' in sys.argv)\n")
     monkeypatch.setattr(slurm, "SCRIPT", script)
     monkeypatch.setattr(slurm, "make_executor", local)
-    # The jobs read the module that they run from there.
-    (tmp_path / "sweeps").symlink_to(ROOT / "sweeps")
-    (tmp_path / "utils.py").symlink_to(ROOT / "utils.py")
+    # The jobs import the module that runs the script beside it.
+    shutil.copytree(ROOT / "sweeps", tmp_path / "sweeps")
+    shutil.copy(ROOT / "utils.py", tmp_path)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", "")
     jobs = [Job(name, (name,), tmp_path / f"{name}.log") for name in ("0", "1")]
     array = slurm.JobArray(jobs, "--time=10", tmp_path, 2)
     for _ in range(600):
         array.look()
-        if all(job.state in ("finished", "failed") for job in jobs):
+        if all(job.is_over for job in jobs):
             break
         time.sleep(0.1)
     assert [job.state for job in jobs] == ["finished", "failed"]

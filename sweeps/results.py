@@ -1,0 +1,194 @@
+"""Results of runs, read from their files as typed values; nothing named in a file is imported."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from command_line.settings import NOT_OF_THE_RESULT
+from utils import InputError
+
+# In a sweep's folder: the settings and the command line of each run.
+RECORD = "sweep.json"
+# Means are taken over these.
+SEEDS = ("seed", "data_seed", "train_set_seed")
+# Runs of one task that differ in these solve different problems.
+DATA = ("data_dir", "train_file", "validation_file", "reward")
+# Of all places, only the model is a setting.
+NO_SETTING = {*NOT_OF_THE_RESULT, *SEEDS, "num_train_sets"} - {"model_name"}
+METRICS = ("metric", "dev_metric", "metric_before_training")
+NUMBERS = (
+    *("forward_passes", "backward_passes", "steps", "trained_parameters"),
+    *("train_seconds", "seconds", "peak_memory_mib"),
+)
+CURVES = ("dev_loss", "dev_metric", "forward_passes", "backward_passes", "seconds")
+MISSING = "–"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a table and a picture show of a run.
+
+    Attributes:
+        path: of its result file.
+        task: its name.
+        metric: the name of the task's metric.
+        settings: what the run used.
+        numbers: of ``METRICS``, "dev_loss" and ``NUMBERS`` what the run has, finite.
+        curves: of ``CURVES``, the values by step.
+        is_finished: False: the run has no result yet.
+    """
+
+    path: Path
+    task: str
+    metric: str
+    settings: Mapping[str, Any]
+    numbers: Mapping[str, float]
+    curves: Mapping[str, Mapping[int, float]]
+    is_finished: bool = True
+
+    @classmethod
+    def of(cls, path: Path, result: Mapping[str, Any], is_finished: bool = True) -> Outcome:
+        """Take from a result what has the right type."""
+        metrics = {kind: _numbers(result.get(kind)) for kind in METRICS}
+        metrics = {kind: values for kind, values in metrics.items() if values}
+        numbers = {kind: next(iter(values.values())) for kind, values in metrics.items()}
+        numbers |= {name: y for name, y in _numbers(result).items() if name in NUMBERS}
+        settings, history = _mapping(result.get("settings")), _mapping(result.get("history"))
+        curves = {
+            name: {int(x): y for x, y in _numbers(history.get(name)).items() if _is_step(x)}
+            for name in CURVES
+        }
+        if losses := list(curves["dev_loss"].values()):
+            # The final model is the best checkpoint's or the last step's.
+            best = settings.get("load_best_model_at_end")
+            numbers["dev_loss"] = min(losses) if best else losses[-1]
+        metric = next((next(iter(values)) for values in metrics.values()), "metric")
+        return cls(path, str(result.get("task")), metric, settings, numbers, curves, is_finished)
+
+    def values(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Return its values of some settings, as text."""
+        return tuple(shown(self.settings.get(name)) for name in names)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file; an empty dictionary if it is no JSON object."""
+    try:
+        return _mapping(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError):
+        return {}
+
+
+def read_outcomes(path: Path) -> list[Outcome]:
+    """Return the runs of a result file, one for each training set; none if it is no result."""
+    result = read_json(path)
+    if not isinstance(result.get("settings"), dict) or not isinstance(result.get("task"), str):
+        return []
+    runs = result.get("runs")
+    sets = [run for run in runs if isinstance(run, dict)] if isinstance(runs, list) else []
+    if not sets:
+        return [Outcome.of(path, result)]
+    found = []
+    for run in sets:
+        settings = result["settings"] | {"train_set_seed": run.get("train_set_seed")}
+        found.append(Outcome.of(path, result | run | {"settings": settings}))
+    return found
+
+
+def read_record(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return what a sweep has recorded of each of its runs."""
+    runs = _mapping(read_json(folder / RECORD).get("runs"))
+    return {name: run for name, run in runs.items() if isinstance(run, dict) and "/" not in name}
+
+
+def unfinished(path: Path, run: Mapping[str, Any]) -> Outcome:
+    """Return what a sweep's record and the newest checkpoint say of a run without a result.
+
+    Args:
+        path: of the result that the run will have.
+        run: its entry in the record.
+    """
+    states = path.with_name(path.stem).glob("checkpoint-*/trainer_state.json")
+    by_step = {state.parent.name.partition("-")[2]: state for state in states}
+    newest = max(filter(_is_step, by_step), key=int, default=None)
+    log = read_json(by_step[newest]).get("log_history") if newest else None
+    rows = [row for row in log if "eval_loss" in _mapping(row)] if isinstance(log, list) else []
+    logged = {"dev_loss": "eval_loss", "dev_metric": f"eval_{run.get('metric')}"}
+    history = {
+        name: {str(row.get("step")): row.get(logged.get(name, name)) for row in rows}
+        for name in CURVES
+    }
+    return Outcome.of(path, {**run, "history": history}, is_finished=False)
+
+
+def shown(value: Any) -> str:
+    """Return a setting as text, as the user may type it."""
+    if isinstance(value, float):
+        return re.sub(r"\.0$|(?<=e-)0", "", repr(value))
+    return MISSING if value is None else str(value)
+
+
+def differing_settings(outcomes: Sequence[Outcome]) -> tuple[str, ...]:
+    """Return the settings in which runs of the same task differ.
+
+    A setting that only some of the runs have, such as a trainer's own, must differ among those.
+    """
+    values: dict[str, dict[str, set[str]]] = {}
+    for each in outcomes:
+        for name, value in each.settings.items():
+            # Without h, h has no dtype.
+            if name not in NO_SETTING and not (name == "hessian_dtype" and value is None):
+                values.setdefault(name, {}).setdefault(each.task, set()).add(shown(value))
+    return tuple(
+        n for n, tasks in values.items() if any(len(found) > 1 for found in tasks.values())
+    )
+
+
+def name_data(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Add their data to the names of the tasks whose runs have different data."""
+    data: dict[str, set[tuple[str, ...]]] = {}
+    for each in outcomes:
+        data.setdefault(each.task, set()).add(each.values(DATA))
+    return [
+        replace(each, task=" ".join([each.task, *(v for v in each.values(DATA) if v != MISSING)]))
+        if len(data[each.task]) > 1
+        else each
+        for each in outcomes
+    ]
+
+
+def check_distinct(outcomes: Sequence[Outcome]) -> None:
+    """Check that no two runs have the same settings and seeds.
+
+    Raises:
+        InputError: names the two files.
+    """
+    names, first = differing_settings(outcomes), {}
+    for each in outcomes:
+        same = first.setdefault((each.task, *each.values((*names, *SEEDS))), each)
+        if same is not each:
+            raise InputError(
+                f"{same.path} and {each.path} have the same settings and seed: give one of them"
+            )
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _numbers(value: Any) -> dict[str, float]:
+    """Return the finite numbers in a mapping."""
+    return {
+        name: number
+        for name, number in _mapping(value).items()
+        if type(number) in (int, float) and abs(number) < 1e300 and math.isfinite(number)
+    }
+
+
+def _is_step(text: str) -> bool:
+    return re.fullmatch(r"[0-9]{1,15}", text) is not None
