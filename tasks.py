@@ -1,32 +1,21 @@
-"""The eleven tasks: where their rows come from, and what counts as correct.
+"""The eleven tasks: prompt, columns, which answers there are and which counts as correct.
 
-A twelfth task is one template in templates.py and one entry of ``TASKS``; a task of the user's own
-files takes no code.
+A twelfth one is a template in templates.py and an entry of ``TASKS``. A task of the user's own
+files takes no code (task_data/own_tasks.py).
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, Protocol
 
 import metrics
 import templates
-from task_data.columns import Arrangement
-from task_data.files import (
-    PlacedRow,
-    Row,
-    Table,
-    no_rows,
-    read_table,
-    row_place,
-    shown,
-)
-from task_data.rewards import Reward
-from templates import Template
-from utils import InputError, first_line
+from templates import Row, Template
+from utils import InputError
 
 
 @dataclass(frozen=True)
@@ -35,10 +24,10 @@ class Sample:
 
     Attributes:
         id: the row's index in its split, from 0.
-        row: the task's columns of the data set's row.
-        candidates: labels or texts in the order of the options; empty for generation tasks.
-        correct: the acceptable candidates, or the gold answer texts; the first is the one trained
-            on and shown in demonstrations.
+        row: the columns that the task needs; all of them for the user's own files and for rewards.
+        candidates: labels or texts in the order of the options; empty where answers are generated.
+        correct: the acceptable candidates, or the gold answers; the first is the one trained on and
+            shown in demonstrations.
     """
 
     id: int
@@ -48,12 +37,24 @@ class Sample:
 
     @property
     def has_correct_option(self) -> bool:
-        """Whether a candidate is correct; a generated answer has no candidates, and always is."""
+        """Whether a candidate is correct; always true where answers are generated."""
         return not self.candidates or any(choice in self.correct for choice in self.candidates)
 
 
+class Reward(Protocol):
+    """How good generated texts are (task_data/rewards.py)."""
+
+    file: Path
+    name: str
+
+    def __call__(
+        self, prompts: Sequence[str], texts: Sequence[str], rows: Sequence[Row]
+    ) -> list[float]:
+        """Return the reward of each text, which follows the prompt made of its row."""
+
+
 @dataclass(frozen=True)
-class Task(ABC):
+class Task:
     """A data set with its prompt and its metric.
 
     Attributes:
@@ -61,8 +62,13 @@ class Task(ABC):
         template: how a row becomes text.
         hub_path: the data set's id on the Hugging Face Hub; None for the user's own files.
         hub_config: its configuration there, if it has several.
-        text_columns: columns that must hold text.
-        answer_columns: the columns that say which answers there are and which is correct.
+        text_columns: columns that hold text.
+        answer_column: the column that says which answer is correct; None: a reward says so.
+        candidates: a row -> the answers to choose from; None: answers are generated.
+        correct: (a row, its candidates) -> the acceptable answers.
+        option_columns: columns beside the texts' that ``candidates`` needs.
+        answer_metric: the first metric of generated answers: f1 or em.
+        train_as_classification: what the published runs do, as the scripts' default.
         reward: how good a generated text is; None: the gold answers say so.
     """
 
@@ -71,54 +77,54 @@ class Task(ABC):
     hub_path: str | None
     hub_config: str | None
     text_columns: tuple[str, ...]
-    answer_columns: tuple[str, ...]
+    answer_column: str | None
+    candidates: Callable[[Row], tuple[Any, ...]] | None
+    correct: Callable[[Row, tuple[Any, ...]], tuple[Any, ...]]
+    option_columns: tuple[str, ...] = field(default=(), kw_only=True)
+    answer_metric: str = field(default="f1", kw_only=True)
+    train_as_classification: bool = field(default=False, kw_only=True)
     reward: Reward | None = field(default=None, kw_only=True)
 
-    generation: ClassVar[bool] = False
-    own_metric: ClassVar[str] = "accuracy"
-    # Of the user's own files: train and validation, and how their columns are to be read.
-    files: ClassVar[tuple[Path | None, Path] | None] = None
-    arrangement: ClassVar[Arrangement | None] = None
-    train_as_classification: ClassVar[bool] = False
+    @property
+    def generation(self) -> bool:
+        """Whether answers are generated, not chosen from options."""
+        return self.candidates is None
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Every column a row must have."""
-        return self.text_columns + self.answer_columns
+        """Every column that an answered row has."""
+        answer = (self.answer_column,) if self.answer_column else ()
+        return self.text_columns + self.option_columns + answer
 
-    @property
-    def stand_in(self) -> Row:
-        """An answer for rows that have none, in the columns that would say which is correct."""
-        (column,) = self.answer_columns
-        return {column: "-"}
-
-    @abstractmethod
-    def _answers(self, row: Row) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Return (candidates, correct); raise InputError where the row has no usable answer."""
-
-    def sample(self, row: Row, index: int) -> Sample:
-        """Turn row number ``index`` (from 0) of the data set into a ``Sample``.
+    def sample(self, row: Row, index: int, with_answer: bool = True) -> Sample:
+        """Turn row number ``index`` (from 0) into a ``Sample``; without answer nothing is correct.
 
         Raises:
             InputError: a column is missing, a text is not text, or the label or the answers are
-                missing or unknown. Who knows where the row stands adds that.
+                missing or unknown. The caller adds where the row stands.
         """
-        self.check_columns(row)
+        hidden = () if with_answer else (self.answer_column,)
+        needed = [column for column in self.columns if column not in hidden]
+        self.check_columns(row, needed)
         for column in self.text_columns:
             if not isinstance(row[column], str):
                 raise InputError(f"{column} is {shown(row[column])}: expected a text")
-        candidates, correct = self._answers(row)
-        return Sample(index, {column: row[column] for column in self.columns}, candidates, correct)
+        candidates = self.candidates(row) if self.candidates else ()
+        correct = self.correct(row, candidates) if with_answer and self.answer_column else ()
+        return Sample(index, self.kept(row, needed), candidates, correct)
 
-    def check_columns(self, found: Iterable[str]) -> None:
-        """Raise InputError if one of the task's columns is not among those found."""
-        found = list(found)
-        missing = [column for column in self.columns if column not in found]
+    def check_columns(self, row: Row, needed: Iterable[str]) -> None:
+        """Refuse a row without one of the columns."""
+        missing = [column for column in needed if column not in row]
         if missing:
             raise InputError(
-                f"column {missing[0]!r} is missing: {self.name} needs {', '.join(self.columns)}; "
-                f"found {', '.join(map(str, found)) or 'none'}"
+                f"column {missing[0]!r} is missing: {self.name} needs {listed(needed)}; "
+                f"found {listed(row) or 'none'}"
             )
+
+    def kept(self, row: Row, needed: Iterable[str]) -> Row:
+        """Return what a sample keeps of its row."""
+        return dict(row) if self.reward else {column: row[column] for column in needed}
 
     def prompt(self, sample: Sample) -> str:
         """Return the text before the option."""
@@ -146,129 +152,135 @@ class Task(ABC):
         self._check_calibration()
         return self.template.content_free_option(sample.row, candidate)
 
-    @property
-    def metric_name(self) -> str:
-        """The metric that comes first."""
-        return "reward" if self.reward else self.own_metric
-
-    @property
-    def metric_names(self) -> tuple[str, ...]:
-        """The metrics that ``score`` returns."""
-        names = ("f1", "em") if self.answer_columns else ()
-        return (*(["reward"] if self.reward else []), *names) if self.generation else ("accuracy",)
-
-    def rewards(self, texts: Sequence[str], samples: Sequence[Sample]) -> list[float]:
-        """Return the reward of each sample's text.
-
-        Raises:
-            InputError: the function of ``reward`` fails.
-        """
-        prompts = [self.prompt(sample) for sample in samples]
-        return self.reward(prompts, texts, [sample.row for sample in samples])
-
-    def score(self, predictions: Sequence[Any], samples: Sequence[Sample]) -> dict[str, float]:
-        """Return the task's metrics, fractions from 0 to 1, for one prediction per sample.
-
-        Predictions are candidates for ``{"accuracy": ...}``, texts for ``{"f1": ..., "em": ...}``,
-        of which ``metric_name`` is the first. With a reward its mean stands before them.
-
-        Raises:
-            ValueError: no samples, or not as many as predictions.
-            InputError: the function of ``reward`` fails.
-        """
-        golds = [sample.correct for sample in samples]
-        if not self.generation:
-            return {"accuracy": metrics.accuracy(predictions, golds)}
-        values: dict[str, float] = {}
-        if self.reward:
-            values["reward"] = metrics.mean(self.rewards(predictions, samples))
-        if self.answer_columns:
-            values["f1"] = metrics.mean_f1(predictions, golds)
-            values["em"] = metrics.mean_exact_match(predictions, golds)
-        return {self.metric_name: values[self.metric_name], **values}
-
     def _check_calibration(self) -> None:
         if not self.template.supports_calibration:
             raise InputError(
                 f"{self.name} has no content-free prompt: run it without --sfc and --icl_sfc"
             )
 
-
-class LabelTask(Task):
-    """A task with fixed labels: its candidates are the keys of the template's verbalizer."""
-
-    template: templates.LabelTemplate
-
-    train_as_classification = True
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The metrics that ``score`` returns, the one to look at first."""
+        if not self.generation:
+            return ("accuracy",)
+        of_answers = sorted(("f1", "em"), key=lambda name: name != self.answer_metric)
+        return (*(["reward"] if self.reward else []), *(of_answers if self.answer_column else []))
 
     @property
-    def stand_in(self) -> Row:
-        """The first label."""
-        return dict.fromkeys(self.answer_columns, next(iter(self.template.verbalizer)))
+    def metric_name(self) -> str:
+        """The metric that comes first."""
+        return self.metric_names[0]
 
-    def _answers(self, row: Row) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        candidates = tuple(self.template.verbalizer)
-        (column,) = self.answer_columns
-        return candidates, (_pick(candidates, row[column], column),)
+    def rewards(self, texts: Sequence[str], samples: Sequence[Sample]) -> list[float]:
+        """Return the reward of each sample's text.
 
+        Raises:
+            InputError: the reward's function fails.
+        """
+        prompts = [self.prompt(sample) for sample in samples]
+        return self.reward(prompts, texts, [sample.row for sample in samples])
 
-class CopaTask(Task):
-    """Two choices that each example brings along."""
+    def score(self, predictions: Sequence[Any], samples: Sequence[Sample]) -> dict[str, float]:
+        """Return ``metric_names`` with their values for one prediction (candidate or text) each.
 
-    template: templates.CopaTemplate
-
-    @property
-    def stand_in(self) -> Row:
-        """The first choice."""
-        return dict.fromkeys(self.answer_columns, 0)
-
-    def _answers(self, row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        _pick(tuple(self.template.conjunctions), row["question"], "question")
-        candidates = (row["choice1"], row["choice2"])
-        return candidates, (candidates[_pick((0, 1), row["label"], "label")],)
-
-
-class ReCoRDTask(Task):
-    """The passage's entities; any of several may be right."""
-
-    @property
-    def stand_in(self) -> Row:
-        """No entity."""
-        return {"answers": ["-"]}
-
-    def _answers(self, row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        return _distinct_texts(row["entities"], "entities"), _distinct_texts(
-            row["answers"], "answers"
-        )
+        Raises:
+            ValueError: no samples, or not as many as predictions.
+            InputError: the reward's function fails.
+        """
+        golds = [sample.correct for sample in samples]
+        functions: dict[str, Callable[[], float]] = {
+            "reward": lambda: metrics.mean(self.rewards(predictions, samples)),
+            "accuracy": lambda: metrics.accuracy(predictions, golds),
+            "f1": lambda: metrics.mean_f1(predictions, golds),
+            "em": lambda: metrics.mean_exact_match(predictions, golds),
+        }
+        return {name: functions[name]() for name in self.metric_names}
 
 
-@dataclass(frozen=True)
-class GenerationTask(Task):
-    """Free text, compared with gold answers that lie in ``answer_field`` of the answer column."""
-
-    answer_field: str
-
-    generation = True
-    own_metric = "f1"
-
-    @property
-    def stand_in(self) -> Row:
-        """A text in the answers' form."""
-        return {column: {self.answer_field: ["-"]} for column in self.answer_columns}
-
-    def _answers(self, row: Row) -> tuple[tuple[()], tuple[str, ...]]:
-        (column,) = self.answer_columns
-        answers = row[column]
-        texts = answers.get(self.answer_field) if isinstance(answers, Mapping) else None
-        return (), _distinct_texts(texts, f"{column}.{self.answer_field}")
+def shown(value: Any) -> str:
+    """Return a value as an error's one line shows it."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
-def _pick(known: tuple[Any, ...], value: Any, column: str) -> Any:
-    """Return the known value equal to ``value`` (a file may write 1.0 for 1, or 1 for true)."""
-    if value not in known:
-        expected = " or ".join(repr(candidate) for candidate in known)
-        raise InputError(f"{column} is {shown(value)}: expected {expected}")
-    return known[known.index(value)]
+def listed(names: Iterable[Any]) -> str:
+    """Return names as an error's one line lists them."""
+    names = list(map(str, names))
+    return ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+
+
+# ----------------------------------------------------------------------- candidates and answers
+# Functions and partials, no closures: a checkpoint keeps its task among its arguments.
+
+
+def classification(
+    name: str,
+    template: Template,
+    hub_path: str,
+    hub_config: str | None,
+    text_columns: tuple[str, ...],
+    answer_column: str = "label",
+) -> Task:
+    """Return a task whose options are the template's labels."""
+    return Task(
+        *(name, template, hub_path, hub_config, text_columns, answer_column),
+        candidates=partial(_labels, tuple(template.labels)),
+        correct=partial(_label, answer_column),
+        train_as_classification=True,
+    )
+
+
+def generation(
+    name: str,
+    template: Template,
+    hub_path: str,
+    text_columns: tuple[str, ...],
+    answer_column: str,
+    answer_field: str,
+) -> Task:
+    """Return a task of free text; the gold answers lie in a field of the answer column."""
+    correct = partial(_gold_answers, answer_column, answer_field)
+    return Task(name, template, hub_path, None, text_columns, answer_column, None, correct)
+
+
+def _labels(labels: tuple[Any, ...], row: Row) -> tuple[Any, ...]:
+    return labels
+
+
+def _label(column: str, row: Row, labels: tuple[Any, ...]) -> tuple[Any]:
+    return (_pick(labels, row, column),)
+
+
+def _gold_answers(column: str, field: str, row: Row, _: tuple[()]) -> tuple[str, ...]:
+    answers = row[column]
+    texts = answers.get(field) if isinstance(answers, Mapping) else None
+    return _distinct_texts(texts, f"{column}.{field}")
+
+
+def _choices(row: Row) -> tuple[str, str]:
+    _pick(templates.CONJUNCTIONS, row, "question")
+    return row["choice1"], row["choice2"]
+
+
+def _choice(row: Row, choices: tuple[str, ...]) -> tuple[str]:
+    return (choices[_pick((0, 1), row, "label")],)
+
+
+def _entities(row: Row) -> tuple[str, ...]:
+    return _distinct_texts(row["entities"], "entities")
+
+
+def _right_entities(row: Row, _: tuple[str, ...]) -> tuple[str, ...]:
+    return _distinct_texts(row["answers"], "answers")
+
+
+def _pick(known: Iterable[Any], row: Row, column: str) -> Any:
+    """Return the known value equal to the row's (a file may write 1.0 for 1, or 1 for true)."""
+    known = tuple(known)
+    if row[column] not in known:
+        expected = " or ".join(map(repr, known))
+        raise InputError(f"{column} is {shown(row[column])}: expected {expected}")
+    return known[known.index(row[column])]
 
 
 def _distinct_texts(values: Any, column: str) -> tuple[str, ...]:
@@ -280,83 +292,52 @@ def _distinct_texts(values: Any, column: str) -> tuple[str, ...]:
 
 
 _SUPER_GLUE = "aps/super_glue"
-_LABEL = ("label",)
+_PAIR = ("premise", "hypothesis")
 
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        LabelTask("SST2", templates.SST2Template(), "nyu-mll/glue", "sst2", ("sentence",), _LABEL),
-        LabelTask(
-            "RTE", templates.RTETemplate(), _SUPER_GLUE, "rte", ("premise", "hypothesis"), _LABEL
+        classification("SST2", templates.SST2, "nyu-mll/glue", "sst2", ("sentence",)),
+        classification("RTE", templates.RTE, _SUPER_GLUE, "rte", _PAIR),
+        classification("CB", templates.CB, _SUPER_GLUE, "cb", _PAIR),
+        classification(
+            "BoolQ", templates.BoolQ, "google/boolq", None, ("passage", "question"), "answer"
         ),
-        LabelTask(
-            "CB", templates.CBTemplate(), _SUPER_GLUE, "cb", ("premise", "hypothesis"), _LABEL
-        ),
-        LabelTask(
-            "BoolQ",
-            templates.BoolQTemplate(),
-            "google/boolq",
-            None,
-            ("passage", "question"),
-            ("answer",),
-        ),
-        LabelTask(
-            "WSC",
-            templates.WSCTemplate(),
-            _SUPER_GLUE,
-            "wsc.fixed",
+        classification(
+            *("WSC", templates.WSC, _SUPER_GLUE, "wsc.fixed"),
             ("text", "span1_text", "span2_text"),
-            _LABEL,
         ),
-        LabelTask(
-            "WIC",
-            templates.WICTemplate(),
-            _SUPER_GLUE,
-            "wic",
-            ("word", "sentence1", "sentence2"),
-            _LABEL,
+        classification(
+            "WIC", templates.WIC, _SUPER_GLUE, "wic", ("word", "sentence1", "sentence2")
         ),
-        LabelTask(
-            "MultiRC",
-            templates.MultiRCTemplate(),
-            _SUPER_GLUE,
-            "multirc",
+        classification(
+            *("MultiRC", templates.MultiRC, _SUPER_GLUE, "multirc"),
             ("paragraph", "question", "answer"),
-            _LABEL,
         ),
-        CopaTask(
-            "Copa",
-            templates.CopaTemplate(),
-            _SUPER_GLUE,
-            "copa",
+        Task(
+            *("Copa", templates.Copa, _SUPER_GLUE, "copa"),
             ("premise", "choice1", "choice2", "question"),
-            _LABEL,
+            "label",
+            candidates=_choices,
+            correct=_choice,
         ),
-        ReCoRDTask(
-            "ReCoRD",
-            templates.ReCoRDTemplate(),
-            _SUPER_GLUE,
-            "record",
+        Task(
+            *("ReCoRD", templates.ReCoRD, _SUPER_GLUE, "record"),
             ("passage", "query"),
-            ("entities", "answers"),
+            "answers",
+            candidates=_entities,
+            correct=_right_entities,
+            option_columns=("entities",),
         ),
-        GenerationTask(
-            "SQuAD",
-            templates.SQuADTemplate(),
-            "rajpurkar/squad",
-            None,
+        generation(
+            *("SQuAD", templates.SQuAD, "rajpurkar/squad"),
             ("title", "context", "question"),
-            ("answers",),
-            answer_field="text",
+            *("answers", "text"),
         ),
-        GenerationTask(
-            "DROP",
-            templates.DROPTemplate(),
-            "ucinlp/drop",
-            None,
+        generation(
+            *("DROP", templates.DROP, "ucinlp/drop"),
             ("passage", "question"),
-            ("answers_spans",),
-            answer_field="spans",
+            *("answers_spans", "spans"),
         ),
     )
 }
@@ -372,147 +353,3 @@ def get_task(name: str) -> Task:
         if known.lower() == name.lower():
             return task
     raise InputError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
-
-
-# -------------------------------------------------------------------------------------- loading
-
-
-def load_samples(
-    task: Task, data_dir: str | None, with_validation: bool = True
-) -> tuple[list[Sample], list[Sample]]:
-    """Return all train and all validation samples; none of validation if they are not wanted.
-
-    Those of the user's own files come from there; without a training file there are none. Others
-    come from the Hub or its local cache, or with ``data_dir`` from ``DIR/<task>/train.jsonl`` and
-    ``validation.jsonl`` (or ``.parquet``; ``.jsonl`` wins where both lie there) in the Hub's
-    schema; the task folder's name may be in any case. The Hub's test splits have no labels and are
-    never used.
-
-    Raises:
-        InputError: files are missing, empty or malformed, or the Hub cannot be reached.
-    """
-    files = split_files(task, data_dir)
-    if files is None:
-        return _load_hub(task)
-    train, validation = files
-    return (
-        _load_file(task, train) if train else [],
-        _load_file(task, validation) if with_validation else [],
-    )
-
-
-def split_files(task: Task, data_dir: str | None) -> tuple[Path | None, Path] | None:
-    """Return the files of the train split, where there is one, and of validation; None: the Hub's.
-
-    Raises:
-        InputError: they are missing.
-    """
-    if task.files:
-        return task.files
-    if data_dir is None:
-        return None
-    folder = _task_folder(task, Path(data_dir))
-    return _split_file(folder, "train"), _split_file(folder, "validation")
-
-
-def _task_folder(task: Task, data_dir: Path) -> Path:
-    if not data_dir.is_dir():
-        raise InputError(f"--data_dir {data_dir}: no such folder")
-    folders = sorted(path for path in data_dir.iterdir() if path.is_dir())
-    for folder in folders:
-        if folder.name.lower() == task.name.lower():
-            return folder
-    found = ", ".join(folder.name for folder in folders) or "none"
-    raise InputError(f"--data_dir {data_dir}: no folder for {task.name}; folders found: {found}")
-
-
-def _split_file(folder: Path, split: str) -> Path:
-    for suffix in (".jsonl", ".parquet"):
-        path = folder / f"{split}{suffix}"
-        if path.is_file():
-            return path
-    raise InputError(f"{folder}: neither {split}.jsonl nor {split}.parquet is there")
-
-
-def load_questions(task: Task, path: Path) -> list[Sample]:
-    """Return the rows of a file, which need no answers, in their order.
-
-    Raises:
-        InputError: the file cannot be read, is empty or malformed, or lacks a column.
-    """
-    answered = [
-        PlacedRow(place, {**row, **task.stand_in}) for place, row in _table(task, path).rows
-    ]
-    if not answered:
-        raise no_rows(path)
-    _check_source(task, answered[0].row, path)
-    samples = _to_samples(_reader(task, path), answered, path)
-    return [replace(sample, correct=()) for sample in samples]
-
-
-def _load_file(task: Task, path: Path) -> list[Sample]:
-    table = _table(task, path)
-    _check_source(task, table.columns, table.place)
-    return _to_samples(_reader(task, path), table.rows, path)
-
-
-def _table(task: Task, path: Path) -> Table:
-    """Open a file of a task, its columns as the task has them."""
-    arrangement = task.arrangement
-    # A reward may look at every column, a template may name any.
-    table = read_table(path, None if task.reward or arrangement else task.columns)
-    return arrangement.arrange(table) if arrangement else table
-
-
-def _reader(task: Task, path: Path) -> Callable[[Row, int], Sample]:
-    cells = task.files and path.suffix.lower() == ".csv"
-    return task.sample_of_cells if cells else task.sample
-
-
-def _to_samples(
-    make: Callable[[Row, int], Sample], rows: Iterable[PlacedRow], source: object
-) -> list[Sample]:
-    samples = []
-    for index, (place, row) in enumerate(rows):
-        try:
-            samples.append(make(row, index))
-        except InputError as error:
-            raise InputError(f"{place}: {error}") from error
-    if not samples:
-        raise no_rows(source)
-    return samples
-
-
-def _load_hub(task: Task) -> tuple[list[Sample], list[Sample]]:
-    import datasets  # takes a second to import, and runs with --data_dir do without it
-
-    hub_id = _hub_id(task)
-    try:
-        splits = datasets.load_dataset(
-            task.hub_path, task.hub_config, split=["train", "validation"]
-        )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(
-            f"cannot load {hub_id} from the Hub ({first_line(error)}): "
-            f"give the files with --data_dir DIR, in DIR/{task.name}"
-        ) from error
-    loaded = []
-    for name, split in zip(("train", "validation"), splits, strict=True):
-        _check_source(task, split.column_names, hub_id)
-        source = f"{hub_id} {name}"
-        rows = enumerate(split.select_columns(list(task.columns)).to_list())
-        placed = (PlacedRow(row_place(source, index), row) for index, row in rows)
-        loaded.append(_to_samples(task.sample, placed, source))
-    train, validation = loaded
-    return train, validation
-
-
-def _check_source(task: Task, found: Iterable[str], source: object) -> None:
-    try:
-        task.check_columns(found)
-    except InputError as error:
-        raise InputError(f"{source}: {error}") from error
-
-
-def _hub_id(task: Task) -> str:
-    return f"{task.hub_path} ({task.hub_config})" if task.hub_config else task.hub_path

@@ -1,219 +1,165 @@
-"""Prompts and verbalizers of the tasks: plain text, no tokens and no model.
+"""Prompts and options of the tasks: plain text, no tokens and no model.
 
-The whole text of an example is ``prompt(row) + option(row, candidate)``. Prompts are part of what
-published numbers measure, so every space and newline counts; the tests spell each out.
+Prompts are part of what published numbers measure: every space and newline counts, and the tests
+spell each one out.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 Row = Mapping[str, Any]
 
 
-class Template(ABC):
-    """How a row of a data set becomes text. Stateless; one subclass per task.
+@dataclass(frozen=True, eq=False)
+class Template:
+    """How a row becomes text: ``prompt(row) + option(row, candidate)`` is a whole example.
 
-    The ``content_free_*`` texts calibrate for surface form competition (SFC; Holtzman et al. 2021,
-    arXiv 2104.08315): the same option behind a prompt that says nothing about the row.
+    Attributes:
+        text: the prompt, with columns in braces.
+        labels: the text of each label, in the order of the options; empty: see ``write``.
+        write: the text of a candidate that each row brings along.
+        clean: what changes a column before it goes into a prompt.
+        content_free: the prompt that says nothing about the row, against which ``--sfc`` calibrates
+            (surface form competition; Holtzman et al. 2021, arXiv 2104.08315); None: there is none.
+        before_content_free_option: what an option needs in front of it behind that prompt.
     """
 
-    supports_calibration: ClassVar[bool] = True
+    text: str
+    labels: Mapping[Any, str] = field(default_factory=dict)
+    write: Callable[[Row, Any], str] | None = None
+    clean: Mapping[str, Callable[[str], str]] = field(default_factory=dict)
+    content_free: str | None = ""
+    before_content_free_option: str = ""
 
-    @abstractmethod
+    @property
+    def supports_calibration(self) -> bool:
+        """Whether there is a content-free prompt."""
+        return self.content_free is not None
+
     def prompt(self, row: Row) -> str:
         """Return the text before the option."""
+        return self._filled(self.text, row)
 
-    @abstractmethod
     def option(self, row: Row, candidate: Any) -> str:
         """Return the text that is scored or generated, with its leading space and final newline."""
+        return self.labels[candidate] if self.labels else self.write(row, candidate)
 
     def content_free_prompt(self, row: Row) -> str:
-        """Return the prompt without the example; empty unless the task says otherwise."""
-        return ""
+        """Return the prompt without the example."""
+        return self._filled(self.content_free, row)
 
     def content_free_option(self, row: Row, candidate: Any) -> str:
         """Return the option as it follows ``content_free_prompt``."""
-        return self.option(row, candidate)
-
-
-class LabelTemplate(Template):
-    """A task with fixed labels: ``verbalizer`` maps each to its text, in the options' order."""
-
-    verbalizer: ClassVar[Mapping[Any, str]]
-
-    def option(self, row: Row, candidate: Any) -> str:
-        return self.verbalizer[candidate]
-
-
-class SST2Template(LabelTemplate):
-    """Sentiment of a film review's sentence."""
-
-    verbalizer = {0: " terrible", 1: " great"}
-
-    def prompt(self, row: Row) -> str:
-        return f"{row['sentence'].strip()} It was"
-
-    def content_free_prompt(self, row: Row) -> str:
-        return " It was"
-
-
-class RTETemplate(LabelTemplate):
-    """Textual entailment, two ways."""
-
-    verbalizer = {0: "Yes", 1: "No"}
-
-    def prompt(self, row: Row) -> str:
-        return f'{row["premise"]}\nDoes this mean that "{row["hypothesis"]}" is true? Yes or No?\n'
-
-
-class CBTemplate(LabelTemplate):
-    """CommitmentBank: textual entailment, three ways."""
-
-    verbalizer = {0: "Yes", 1: "No", 2: "Maybe"}
-
-    def prompt(self, row: Row) -> str:
-        return (
-            f"Suppose {row['premise']} "
-            f'Can we infer that "{row["hypothesis"]}"? Yes, No, or Maybe?\n'
-        )
-
-
-class BoolQTemplate(LabelTemplate):
-    """Yes/no questions about a passage."""
-
-    verbalizer = {True: "Yes", False: "No"}
-
-    def prompt(self, row: Row) -> str:
-        # The data set's questions are in lower case, and most have no question mark.
-        question = row["question"].strip().rstrip("? ")
-        return f"{row['passage']} {question[:1].upper()}{question[1:]}?\n"
-
-
-class WSCTemplate(LabelTemplate):
-    """Winograd schemas: whom does a pronoun mean?"""
-
-    verbalizer = {0: "No", 1: "Yes"}
-
-    def prompt(self, row: Row) -> str:
-        return (
-            f"{row['text']}\n"
-            f'In the previous sentence, does the pronoun "{row["span2_text"].lower()}" '
-            f"refer to {row['span1_text']}? Yes or No?\n"
-        )
-
-
-class WICTemplate(LabelTemplate):
-    """Word in context: is a word used in the same sense twice?"""
-
-    verbalizer = {0: "No", 1: "Yes"}
-
-    def prompt(self, row: Row) -> str:
-        return (
-            f'Does the word "{row["word"]}" have the same meaning '
-            "in these two sentences? Yes, No?\n"
-            f"{row['sentence1']}\n"
-            f"{row['sentence2']}\n"
-        )
-
-
-class MultiRCTemplate(LabelTemplate):
-    """Is one proposed answer to a question about a paragraph correct?"""
-
-    verbalizer = {0: "No", 1: "Yes"}
-
-    def prompt(self, row: Row) -> str:
-        return (
-            f"{row['paragraph']}\n"
-            f"Question: {row['question']}\n"
-            f'I found this answer "{row["answer"]}". Is that correct? Yes or No?\n'
-        )
-
-
-class CopaTemplate(Template):
-    """The more plausible cause or effect of a premise."""
-
-    conjunctions: ClassVar[Mapping[str, str]] = {"effect": "so", "cause": "because"}
-
-    def prompt(self, row: Row) -> str:
-        premise = row["premise"].rstrip().removesuffix(".")
-        return f"{premise} {self.conjunctions[row['question']]} "
-
-    def option(self, row: Row, candidate: str) -> str:
-        first, space, rest = candidate.partition(" ")
-        # The choice continues the premise's sentence, so only the pronoun keeps its capital.
-        return (first if first == "I" else first.lower()) + space + rest
-
-    def content_free_prompt(self, row: Row) -> str:
-        return self.conjunctions[row["question"]]
-
-    def content_free_option(self, row: Row, candidate: str) -> str:
-        return " " + self.option(row, candidate)
-
-
-class ReCoRDTemplate(Template):
-    """Which entity fills the placeholder of a query about a news passage?"""
-
-    def prompt(self, row: Row) -> str:
-        passage = row["passage"].replace("@highlight\n", "- ")
-        return f"{passage}\n-"
-
-    def option(self, row: Row, candidate: str) -> str:
-        return " " + row["query"].replace("@placeholder", candidate)
-
-    def content_free_prompt(self, row: Row) -> str:
-        return "-"
-
-
-class AnswerTemplate(Template):
-    """A task whose answer is generated: a space, the text, and the newline that ends it."""
-
-    supports_calibration = False
-
-    def option(self, row: Row, candidate: str) -> str:
-        return f" {candidate}\n"
-
-
-class SQuADTemplate(AnswerTemplate):
-    """Span questions about a Wikipedia paragraph."""
-
-    def prompt(self, row: Row) -> str:
-        return (
-            f"Title: {row['title']}\n"
-            f"Context: {row['context']}\n"
-            f"Question: {row['question'].strip()}\n"
-            "Answer:"
-        )
-
-
-class DROPTemplate(AnswerTemplate):
-    """Questions that need discrete reasoning over a paragraph."""
-
-    def prompt(self, row: Row) -> str:
-        return f"Passage: {row['passage']}\nQuestion: {row['question'].strip()}\nAnswer:"
-
-
-class OwnTemplate(Template):
-    """Rows of the user's own files: the prompt as it is, and an option a space behind it.
-
-    A prompt that ends in a space or a new line, or an option that begins with one, gets no other.
-    The content-free prompt is empty.
-    """
-
-    def prompt(self, row: Row) -> str:
-        return row["prompt"]
-
-    def option(self, row: Row, candidate: str) -> str:
-        apart = row["prompt"][-1:].isspace() or candidate[:1].isspace()
-        return candidate if apart else f" {candidate}"
-
-
-class OwnAnswerTemplate(OwnTemplate):
-    """As ``OwnTemplate``, with an answer that is generated: a newline ends it."""
-
-    supports_calibration = False
-
-    def option(self, row: Row, candidate: str) -> str:
-        return super().option(row, candidate) + "\n"
+        return self.before_content_free_option + self.option(row, candidate)
+
+    def _filled(self, text: str, row: Row) -> str:
+        cleaned = {name: change(row[name]) for name, change in self.clean.items() if name in row}
+        return text.format_map({**row, **cleaned})
+
+
+def one_question(text: str) -> str:
+    """Return a question with a capital and without question marks; BoolQ's have neither."""
+    text = text.strip().rstrip("? ")
+    return text[:1].upper() + text[1:]
+
+
+def without_full_stop(text: str) -> str:
+    """Return a premise that a conjunction can follow."""
+    return text.rstrip().removesuffix(".")
+
+
+def continued(row: Row, choice: str) -> str:
+    """Return a choice that continues the premise's sentence: only the pronoun keeps its capital."""
+    first, space, rest = choice.partition(" ")
+    return (first if first == "I" else first.lower()) + space + rest
+
+
+def with_highlights(passage: str) -> str:
+    """Return a passage with its summary as a list."""
+    return passage.replace("@highlight\n", "- ")
+
+
+def filled_query(row: Row, entity: str) -> str:
+    """Return the query with an entity in its place."""
+    return " " + row["query"].replace("@placeholder", entity)
+
+
+def answer(row: Row, text: str) -> str:
+    """Return an answer that is generated: a space, the text, and the newline that ends it."""
+    return f" {text}\n"
+
+
+def own_option(row: Row, option: str) -> str:
+    """Return an option of the user's own, one space or newline behind the prompt."""
+    apart = row["prompt"][-1:].isspace() or option[:1].isspace()
+    return option if apart else f" {option}"
+
+
+def own_answer(row: Row, text: str) -> str:
+    """Return a generated answer of the user's own; a newline ends it."""
+    return own_option(row, text) + "\n"
+
+
+CONJUNCTIONS: Mapping[str, str] = {"effect": "so", "cause": "because"}
+NO_YES = {0: "No", 1: "Yes"}
+
+SST2 = Template(
+    "{sentence} It was",
+    {0: " terrible", 1: " great"},
+    clean={"sentence": str.strip},
+    content_free=" It was",
+)
+RTE = Template(
+    '{premise}\nDoes this mean that "{hypothesis}" is true? Yes or No?\n', {0: "Yes", 1: "No"}
+)
+CB = Template(
+    'Suppose {premise} Can we infer that "{hypothesis}"? Yes, No, or Maybe?\n',
+    {0: "Yes", 1: "No", 2: "Maybe"},
+)
+BoolQ = Template(
+    "{passage} {question}?\n", {True: "Yes", False: "No"}, clean={"question": one_question}
+)
+WSC = Template(
+    '{text}\nIn the previous sentence, does the pronoun "{span2_text}" refer to {span1_text}? '
+    "Yes or No?\n",
+    NO_YES,
+    clean={"span2_text": str.lower},
+)
+WIC = Template(
+    'Does the word "{word}" have the same meaning in these two sentences? Yes, No?\n'
+    "{sentence1}\n{sentence2}\n",
+    NO_YES,
+)
+MultiRC = Template(
+    '{paragraph}\nQuestion: {question}\nI found this answer "{answer}". Is that correct? '
+    "Yes or No?\n",
+    NO_YES,
+)
+Copa = Template(
+    "{premise} {question} ",
+    write=continued,
+    clean={"premise": without_full_stop, "question": CONJUNCTIONS.__getitem__},
+    content_free="{question}",
+    before_content_free_option=" ",
+)
+ReCoRD = Template(
+    "{passage}\n-", write=filled_query, clean={"passage": with_highlights}, content_free="-"
+)
+SQuAD = Template(
+    "Title: {title}\nContext: {context}\nQuestion: {question}\nAnswer:",
+    write=answer,
+    clean={"question": str.strip},
+    content_free=None,
+)
+DROP = Template(
+    "Passage: {passage}\nQuestion: {question}\nAnswer:",
+    write=answer,
+    clean={"question": str.strip},
+    content_free=None,
+)
+# The user's own files: the prompt as it is.
+OWN_CHOICE = Template("{prompt}", write=own_option)
+OWN_ANSWER = Template("{prompt}", write=own_answer, content_free=None)

@@ -46,8 +46,9 @@ from language_model.objectives import (
     option_scores,
 )
 from language_model.packing import collate
+from task_data.loading import load_samples
 from task_data.sampling import sample_train_dev
-from tasks import get_task, load_samples
+from tasks import get_task
 from utils import write_json
 from zeroth_order.layerwise import LayerwiseWeights
 

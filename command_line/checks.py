@@ -50,8 +50,8 @@ def check(arguments: Arguments) -> None:
         if _given(arguments, first) and _given(arguments, second):
             raise InputError(f"--{first} and --{second} exclude each other: give one")
     task = arguments.task
-    arrangement = task.arrangement if isinstance(task, OwnTask) else None
-    if arrangement and arrangement.from_messages and not arguments.apply_chat_template:
+    from_messages = isinstance(task, OwnTask) and task.arrangement.from_messages
+    if from_messages and not arguments.apply_chat_template:
         raise InputError(
             f"{task.first_file} has messages: add --apply_chat_template, with an instruct model"
         )
@@ -72,7 +72,7 @@ def check(arguments: Arguments) -> None:
         )
     check_applicability(arguments)
     _check_probed(arguments)
-    if task.reward and not task.answer_columns and arguments.trainer == "none":
+    if task.reward and not task.answer_column and arguments.trainer == "none":
         _refuse(arguments, "num_train", "demonstrations need answers, the rows have none")
     if arguments.calibration and task.generation:
         raise InputError(

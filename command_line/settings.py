@@ -13,7 +13,7 @@ import torch
 
 from command_line.arguments import TUNING_MODES, Arguments, plain_value
 from language_model.loading import saved_dtype
-from tasks import split_files
+from task_data.loading import split_files
 from utils import fingerprint
 
 # What belongs to an experiment, whether it was given or not.

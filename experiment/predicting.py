@@ -13,8 +13,10 @@ from experiment.options import DataOptions, Options
 from experiment.preparation import draw, load_pretrained, prepare_encoder
 from language_model.batches import process_index
 from language_model.prediction import Prediction, predict
-from task_data.own_tasks import OwnTask, own_file
-from tasks import Sample, Task, load_questions, load_samples
+from task_data.files import own_file
+from task_data.loading import load_samples, read_samples
+from task_data.own_tasks import OwnTask
+from tasks import Sample, Task
 from utils import InputError, write_json_lines
 
 
@@ -33,7 +35,7 @@ def predict_rows(options: Options, file: str) -> None:
     transformers.set_seed(options.weights.seed)
     data, evaluation = options.data, options.evaluation
     encoder = prepare_encoder(options.model, options.weights, options.texts, data)
-    questions = load_questions(data.task, own_file("--predict_file", file))
+    questions = read_samples(data.task, own_file("--predict_file", file), with_answers=False)
     shown = _demonstrations(data, questions)
     with locked("--predictions_file", path):
         predictions = predict(

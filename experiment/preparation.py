@@ -20,8 +20,9 @@ from language_model.generation import GenerationSettings, check_generation
 from language_model.head import freeze_all_but_head, head_is_tied, untie_head
 from language_model.loading import choose_max_length, load_config_and_tokenizer, load_model
 from language_model.saved_adapters import SavedAdapter
+from task_data.loading import load_samples
 from task_data.sampling import ExampleSet, draw_example_sets
-from tasks import Sample, load_samples
+from tasks import Sample
 from utils import InputError
 
 

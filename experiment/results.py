@@ -47,7 +47,7 @@ def prediction_rows(
     for sample, prediction in zip(samples, predictions, strict=True):
         answer, scores = prediction.answer, prediction.scores
         right = None
-        if task.answer_columns:
+        if task.answer_column:
             metrics = answers.score([answer], [sample])
             right = (metrics["em"] if task.generation else metrics["accuracy"]) == 1.0
         rows.append(

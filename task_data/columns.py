@@ -1,19 +1,25 @@
-"""The user's own columns as prompt, options and answer: other names, templates, and messages."""
+"""The user's own columns as prompt, options and answer: other names, templates, conversations."""
 
 from __future__ import annotations
 
+import json
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from task_data.files import PlacedRow, Row, Table, read_table, shown
+from task_data.files import first_row, read_rows
+from tasks import listed, shown
+from templates import Row
 from utils import InputError
 
 # More different labels than this are no classes.
 MOST_LABELS = 100
-MESSAGES = "messages"
+# A list of {"role", "content"}, or as in ShareGPT of {"from", "value"}.
+CONVERSATIONS = ("messages", "conversations")
+ROLES = {"human": "user", "gpt": "assistant"}
 
 
 @dataclass(frozen=True)
@@ -32,150 +38,172 @@ class Columns:
     template: str | None = None
 
     @property
-    def given(self) -> bool:
-        """Whether it says anything."""
-        return bool(self.text or self.label or self.template)
+    def given(self) -> dict[str, list[str]]:
+        """The columns that each argument names."""
+        names = {
+            "--text_column": [self.text] if self.text else [],
+            "--label_column": [self.label] if self.label else [],
+            "--prompt_template": re.findall(r"\{([^{}]+)\}", self.template or ""),
+        }
+        return {option: columns for option, columns in names.items() if columns}
+
+    def check(self, row: Row, needs_label: bool = False) -> None:
+        """Refuse a row without a column that is named; only the first file needs labels.
+
+        Raises:
+            InputError: names the argument and the column.
+        """
+        for option, names in self.given.items():
+            for name in names if needs_label or option != "--label_column" else ():
+                if name not in row:
+                    raise InputError(f"{option}: no column {name!r}; there are {listed(row)}")
 
 
 @dataclass(frozen=True)
 class Arrangement:
-    """How rows of other columns become rows of prompt, options and answer.
+    """How rows of a file become rows with prompt, answer and, to choose from, options.
 
     Attributes:
         columns: what the command line says.
         labels: the options, where a column has the label.
+        labels_by_number: the column may hold the label's number in place of its text.
         from_messages: rows are conversations, whose last turn is the answer.
     """
 
     columns: Columns
     labels: tuple[str, ...] = ()
+    labels_by_number: bool = False
     from_messages: bool = False
 
     @classmethod
-    def of(cls, file: Path, columns: Columns) -> Arrangement | None:
-        """Look into the first file; None: its columns are used as they are.
+    def of(cls, file: Path, columns: Columns) -> Arrangement:
+        """Look into the first of the user's files.
 
         Raises:
             InputError: a column is not there, or its values are no classes.
         """
-        found = read_table(file, ()).columns
-        from_messages = MESSAGES in found and "prompt" not in found
+        row = first_row(file)
         if not columns.given:
-            return cls(columns, from_messages=True) if from_messages else None
-        if from_messages:
-            raise InputError(
-                f"{file} has messages: leave --text_column, --label_column and --prompt_template "
-                "out"
-            )
-        arrangement = cls(columns)
-        arrangement.check(found, str(file))
-        labels = _labels(file, columns.label) if columns.label else ()
-        return cls(columns, labels)
+            found = any(column in row for column in CONVERSATIONS)
+            return cls(columns, from_messages=found and "prompt" not in row)
+        try:
+            columns.check(row, needs_label=True)
+        except InputError as error:
+            raise InputError(f"{file}: {error}") from error
+        if not columns.label:
+            return cls(columns)
+        names = _class_names(file, columns.label)
+        return cls(columns, names or _labels(file, columns.label), labels_by_number=bool(names))
 
-    def check(self, found: Sequence[str], place: str, needs_label: bool = True) -> None:
-        """Refuse a file without a column that is needed.
+    def row(self, row: Row) -> Row:
+        """Return a row with what it has of prompt, options and answer beside its own columns.
 
         Raises:
-            InputError: names the column.
+            InputError: a column is missing, or a value cannot be used.
         """
-        given = [("--text_column", self.columns.text)] if self.columns.text else []
-        if self.columns.label and needs_label:
-            given.append(("--label_column", self.columns.label))
-        given += [("--prompt_template", name) for name in _fields(self.columns.template or "")]
-        for option, name in given:
-            if name not in found:
-                raise InputError(
-                    f"{option}: {place} has no column {name!r}; it has {', '.join(found)}"
-                )
-
-    def arrange(self, table: Table) -> Table:
-        """Return a table with prompt, and options and answer or what there is of them."""
-        self.check(table.columns, table.place, needs_label=False)
-        new = ["prompt", *(["options"] if self.labels else [])]
-        if self.from_messages or self.columns.label in table.columns:
-            new.append("answer")
-        columns = tuple(dict.fromkeys([*table.columns, *new]))
-        return Table(table.place, columns, self._rows(table.rows))
-
-    def _rows(self, rows: Iterator[PlacedRow]) -> Iterator[PlacedRow]:
-        for place, row in rows:
-            try:
-                yield PlacedRow(place, self._row(row))
-            except InputError as error:
-                raise InputError(f"{place}: {error}") from error
-
-    def _row(self, row: Row) -> Row:
         if self.from_messages:
             return {**row, **_conversation(row)}
+        self.columns.check(row)
         arranged: dict[str, Any] = dict(row)
         if self.columns.template:
             arranged["prompt"] = _filled(self.columns.template, row)
         elif self.columns.text:
-            arranged["prompt"] = row.get(self.columns.text)
+            arranged["prompt"] = row[self.columns.text]
         if self.labels:
             arranged["options"] = list(self.labels)
             if self.columns.label in row:
-                arranged["answer"] = _label(row[self.columns.label])
+                arranged["answer"] = self._label(row[self.columns.label])
         return arranged
+
+    def _label(self, value: Any) -> str:
+        if self.labels_by_number and isinstance(value, int):
+            if not 0 <= value < len(self.labels):
+                raise InputError(f"the label is {value}: expected 0 to {len(self.labels) - 1}")
+            return self.labels[value]
+        return _label(value)
+
+
+def _class_names(file: Path, column: str) -> tuple[str, ...]:
+    """Return the names that ``datasets`` keeps for a ClassLabel's numbers in a Parquet file."""
+    if file.suffix.lower() != ".parquet":
+        return ()
+    import pyarrow.parquet
+
+    metadata = pyarrow.parquet.read_schema(file).metadata or {}
+    features = json.loads(metadata.get(b"huggingface", "{}")).get("info", {}).get("features", {})
+    return tuple(features.get(column, {}).get("names", ()))
 
 
 def _labels(file: Path, column: str) -> tuple[str, ...]:
-    """Return the different values of a column, sorted."""
-    labels = {_label(row.get(column)) for _, row in read_table(file, (column,)).rows}
+    """Return the different values of a column, in the order of numbers or letters."""
+    labels = set()
+    for place, row in read_rows(file):
+        try:
+            labels.add(_label(row.get(column)))
+        except InputError as error:
+            raise InputError(f"{place}: {error}") from error
     if not 2 <= len(labels) <= MOST_LABELS:
         raise InputError(
             f"--label_column {column}: {file} has {len(labels)} different values in it, 2 to "
             f"{MOST_LABELS} make classes; leave it out and call the column answer, and the answers "
             "are generated"
         )
-    return tuple(sorted(labels))
+    return tuple(_in_order(labels))
+
+
+def _in_order(labels: Iterable[str]) -> list[str]:
+    if all(re.fullmatch(r"[-+]?\d+(\.\d+)?", label) for label in labels):
+        return sorted(labels, key=lambda label: (float(label), label))
+    return sorted(labels)
 
 
 def _label(value: Any) -> str:
-    if value is None or isinstance(value, list | dict) or not str(value).strip():
+    """Return a label as text; 1.0 is 1, which pandas writes so where a column has gaps."""
+    text = str(_plain(value))
+    if isinstance(value, float):
+        text = text.removesuffix(".0")
+    if not text.strip():
         raise InputError(f"the label is {shown(value)}: expected a text or a number")
-    return str(value).strip()
+    return text.strip()
 
 
-def _fields(template: str) -> list[str]:
-    return re.findall(r"\{([^{}]+)\}", template)
+def _plain(value: Any) -> Any:
+    missing = value is None or (isinstance(value, float) and math.isnan(value))
+    if missing or isinstance(value, list | dict):
+        raise InputError(f"the value is {shown(value)}: expected a text or a number")
+    return value
 
 
-def _filled(template: str, row: Mapping[str, Any]) -> str:
+def _filled(template: str, row: Row) -> str:
     """Return a template with a row's values; backslash and n are a newline."""
 
     def value_of(match: re.Match[str]) -> str:
-        value = row.get(match[1])
-        if value is None or isinstance(value, list | dict):
-            raise InputError(f"{match[1]} is {shown(value)}: expected a text or a number")
-        return str(value)
+        return str(_plain(row[match[1]]))
 
     return re.sub(r"\{([^{}]+)\}", value_of, template.replace("\\n", "\n"))
 
 
 def _conversation(row: Row) -> dict[str, Any]:
     """Return a conversation up to its answer, the answer, and as the prompt what was said last."""
-    messages = row.get(MESSAGES)
-    is_list = isinstance(messages, list) and messages
-    if not is_list or not all(_is_message(message) for message in messages):
+    said = next((row[column] for column in CONVERSATIONS if column in row), None)
+    turns = [_turn(turn) for turn in said] if isinstance(said, list) else []
+    if not turns or None in turns:
         raise InputError(
-            f"messages is {shown(messages)}: expected a list of "
+            f"messages is {shown(said)}: expected a list of "
             '{"role": "user", "content": "…"} and the like'
         )
-    *before, last = messages
-    if last["role"] != "assistant":
-        before, last = messages, None  # a row to be answered
-    if not before or before[-1]["role"] != "user":
+    answer = {"answer": turns.pop()["content"]} if turns[-1]["role"] == "assistant" else {}
+    if not turns or turns[-1]["role"] != "user":
         raise InputError(
-            f"messages is {shown(messages)}: the last turns have to be the user's and the "
-            "assistant's"
+            f"messages is {shown(said)}: the last turns have to be the user's and the assistant's"
         )
-    turns = [{"role": turn["role"], "content": turn["content"]} for turn in before]
-    answer = {} if last is None else {"answer": last["content"]}
-    return {MESSAGES: turns, "prompt": turns[-1]["content"], **answer}
+    return {"messages": turns, "prompt": turns[-1]["content"], **answer}
 
 
-def _is_message(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(
-        isinstance(value.get(key), str) for key in ("role", "content")
-    )
+def _turn(turn: Any) -> dict[str, str] | None:
+    if not isinstance(turn, Mapping):
+        return None
+    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    if not isinstance(role, str) or not isinstance(content, str):
+        return None
+    return {"role": ROLES.get(role, role), "content": content}

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+import ast
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import templates
-from task_data.columns import MESSAGES, Arrangement, Columns
-from task_data.files import (
-    SUFFIXES,
-    Row,
-    check_answers,
-    check_choice,
-    check_prompt,
-    read_table,
-    typed_answer,
-    typed_choice,
-)
+from task_data.columns import Arrangement, Columns
+from task_data.files import PlacedRow, first_row, own_file, read_rows
 from task_data.rewards import Reward
-from tasks import Sample, Task, get_task
+from tasks import Sample, Task, get_task, shown
+from templates import Row
 from utils import InputError
 
 
@@ -29,80 +25,51 @@ class OwnTask(Task):
 
     train_file: Path | None
     validation_file: Path
-    arrangement: Arrangement | None = field(default=None, kw_only=True)
-
-    @property
-    def stand_in(self) -> Row:
-        """The first option's number, or a text."""
-        return {"answer": "-" if self.generation else 0}
-
-    @property
-    def files(self) -> tuple[Path | None, Path]:
-        """The files of train, where there is one, and of validation."""
-        return self.train_file, self.validation_file
+    arrangement: Arrangement
 
     @property
     def first_file(self) -> Path:
         """The file whose first row says whether there are options."""
         return self.train_file or self.validation_file
 
-    def check_columns(self, found: Iterable[str]) -> None:
-        """Raise InputError if a column is missing, or if there are options in some rows only."""
-        found = list(found)
-        if ("options" in found) == self.generation:
+    def rows(self, path: Path) -> Iterator[PlacedRow]:
+        """Yield the rows of a file, each with what it has of prompt, options and answer.
+
+        Raises:
+            InputError: the file, a row or its columns cannot be used.
+        """
+        is_csv = path.suffix.lower() == ".csv"
+        for place, row in read_rows(path):
+            try:
+                arranged = self.arrangement.row(_with_a_list(row) if is_csv else row)
+                if "prompt" in arranged:
+                    _check_text(arranged["prompt"], "prompt")
+            except InputError as error:
+                raise InputError(f"{place}: {error}") from error
+            yield place, arranged
+
+    def check_columns(self, row: Row, needed: Iterable[str]) -> None:
+        """Refuse a row without a column, or with options where the first row has none."""
+        if ("options" in row) == self.generation:
             given, there = ("", "has none") if self.generation else ("no ", "has some")
             raise InputError(
                 f"{given}options, but the first row of {self.first_file} {there}: give them in "
                 "every row, or in none"
             )
-        super().check_columns(found)
+        try:
+            super().check_columns(row, needed)
+        except InputError as error:
+            raise InputError(
+                f"{error}; --text_column (or --prompt_template) and --label_column name other ones"
+            ) from error
 
-    def sample_of_cells(self, row: Row, index: int) -> Sample:
-        """Turn a row of CSV, where everything is text, into a ``Sample``; raises as ``sample``."""
-        arranged = self.arrangement
-        if not self.answer_columns or (arranged and arranged.columns.label):
-            return self.sample(row, index)
-        return self.sample(typed_answer(row) if self.generation else typed_choice(row), index)
-
-
-class OwnChoiceTask(OwnTask):
-    """Options that each row brings along; the answer is one of them, or its number from 0."""
-
-    train_as_classification = True
-
-    def _answers(self, row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        options, answer = check_choice(row)
-        return options, (answer,)
-
-
-@dataclass(frozen=True)
-class OwnAnswerTask(OwnTask):
-    """Free text, compared with an answer or a list of them."""
-
-    metric: str
-
-    generation = True
-
-    @property
-    def own_metric(self) -> str:
-        """The metric that comes first, without a reward."""
-        return self.metric
-
-    def sample(self, row: Row, index: int) -> Sample:
-        """Turn a row into a ``Sample``; a reward gets all of the row's columns."""
-        sample = super().sample(row, index)
-        whole = self.reward or MESSAGES in row
-        return replace(sample, row=dict(row)) if whole else sample
+    def kept(self, row: Row, needed: Iterable[str]) -> Row:
+        """Return the whole row."""
+        return dict(row)
 
     def messages(self, prompt: str, sample: Sample) -> list[dict[str, str]]:
         """Return the turns of a conversation before its answer."""
-        return sample.row.get(MESSAGES) or super().messages(prompt, sample)
-
-    def _answers(self, row: Row) -> tuple[tuple[()], tuple[str, ...]]:
-        if not self.answer_columns:
-            check_prompt(row)
-            return (), ()
-        return (), check_answers(row)
+        return sample.row.get("messages") or super().messages(prompt, sample)
 
 
 def choose_task(
@@ -127,9 +94,15 @@ def choose_task(
         InputError: none is given, there is no such task, a file cannot be read, the metric or a
             reward does not fit, or the reward's file does not import.
     """
-    task = _choose_task(
-        name, train_file, validation_file, metric, reward is not None, columns or Columns()
-    )
+    if train_file or validation_file:
+        task = _own_task(train_file, validation_file, metric, bool(reward), columns or Columns())
+    elif name:
+        task = get_task(name)
+    else:
+        raise InputError(
+            "--task_name is missing: give a task, for instance --task_name SST2, or --train_file "
+            "and --validation_file"
+        )
     if reward is None:
         return task
     if not task.generation:
@@ -140,30 +113,12 @@ def choose_task(
     return replace(task, reward=Reward.load(reward))
 
 
-def _choose_task(
-    name: str | None,
-    train_file: str | None,
-    validation_file: str | None,
-    metric: str | None,
-    has_reward: bool,
-    columns: Columns,
-) -> Task:
-    if train_file or validation_file:
-        return _own_task(train_file, validation_file, metric, has_reward, columns)
-    if not name:
-        raise InputError(
-            "--task_name is missing: give a task, for instance --task_name SST2, or --train_file "
-            "and --validation_file"
-        )
-    return get_task(name)
-
-
 def _own_task(
     train_file: str | None,
     validation_file: str | None,
     metric: str | None,
     has_reward: bool,
-    said: Columns,
+    columns: Columns,
 ) -> OwnTask:
     if not validation_file:
         raise InputError(
@@ -172,46 +127,119 @@ def _own_task(
     train = own_file("--train_file", train_file) if train_file else None
     validation = own_file("--validation_file", validation_file)
     first = train or validation
-    arrangement = Arrangement.of(first, said)
-    table = read_table(first, ())
-    columns = (arrangement.arrange(table) if arrangement else table).columns
-    generation = "options" not in columns
-    fitting = ("f1", "em") if generation else ("accuracy",)
+    arrangement = Arrangement.of(first, columns)
+    row = first_row(first)
+    chosen = "options" in row or bool(arrangement.labels)
+    fitting = ("accuracy",) if chosen else ("f1", "em")
     if metric is not None and metric not in fitting:
-        kind = "generated" if generation else "chosen from options"
+        kind = "chosen from options" if chosen else "generated"
         raise InputError(
             f"--metric {metric}: the answers in {first} are {kind}; give {' or '.join(fitting)}"
         )
-    shared = {
-        "name": first.stem,
-        "hub_path": None,
-        "hub_config": None,
-        "text_columns": ("prompt",),
-        "train_file": train,
-        "validation_file": validation,
-        "arrangement": arrangement,
-    }
-    if generation:
-        # A reward needs no answers.
-        answers = () if has_reward and "answer" not in columns else ("answer",)
-        shared |= {"template": templates.OwnAnswerTemplate(), "answer_columns": answers}
-        return OwnAnswerTask(metric=metric or "f1", **shared)
-    shared |= {"template": templates.OwnTemplate(), "answer_columns": ("options", "answer")}
-    return OwnChoiceTask(**shared)
+    # A reward needs no answers.
+    has_answers = not has_reward or "answer" in row or arrangement.from_messages
+    return OwnTask(
+        name=first.stem,
+        template=templates.OWN_CHOICE if chosen else templates.OWN_ANSWER,
+        hub_path=None,
+        hub_config=None,
+        text_columns=("prompt",),
+        option_columns=("options",) if chosen else (),
+        answer_column="answer" if has_answers else None,
+        candidates=_options if chosen else None,
+        correct=_right_option if chosen else _answers,
+        answer_metric=metric if metric == "em" else "f1",
+        train_as_classification=chosen,
+        train_file=train,
+        validation_file=validation,
+        arrangement=arrangement,
+    )
 
 
-def own_file(option: str, name: str) -> Path:
-    """Return a file of the user's own that can be read.
+# ------------------------------------------------------------- prompt, options and answer of a row
 
-    Raises:
-        InputError: it cannot, or its kind is not known.
-    """
-    path = Path(name)
-    if path.suffix.lower() not in SUFFIXES:
-        kind = f"files of kind {path.suffix}" if path.suffix else "files without a suffix"
-        raise InputError(f"{option} {name}: {kind} are not read; give {', '.join(SUFFIXES)}")
+
+def _options(row: Row) -> tuple[str, ...]:
+    options = row["options"]
+    if isinstance(options, str):
+        options = _listed(options)
+    if not isinstance(options, list) or len(options) < 2:
+        raise InputError(
+            f"options is {shown(row['options'])}: expected a list of at least 2 texts, as in "
+            '["yes", "no"]; without options in any row the answers are generated'
+        )
+    for option in options:
+        _check_text(option, "one of the options")
+    # Spaces around an option are not always part of what is scored.
+    if len({option.strip() for option in options}) < len(options):
+        raise InputError(f"options is {shown(options)}: the same text twice; leave one out")
+    return tuple(options)
+
+
+def _right_option(row: Row, options: tuple[str, ...]) -> tuple[str]:
+    """Return the option that the answer names by its text, or else by its number from 0."""
+    answer = row["answer"]
+    if isinstance(answer, str | int | float) and not isinstance(answer, bool):
+        # pandas writes 1 as 1.0 where a column has gaps.
+        text, number = str(answer), str(answer).removesuffix(".0")
+        if text in options or number in options:
+            return (text if text in options else number,)
+        if number.isdecimal() and int(number) < len(options):
+            return (options[int(number)],)
+    raise InputError(
+        f"answer is {shown(answer)}: expected one of the options {shown(list(options))}, or its "
+        f"number from 0 to {len(options) - 1}"
+    )
+
+
+def _answers(row: Row, _: tuple[()]) -> tuple[str, ...]:
+    """Return the acceptable answers, each once: a text, a list, or SQuAD's ``{"text": list}``."""
+    answers = row["answer"]
+    if isinstance(answers, Mapping):
+        answers = answers.get("text")
+    if isinstance(answers, str):
+        answers = [answers]
+    if not isinstance(answers, list) or not answers:
+        raise InputError(
+            f"answer is {shown(answers)}: expected a text or a list of texts (the number of an "
+            "option needs the column options)"
+        )
+    for answer in answers:
+        _check_text(answer, "answer")
+    return tuple(dict.fromkeys(answers))
+
+
+def _with_a_list(cells: Row) -> Row:
+    """Read an answer of CSV, where every cell is text, as the list of answers that it holds."""
+    answers = _listed(cells.get("answer", ""))
+    return cells if answers is None else {**cells, "answer": answers}
+
+
+def _listed(cell: str) -> list[str] | None:
+    """Return the texts in a cell that holds a list, as JSON or as pandas writes it, or None."""
+    if not cell.lstrip().startswith(("[", "{", "array(")):
+        return None
     try:
-        with path.open("rb"):
-            return path
-    except OSError as error:
-        raise InputError(f"{option} {name}: cannot be read ({error.strerror})") from error
+        value = json.loads(cell)
+    except (ValueError, RecursionError):
+        if re.search(r"""array\(|['"]\s+['"]""", cell):
+            # Python would read ['a' 'b'] as the one text 'ab'.
+            raise InputError(f"{shown(cell)} is a NumPy array's text: give a JSON list") from None
+        try:
+            value = ast.literal_eval(cell.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            return None
+    texts = value.get("text") if isinstance(value, dict) else value
+    return texts if isinstance(texts, list) and all(isinstance(t, str) for t in texts) else None
+
+
+def _check_text(value: Any, column: str) -> None:
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{column} is {shown(value)}: expected a text that is not empty")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        # JSON may have half of a character, as in "\ud83d"; a tokenizer takes whole ones.
+        raise InputError(
+            f"{column} is {shown(value)}: half a character; repair the text"
+        ) from error

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from utils import InputError, one_line
@@ -17,13 +19,7 @@ Function = Callable[[list[str], list[str], list[dict[str, Any]]], Sequence[float
 
 @dataclass(frozen=True)
 class Reward:
-    """A function of a file.
-
-    Attributes:
-        file: that it is from.
-        name: of the function.
-        function: itself.
-    """
+    """A function of a file."""
 
     file: Path
     name: str
@@ -36,28 +32,20 @@ class Reward:
         Raises:
             InputError: there is no such file or function, or the file does not import.
         """
-        place, _, name = text.rpartition(":")
-        file = Path(place)
-        if not place or not name.isidentifier():
+        path, _, name = text.rpartition(":")
+        file = Path(path)
+        if not path or not name.isidentifier():
             raise InputError(f"--reward {text}: give FILE.py:function")
         if not file.is_file():
             raise InputError(f"--reward {text}: there is no file {file}")
-        spec = importlib.util.spec_from_file_location(f"reward_{file.stem}", file)
-        if spec is None or spec.loader is None:
-            raise InputError(f"--reward {text}: {file} is no Python file; its name ends in .py")
-        module = importlib.util.module_from_spec(spec)
-        # Dataclasses and pickle look their module up there.
-        sys.modules[spec.name] = module
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            kind = type(error).__name__
-            raise InputError(
-                f"--reward {text}: {file} does not import ({kind}: {one_line(error)})"
-            ) from error
+        module = _imported(file, text)
         function = getattr(module, name, None)
         if not callable(function):
-            known = [key for key, value in vars(module).items() if _is_own(value, spec.name)]
+            known = [
+                key
+                for key, value in vars(module).items()
+                if callable(value) and getattr(value, "__module__", None) == module.__name__
+            ]
             there = f"it has {', '.join(known)}" if known else "it has no function"
             raise InputError(f"--reward {text}: {file} has no function {name}; {there}")
         return cls(file, name, function)
@@ -68,27 +56,51 @@ class Reward:
         """Return the reward of each text, which follows the prompt made of its row.
 
         Raises:
-            InputError: the function raises, or returns something else than a number for each.
+            InputError: the function raises, or returns anything but a finite number for each.
         """
         try:
             returned = self.function(list(prompts), list(texts), [dict(row) for row in rows])
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             kind = type(error).__name__
             raise InputError(f"--reward: {self.name} raised {kind}: {one_line(error)}") from error
-        try:
-            values = [float(value) for value in returned]
-        except (TypeError, ValueError) as error:
-            raise self._wrong(type(returned).__name__, len(texts)) from error
-        if len(values) != len(texts):
-            raise self._wrong(f"{len(values)} values", len(texts))
+        values = _numbers(returned)
+        if values is None or len(values) != len(texts):
+            got = type(returned).__name__ if values is None else f"{len(values)} values"
+            raise self._wrong(got, len(texts))
+        for value in values:
+            if not math.isfinite(value):
+                raise self._wrong(str(value), len(texts))
         return values
 
     def _wrong(self, got: str, wanted: int) -> InputError:
         return InputError(
-            f"--reward: {self.name} returned {got} for {wanted} texts; return a list with a number "
-            "for each"
+            f"--reward: {self.name} returned {got} for {wanted} texts; return a list with a finite "
+            "number for each"
         )
 
 
-def _is_own(value: Any, module: str) -> bool:
-    return callable(value) and getattr(value, "__module__", None) == module
+def _imported(file: Path, text: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"reward_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise InputError(f"--reward {text}: {file} is no Python file; its name ends in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # Dataclasses and pickle look their module up there.
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        kind = type(error).__name__
+        raise InputError(
+            f"--reward {text}: {file} does not import ({kind}: {one_line(error)})"
+        ) from error
+    return module
+
+
+def _numbers(returned: Any) -> list[float] | None:
+    """Return what a function returned as numbers; None for texts, mappings and the like."""
+    if not isinstance(returned, Iterable) or isinstance(returned, str | bytes | Mapping | set):
+        return None
+    try:
+        values = list(returned)
+        return None if any(isinstance(each, str) for each in values) else [float(v) for v in values]
+    except (TypeError, ValueError, OverflowError):
+        return None

@@ -62,8 +62,8 @@ def draw_example_sets(
     num_eval = len(validation) if num_eval is None else num_eval
     if num_train_sets is None and train_set_seed is None and in_context and num_train:
         evaluation = permutation_subset(validation, num_eval, seed=0)
-        seeds = demonstration_seeds(len(evaluation))
         _warn_of_few(len(train), num_train, 0)
+        seeds = demonstration_seeds(len(evaluation))
         shown = [permutation_subset(train, num_train, seed) for seed in seeds]
         return [ExampleSet(0, [], [], evaluation, shown)]
     sets = []
@@ -72,42 +72,39 @@ def draw_example_sets(
         if not in_context:
             drawn, dev = with_a_correct_option(drawn, dev)
         evaluation = permutation_subset(validation, num_eval, seed)
-        demonstrations = drawn if in_context else []
-        sets.append(ExampleSet(seed, drawn, dev, evaluation, [demonstrations] * len(evaluation)))
+        demonstrations = [drawn if in_context else []] * len(evaluation)
+        sets.append(ExampleSet(seed, drawn, dev, evaluation, demonstrations))
     return sets
 
 
 def with_a_correct_option(
     train: list[Sample], dev: list[Sample]
 ) -> tuple[list[Sample], list[Sample]]:
-    """Leave out the samples none of whose options is correct, as in some rows of ReCoRD.
+    """Leave out samples without a correct option, as some rows of ReCoRD are.
 
-    They are drawn all the same, so that a seed means the same rows with and without them. In
-    evaluation they stay: every answer to them is wrong.
+    They are left out after the draw, so that a seed means the same rows. Evaluation keeps them:
+    every answer to them is wrong.
 
     Raises:
         InputError: none is left to train on.
     """
-    kept = [[sample for sample in part if sample.has_correct_option] for part in (train, dev)]
-    if train and not kept[0]:
+    kept_train, kept_dev = ([s for s in part if s.has_correct_option] for part in (train, dev))
+    if train and not kept_train:
         raise InputError(
             f"none of the {len(train)} training examples has a correct answer among its options; "
             "give a larger --num_train, or other data"
         )
-    left_out = len(train) + len(dev) - len(kept[0]) - len(kept[1])
-    if left_out:
+    total, kept = len(train) + len(dev), len(kept_train) + len(kept_dev)
+    if kept < total:
         logger.warning(
             "%d of %d training and dev examples are left out: none of their options is correct",
-            *(left_out, len(train) + len(dev)),
+            *(total - kept, total),
         )
-    return kept[0], kept[1]
+    return kept_train, kept_dev
 
 
 def permutation_subset(samples: Sequence[Sample], k: int, seed: int) -> list[Sample]:
-    """Return k samples drawn without replacement: all n of them, permuted, if k is n or more.
-
-    The draw is ``numpy.random.RandomState(seed).permutation(n)[:k]``, that of MeZO's experiments
-    (Malladi et al. 2023, arXiv 2305.17333), so that a seed means the same rows there and here.
+    """Return k samples drawn without replacement as MeZO draws them; all of them if k is more.
 
     Raises:
         InputError: k is negative, or there is nothing to draw from.
@@ -125,28 +122,32 @@ def sample_train_dev(
 ) -> tuple[list[Sample], list[Sample]]:
     """Return train and dev samples: one draw of num_train + num_dev, whose last num_dev are dev.
 
-    Asking for more than there is takes all there is, with a warning: dev stays whole and train is
-    shorter.
+    Asking for more than there is warns: dev stays whole and train is shorter.
 
     Raises:
         InputError: a number is negative, dev would leave no training example, or there is nothing
             to draw from.
     """
+    available = len(samples)
     if num_train < 0 or num_dev < 0:
         raise InputError(
             f"cannot draw {num_train} train and {num_dev} dev examples: give 0 or more"
         )
-    wanted, available = num_train + num_dev, len(samples)
     if num_train and not samples:
         raise _no_train_file(num_train)
-    if wanted > available and num_dev >= available:
+    if num_train + num_dev > available and num_dev >= available:
         raise InputError(
             f"{num_dev} dev examples leave none to train on, of {available}: lower --num_dev"
         )
     _warn_of_few(available, num_train, num_dev)
-    drawn = permutation_subset(samples, wanted, seed)
+    drawn = permutation_subset(samples, num_train + num_dev, seed)
     split = len(drawn) - num_dev
     return drawn[:split], drawn[split:]
+
+
+def demonstration_seeds(num_eval: int) -> list[int]:
+    """Return the seed of each evaluation example's own demonstrations, as MeZO draws them."""
+    return np.random.RandomState(0).randint(0, 10000, num_eval).tolist()
 
 
 def _warn_of_few(available: int, num_train: int, num_dev: int) -> None:
@@ -159,10 +160,5 @@ def _warn_of_few(available: int, num_train: int, num_dev: int) -> None:
 
 
 def _no_train_file(num_train: int) -> InputError:
-    # Files and splits without examples are refused, so this is the user's own data without one.
+    # Files without examples are refused: this is the user's own data without a training file.
     return InputError(f"--num_train {num_train} needs --train_file: give examples to draw from")
-
-
-def demonstration_seeds(num_eval: int) -> list[int]:
-    """Return the seed of each evaluation example's own demonstrations, as MeZO draws them."""
-    return np.random.RandomState(0).randint(0, 10000, num_eval).tolist()

@@ -25,19 +25,19 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 @pytest.fixture(scope="session", autouse=True)
 def samples_are_read_once() -> Iterator[None]:
     """Hundreds of runs read the bundled samples, which no test changes."""
-    import tasks
+    from task_data import loading
 
     samples = ROOT / "data" / "samples"
-    load = tasks._load_file
+    load = loading.read_samples
     load_once = functools.cache(load)
 
-    def load_bundled_once(task: tasks.Task, path: Path) -> list[tasks.Sample]:
+    def load_bundled_once(task: object, path: Path, **settings: bool) -> list[object]:
         bundled = path.resolve().is_relative_to(samples)
-        return [*load_once(task, path)] if bundled else load(task, path)
+        return [*load_once(task, path, **settings)] if bundled else load(task, path, **settings)
 
-    tasks._load_file = load_bundled_once
+    loading.read_samples = load_bundled_once
     yield
-    tasks._load_file = load
+    loading.read_samples = load
 
 
 def leave_out_of_garbage_collection() -> None:

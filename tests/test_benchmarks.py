@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import tasks
+from task_data import loading
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -64,13 +65,13 @@ def test_scoring(measured: Callable[..., Any]) -> None:
 def test_precision(
     tmp_path: Path, measured: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = tasks.load_samples
+    load = loading.load_samples
 
     def load_few(*arguments: Any) -> tuple[list[tasks.Sample], list[tasks.Sample]]:
         train, validation = load(*arguments)
         return train, validation[:50]
 
-    monkeypatch.setattr(tasks, "load_samples", load_few)
+    monkeypatch.setattr(loading, "load_samples", load_few)
     small = ("--steps", "1", "--drift_steps", "20", "--long_steps", "20", "--seeds", "0")
     plot = tmp_path / "precision.png"
     figures = measured("precision.py", *small, "--plot", str(plot))

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import run
 from language_model.chat import Chat
 from language_model.encoding import Encoder
-from tasks import Sample, get_task, load_samples
+from task_data.loading import load_samples
+from tasks import Sample, get_task
 from utils import InputError
 
 TEMPLATE = (

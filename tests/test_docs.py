@@ -216,7 +216,7 @@ def test_a_task_is_added_as_its_page_says(
     template, entry = blocks("tasks.md", "python")
     namespace = vars(templates).copy()
     exec(compile(template, "tasks.md", "exec"), namespace)
-    name = "RottenTomatoesTemplate"
+    name = "RottenTomatoes"
     monkeypatch.setattr(templates, name, namespace[name], raising=False)
     task = eval(entry, vars(tasks))
     monkeypatch.setitem(TASKS, task.name, task)
@@ -321,7 +321,7 @@ def test_task_table_has_the_prompts_of_the_templates() -> None:
         if task.name == "BoolQ":
             written = written.replace("{Question}", "{question}")
         assert f"`{written}`" in prompt, task.name
-        for label, word in getattr(task.template, "verbalizer", {}).items():
+        for label, word in task.template.labels.items():
             assert f"`{word}` ({label})" in options, task.name
 
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, pipeline
 
 import run
 from task_data.columns import Columns
+from task_data.loading import load_samples, read_samples
 from task_data.own_tasks import choose_task
-from tasks import load_questions, load_samples
 from utils import InputError
 
 REVIEWS = (
@@ -74,9 +74,12 @@ def test_labels_are_those_of_the_training_file(reviews: Path, tmp_path: Path) ->
 
 
 BAD_COLUMNS = {
-    "text": (Columns(text="revue"), "--text_column: .* has no column 'revue'; it has title, rev"),
-    "label": (Columns(label="label"), "--label_column: .* has no column 'label'"),
-    "template": (Columns(template="{text}"), "--prompt_template: .* has no column 'text'"),
+    "text": (
+        Columns(text="revue"),
+        "rows.csv: --text_column: no column 'revue'; there are title, rev",
+    ),
+    "label": (Columns(label="label"), "--label_column: no column 'label'"),
+    "template": (Columns(template="{text}"), "--prompt_template: no column 'text'"),
     "one class": (Columns("review", "same"), "--label_column same: .* has 1 different values"),
 }
 
@@ -229,7 +232,7 @@ def test_a_predict_file_alone_is_a_task(tmp_path: Path) -> None:
     assert [len(row["scores"]) for row in read(tmp_path / "p.jsonl")] == [2, 3]
     task = choose_task(None, None, str(file), None)
     with pytest.raises(InputError, match="has no rows"):
-        load_questions(task, write(tmp_path / "empty.jsonl", []))
+        read_samples(task, write(tmp_path / "empty.jsonl", []))
 
 
 # --------------------------------------------------------------------------- a merged model in use

@@ -14,30 +14,40 @@ from running import MODEL, command, contents, finish, log_of
 import run
 from language_model.encoding import Encoder
 from language_model.loading import load_config_and_tokenizer
+from task_data.loading import load_samples
 from task_data.own_tasks import choose_task
-from tasks import Sample, Task, load_samples
+from tasks import Sample, Task
 from utils import InputError
 
 Rows = list[dict[str, Any]]
 
 CHOICE: Rows = [
-    {"prompt": "The film is dull.\nGood?\n", "options": ["yes", "no"], "answer": "no"},
-    {"prompt": "2 + 2 =", "options": ["3", "4", "five"], "answer": 1, "source": "a teacher"},
-    {"prompt": 'He said "é, ü".', "options": [" so, then", "not"], "answer": 0},
+    {
+        "prompt": "The film is dull.\nGood?\n",
+        "options": ["yes", "no"],
+        "answer": "no",
+        "source": "a",
+    },
+    {"prompt": "2 + 2 =", "options": ["3", "4", "five"], "answer": "4", "source": "b"},
+    {"prompt": 'He said "é, ü".', "options": [" so, then", "not"], "answer": "0"},
     {"prompt": "One more than 0 is ", "options": ["0", "1"], "answer": "1"},
 ]
 CANDIDATES = [("yes", "no"), ("3", "4", "five"), (" so, then", "not"), ("0", "1")]
 CORRECT = ["no", "4", " so, then", "1"]
 
 GENERATION: Rows = [
-    {"prompt": "Capital of France?\nAnswer:", "answer": "Paris"},
+    {"prompt": "Capital of France?\nAnswer:", "answer": ["Paris"]},
     {"prompt": "Who wrote it?\nAnswer:", "answer": ["Ann Lee", "Lee", "Ann Lee"]},
-    {"prompt": "How many?\nAnswer: ", "answer": "12"},
+    {"prompt": "How many?\nAnswer: ", "answer": ["12"]},
 ]
 
 
 def write_jsonl(path: Path, rows: Rows) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_array(path: Path, rows: Rows) -> None:
+    path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 
 def write_csv(path: Path, rows: Rows) -> None:
@@ -59,94 +69,101 @@ def write_parquet(path: Path, rows: Rows) -> None:
 
 WRITERS: dict[str, Callable[[Path, Rows], None]] = {
     "jsonl": write_jsonl,
-    "json": write_jsonl,
+    "json": write_array,
     "csv": write_csv,
     "parquet": write_parquet,
 }
 
 
+def samples_of(path: Path) -> tuple[Task, list[Sample]]:
+    task = choose_task(None, None, str(path), None)
+    return task, load_samples(task, None)[1]
+
+
 def load(folder: Path, suffix: str, rows: Rows) -> tuple[Task, list[Sample]]:
-    """The task of a file, and its samples, which are the same for training and validation."""
+    """The task of a file with the rows, and its samples."""
     path = folder / f"mine.{suffix}"
     WRITERS[suffix](path, rows)
-    task = choose_task(None, str(path), str(path), None)
-    train, validation = load_samples(task, None)
-    assert train == validation
-    return task, train
-
-
-def of_one_type(rows: Rows, answer: str) -> Rows:
-    """The rows with their answers as Parquet has them: all text, or all numbers or lists."""
-    changed = []
-    for row, correct in zip(rows, CORRECT, strict=True):
-        number = row["options"].index(correct)
-        changed.append({**row, "answer": correct if answer == "text" else number})
-    return changed
+    return samples_of(path)
 
 
 # ------------------------------------------------------------------------------------ the samples
 
 
-@pytest.mark.parametrize("answer", ["mixed", "text", "number"])
 @pytest.mark.parametrize("suffix", WRITERS)
-def test_choice(tmp_path: Path, suffix: str, answer: str) -> None:
-    if suffix == "parquet" and answer == "mixed":
-        answer = "text"  # A column of Parquet has one type.
-    rows = CHOICE if answer == "mixed" else of_one_type(CHOICE, answer)
-    task, samples = load(tmp_path, suffix, rows)
+def test_choice(tmp_path: Path, suffix: str) -> None:
+    task, samples = load(tmp_path, suffix, CHOICE)
     assert (task.name, task.generation, task.metric_name) == ("mine", False, "accuracy")
     assert task.train_as_classification
     assert [sample.id for sample in samples] == [0, 1, 2, 3]
     assert [sample.candidates for sample in samples] == CANDIDATES
     assert [sample.correct for sample in samples] == [(correct,) for correct in CORRECT]
     assert [sample.row["prompt"] for sample in samples] == [row["prompt"] for row in CHOICE]
-    assert all(set(sample.row) == {"prompt", "options", "answer"} for sample in samples)
+    assert [sample.row["source"] for sample in samples[:2]] == ["a", "b"]
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
 def test_generation(tmp_path: Path, suffix: str) -> None:
-    rows = GENERATION
-    if suffix == "parquet":
-        rows = [
-            {**row, "answer": [row["answer"]] if isinstance(row["answer"], str) else row["answer"]}
-            for row in rows
-        ]
-    task, samples = load(tmp_path, suffix, rows)
+    task, samples = load(tmp_path, suffix, GENERATION)
     assert (task.name, task.generation, task.metric_name) == ("mine", True, "f1")
     assert not task.train_as_classification
     assert [sample.candidates for sample in samples] == [(), (), ()]
     assert [sample.correct for sample in samples] == [("Paris",), ("Ann Lee", "Lee"), ("12",)]
 
 
-def test_a_text_wins_over_a_number(tmp_path: Path) -> None:
-    for suffix in ("jsonl", "csv"):
-        rows = [{"prompt": "p", "options": ["1", "2", "0"], "answer": "1"}]
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_a_number_is_an_option_or_else_a_position(tmp_path: Path, suffix: str) -> None:
+    """In every format the same: text wins where it fits."""
+    stars = ["1", "2", "3", "4", "5"]
+    for options, answer, correct in (
+        *((stars, 1, "1"), (stars, "5", "5"), (stars, 3.0, "3"), (stars, 0, "1")),
+        *((["yes", "no"], 1, "no"), (["yes", "no"], "0", "yes"), (["1", "2", "0"], "1", "1")),
+    ):
+        rows = [{"prompt": "p", "options": options, "answer": answer}]
         _, (sample,) = load(tmp_path, suffix, rows)
-        assert sample.correct == ("1",)
+        assert sample.correct == (correct,), (options, answer)
 
 
-def test_json_answer_of_digits_is_a_text(tmp_path: Path) -> None:
-    rows = [{"prompt": "p", "options": ["yes", "no"], "answer": "1"}]
-    _, (sample,) = load(tmp_path, "csv", rows)
-    assert sample.correct == ("no",)
-    with pytest.raises(InputError, match="answer is '1'"):
-        load(tmp_path, "jsonl", rows)
+@pytest.mark.parametrize(
+    ("cell", "correct"),
+    [
+        ('["Ann Lee", "Lee"]', ("Ann Lee", "Lee")),
+        ("['Ann Lee', 'Lee']", ("Ann Lee", "Lee")),
+        ("{'text': ['Ann Lee'], 'answer_start': [3]}", ("Ann Lee",)),
+        *((text, (text,)) for text in ("Paris", "[1] B", "[1, 2]", "{", "[" * 5000, "12")),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_answers_in_a_cell(tmp_path: Path, cell: str, correct: tuple[str, ...]) -> None:
+    _, (sample,) = load(tmp_path, "csv", [{"prompt": "Who?", "answer": cell}])
+    assert sample.correct == correct
+
+
+@pytest.mark.parametrize("cell", ["['Ann Lee' 'Lee']", "{'text': array(['Lee'], dtype=object)}"])
+def test_the_text_of_an_array_is_refused(tmp_path: Path, cell: str) -> None:
+    with pytest.raises(
+        InputError, match=r"mine\.csv:2: .* is a NumPy array's text: give a JSON list"
+    ):
+        load(tmp_path, "csv", [{"prompt": "Who?", "answer": cell}])
 
 
 def test_csv_of_a_spreadsheet(tmp_path: Path) -> None:
-    """A byte order mark, Windows lines, blank lines, and a text over several lines."""
+    """A byte order mark, Windows lines, blank lines, a long text, and one over several lines."""
     path = tmp_path / "mine.CSV"
-    text = '\ufeffprompt,answer\r\n\r\n"One\r\ntwo, ""three""",A\r\nFour,[1] B\r\n'
+    long = "word " * 50_000
+    text = (
+        f'\ufeffprompt, answer\r\n\r\n"One\r\ntwo, ""three""", "A "\r\nFour,[1] B\r\n{long},C\r\n'
+    )
     path.write_bytes(text.encode("utf-8"))
-    _, samples = load_samples(choose_task(None, None, str(path), None), None)
-    assert [s.row["prompt"] for s in samples] == ['One\r\ntwo, "three"', "Four"]
-    assert [s.correct for s in samples] == [("A",), ("[1] B",)]
+    _, samples = samples_of(path)
+    assert [s.row["prompt"] for s in samples] == ['One\r\ntwo, "three"', "Four", long]
+    assert [s.correct for s in samples] == [("A ",), ("[1] B",), ("C",)]
 
 
-def test_prompts_longer_than_the_limit_of_csv(tmp_path: Path) -> None:
-    rows = [{"prompt": "word " * 50_000, "answer": "A"}]
-    _, (sample,) = load(tmp_path, "csv", rows)
-    assert len(sample.row["prompt"]) == 250_000
+def test_texts_of_json_stay_texts(tmp_path: Path) -> None:
+    rows = [{"prompt": "When?", "answer": text} for text in ("2020-01-01", '["a"]', "1e3")]
+    _, samples = load(tmp_path, "jsonl", rows)
+    assert [sample.correct for sample in samples] == [("2020-01-01",), ('["a"]',), ("1e3",)]
 
 
 @pytest.mark.parametrize(
@@ -164,10 +181,8 @@ def test_one_space_before_the_option(tmp_path: Path, prompt: str, option: str, t
     task, (sample,) = load(tmp_path, "jsonl", rows)
     assert task.prompt(sample) == prompt
     assert task.option(sample, option) == text
-    assert (task.content_free_prompt(sample), task.content_free_option(sample, option)) == (
-        "",
-        text,
-    )
+    assert task.content_free_prompt(sample) == ""
+    assert task.content_free_option(sample, option) == text
     task, (sample,) = load(tmp_path, "jsonl", [{"prompt": prompt, "answer": option}])
     assert task.prompt(sample) == prompt
     assert task.option(sample, option) == f"{text}\n"
@@ -191,29 +206,109 @@ def test_the_tokens_are_those_of_a_task_with_the_same_texts(tmp_path: Path) -> N
 def test_metrics_of_generated_text(tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     write_jsonl(path, GENERATION)
-    scores = {}
-    for metric in ("f1", "em"):
+    expected = {"f1": pytest.approx((1 + 2 / 3) / 3), "em": pytest.approx(1 / 3)}
+    for metric, names in (("f1", ["f1", "em"]), ("em", ["em", "f1"])):
         task = choose_task(None, None, str(path), metric)
-        _, samples = load_samples(task, None)
-        assert task.metric_name == metric
-        scores[metric] = task.score(["paris.", "Ann", "13"], samples)
-    assert list(scores["f1"]) == ["f1", "em"] and list(scores["em"]) == ["em", "f1"]
-    assert (
-        scores["f1"]
-        == scores["em"]
-        == {
-            "f1": pytest.approx((1 + 2 / 3) / 3),
-            "em": pytest.approx(1 / 3),
-        }
-    )
+        scores = task.score(["paris.", "Ann", "13"], load_samples(task, None)[1])
+        assert task.metric_name == metric and list(scores) == names and scores == expected
 
 
-# --------------------------------------------------------------------------------------- the runs
+# -------------------------------------------------------------------------------------- bad files
+
+GOOD = '{"prompt": "p", "options": ["yes", "no"], "answer": "no"}\n'
+TEXT = '{"prompt": "p", "answer": "no"}\n'
+OTHER = '{"prompt": "p", "options": ["yes", "no"], '
+HEADER = "prompt,options,answer\n"
+CELLS = 'p,"[""yes"", ""no""]",no\n'
+
+# A file's name and content, and what the line has to say.
+BAD_FILES: dict[str, tuple[str, str | bytes, list[str]]] = {
+    "no answer": (
+        "v.jsonl",
+        GOOD + "\n" + OTHER.rstrip(", ") + "}\n",
+        ["v.jsonl:3:", "'answer' is missing", "found prompt, options"],
+    ),
+    "answer is none": ("v.jsonl", GOOD + OTHER + '"answer": null}', ["v.jsonl:2:", "None", "yes"]),
+    "answer is NaN": ("v.jsonl", GOOD + OTHER + '"answer": NaN}', ["v.jsonl:2:", "nan", "yes"]),
+    "unknown answer": (
+        "v.jsonl",
+        "\n\n" + GOOD + OTHER + '"answer": "maybe"}',
+        ["v.jsonl:4:", "answer is 'maybe'", "['yes', 'no']", "0 to 1"],
+    ),
+    "number too large": ("v.jsonl", OTHER + '"answer": 2}', ["v.jsonl:1:", "answer is 2", "0 to"]),
+    "number below 0": ("v.jsonl", OTHER + '"answer": -1}', ["v.jsonl:1:", "answer is -1"]),
+    "truth value": ("v.jsonl", OTHER + '"answer": true}', ["v.jsonl:1:", "answer is True"]),
+    "fraction": ("v.jsonl", OTHER + '"answer": 0.5}', ["v.jsonl:1:", "answer is 0.5"]),
+    "no prompt": (
+        "v.jsonl",
+        '{"text": "p", "label": 1}',
+        ["v.jsonl:1:", "'prompt'", "found text, label", "--text_column", "--label_column"],
+    ),
+    "empty prompt": ("v.jsonl", TEXT + TEXT.replace('"p"', '" "'), ["v.jsonl:2:", "prompt is ' '"]),
+    "prompt is none": ("v.jsonl", TEXT.replace('"p"', "null"), ["v.jsonl:1:", "prompt is None"]),
+    "half a character": ("v.jsonl", TEXT.replace('"p"', r'"\ud83d"'), ["v.jsonl:1:", "half"]),
+    "answer is a number": ("v.jsonl", TEXT.replace('"no"', "1"), ["v.jsonl:1:", "1", "options"]),
+    "no acceptable answer": ("v.jsonl", TEXT.replace('"no"', "[]"), ["v.jsonl:1:", "answer is []"]),
+    "empty answer": ("v.jsonl", TEXT.replace('"no"', '["a", ""]'), ["v.jsonl:1:", "answer is ''"]),
+    "one option": ("v.jsonl", GOOD.replace('"yes", ', ""), ["v.jsonl:1:", "['no']", "at least 2"]),
+    "options are none": ("v.jsonl", GOOD.replace('["yes", "no"]', "null"), ["options is None"]),
+    "same option twice": ("v.jsonl", GOOD.replace("yes", " no"), ["v.jsonl:1:", "[' no', 'no']"]),
+    "option is empty": ("v.jsonl", GOOD.replace("yes", ""), ["v.jsonl:1:", "options is ''"]),
+    "option is a number": ("v.jsonl", GOOD.replace('"yes"', "3"), ["v.jsonl:1:", "options is 3"]),
+    "options in a later row": ("v.jsonl", TEXT + GOOD, ["v.jsonl:2: options", "in none"]),
+    "options not in all rows": ("v.jsonl", GOOD + TEXT, ["v.jsonl:2: no options", "in every row"]),
+    "not JSON": ("v.jsonl", GOOD + "\n{'prompt': 'p'}\n", ["v.jsonl:3: not JSON", "each line"]),
+    "no object": ("v.json", GOOD + "7\n", ["v.json:2:", "JSON object"]),
+    "no object in a list": ("v.json", f"[{GOOD}, 7]", ["v.json, row 1 ", "JSON object"]),
+    "endless list": ("v.json", "[" * 100_000, ["v.json: not JSON"]),
+    "not UTF-8": ("v.jsonl", b"\n" + TEXT.encode("utf-16"), ["v.jsonl:2: not UTF-8", "save it"]),
+    "csv not UTF-8": ("v.csv", b"prompt,answer\np,caf\xe9\n", ["v.csv:2: not UTF-8"]),
+    "blank": ("v.jsonl", "\n \n", ["v.jsonl has no rows"]),
+    "empty list": ("v.json", "[]", ["v.json has no rows"]),
+    "only a header": ("v.csv", HEADER, ["v.csv has no rows"]),
+    "cells too few": ("v.csv", HEADER + CELLS + "\np,q\n", ["v.csv:4: 2 cells for the 3 columns"]),
+    "comma too many": ("v.csv", "prompt,answer\np, q,a\n", ["v.csv:2: 3 cells for the 2 columns"]),
+    "open quote": ("v.csv", HEADER + CELLS + 'p,"[""yes', ["v.csv:3: not CSV", "quotes"]),
+    "columns of csv": ("v.csv", "text;label\na;b\n", ["v.csv:2:", "'prompt'", "found text;label"]),
+    "column twice": ("v.csv", "prompt,answer,answer\np,a,b\n", ["v.csv:1:", "'answer'"]),
+    "many columns": ("v.csv", ",".join(map(str, range(200_000))) + "\na\n", ["v.csv:2: 1 cells"]),
+    "options of csv": (
+        "v.csv",
+        HEADER + "p,yes|no,no\n",
+        ["v.csv:2:", "'yes|no'", '["yes", "no"]'],
+    ),
+    "answer of csv": ("v.csv", HEADER + CELLS + CELLS.replace(",no", ",2"), ["v.csv:3:", "'2'"]),
+    "no Parquet": ("v.parquet", "prompt", ["v.parquet: not a Parquet file"]),
+    "suffix": ("v.txt", TEXT, ["--validation_file v.txt", ".jsonl, .json, .csv, .parquet"]),
+    "no suffix": ("v", TEXT, ["--validation_file v:", "without a suffix"]),
+}
 
 
 @pytest.fixture(autouse=True)
 def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("case", BAD_FILES.values(), ids=BAD_FILES)
+def test_bad_file_is_one_line(case: tuple[str, str | bytes, list[str]]) -> None:
+    name, content, parts = case
+    Path(name).write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+    with pytest.raises(InputError) as refusal:
+        samples_of(Path(name))
+    line = str(refusal.value)
+    assert "\n" not in line and len(line) < 1000
+    for part in parts:
+        assert part in line
+
+
+def test_a_row_of_parquet_is_named() -> None:
+    rows = [{"prompt": "p", "answer": "a"}, {"prompt": None, "answer": "a"}]
+    write_parquet(Path("v.parquet"), rows)
+    with pytest.raises(InputError, match=r"v\.parquet, row 1 .*prompt is None"):
+        samples_of(Path("v.parquet"))
+
+
+# --------------------------------------------------------------------------------------- the runs
 
 
 def own_command(folder: Path, rows: Rows, **arguments: Any) -> list[str]:
@@ -231,7 +326,6 @@ def test_zero_shot_without_a_train_file(tmp_path: Path) -> None:
     assert result["task"] == "held_out"
     assert list(result["metric"]) == ["accuracy"]
     lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
-    assert sorted(line["id"] for line in lines) == [0, 1, 2, 3]
     assert {line["id"]: len(line["scores"]) for line in lines} == {0: 2, 1: 3, 2: 2, 3: 2}
     assert sum(line["correct"] for line in lines) == 4 * result["metric"]["accuracy"]
 
@@ -243,18 +337,12 @@ def test_calibrated(tmp_path: Path, calibration: str) -> None:
     assert list(result["metric"]) == ["accuracy"]
 
 
-def test_in_context(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = finish(own_command(tmp_path, CHOICE, num_train=2, verbose=True))
-    assert (result["task"], list(result["metric"])) == ("mine", ["accuracy"])
-    assert "in-context accuracy" in capsys.readouterr().out
-    assert result["settings"]["train_file"] == "mine.jsonl"
-
-
 def test_in_context_generation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = {"num_train": 2, "metric": "em", "max_new_tokens": 4}
+    arguments = {"num_train": 2, "metric": "em", "max_new_tokens": 4, "verbose": True}
     result = finish(own_command(tmp_path, GENERATION, **arguments))
     assert (result["task"], list(result["metric"])) == ("mine", ["em", "f1"])
     assert "in-context em" in capsys.readouterr().out
+    assert result["settings"]["train_file"] == "mine.jsonl"
 
 
 @pytest.mark.parametrize("kind", ["choice", "classes", "generation"])
@@ -275,139 +363,11 @@ def test_training(tmp_path: Path, kind: str) -> None:
     assert len(losses) == 2 and all(loss > 0 for loss in losses)
 
 
-# -------------------------------------------------------------------------------------- bad input
-
-GOOD = '{"prompt": "p", "options": ["yes", "no"], "answer": "no"}\n'
-TEXT = '{"prompt": "p", "answer": "no"}\n'
-OTHER = '{"prompt": "p", "options": ["yes", "no"], '
-HEADER = "prompt,options,answer\n"
-CELLS = 'p,"[""yes"", ""no""]",no\n'
-
-# The validation file's name and content, and what the line has to say.
-BAD_FILES: dict[str, tuple[str, str | bytes, list[str]]] = {
-    "no answer": (
-        "v.jsonl",
-        GOOD + "\n" + OTHER.rstrip(", ") + "}\n",
-        ["v.jsonl:3:", "'answer' is missing", "found prompt, options"],
-    ),
-    "answer is none": ("v.jsonl", GOOD + OTHER + '"answer": null}', ["v.jsonl:2:", "None", "yes"]),
-    "unknown answer": (
-        "v.jsonl",
-        "\n\n" + GOOD + OTHER + '"answer": "maybe"}',
-        ["v.jsonl:4:", "answer is 'maybe'", "['yes', 'no']", "0 to 1"],
-    ),
-    "number too large": (
-        "v.jsonl",
-        OTHER + '"answer": 2}',
-        ["v.jsonl:1:", "answer is 2", "0 to 1"],
-    ),
-    "number below 0": ("v.jsonl", OTHER + '"answer": -1}', ["v.jsonl:1:", "answer is -1"]),
-    "truth value": ("v.jsonl", OTHER + '"answer": true}', ["v.jsonl:1:", "answer is True"]),
-    "fraction": ("v.jsonl", OTHER + '"answer": 0.5}', ["v.jsonl:1:", "answer is 0.5"]),
-    "no prompt": (
-        "v.jsonl",
-        '{"text": "p", "answer": "a"}',
-        ["v.jsonl:1:", "'prompt'", "found text"],
-    ),
-    "empty prompt": ("v.jsonl", TEXT + TEXT.replace('"p"', '" "'), ["v.jsonl:2:", "prompt is ' '"]),
-    "prompt is none": ("v.jsonl", TEXT.replace('"p"', "null"), ["v.jsonl:1:", "prompt is None"]),
-    "prompt is a number": ("v.jsonl", TEXT.replace('"p"', "7"), ["v.jsonl:1:", "prompt is 7"]),
-    "half a character": ("v.jsonl", TEXT.replace('"p"', r'"\ud83d"'), ["v.jsonl:1:", "half"]),
-    "answer is a number": ("v.jsonl", TEXT.replace('"no"', "1"), ["v.jsonl:1:", "1", "options"]),
-    "no acceptable answer": ("v.jsonl", TEXT.replace('"no"', "[]"), ["v.jsonl:1:", "answer is []"]),
-    "empty answer": ("v.jsonl", TEXT.replace('"no"', '["a", ""]'), ["v.jsonl:1:", "answer is ''"]),
-    "one option": ("v.jsonl", GOOD.replace('"yes", ', ""), ["v.jsonl:1:", "['no']", "at least 2"]),
-    "options are a text": (
-        "v.jsonl",
-        GOOD.replace('["yes", "no"]', '"yes"'),
-        ["v.jsonl:1:", "options is 'yes'", "a list"],
-    ),
-    "options are none": ("v.jsonl", GOOD.replace('["yes", "no"]', "null"), ["options is None"]),
-    "same option twice": ("v.jsonl", GOOD.replace("yes", " no"), ["v.jsonl:1:", "[' no', 'no']"]),
-    "option is empty": ("v.jsonl", GOOD.replace("yes", ""), ["v.jsonl:1:", "options is ''"]),
-    "option is a number": ("v.jsonl", GOOD.replace('"yes"', "3"), ["v.jsonl:1:", "options is 3"]),
-    "options in a later row": ("v.jsonl", TEXT + GOOD, ["v.jsonl:2: options", "in none"]),
-    "options not in all rows": ("v.jsonl", GOOD + TEXT, ["v.jsonl:2: no options", "in every row"]),
-    "not JSON": ("v.jsonl", GOOD + "\n{'prompt': 'p'}\n", ["v.jsonl:3: not JSON", "each line"]),
-    "a list of rows": ("v.json", f"[\n{GOOD}]\n", ["v.json:1:", "on each line"]),
-    "no object": ("v.json", GOOD + "7\n", ["v.json:2:", "JSON object"]),
-    "endless list": ("v.json", "[" * 100_000, ["v.json:1: not JSON"]),
-    "not UTF-8": ("v.jsonl", b"\n" + TEXT.encode("utf-16"), ["v.jsonl:2: not UTF-8", "save it"]),
-    "csv not UTF-8": ("v.csv", b"prompt,answer\np,caf\xe9\n", ["v.csv:2: not UTF-8"]),
-    "empty": ("v.jsonl", "", ["v.jsonl has no rows"]),
-    "blank": ("v.jsonl", "\n \n", ["v.jsonl has no rows"]),
-    "empty csv": ("v.csv", "", ["v.csv has no rows"]),
-    "only a header": ("v.csv", HEADER, ["v.csv has no rows"]),
-    "ragged": ("v.csv", HEADER + CELLS + "\np,q\n", ["v.csv:4: 2 cells for the 3 columns"]),
-    "open quote": ("v.csv", HEADER + CELLS + 'p,"[""yes', ["v.csv:3: not CSV", "quotes"]),
-    "columns of csv": ("v.csv", "text;label\na;b\n", ["v.csv:1:", "'prompt'", "found text;label"]),
-    "column twice": ("v.csv", "prompt,answer,answer\np,a,b\n", ["v.csv:1:", "'answer'"]),
-    "options of csv": (
-        "v.csv",
-        HEADER + "p,yes|no,no\n",
-        ["v.csv:2:", "'yes|no'", '["yes", "no"]'],
-    ),
-    "answer of csv": ("v.csv", HEADER + CELLS + CELLS.replace(",no", ",2"), ["v.csv:3:", "'2'"]),
-    "behind lines": ("v.csv", 'prompt,answer\n"p\nq",a\n"r\ns", \n', ["v.csv:4:", "answer is ' '"]),
-    "no Parquet": ("v.parquet", "prompt", ["v.parquet: not a Parquet file"]),
-    "suffix": ("v.txt", TEXT, ["--validation_file v.txt", ".jsonl, .json, .csv, .parquet"]),
-    "no suffix": ("v", TEXT, ["--validation_file v:", "without a suffix"]),
-}
-
-
-def assert_refused(
-    argv: list[str], folder: Path, capfd: pytest.CaptureFixture[str], parts: list[str]
-) -> None:
-    before = contents(folder)
-    capfd.readouterr()
-    assert run.main(argv) == 2
-    out, err = capfd.readouterr()
-    assert out == "" and contents(folder) == before
-    assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1
-    for part in parts:
-        assert part in err
-
-
-def own(**arguments: Any) -> list[str]:
-    """A zero-shot run on v.jsonl unless the arguments say otherwise."""
-    values = {"task_name": None, "data_dir": None, "num_eval": None, "validation_file": "v.jsonl"}
-    return [word for word in command(**(values | arguments)) if word != "None"]
-
-
-@pytest.mark.parametrize("case", BAD_FILES.values(), ids=BAD_FILES)
-def test_bad_file_is_one_line(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], case: tuple[str, str | bytes, list[str]]
-) -> None:
-    name, content, parts = case
-    data = content if isinstance(content, bytes) else content.encode("utf-8")
-    (tmp_path / name).write_bytes(data)
-    assert_refused(own(validation_file=name), tmp_path, capfd, parts)
-
-
-@pytest.mark.parametrize(
-    ("rows", "parts"),
-    [
-        ([{"prompt": "p", "answer": "a"}, {"prompt": None, "answer": "a"}], ["row 1", "None"]),
-        ([{"text": "p", "label": 1}], ["v.parquet: ", "'prompt'", "found text, label"]),
-        ([{"prompt": "p", "options": ["yes", "no"], "answer": 2}], ["row 0", "answer is 2"]),
-        ([{"prompt": "p", "options": ["yes", "no"], "answer": "1"}], ["row 0", "answer is '1'"]),
-    ],
-    ids=str,
-)
-def test_bad_parquet_is_one_line(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], rows: Rows, parts: list[str]
-) -> None:
-    write_parquet(tmp_path / "v.parquet", rows)
-    assert_refused(own(validation_file="v.parquet"), tmp_path, capfd, ["v.parquet", *parts])
-
-
 BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "bad file": ({"validation_file": "bad.jsonl"}, ["bad.jsonl:1: prompt is None"]),
     "missing file": ({"validation_file": "no.jsonl"}, ["--validation_file no.jsonl", "No such"]),
     "missing train file": ({"train_file": "no.csv"}, ["--train_file no.csv", "No such"]),
-    "a folder": (
-        {"validation_file": "folder.json"},
-        ["--validation_file folder.json", "directory"],
-    ),
+    "a folder": ({"validation_file": "folder.json"}, ["--validation_file folder.json", "not a fi"]),
     "nothing to report on": (
         {"validation_file": None, "train_file": "v.jsonl"},
         ["--train_file v.jsonl needs --validation_file"],
@@ -440,7 +400,16 @@ def test_bad_arguments_are_one_line(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], case: tuple[dict[str, Any], list[str]]
 ) -> None:
     arguments, parts = case
-    (tmp_path / "folder.json").mkdir()
-    (tmp_path / "v.jsonl").write_text(GOOD)
-    (tmp_path / "texts.jsonl").write_text(TEXT)
-    assert_refused(own(**arguments), tmp_path, capfd, parts)
+    Path("folder.json").mkdir()
+    Path("v.jsonl").write_text(GOOD)
+    Path("texts.jsonl").write_text(TEXT)
+    Path("bad.jsonl").write_text(TEXT.replace('"p"', "null"))
+    values = {"task_name": None, "data_dir": None, "num_eval": None, "validation_file": "v.jsonl"}
+    argv = [word for word in command(**(values | arguments)) if word != "None"]
+    before = contents(tmp_path)
+    assert run.main(argv) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and contents(tmp_path) == before
+    assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1
+    for part in parts:
+        assert part in err

@@ -19,9 +19,9 @@ from command_line.settings import experiment_hash
 from language_model import objectives
 from language_model.generation import GenerationSettings
 from language_model.objectives import NegativeTextMetric, PromptExample, collate_prompts
+from task_data.loading import load_samples
 from task_data.own_tasks import choose_task
 from task_data.rewards import Reward
-from tasks import load_samples
 from training.callbacks import TellStep
 from utils import InputError
 
@@ -188,6 +188,10 @@ def test_another_content_of_the_file_is_another_experiment(
         ("mine.py:too_few", "--reward: too_few returned 1 values for 4 texts; return a list"),
         ("mine.py:no_numbers", "--reward: no_numbers returned list for 4 texts"),
         ("mine.py:one_number", "--reward: one_number returned float for 4 texts"),
+        (
+            "mine.py:infinite",
+            "--reward: infinite returned nan for 4 texts; return a list with a fi",
+        ),
     ],
 )
 def test_bad_functions_are_told_in_one_line(
@@ -243,14 +247,6 @@ def test_options_have_no_reward(
 ) -> None:
     assert run.main(training(tmp_path, reward=f"{reward_file}:length")) == 2
     assert "the answers of SST2 are chosen from options" in capsys.readouterr().err
-
-
-def test_steps_without_a_finite_reward_are_skipped(
-    tmp_path: Path, reward_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    argv = own(tmp_path, rows_file(tmp_path), reward=f"{reward_file}:infinite")
-    assert run.main([*argv, "--max_skipped_steps", "2"]) == 1
-    assert "no finite loss in 2 steps in a row" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------- the examples

@@ -20,6 +20,7 @@ import tasks
 from command_line.arguments import parse_arguments
 from command_line.settings import changed_settings
 from experiment import running
+from task_data.loading import load_samples
 
 
 def evaluation(folder: Path, task: str = "SST2", **arguments: Any) -> list[str]:
@@ -147,7 +148,7 @@ def test_generation_rows_and_f1(
     result = finish(evaluation(tmp_path, task, max_new_tokens=8, verbose=True))
     rows = rows_of(tmp_path)
     assert all(isinstance(row["prediction"], str) and row["scores"] is None for row in rows)
-    _, samples = tasks.load_samples(tasks.get_task(task), str(SAMPLES))
+    _, samples = load_samples(tasks.get_task(task), str(SAMPLES))
     drawn = [samples[index] for index in permutation(200, 6, seed=0)]
     expected = tasks.get_task(task).score([row["prediction"] for row in rows], drawn)
     assert result["metric"] == expected and set(expected) == {"f1", "em"}

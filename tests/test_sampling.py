@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from running import SAMPLES
 
+from task_data.loading import load_samples
 from task_data.sampling import (
     demonstration_seeds,
     draw_example_sets,
@@ -13,7 +14,7 @@ from task_data.sampling import (
     sample_train_dev,
     with_a_correct_option,
 )
-from tasks import get_task, load_samples
+from tasks import get_task
 from utils import InputError
 
 

@@ -39,7 +39,8 @@ from language_model.generation import GenerationSettings, generate
 from language_model.precision import NotFinite
 from language_model.prediction import Prediction, predict
 from language_model.shared_tokens import _warn_once, can_share_prompt
-from tasks import Sample, Task, get_task, load_samples
+from task_data.loading import load_samples
+from tasks import Sample, Task, get_task
 from utils import InputError
 
 SAMPLES_DIR = Path(__file__).parent.parent / "data" / "samples"

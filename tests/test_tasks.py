@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks import TASKS, Sample, get_task, load_samples
+from task_data.loading import load_samples
+from tasks import TASKS, Sample, get_task
 from utils import InputError
 
 SAMPLES_DIR = Path(__file__).parent.parent / "data" / "samples"

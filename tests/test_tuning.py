@@ -29,8 +29,9 @@ from language_model.adapters import without_future_warnings
 from language_model.encoding import Encoder
 from language_model.scoring import score_options
 from metrics import mean_f1
+from task_data.loading import load_samples
 from task_data.sampling import permutation_subset
-from tasks import get_task, load_samples
+from tasks import get_task
 
 MODES: dict[str, dict[str, Any]] = {
     "lora": {"lora": True},

@@ -1,0 +1,111 @@
+"""From files or the Hub to the samples of a task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from task_data.files import PlacedRow, read_rows, row_place
+from task_data.own_tasks import OwnTask
+from tasks import Sample, Task
+from utils import InputError, first_line
+
+
+def load_samples(
+    task: Task, data_dir: str | None, with_validation: bool = True
+) -> tuple[list[Sample], list[Sample]]:
+    """Return all train and all validation samples; none of validation if they are not wanted.
+
+    They come from the user's own files (without a training file there are no train samples), with
+    ``data_dir`` from the files of ``split_files``, or else from the Hub or its local cache, whose
+    test splits have no labels and are never used.
+
+    Raises:
+        InputError: files are missing, empty or malformed, or the Hub cannot be reached.
+    """
+    files = split_files(task, data_dir)
+    if files is None:
+        return _load_hub(task)
+    train, validation = files
+    return (
+        read_samples(task, train) if train else [],
+        read_samples(task, validation) if with_validation else [],
+    )
+
+
+def split_files(task: Task, data_dir: str | None) -> tuple[Path | None, Path] | None:
+    """Return the files of the train split, where there is one, and of validation; None: the Hub's.
+
+    With ``data_dir`` they are ``DIR/<task>/train.jsonl`` and ``validation.jsonl`` (or ``.parquet``;
+    ``.jsonl`` wins) in the Hub's schema; the folder's name may be in any case.
+
+    Raises:
+        InputError: they are missing.
+    """
+    if isinstance(task, OwnTask):
+        return task.train_file, task.validation_file
+    if data_dir is None:
+        return None
+    folder = _task_folder(task, Path(data_dir))
+    return _split_file(folder, "train"), _split_file(folder, "validation")
+
+
+def _task_folder(task: Task, data_dir: Path) -> Path:
+    if not data_dir.is_dir():
+        raise InputError(f"--data_dir {data_dir}: no such folder")
+    folders = sorted(path for path in data_dir.iterdir() if path.is_dir())
+    for folder in folders:
+        if folder.name.lower() == task.name.lower():
+            return folder
+    found = ", ".join(folder.name for folder in folders) or "none"
+    raise InputError(f"--data_dir {data_dir}: no folder for {task.name}; folders found: {found}")
+
+
+def _split_file(folder: Path, split: str) -> Path:
+    for suffix in (".jsonl", ".parquet"):
+        path = folder / f"{split}{suffix}"
+        if path.is_file():
+            return path
+    raise InputError(f"{folder}: neither {split}.jsonl nor {split}.parquet is there")
+
+
+def read_samples(task: Task, path: Path, with_answers: bool = True) -> list[Sample]:
+    """Return the samples of a file in their order; without answers the rows need none.
+
+    Raises:
+        InputError: the file cannot be read, is empty or malformed, or a row cannot be used.
+    """
+    rows = task.rows(path) if isinstance(task, OwnTask) else read_rows(path)
+    return _samples(task, rows, with_answers)
+
+
+def _samples(task: Task, rows: Iterable[PlacedRow], with_answers: bool = True) -> list[Sample]:
+    samples = []
+    for index, (place, row) in enumerate(rows):
+        try:
+            samples.append(task.sample(row, index, with_answers))
+        except InputError as error:
+            raise InputError(f"{place}: {error}") from error
+    return samples
+
+
+def _load_hub(task: Task) -> tuple[list[Sample], list[Sample]]:
+    import datasets  # Takes a second; runs with files do without it.
+
+    hub_id = f"{task.hub_path} ({task.hub_config})" if task.hub_config else task.hub_path
+    names = ["train", "validation"]
+    try:
+        splits = datasets.load_dataset(task.hub_path, task.hub_config, split=names)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(
+            f"cannot load {hub_id} from the Hub ({first_line(error)}): "
+            f"give the files with --data_dir DIR, in DIR/{task.name}"
+        ) from error
+    train, validation = (
+        _samples(
+            task,
+            ((row_place(f"{hub_id} {name}", i), row) for i, row in enumerate(split.to_list())),
+        )
+        for name, split in zip(names, splits, strict=True)
+    )
+    return train, validation
