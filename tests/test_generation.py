@@ -9,8 +9,8 @@ import pytest
 import torch
 from test_scoring import draw, model_of
 from tiny_models import (
-    FAMILIES,
     newline_writing_model,
+    of_families,
     tiny_model,
     tiny_tokenizer,
     tokenizer_without_start,
@@ -50,7 +50,7 @@ def prompts_of(number: int) -> list[tuple[int, ...]]:
     return [encoder.prompt(sample)[: 30 + 10 * index] for index, sample in enumerate(samples)]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@of_families
 def test_greedy_generation_is_the_argmax_loop(family: str) -> None:
     model, tokenizer = newline_writing_model(family), tiny_tokenizer()
     samples = draw("SQuAD", 8, 0)[0]
@@ -80,34 +80,30 @@ def test_positions_counted_from_the_padding_token(beams: int) -> None:
         assert texts == [tokenizer.decode(t, skip_special_tokens=True).strip() for t in written]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    "settings",
-    [
+@of_families
+def test_every_way_of_generating_runs(family: str) -> None:
+    tokenizer = tokenizer_without_start()
+    prompts = [tuple(tokenizer.encode(text)) for text in ("Yes", "It was a film . It was", "No no")]
+    for settings in (
         GenerationSettings(max_new_tokens=5, num_beams=2),
         GenerationSettings(max_new_tokens=5, sampling=True, temperature=0.7, top_k=20, top_p=0.9),
         GenerationSettings(max_new_tokens=5, sampling=True),
         GenerationSettings(max_new_tokens=5, eos_token="."),
-    ],
-    ids=["beams", "sampling", "default sampling", "full stop"],
-)
-def test_every_way_of_generating_runs(family: str, settings: GenerationSettings) -> None:
-    tokenizer = tokenizer_without_start()
-    prompts = [tuple(tokenizer.encode(text)) for text in ("Yes", "It was a film . It was", "No no")]
-    texts = generate(model_of(family), tokenizer, prompts, settings, 2, "")
-    assert len(texts) == 3
-    assert all(text and text == text.strip() for text in texts)
+    ):
+        texts = generate(model_of(family), tokenizer, prompts, settings, 2, "")
+        assert len(texts) == 3
+        assert all(text and text == text.strip() for text in texts)
 
 
-@pytest.mark.parametrize("room", [1, 5, 50])
-def test_a_layer_with_room_holds_what_a_growing_one_holds(room: int) -> None:
-    grown, roomy = DynamicLayer(), LayerWithRoom(room)
+def test_a_layer_with_room_holds_what_a_growing_one_holds() -> None:
     torch.manual_seed(0)
-    for tokens in (7, 1, 1, 1, 9, 1, 1):
-        new = torch.randn(2, 2, 3, tokens, 4).unbind()
-        for one, other in zip(grown.update(*new), roomy.update(*new), strict=True):
-            assert torch.equal(one, other)
-        assert roomy.get_seq_length() == grown.get_seq_length()
+    for room in (1, 5, 50):
+        grown, roomy = DynamicLayer(), LayerWithRoom(room)
+        for tokens in (7, 1, 1, 1, 9, 1, 1):
+            new = torch.randn(2, 2, 3, tokens, 4).unbind()
+            for one, other in zip(grown.update(*new), roomy.update(*new), strict=True):
+                assert torch.equal(one, other)
+            assert roomy.get_seq_length() == grown.get_seq_length()
 
 
 # ------------------------------------------------------------------------------ where a text ends
@@ -227,8 +223,10 @@ def test_sampling_is_from_all_that_is_asked_for() -> None:
 # ------------------------------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"sampling": True}])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [({}, torch.float16), ({"num_beams": 2}, torch.bfloat16), ({"sampling": True}, torch.bfloat16)],
+)
 def test_logits_that_are_not_finite(settings: dict[str, Any], dtype: torch.dtype) -> None:
     model = tiny_model("llama").to(dtype)
     model.lm_head.weight.data[7] = torch.nan

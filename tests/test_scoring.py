@@ -19,6 +19,7 @@ from tiny_models import (
     FAMILIES,
     OTHER_FAMILIES,
     appending_tokenizer,
+    of_families,
     tiny_model,
     tiny_tokenizer,
     tokenizer_without_start,
@@ -166,42 +167,36 @@ def draw(task: str, number: int, demonstrations: int) -> tuple[list[Sample], lis
 # --------------------------------------------------------------------------- scores and predictions
 
 
+# (task, demonstrations, max_length, calibration, tokenizer)
+SETTINGS = [
+    ("SST2", 0, 1024, None, "start"),
+    ("SST2", 3, 1024, "icl_sfc", "start"),
+    ("CB", 3, 1024, None, "start"),
+    ("CB", 0, 1024, "sfc", "no start"),  # an empty prompt and no start token
+    ("Copa", 0, 1024, None, "start"),
+    ("Copa", 3, 60, None, "start"),  # choices of different length: cut at different places
+    ("Copa", 3, 7, None, "no start"),  # the cut reaches into the option
+    ("Copa", 2, 1024, "icl_sfc", "no start"),
+    ("ReCoRD", 0, 1024, None, "start"),
+    ("ReCoRD", 2, 200, None, "no start"),
+    ("ReCoRD", 1, 1024, "sfc", "start"),
+    ("MultiRC", 0, 40, None, "start"),
+    ("BoolQ", 1, 1024, "icl_sfc", "no start"),
+]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    ("task", "demonstrations", "max_length", "calibration", "tokenizer"),
-    [
-        ("SST2", 0, 1024, None, "start"),
-        ("SST2", 3, 1024, "icl_sfc", "start"),
-        ("CB", 3, 1024, None, "start"),
-        ("CB", 0, 1024, "sfc", "no start"),  # an empty prompt and no start token
-        ("Copa", 0, 1024, None, "start"),
-        ("Copa", 3, 60, None, "start"),  # choices of different length: cut at different places
-        ("Copa", 3, 7, None, "no start"),  # the cut reaches into the option
-        ("Copa", 2, 1024, "icl_sfc", "no start"),
-        ("ReCoRD", 0, 1024, None, "start"),
-        ("ReCoRD", 2, 200, None, "no start"),
-        ("ReCoRD", 1, 1024, "sfc", "start"),
-        ("MultiRC", 0, 40, None, "start"),
-        ("BoolQ", 1, 1024, "icl_sfc", "no start"),
-    ],
-)
-def test_predictions_are_the_oracles(
-    family: str,
-    task: str,
-    demonstrations: int,
-    max_length: int,
-    calibration: str | None,
-    tokenizer: str,
-) -> None:
-    samples, shown = draw(task, 4, demonstrations)
+def test_predictions_are_the_oracles(family: str) -> None:
     model = model_of(family)
-    setting = (get_task(task), TOKENIZERS[tokenizer](), max_length)
-    oracle, encoder = Oracle(model, *setting), Encoder(*setting)
-    found = predict(model, encoder, samples, shown, 3, calibration)
-    assert can_share_prompt(model, max_length)
-    expected = oracle.predict(samples, shown, calibration)
-    assert_equal_predictions(found, expected, SUM_TOLERANCE if calibration else TOLERANCE)
-    assert not model.get_output_embeddings()._forward_pre_hooks
+    for task, demonstrations, max_length, calibration, tokenizer in SETTINGS:
+        samples, shown = draw(task, 4, demonstrations)
+        setting = (get_task(task), TOKENIZERS[tokenizer](), max_length)
+        oracle, encoder = Oracle(model, *setting), Encoder(*setting)
+        found = predict(model, encoder, samples, shown, 3, calibration)
+        assert can_share_prompt(model, max_length)
+        expected = oracle.predict(samples, shown, calibration)
+        assert_equal_predictions(found, expected, SUM_TOLERANCE if calibration else TOLERANCE)
+        assert not model.get_output_embeddings()._forward_pre_hooks
 
 
 @pytest.mark.parametrize("family", OTHER_FAMILIES)
@@ -252,7 +247,7 @@ def test_unusual_models_read_each_text_as_alone(family: str) -> None:
     assert texts[0] == texts[1] and len(set(texts[0])) > 1
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@of_families
 def test_sharing_the_prompt_changes_no_score(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     examples = encode("ReCoRD", 4, 1) + encode("Copa", 4, 2) + encode("CB", 4, 0)
     packed = scoring.score_options(model_of(family), examples, 5, "")
@@ -261,7 +256,7 @@ def test_sharing_the_prompt_changes_no_score(family: str, monkeypatch: pytest.Mo
     assert_equal_sums(packed, alone)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@of_families
 def test_options_without_a_common_token(family: str) -> None:
     options = [((5, 6, 7), 1), ((8, 9), 1), ((10, 11, 12, 13, 14), 3), ((5, 20), 1)]
     example = EncodedExample(tuple(EncodedOption(*option) for option in options))
@@ -281,7 +276,7 @@ def test_padding_changes_no_score() -> None:
         assert torch.equal(*values)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@of_families
 def test_bfloat16_scores_are_close_to_float32(family: str) -> None:
     setting = (Encoder(get_task("Copa"), tiny_tokenizer(), 1024), *draw("Copa", 6, 1), 4)
     full = predict(model_of(family), *setting)
@@ -344,22 +339,19 @@ def test_texts_longer_than_a_sliding_window(family: str, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("family", WINDOWED)
-@pytest.mark.parametrize("max_length", [12, 24])
-def test_texts_within_a_sliding_window_share_their_prompt(family: str, max_length: int) -> None:
+def test_texts_within_a_sliding_window_share_their_prompt(family: str) -> None:
     model = tiny_model(family, **WINDOWED[family])
-    assert can_share_prompt(model, max_length)
-    assert_same_as_oracle(model, "Copa", 6, max_length)
+    for max_length in (12, 24):
+        assert can_share_prompt(model, max_length)
+        assert_same_as_oracle(model, "Copa", 6, max_length)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("layer_types", [None, ["full_attention", "full_attention"]])
-def test_a_configuration_with_layer_types_that_the_model_does_not_read(
-    attention: str, layer_types: list[str] | None
-) -> None:
-    kinds = {"layer_types": layer_types} if layer_types else {}
-    model = tiny_model("mistral", attn_implementation=attention, **kinds)
-    assert can_share_prompt(model, 1024)
-    assert_same_as_oracle(model, "Copa", 3)
+def test_a_configuration_with_layer_types_that_the_model_does_not_read(attention: str) -> None:
+    for kinds in ({}, {"layer_types": ["full_attention", "full_attention"]}):
+        model = tiny_model("mistral", attn_implementation=attention, **kinds)
+        assert can_share_prompt(model, 1024)
+        assert_same_as_oracle(model, "Copa", 3)
 
 
 def test_each_reason_not_to_share_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -384,7 +376,7 @@ def test_each_reason_not_to_share_is_logged_once(caplog: pytest.LogCaptureFixtur
 
 
 @pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
+@of_families
 def test_classification_loss_of_examples_with_different_numbers_of_options(
     family: str, share: bool
 ) -> None:
@@ -402,7 +394,7 @@ def test_classification_loss_of_examples_with_different_numbers_of_options(
 
 
 @pytest.mark.parametrize("only_option", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
+@of_families
 def test_language_model_loss(family: str, only_option: bool) -> None:
     model, samples = tiny_model(family), draw("SQuAD", 4, 0)[0]
     setting = (get_task("SQuAD"), tiny_tokenizer(), 60)
@@ -534,19 +526,19 @@ def test_content_free_prompts() -> None:
     assert texts("CB", cb) == [("</s>" + word, word) for word in ("Yes", "No", "Maybe")]
 
 
-@pytest.mark.parametrize("task", ["SST2", "Copa", "CB", "SQuAD"])
-def test_an_end_token_behind_every_text_is_left_out(task: str) -> None:
+def test_an_end_token_behind_every_text_is_left_out() -> None:
     """It would be scored in the option's place, and would end a prompt before its answer."""
     tokenizers = appending_tokenizer(), tiny_tokenizer()
     assert tokenizers[0].encode("Yes") == [*tokenizers[1].encode("Yes"), 2]
-    one, other = (Encoder(get_task(task), tokenizer, 100, 8) for tokenizer in tokenizers)
-    for sample, shown in zip(*draw(task, 3, 2), strict=True):
-        assert one.prompt(sample, shown) == other.prompt(sample, shown)
-        assert one.correct_option(sample) == other.correct_option(sample)
-        assert one.options(sample, shown) == other.options(sample, shown)
-        if task in ("SST2", "CB"):
-            free = {"content_free": True}
-            assert one.options(sample, **free) == other.options(sample, **free)
+    for task in ("SST2", "Copa", "CB", "SQuAD"):
+        one, other = (Encoder(get_task(task), tokenizer, 100, 8) for tokenizer in tokenizers)
+        for sample, shown in zip(*draw(task, 3, 2), strict=True):
+            assert one.prompt(sample, shown) == other.prompt(sample, shown)
+            assert one.correct_option(sample) == other.correct_option(sample)
+            assert one.options(sample, shown) == other.options(sample, shown)
+            if task in ("SST2", "CB"):
+                free = {"content_free": True}
+                assert one.options(sample, **free) == other.options(sample, **free)
 
 
 def test_nothing_stands_before_an_option_without_start_and_end_token() -> None:

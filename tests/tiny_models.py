@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -118,6 +119,12 @@ _OTHER_NAMES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     ),
 }
 FAMILIES = tuple(_PACKABLE)
+# Three that differ: GPT-NeoX fuses its projections and renames its head; make test-all has all.
+USUAL = ("opt", "llama", "gpt_neox")
+of_families = pytest.mark.parametrize(
+    "family",
+    [*USUAL, *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f not in USUAL)],
+)
 WINDOWED_FAMILIES = tuple(_WINDOWED)
 OTHER_FAMILIES = tuple(_OTHER)
 
