@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,13 @@ import pytest
 import torch
 from running import assert_same_tensors, finish, log_of, training, weights
 from safetensors.torch import load_file
-from tiny_models import FAMILIES, tiny_model, tiny_tokenizer, tokenizer_without_start
+from tiny_models import (
+    FAMILIES,
+    of_families,
+    tiny_model,
+    tiny_tokenizer,
+    tokenizer_without_start,
+)
 
 # Every way to tune is met by several families, each family by several ways.
 MODES: dict[str, dict[str, Any]] = {
@@ -29,8 +36,22 @@ def save_model(family: str, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", FAMILIES)
+IN_MAKE_TEST = {
+    ("opt", "all weights"),
+    ("gpt_neox", "all weights"),
+    ("gpt_neox", "lora"),
+    ("llama", "prefix"),
+    ("gpt2", "untied head"),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [
+        pytest.param(*pair, marks=() if pair in IN_MAKE_TEST else pytest.mark.slow)
+        for pair in itertools.product(FAMILIES, MODES)
+    ],
+)
 def test_training_resumes_and_evaluates(tmp_path: Path, family: str, mode: str) -> None:
     arguments = MODES[mode] | {
         "model_name": save_model(family, tmp_path / "model"),
@@ -56,7 +77,7 @@ def test_training_resumes_and_evaluates(tmp_path: Path, family: str, mode: str) 
         assert_same_tensors(weights(first), weights(second))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@of_families
 def test_first_order_training_and_generation(tmp_path: Path, family: str) -> None:
     argv = training(
         *(tmp_path, "SQuAD"),
@@ -73,7 +94,7 @@ def test_first_order_training_and_generation(tmp_path: Path, family: str) -> Non
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@of_families
 def test_linear_probing(tmp_path: Path, family: str) -> None:
     argv = training(
         tmp_path,

@@ -7,7 +7,7 @@ what it finds before the head.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,19 @@ from training.checkpoints import saved_shapes
 from utils import InputError
 
 # Without the cap on Gemma 2's logits their softmax is the classifier's; it has a test of its own.
+# Phi's head has a bias; GPT-NeoX's has another name in its files.
+IN_MAKE_TEST = ["opt-tied", "llama-untied", "gpt_neox-tied", "phi-tied", "opt-projected-tied"]
 HEADS = [
-    pytest.param(family, {"tie_word_embeddings": tied, **more}, id=f"{family}-{kind}")
+    pytest.param(
+        family.partition("-")[0],
+        {"tie_word_embeddings": tied, **more},
+        id=f"{family}-{kind}",
+        marks=() if f"{family}-{kind}" in IN_MAKE_TEST else pytest.mark.slow,
+    )
     for family, more in [
         *((name, {}) for name in (*FAMILIES, OTHER_FAMILIES[0]) if name != "gemma2"),
         ("gemma2", {"final_logit_softcapping": None}),
-        ("opt", {"word_embed_proj_dim": 16}),
+        ("opt-projected", {"word_embed_proj_dim": 16}),
     ]
     for tied, kind in ((True, "tied"), (False, "untied"))
 ]
@@ -186,15 +193,13 @@ def test_only_the_head_is_left_to_train(family: str, overrides: dict[str, Any]) 
     assert model.get_input_embeddings().weight.requires_grad == head_is_tied(model)
 
 
-@pytest.mark.parametrize("call", [head_is_tied, untie_head, freeze_all_but_head])
 @pytest.mark.parametrize("head", [None, Conv1D(1536, 32), nn.Identity()])
-def test_a_head_of_another_kind_is_refused(
-    call: Callable[[PreTrainedModel], Any], head: nn.Module | None
-) -> None:
+def test_a_head_of_another_kind_is_refused(head: nn.Module | None) -> None:
     model = tiny_model("llama")
     model.lm_head = head
-    with pytest.raises(InputError, match=r"weight has to be of shape \(1536, hidden size\), not"):
-        call(model)
+    for call in (head_is_tied, untie_head, freeze_all_but_head):
+        with pytest.raises(InputError, match=r"weight has to be of shape \(1536, hidden size\)"):
+            call(model)
 
 
 # -------------------------------------------------------------------------------- linear probing
@@ -234,20 +239,20 @@ def assert_only_rows_of_head_changed(
         assert changed.nonzero().flatten().tolist() == expected, name
 
 
-@pytest.mark.parametrize("batch_size", [1, 5, 64])
 @pytest.mark.parametrize("family", ["opt", "gemma2", "bloom"])
-def test_features_are_those_of_single_texts(family: str, batch_size: int) -> None:
+def test_features_are_those_of_single_texts(family: str) -> None:
     """In the order of the examples, though the longest are read first."""
     model = tiny_model(family).train()
     samples = load_samples(get_task("Copa"), str(SAMPLES))[0][:12]
     encoder = Encoder(get_task("Copa"), tiny_tokenizer(), 1024)
     examples = [encoder.correct_option(sample) for sample in samples]
-    features, targets = answer_features(model, examples, batch_size, "features")
-    assert not model.training
-    expected, expected_targets = features_of(model, examples)
-    assert targets.tolist() == expected_targets.tolist()
-    assert np.abs(features - expected).max() < 1e-5
     assert len({example.options[0].scored for example in examples}) > 1
+    for batch_size in (1, 5, 64):
+        features, targets = answer_features(model, examples, batch_size, "features")
+        assert not model.training
+        expected, expected_targets = features_of(model, examples)
+        assert targets.tolist() == expected_targets.tolist()
+        assert np.abs(features - expected).max() < 1e-5
 
 
 def test_features_when_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,9 +283,14 @@ def test_capped_logits_keep_the_classifiers_order() -> None:
     assert (oracle.classes_[found] == oracle.predict(features)).all()
 
 
-@pytest.mark.parametrize(("early", "tol", "max_iter"), [(False, 1e-4, 5000), (True, 1e-2, 1000)])
-@pytest.mark.parametrize("family", ["opt", "phi"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "family", "early", "tol", "max_iter"),
+    [
+        (torch.float32, "opt", False, 1e-4, 5000),
+        (torch.float32, "phi", True, 1e-2, 1000),
+        (torch.bfloat16, "phi", False, 1e-4, 5000),
+    ],
+)
 def test_written_rows_are_the_coefficients(
     dtype: torch.dtype, family: str, early: bool, tol: float, max_iter: int
 ) -> None:
