@@ -69,16 +69,13 @@ def test_quantised_weights_are_loaded_as_ordinary_ones(tmp_path: Path) -> None:
     assert not torch.equal(loaded, weight)
 
 
-@pytest.mark.parametrize(
-    ("stored", "dtype"),
-    [
+def test_saved_dtype(tmp_path: Path) -> None:
+    for stored, dtype in (
         *(("F32", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16)),
         ("Q8_0", torch.bfloat16),
-    ],
-)
-def test_saved_dtype(stored: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    write_gguf(tmp_path / "tiny.gguf", tiny_llama(), stored=GGMLQuantizationType[stored])
-    assert saved_dtype(str(tmp_path / "tiny.gguf")) == dtype
+    ):
+        write_gguf(tmp_path / "tiny.gguf", tiny_llama(), stored=GGMLQuantizationType[stored])
+        assert saved_dtype(str(tmp_path / "tiny.gguf")) == dtype
 
 
 def evaluation(model: Path, result: Path) -> list[str]:

@@ -31,12 +31,12 @@ def test_dtype() -> None:
     assert choose_dtype(False, True) == torch.bfloat16
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_model_is_loaded_in_its_dtype_for_evaluation(dtype: torch.dtype) -> None:
-    model = load_model(str(MODEL), dtype)
-    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
-    assert not model.training
-    assert tied_weights(model) == {"lm_head.weight"}
+def test_model_is_loaded_in_its_dtype_for_evaluation() -> None:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        model = load_model(str(MODEL), dtype)
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+        assert not model.training
+        assert tied_weights(model) == {"lm_head.weight"}
 
 
 def test_tokenizer_is_the_models_own() -> None:
@@ -45,19 +45,15 @@ def test_tokenizer_is_the_models_own() -> None:
     assert tokenizer.encode("It was")[0] == config.bos_token_id
 
 
-@pytest.mark.parametrize(
-    ("positions", "requested", "length"),
-    [(1024, None, 1024), (4096, None, 2048), (None, None, 2048), (4096, 4096, 4096), (8, 2, 2)],
-)
-def test_max_length(positions: int | None, requested: int | None, length: int) -> None:
-    config = SimpleNamespace(max_position_embeddings=positions)
-    assert choose_max_length(requested, config) == length
+def test_max_length() -> None:
+    def chosen(positions: int | None, requested: int | None) -> int:
+        return choose_max_length(requested, SimpleNamespace(max_position_embeddings=positions))
 
-
-@pytest.mark.parametrize("requested", [-1, 0, 1, 1025])
-def test_bad_max_length(requested: int) -> None:
-    with pytest.raises(InputError, match=f"--max_length {requested}: "):
-        choose_max_length(requested, SimpleNamespace(max_position_embeddings=1024))
+    assert [chosen(positions, None) for positions in (1024, 4096, None)] == [1024, 2048, 2048]
+    assert chosen(4096, 4096) == 4096 and chosen(8, 2) == 2
+    for requested in (-1, 0, 1, 1025):
+        with pytest.raises(InputError, match=f"--max_length {requested}: "):
+            chosen(1024, requested)
 
 
 def test_longrope_reads_as_far_as_positions_stay_the_same() -> None:
@@ -164,17 +160,12 @@ def test_a_tied_head_is_not_missing(tmp_path: Path) -> None:
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
 
 
-@pytest.mark.parametrize(
-    ("config", "dtype"),
-    [
+def test_the_dtype_that_a_model_was_saved_in(tmp_path: Path) -> None:
+    for config, dtype in (
         ({"torch_dtype": "float16"}, torch.float16),
         ({"dtype": "bfloat16"}, torch.bfloat16),
         ({"dtype": "float32"}, torch.float32),
         ({}, None),
-    ],
-)
-def test_the_dtype_that_a_model_was_saved_in(
-    config: dict[str, str], dtype: torch.dtype | None, tmp_path: Path
-) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | config))
-    assert saved_dtype(str(tmp_path)) == dtype
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | config))
+        assert saved_dtype(str(tmp_path)) == dtype
