@@ -169,10 +169,19 @@ def test_where_g_needs_the_larger_scale() -> None:
 def test_a_noise_as_of_bfloat16_wants_a_larger_scale(seed: int) -> None:
     # SmolLM2-135M in bfloat16: the mean of c at 1e-3 is eight times what it is without noise.
     found = choose_scales(Levelling(seed, noise=7.4e-3))
-    assert 2.5e-3 < found.curvature_eps < 7.5e-3
+    assert 2.5e-3 < found.curvature_eps < 1e-2
     # No μ makes g right to 2%, and that is said.
     assert found.shared_eps is None
     assert any(line.startswith("probe: g is right to") for line in found.lines())
+
+
+def test_noise_that_grows_with_the_distance_is_noticed() -> None:
+    def loss(batch: int, direction: int, t: float) -> float:
+        return Known(noise=1e-2 if abs(t) >= 1e-3 else 1e-6)(batch, direction, t)
+
+    found = choose_scales(loss)
+    assert 3e-3 < found.noise < 3e-2
+    assert found.curvature_eps > 4e-3
 
 
 def test_larger_scales_are_tried_where_noise_hides_g_and_c() -> None:

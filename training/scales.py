@@ -82,6 +82,16 @@ def _noise_of_differences(losses: np.ndarray) -> tuple[float, bool]:
     return min(level for level in levels if level > 0), False
 
 
+def noise_of_curvatures(scales: np.ndarray, values: np.ndarray) -> float:
+    """Return the ε that c shows, (directions, scales), where it falls faster than 1/μ; 0 elsewhere.
+
+    The c of any loss falls no faster: that of a kink is as 1/μ. The c of noise is as 1/μ².
+    """
+    sizes = root_mean_square(values)
+    is_noise = sizes[:-1] * scales[:-1] > 1.5 * sizes[1:] * scales[1:]
+    return float((sizes * scales**2)[:-1][is_noise].max(initial=0.0)) * 2 / math.sqrt(6)
+
+
 @dataclass(frozen=True)
 class Difference:
     """g or c over μ: its size, and the noise and the bend of the loss that spoil it.
@@ -218,6 +228,7 @@ def choose_scales(
         plus, minus = np.stack([measured[scale] for scale in scales], axis=-1)
         g = (plus - minus) / (2 * scales)
         s = (plus + minus - 2 * base[:, None]) / (2 * scales**2)
+        noise = max(noise, noise_of_curvatures(scales, s))
         of_g = Difference.fit(scales, g, noise / math.sqrt(2), 1)
         of_c = Difference.fit(scales, s, noise * math.sqrt(6) / 2, 2)
         # Larger μ are tried as long as the losses at the largest one are finite.
