@@ -182,7 +182,7 @@ def earlier_result(files: Files, identity: Identity) -> dict[str, Any] | None:
         if then == length:
             return result
         # A longer run resumes this one.
-        if all(then[name] and then[name] < length[name] for name in length):
+        if all(isinstance(then[n], int | float) and then[n] < length[n] for n in length):
             return None
     if files.overwrite:
         return None
