@@ -67,29 +67,24 @@ def prediction_rows(
 def history(
     log: Sequence[Mapping[str, Any]], metric: str | None = None
 ) -> dict[str, dict[str, float | None]]:
-    """Return a run's losses, the means since the entry before, and dev losses, by their steps.
-
-    What training had taken until then stands beside them.
+    """Return a run's losses by their steps, and what training had taken until then.
 
     Args:
-        log: ``log_history`` of the Trainer's state. A loss that is not finite becomes None.
+        log: ``log_history`` of the Trainer's state. A training loss is the mean since the entry
+            before; one that is not finite becomes None.
         metric: of the dev set, where it was measured.
     """
-    losses = {
+    rows = [row for row in log if any(logged in row for logged in LOSSES)]
+    names = LOSSES | {name: name for name in COSTS} | {f"eval_{metric}": "dev_metric"}
+    found = {
         name: {
             str(row["step"]): row[logged] if math.isfinite(row[logged]) else None
-            for row in log
+            for row in rows
             if logged in row
         }
-        for logged, name in LOSSES.items()
+        for logged, name in names.items()
     }
-    rows = [row for row in log if any(logged in row for logged in LOSSES)]
-    further = {name: name for name in COSTS} | {f"eval_{metric}": "dev_metric"}
-    found = {
-        name: {str(row["step"]): row[logged] for row in rows if logged in row}
-        for logged, name in further.items()
-    }
-    return losses | {name: values for name, values in found.items() if values}
+    return {name: values for name, values in found.items() if values or name in LOSSES.values()}
 
 
 def summarize(
