@@ -50,7 +50,7 @@ def check(arguments: Arguments) -> None:
         if _given(arguments, first) and _given(arguments, second):
             raise InputError(f"--{first} and --{second} exclude each other: give one")
     task = arguments.task
-    from_messages = isinstance(task, OwnTask) and task.arrangement.from_messages
+    from_messages = isinstance(task, OwnTask) and task.own_columns.from_messages
     if from_messages and not arguments.apply_chat_template:
         raise InputError(
             f"{task.first_file} has messages: add --apply_chat_template, with an instruct model"

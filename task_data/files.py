@@ -1,16 +1,18 @@
 """Rows of JSON Lines, CSV and Parquet files, each with the place that an error names.
 
 Read with json, csv and pyarrow. ``datasets``, which wraps pandas and pyarrow, turns JSON texts that
-look like dates into dates, shifts the cells of a CSV row with a comma too many, fills up one that
+look like dates into dates, shifts the cells of a CSV row with a comma too many, fills up a row that
 is too short, and takes two seconds to start.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import itertools
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,14 +44,18 @@ def read_rows(path: Path) -> Iterator[PlacedRow]:
     yield from rows
 
 
-def first_row(path: Path) -> Row:
-    """Return the first row of a file; raises as ``read_rows``."""
-    return next(read_rows(path))[1]
-
-
 def row_place(source: object, index: int) -> str:
     """Return the place of a row in a table without lines."""
     return f"{source}, row {index} (the first is row 0)"
+
+
+@contextlib.contextmanager
+def errors_name(place: object) -> Iterator[None]:
+    """Put the place of a row before what is wrong with it."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from error
 
 
 def own_file(option: str, name: str) -> Path:
@@ -58,17 +64,11 @@ def own_file(option: str, name: str) -> Path:
     Raises:
         InputError: it cannot, or its kind is not known.
     """
-    path = Path(name)
-    if path.suffix.lower() not in SUFFIXES:
-        kind = f"files of kind {path.suffix}" if path.suffix else "files without a suffix"
-        raise InputError(f"{option} {name}: {kind} are not read; give {', '.join(SUFFIXES)}")
-    if path.exists() and not path.is_file():
-        raise InputError(f"{option} {name}: this is not a file; give a file of rows")
-    try:
-        with path.open("rb"):
-            return path
-    except OSError as error:
-        raise InputError(f"{option} {name}: cannot be read ({error.strerror})") from error
+    if Path(name).suffix.lower() not in SUFFIXES:
+        raise InputError(f"{option} {name}: give a file that ends in {', '.join(SUFFIXES)}")
+    if not os.path.isfile(name) or not os.access(name, os.R_OK):
+        raise InputError(f"{option} {name}: there is no such file, or it cannot be read")
+    return Path(name)
 
 
 def _text(path: Path) -> str:
@@ -126,8 +126,9 @@ def _csv_rows(path: Path) -> Iterator[PlacedRow]:
             else:
                 yield place, dict(zip(columns, cells, strict=True))
     except csv.Error as error:
-        place = f"{path}:{reader.line_num}"
-        raise InputError(f"{place}: not CSV ({first_line(error)}); check its quotes") from error
+        raise InputError(
+            f"{path}:{reader.line_num}: not CSV ({first_line(error)}); check its quotes"
+        ) from error
 
 
 def _parquet_rows(path: Path) -> Iterator[PlacedRow]:

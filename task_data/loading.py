@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from task_data.files import PlacedRow, read_rows, row_place
+from task_data.files import PlacedRow, errors_name, read_rows, row_place
 from task_data.own_tasks import OwnTask
-from tasks import Sample, Task
+from tasks import Sample, Task, listed
 from utils import InputError, first_line
 
 
@@ -46,19 +46,17 @@ def split_files(task: Task, data_dir: str | None) -> tuple[Path | None, Path] | 
         return task.train_file, task.validation_file
     if data_dir is None:
         return None
-    folder = _task_folder(task, Path(data_dir))
-    return _split_file(folder, "train"), _split_file(folder, "validation")
-
-
-def _task_folder(task: Task, data_dir: Path) -> Path:
-    if not data_dir.is_dir():
+    root = Path(data_dir)
+    if not root.is_dir():
         raise InputError(f"--data_dir {data_dir}: no such folder")
-    folders = sorted(path for path in data_dir.iterdir() if path.is_dir())
-    for folder in folders:
-        if folder.name.lower() == task.name.lower():
-            return folder
-    found = ", ".join(folder.name for folder in folders) or "none"
-    raise InputError(f"--data_dir {data_dir}: no folder for {task.name}; folders found: {found}")
+    folders = sorted(path for path in root.iterdir() if path.is_dir())
+    folder = next((path for path in folders if path.name.lower() == task.name.lower()), None)
+    if folder is None:
+        found = listed(path.name for path in folders) or "none"
+        raise InputError(
+            f"--data_dir {data_dir}: no folder for {task.name}; folders found: {found}"
+        )
+    return _split_file(folder, "train"), _split_file(folder, "validation")
 
 
 def _split_file(folder: Path, split: str) -> Path:
@@ -82,10 +80,8 @@ def read_samples(task: Task, path: Path, with_answers: bool = True) -> list[Samp
 def _samples(task: Task, rows: Iterable[PlacedRow], with_answers: bool = True) -> list[Sample]:
     samples = []
     for index, (place, row) in enumerate(rows):
-        try:
+        with errors_name(place):
             samples.append(task.sample(row, index, with_answers))
-        except InputError as error:
-            raise InputError(f"{place}: {error}") from error
     return samples
 
 

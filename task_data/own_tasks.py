@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import templates
-from task_data.columns import Arrangement, Columns
-from task_data.files import PlacedRow, first_row, own_file, read_rows
+from task_data.columns import Columns
+from task_data.files import PlacedRow, errors_name, own_file, read_rows
 from task_data.rewards import Reward
 from tasks import Sample, Task, get_task, shown
 from templates import Row
@@ -25,7 +25,7 @@ class OwnTask(Task):
 
     train_file: Path | None
     validation_file: Path
-    arrangement: Arrangement
+    own_columns: Columns
 
     @property
     def first_file(self) -> Path:
@@ -40,12 +40,10 @@ class OwnTask(Task):
         """
         is_csv = path.suffix.lower() == ".csv"
         for place, row in read_rows(path):
-            try:
-                arranged = self.arrangement.row(_with_a_list(row) if is_csv else row)
+            with errors_name(place):
+                arranged = self.own_columns.arranged(_with_a_list(row) if is_csv else row)
                 if "prompt" in arranged:
                     _check_text(arranged["prompt"], "prompt")
-            except InputError as error:
-                raise InputError(f"{place}: {error}") from error
             yield place, arranged
 
     def check_columns(self, row: Row, needed: Iterable[str]) -> None:
@@ -80,7 +78,7 @@ def choose_task(
     reward: str | None = None,
     columns: Columns | None = None,
 ) -> Task:
-    """Return the named task, or that of the user's own files, which may be one or both.
+    """Return the named task, or that of the user's own files.
 
     Args:
         name: of a task.
@@ -88,7 +86,7 @@ def choose_task(
         validation_file: the user's own.
         metric: the first one of the user's own files.
         reward: ``FILE.py:function``, which says how good generated answers are.
-        columns: what is said about the columns of the user's own files.
+        columns: what the command line says about the columns of the user's own files.
 
     Raises:
         InputError: none is given, there is no such task, a file cannot be read, the metric or a
@@ -103,14 +101,12 @@ def choose_task(
             "--task_name is missing: give a task, for instance --task_name SST2, or --train_file "
             "and --validation_file"
         )
-    if reward is None:
-        return task
-    if not task.generation:
+    if reward and not task.generation:
         raise InputError(
             f"--reward {reward}: the answers of {task.name} are chosen from options; give a task "
             "whose answers are generated, or --non_diff"
         )
-    return replace(task, reward=Reward.load(reward))
+    return replace(task, reward=Reward.load(reward)) if reward else task
 
 
 def _own_task(
@@ -127,9 +123,9 @@ def _own_task(
     train = own_file("--train_file", train_file) if train_file else None
     validation = own_file("--validation_file", validation_file)
     first = train or validation
-    arrangement = Arrangement.of(first, columns)
-    row = first_row(first)
-    chosen = "options" in row or bool(arrangement.labels)
+    _, row = next(read_rows(first))
+    columns = columns.looked_up(first, row)
+    chosen = "options" in row or bool(columns.labels)
     fitting = ("accuracy",) if chosen else ("f1", "em")
     if metric is not None and metric not in fitting:
         kind = "chosen from options" if chosen else "generated"
@@ -137,7 +133,7 @@ def _own_task(
             f"--metric {metric}: the answers in {first} are {kind}; give {' or '.join(fitting)}"
         )
     # A reward needs no answers.
-    has_answers = not has_reward or "answer" in row or arrangement.from_messages
+    has_answers = not has_reward or "answer" in row or columns.from_messages
     return OwnTask(
         name=first.stem,
         template=templates.OWN_CHOICE if chosen else templates.OWN_ANSWER,
@@ -148,11 +144,11 @@ def _own_task(
         answer_column="answer" if has_answers else None,
         candidates=_options if chosen else None,
         correct=_right_option if chosen else _answers,
-        answer_metric=metric if metric == "em" else "f1",
+        answer_metric="em" if metric == "em" else "f1",
         train_as_classification=chosen,
         train_file=train,
         validation_file=validation,
-        arrangement=arrangement,
+        own_columns=columns,
     )
 
 
