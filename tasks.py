@@ -139,24 +139,12 @@ class Task:
         return self.template.option(sample.row, candidate)
 
     def content_free_prompt(self, sample: Sample) -> str:
-        """Return the prompt of SFC calibration (arXiv 2104.08315).
-
-        Raises:
-            InputError: the task has none.
-        """
-        self._check_calibration()
+        """Return the prompt of SFC calibration (arXiv 2104.08315)."""
         return self.template.content_free_prompt(sample.row)
 
     def content_free_option(self, sample: Sample, candidate: Any) -> str:
-        """Return the option as it follows ``content_free_prompt``; raises as that does."""
-        self._check_calibration()
+        """Return the option as it follows ``content_free_prompt``."""
         return self.template.content_free_option(sample.row, candidate)
-
-    def _check_calibration(self) -> None:
-        if not self.template.supports_calibration:
-            raise InputError(
-                f"{self.name} has no content-free prompt: run it without --sfc and --icl_sfc"
-            )
 
     @property
     def metric_names(self) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ class Template:
         write: the text of a candidate that each row brings along.
         clean: what changes a column before it goes into a prompt.
         content_free: the prompt that says nothing about the row, against which ``--sfc`` calibrates
-            (surface form competition; Holtzman et al. 2021, arXiv 2104.08315); None: there is none.
+            (surface form competition; Holtzman et al. 2021, arXiv 2104.08315).
         before_content_free_option: what an option needs in front of it behind that prompt.
     """
 
@@ -31,13 +31,8 @@ class Template:
     labels: Mapping[Any, str] = field(default_factory=dict)
     write: Callable[[Row, Any], str] | None = None
     clean: Mapping[str, Callable[[str], str]] = field(default_factory=dict)
-    content_free: str | None = ""
+    content_free: str = ""
     before_content_free_option: str = ""
-
-    @property
-    def supports_calibration(self) -> bool:
-        """Whether there is a content-free prompt."""
-        return self.content_free is not None
 
     def prompt(self, row: Row) -> str:
         """Return the text before the option."""
@@ -152,14 +147,12 @@ SQuAD = Template(
     "Title: {title}\nContext: {context}\nQuestion: {question}\nAnswer:",
     write=answer,
     clean={"question": str.strip},
-    content_free=None,
 )
 DROP = Template(
     "Passage: {passage}\nQuestion: {question}\nAnswer:",
     write=answer,
     clean={"question": str.strip},
-    content_free=None,
 )
 # The user's own files: the prompt as it is.
 OWN_CHOICE = Template("{prompt}", write=own_option)
-OWN_ANSWER = Template("{prompt}", write=own_answer, content_free=None)
+OWN_ANSWER = Template("{prompt}", write=own_answer)

@@ -78,15 +78,9 @@ def choose_task(
     reward: str | None = None,
     columns: Columns | None = None,
 ) -> Task:
-    """Return the named task, or that of the user's own files.
+    """Return the named task, or that of the user's own files with their metric and columns.
 
-    Args:
-        name: of a task.
-        train_file: the user's own.
-        validation_file: the user's own.
-        metric: the first one of the user's own files.
-        reward: ``FILE.py:function``, which says how good generated answers are.
-        columns: what the command line says about the columns of the user's own files.
+    ``reward`` is ``FILE.py:function``, which says how good generated answers are.
 
     Raises:
         InputError: none is given, there is no such task, a file cannot be read, the metric or a

@@ -41,13 +41,7 @@ class Reward:
         module = _imported(file, text)
         function = getattr(module, name, None)
         if not callable(function):
-            known = [
-                key
-                for key, value in vars(module).items()
-                if callable(value) and getattr(value, "__module__", None) == module.__name__
-            ]
-            there = f"it has {', '.join(known)}" if known else "it has no function"
-            raise InputError(f"--reward {text}: {file} has no function {name}; {there}")
+            raise InputError(f"--reward {text}: {file} has no function {name}")
         return cls(file, name, function)
 
     def __call__(
@@ -64,18 +58,14 @@ class Reward:
             kind = type(error).__name__
             raise InputError(f"--reward: {self.name} raised {kind}: {one_line(error)}") from error
         values = _numbers(returned)
-        if values is None or len(values) != len(texts):
-            got = type(returned).__name__ if values is None else f"{len(values)} values"
-            raise self._wrong(got, len(texts))
-        for value in values:
-            if not math.isfinite(value):
-                raise self._wrong(str(value), len(texts))
-        return values
-
-    def _wrong(self, got: str, wanted: int) -> InputError:
-        return InputError(
-            f"--reward: {self.name} returned {got} for {wanted} texts; return a list with a finite "
-            "number for each"
+        if values and len(values) == len(texts) and all(map(math.isfinite, values)):
+            return values
+        got = type(returned).__name__
+        if values is not None:
+            got = next((str(v) for v in values if not math.isfinite(v)), f"{len(values)} values")
+        raise InputError(
+            f"--reward: {self.name} returned {got} for {len(texts)} texts; return a list with a "
+            "finite number for each"
         )
 
 
@@ -100,7 +90,6 @@ def _numbers(returned: Any) -> list[float] | None:
     if not isinstance(returned, Iterable) or isinstance(returned, str | bytes | Mapping | set):
         return None
     try:
-        values = list(returned)
-        return None if any(isinstance(each, str) for each in values) else [float(v) for v in values]
+        return [float(value) for value in returned]
     except (TypeError, ValueError, OverflowError):
         return None

@@ -43,18 +43,11 @@ def draw_example_sets(
     train_set_seed: int | None,
     in_context: bool,
 ) -> list[ExampleSet]:
-    """Draw the examples of every run.
+    """Draw the examples of every run; the numbers are those of the command line.
 
-    Args:
-        train: what training examples, or demonstrations, and dev examples are drawn from.
-        validation: what eval examples are drawn from.
-        num_train: training examples or demonstrations.
-        num_dev: dev examples.
-        num_eval: eval examples; None: all.
-        num_train_sets: number of runs, each with a set of its own, drawn with seeds 0, 1, ….
-        train_set_seed: the seed of the only set. With neither, the seed is 0, and in context each
-            eval example has demonstrations of its own.
-        in_context: the examples of ``train`` are shown, not trained on.
+    Each of ``num_train_sets`` runs has a set of its own, drawn with seeds 0, 1, …;
+    ``train_set_seed`` draws one. With neither, the seed is 0, and ``in_context``, where the
+    examples of ``train`` are shown and not trained on, each eval example has its own.
 
     Raises:
         InputError: a number does not fit the examples there are.

@@ -73,6 +73,61 @@ def test_labels_are_those_of_the_training_file(reviews: Path, tmp_path: Path) ->
         load_samples(task, None)
 
 
+def labels_of(file: Path, text: str = "text", label: str = "label") -> tuple[Any, list[Any]]:
+    """The options, and the right one of every row."""
+    _, samples = load_samples(
+        choose_task(None, None, str(file), None, None, Columns(text, label)), None
+    )
+    assert len({sample.candidates for sample in samples}) == 1
+    return samples[0].candidates, [sample.correct[0] for sample in samples]
+
+
+def test_labels_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    rows = [{"text": f"Number {n}.", "label": n} for n in (10, 2, 0, -1)]
+    numbers = (("-1", "0", "2", "10"), ["10", "2", "0", "-1"])
+    assert labels_of(write(tmp_path / "rows.jsonl", rows)) == numbers
+    csv = tmp_path / "rows.csv"
+    csv.write_text("text, label\n" + "".join(f"{row['text']}, {row['label']}\n" for row in rows))
+    assert labels_of(csv) == numbers
+    # pandas makes fractions of whole numbers where another row has none.
+    assert (
+        labels_of(
+            write(tmp_path / "rows.jsonl", [{**row, "label": float(row["label"])} for row in rows])
+        )
+        == numbers
+    )
+    csv.write_text('text, label\nA film, "great"\nOne more, bad\n')
+    assert labels_of(csv) == (("bad", "great"), ["great", "bad"])
+
+
+def test_a_row_without_a_label_is_named(tmp_path: Path) -> None:
+    for missing in (float("nan"), None, " ", [1]):
+        rows = [
+            {"text": "a", "label": 1.0},
+            {"text": "b", "label": 0.0},
+            {"text": "c", "label": missing},
+        ]
+        file = write(tmp_path / "rows.jsonl", rows)
+        with pytest.raises(
+            InputError, match=r"rows\.jsonl:3: the (label|value) is .*expected a text"
+        ):
+            labels_of(file)
+
+
+def test_class_labels_of_parquet_have_names(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    kinds = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["sad", "glad"])}
+    rows = [{"text": "a", "label": 1}, {"text": "b", "label": 0}]
+    file = tmp_path / "rows.parquet"
+    datasets.Dataset.from_list(rows, datasets.Features(kinds)).to_parquet(file)
+    assert labels_of(file) == (("sad", "glad"), ["glad", "sad"])
+    datasets.Dataset.from_list([{"text": "a", "label": -1}], datasets.Features(kinds)).to_parquet(
+        file
+    )
+    with pytest.raises(InputError, match=r"row 0 .*answer is '-1': expected one of the options"):
+        labels_of(file)
+
+
 BAD_COLUMNS = {
     "text": (
         Columns(text="revue"),
@@ -141,6 +196,18 @@ def test_the_last_turn_of_a_conversation_is_its_answer(
     assert "correct: Me" in out and "correct: Four" in out
 
 
+def test_conversations_of_sharegpt(tmp_path: Path) -> None:
+    turns = [("system", "Count."), ("human", "Sum?"), ("gpt", "Four")]
+    said = [{"from": role, "value": content} for role, content in turns]
+    task = choose_task(None, None, str(write(tmp_path / "r.json", [{"conversations": said}])), None)
+    _, (sample,) = load_samples(task, None)
+    assert task.generation and sample.correct == ("Four",)
+    assert task.messages(task.prompt(sample), sample) == [
+        {"role": "system", "content": "Count."},
+        {"role": "user", "content": "Sum?"},
+    ]
+
+
 @pytest.mark.parametrize(
     ("messages", "said"),
     [
@@ -183,7 +250,7 @@ def test_answers_to_rows_without_any(
     assert run.main([*argv, "--overwrite_output_dir"]) == 0
 
 
-@pytest.mark.parametrize("task", ["SST2", "Copa", "ReCoRD", "SQuAD", "BoolQ"])
+@pytest.mark.parametrize("task", ["Copa", "ReCoRD", "SQuAD", "BoolQ"])
 def test_answers_are_those_of_an_evaluation(tmp_path: Path, task: str) -> None:
     """The same rows with their answers, evaluated."""
     folder = SAMPLES / task.lower()

@@ -186,8 +186,6 @@ def test_one_space_before_the_option(tmp_path: Path, prompt: str, option: str, t
     task, (sample,) = load(tmp_path, "jsonl", [{"prompt": prompt, "answer": option}])
     assert task.prompt(sample) == prompt
     assert task.option(sample, option) == f"{text}\n"
-    with pytest.raises(InputError, match="mine has no content-free prompt"):
-        task.content_free_prompt(sample)
 
 
 def test_the_tokens_are_those_of_a_task_with_the_same_texts(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import ROOT, SAMPLES, contents, finish, training
+from running import ROOT, SAMPLES, finish, training
 from transformers import TrainerControl
 
 import run
@@ -48,6 +48,18 @@ def one_number(prompts, texts, rows):
 
 def infinite(prompts, texts, rows):
     return [float("nan") for text in texts]
+
+def leaves(prompts, texts, rows):
+    raise SystemExit(0)
+
+def digits(prompts, texts, rows):
+    return "1" * len(texts)
+
+def by_number(prompts, texts, rows):
+    return {float(number): 1 for number in range(len(texts))}
+
+def huge(prompts, texts, rows):
+    return [10**400 for text in texts]
 """
 
 
@@ -180,11 +192,13 @@ def test_another_content_of_the_file_is_another_experiment(
     [
         ("length", "--reward length: give FILE.py:function"),
         ("none.py:length", "there is no file none.py"),
-        ("mine.py:lenght", "has no function lenght; it has length, fails"),
+        ("mine.py:lenght", "mine.py has no function lenght"),
         ("mine.py:calls", "has no function calls"),
         ("broken.py:f", "does not import (NameError: name 'undefined' is not defined)"),
         ("cut.py:f", "does not import (SyntaxError: "),
+        ("leaves.py:f", "does not import (SystemExit: 0)"),
         ("mine.py:fails", "--reward: fails raised ZeroDivisionError: division by zero"),
+        ("mine.py:leaves", "--reward: leaves raised SystemExit: 0"),
         ("mine.py:too_few", "--reward: too_few returned 1 values for 4 texts; return a list"),
         ("mine.py:no_numbers", "--reward: no_numbers returned list for 4 texts"),
         ("mine.py:one_number", "--reward: one_number returned float for 4 texts"),
@@ -192,26 +206,32 @@ def test_another_content_of_the_file_is_another_experiment(
             "mine.py:infinite",
             "--reward: infinite returned nan for 4 texts; return a list with a fi",
         ),
+        ("mine.py:digits", "--reward: digits returned str for 4 texts"),
+        ("mine.py:by_number", "--reward: by_number returned dict for 4 texts"),
+        ("mine.py:huge", "--reward: huge returned list for 4 texts"),
     ],
 )
 def test_bad_functions_are_told_in_one_line(
-    tmp_path: Path,
-    reward_file: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    reward: str,
-    said: str,
+    tmp_path: Path, reward_file: Path, monkeypatch: pytest.MonkeyPatch, reward: str, said: str
 ) -> None:
     (tmp_path / "broken.py").write_text("undefined\n")
     (tmp_path / "cut.py").write_text("def f(:\n")
-    rows = rows_file(tmp_path)
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit(0)\n")
     monkeypatch.chdir(tmp_path)
-    before = contents(tmp_path)
-    assert run.main(own(tmp_path, rows, reward=reward)) == 2
-    err = capsys.readouterr().err
-    assert said in err and len(err.splitlines()) == 1
+    with pytest.raises(InputError) as refusal:
+        Reward.load(reward)(["a"] * 4, ["b"] * 4, [{}] * 4)
+    assert said in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_function_that_fails_in_training_ends_it(
+    tmp_path: Path, reward_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = rows_file(tmp_path)
+    assert run.main(own(tmp_path, rows, reward=f"{reward_file}:fails")) == 2
+    assert capsys.readouterr().err == (
+        "error: --reward: fails raised ZeroDivisionError: division by zero\n"
+    )
     assert not (tmp_path / "result.json").exists()
-    assert set(contents(tmp_path)) - set(before) <= {"out", "__pycache__"}
 
 
 @pytest.mark.parametrize(
@@ -279,8 +299,3 @@ def test_the_example_that_trains_the_bundled_model() -> None:
         for name in ("praise.jsonl", "praise-validation.jsonl")
     )
     assert len(train) == 24 and len(validation) == 8 and not train & validation
-
-
-def test_reward_objects_refuse_in_one_line(reward_file: Path) -> None:
-    with pytest.raises(InputError, match="returned 1 values for 2 texts"):
-        Reward.load(f"{reward_file}:too_few")(["a", "b"], ["c", "d"], [{}, {}])

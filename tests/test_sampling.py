@@ -55,26 +55,11 @@ def test_nothing_to_draw_from():
             draw()
 
 
-def test_train_and_dev_are_one_draw():
-    population = list(range(1000))
-    order = np.random.RandomState(3).permutation(1000)[:30].tolist()
-    train, dev = sample_train_dev(population, 20, 10, seed=3)
-    assert (train, dev) == (order[:20], order[20:])
-
-
-def test_no_dev():
-    order = np.random.RandomState(3).permutation(50)[:20].tolist()
-    assert sample_train_dev(list(range(50)), 20, 0, seed=3) == (order, [])
-
-
-def test_no_train():
-    order = np.random.RandomState(3).permutation(50)[:20].tolist()
-    assert sample_train_dev(list(range(50)), 0, 20, seed=3) == ([], order)
-
-
-def test_exactly_all(caplog):
-    train, dev = sample_train_dev(list(range(30)), 20, 10, seed=0)
-    assert sorted(train + dev) == list(range(30))
+def test_train_and_dev_are_one_draw(caplog):
+    for n, num_train, num_dev in ((1000, 20, 10), (50, 20, 0), (50, 0, 20), (30, 20, 10)):
+        order = np.random.RandomState(3).permutation(n)[: num_train + num_dev].tolist()
+        train, dev = sample_train_dev(list(range(n)), num_train, num_dev, seed=3)
+        assert (train, dev) == (order[:num_train], order[num_train:])
     assert not caplog.records
 
 
@@ -124,13 +109,10 @@ def test_rows_without_a_correct_option_are_not_trained_on(caplog):
     assert with_a_correct_option(generated, []) == (generated, [])
 
 
-@pytest.mark.parametrize("num_dev", [50, 51])
-def test_dev_would_take_everything(num_dev):
-    with pytest.raises(InputError, match=f"{num_dev} dev .* of 50: lower --num_dev"):
-        sample_train_dev(list(range(50)), 10, num_dev, seed=0)
-
-
-def test_negative_numbers():
+def test_numbers_that_do_not_fit():
+    for num_dev in (50, 51):
+        with pytest.raises(InputError, match=f"{num_dev} dev .* of 50: lower --num_dev"):
+            sample_train_dev(list(range(50)), 10, num_dev, seed=0)
     with pytest.raises(InputError, match="-5 train"):
         sample_train_dev(list(range(50)), -5, 10, seed=0)
     with pytest.raises(InputError, match="-1 dev"):

@@ -76,40 +76,47 @@ OPTIONS = {
     "DROP": {"7": " 7\n"},
 }
 
-YES_NO = ("RTE", "CB", "BoolQ", "WSC", "WIC", "MultiRC")
+# Yes/No/Maybe tasks: the empty prompt, and the option as it is.
+CONTENT_FREE = {
+    "SST2": (" It was", {0: " terrible", 1: " great"}),
+    "Copa": ("so", {"He was sad.": " he was sad.", "I found it.": " I found it."}),
+    "ReCoRD": ("-", OPTIONS["ReCoRD"]),
+    **{name: ("", OPTIONS[name]) for name in ("RTE", "CB", "BoolQ", "WSC", "WIC", "MultiRC")},
+}
 
 
-def template(name):
-    return TASKS[name].template
+def prompt(name, **row):
+    return TASKS[name].template.prompt(row)
 
 
 def test_every_task_is_spelled_out():
     assert set(ROWS) == set(PROMPTS) == set(OPTIONS) == set(TASKS)
+    assert set(CONTENT_FREE) == set(TASKS) - {"SQuAD", "DROP"}
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_prompt(name):
-    assert template(name).prompt(ROWS[name]) == PROMPTS[name]
+def test_texts(name):
+    template, row = TASKS[name].template, ROWS[name]
+    assert template.prompt(row) == PROMPTS[name]
+    assert {each: template.option(row, each) for each in OPTIONS[name]} == OPTIONS[name]
+    if name in CONTENT_FREE:
+        text, options = CONTENT_FREE[name]
+        assert template.content_free_prompt(row) == text
+        assert {each: template.content_free_option(row, each) for each in options} == options
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_options(name):
-    for candidate, text in OPTIONS[name].items():
-        assert template(name).option(ROWS[name], candidate) == text
+def test_braces_in_a_row_are_text():
+    assert prompt("SST2", sentence=" {label} {} %s {") == "{label} {} %s { It was"
 
 
 def test_sst2_inner_and_outer_spaces():
-    prompt = template("SST2").prompt({"sentence": "\thide new  secretions \n"})
-    assert prompt == "hide new  secretions It was"
+    assert prompt("SST2", sentence="\thide new  secretions \n") == "hide new  secretions It was"
 
 
 @pytest.mark.parametrize(
     ("question", "asked"),
     [
         ("is it wet", "Is it wet?"),
-        ("is it wet?", "Is it wet?"),
-        ("is it wet ", "Is it wet?"),
-        ("is it wet? ", "Is it wet?"),
         (" is it wet ?", "Is it wet?"),
         ("is it wet? ?\n", "Is it wet?"),
         ("Is NASA old", "Is NASA old?"),
@@ -118,31 +125,29 @@ def test_sst2_inner_and_outer_spaces():
     ],
 )
 def test_boolq_question(question, asked):
-    prompt = template("BoolQ").prompt({"passage": "It rains.", "question": question})
-    assert prompt == f"It rains. {asked}\n"
+    assert prompt("BoolQ", passage="It rains.", question=question) == f"It rains. {asked}\n"
 
 
 def test_wsc_lower_cases_the_pronoun_only():
     row = {"text": "The Cat saw US.", "span1_text": "The Cat", "span2_text": "US"}
-    assert template("WSC").prompt(row) == (
+    assert prompt("WSC", **row) == (
         "The Cat saw US.\n"
         'In the previous sentence, does the pronoun "us" refer to The Cat? Yes or No?\n'
     )
 
 
 @pytest.mark.parametrize(
-    ("premise", "question", "prompt"),
+    ("premise", "question", "text"),
     [
         ("The grass grew.", "cause", "The grass grew because "),
         ("The grass grew. ", "effect", "The grass grew so "),
         ("The grass grew", "effect", "The grass grew so "),
         ("He waited...", "effect", "He waited.. so "),
         ("He lives in the U.S. now.", "cause", "He lives in the U.S. now because "),
-        ("Did it grow?", "cause", "Did it grow? because "),
     ],
 )
-def test_copa_prompt(premise, question, prompt):
-    assert template("Copa").prompt({"premise": premise, "question": question}) == prompt
+def test_copa_prompt(premise, question, text):
+    assert prompt("Copa", premise=premise, question=question) == text
 
 
 @pytest.mark.parametrize(
@@ -150,48 +155,20 @@ def test_copa_prompt(premise, question, prompt):
     [
         ("The Sun rose.", "the Sun rose."),
         ("I saw Ann.", "I saw Ann."),
-        ("It was I.", "it was I."),
         ("NASA called.", "nasa called."),
         ("Rain.", "rain."),
     ],
 )
 def test_copa_option(choice, option):
-    assert template("Copa").option({"question": "cause"}, choice) == option
+    assert TASKS["Copa"].template.option({"question": "cause"}, choice) == option
+    assert TASKS["Copa"].template.content_free_prompt({"question": "cause"}) == "because"
 
 
 def test_record_without_highlights():
-    row = {"passage": "Kim met Lee @highlight", "query": "q"}
-    assert template("ReCoRD").prompt(row) == "Kim met Lee @highlight\n-"
+    assert prompt("ReCoRD", passage="Kim met Lee @highlight", query="q") == (
+        "Kim met Lee @highlight\n-"
+    )
 
 
 def test_drop_question_is_stripped():
-    prompt = template("DROP").prompt({"passage": "P.", "question": " Q? \n"})
-    assert prompt == "Passage: P.\nQuestion: Q?\nAnswer:"
-
-
-@pytest.mark.parametrize("name", YES_NO)
-def test_yes_no_content_free_text_is_the_option_alone(name):
-    assert template(name).supports_calibration
-    assert template(name).content_free_prompt(ROWS[name]) == ""
-    for candidate, text in OPTIONS[name].items():
-        assert template(name).content_free_option(ROWS[name], candidate) == text
-
-
-@pytest.mark.parametrize(
-    ("name", "row", "candidate", "prompt", "option"),
-    [
-        ("SST2", ROWS["SST2"], 1, " It was", " great"),
-        ("Copa", ROWS["Copa"], "He was sad.", "so", " he was sad."),
-        ("Copa", {"question": "cause"}, "I ran.", "because", " I ran."),
-        ("ReCoRD", ROWS["ReCoRD"], "Kim", "-", " Later Kim's team thanked Kim."),
-    ],
-)
-def test_content_free_texts(name, row, candidate, prompt, option):
-    assert template(name).supports_calibration
-    assert template(name).content_free_prompt(row) == prompt
-    assert template(name).content_free_option(row, candidate) == option
-
-
-@pytest.mark.parametrize("name", ["SQuAD", "DROP"])
-def test_generated_answers_have_no_calibration(name):
-    assert not template(name).supports_calibration
+    assert prompt("DROP", passage="P.", question=" Q? \n") == "Passage: P.\nQuestion: Q?\nAnswer:"
