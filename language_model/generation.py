@@ -7,6 +7,7 @@ import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,17 +58,18 @@ class GenerationSettings:
     top_k: int | None = None
     top_p: float = 0.95
 
-    def config(self, end_tokens: Sequence[int], pad_token: int) -> GenerationConfig:
-        """Return the settings as transformers' ``generate()`` reads them; None is off."""
+    def arguments(self) -> dict[str, Any]:
+        """Return the settings as arguments of transformers' ``generate()``.
+
+        None is off there; in a ``GenerationConfig`` it would be the default, as a top_k of 50.
+        """
         names = ("temperature", "top_k", "top_p")
-        return GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
-            num_beams=self.num_beams,
-            do_sample=self.sampling,
-            eos_token_id=list(end_tokens) or None,
-            pad_token_id=pad_token,
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "num_beams": self.num_beams,
+            "do_sample": self.sampling,
             **{name: getattr(self, name) if self.sampling else None for name in names},
-        )
+        }
 
 
 def check_generation(
@@ -139,9 +141,11 @@ def generate(
                 past_key_values=prefix.cache(len(rows) * settings.num_beams, room)
                 if room or prefix.layers
                 else None,
-                generation_config=settings.config(ends, pad),
+                eos_token_id=ends or None,
+                pad_token_id=pad,
                 logits_processor=LogitsProcessorList([FiniteLogits(model)]),
                 stopping_criteria=StoppingCriteriaList([stop_at(tokenizer, settings.eos_token)]),
+                **settings.arguments(),
                 **positions,
             )
         for index, row in zip(indices, output[:, len(tokens[0]) :].tolist(), strict=True):
