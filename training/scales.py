@@ -189,6 +189,55 @@ class Scales:
                 yield f"probe: {name} is right to {error:.0%} at best: smaller μ are too noisy"
 
 
+@dataclass(frozen=True)
+class Fit:
+    """g and c fitted to the losses at several μ.
+
+    Attributes:
+        scales: the μ whose losses are finite, rising.
+        g: by direction and μ.
+        s: l+ + l- - 2 l0 over 2μ², whose absolute value is c, by direction and μ.
+        of_g: the fit of g.
+        of_c: the fit of c.
+        noise: ε, as measured, or larger where c shows more.
+    """
+
+    scales: np.ndarray
+    g: np.ndarray
+    s: np.ndarray
+    of_g: Difference
+    of_c: Difference
+    noise: float
+
+    @classmethod
+    def to(cls, measured: dict[float, np.ndarray], base: np.ndarray, noise: float) -> Fit | None:
+        """Fit to the losses l+ and l- at each μ, and l0; None: fewer than two μ are finite."""
+        finite = sorted(scale for scale, losses in measured.items() if np.isfinite(losses).all())
+        if len(finite) < 2:
+            return None
+        scales = np.array(finite)
+        plus, minus = np.stack([measured[scale] for scale in finite], axis=-1)
+        g = (plus - minus) / (2 * scales)
+        s = (plus + minus - 2 * base[:, None]) / (2 * scales**2)
+        noise = max(noise, noise_of_curvatures(scales, s))
+        of_g = Difference.fit(scales, g, noise / math.sqrt(2), 1)
+        of_c = Difference.fit(scales, s, noise * math.sqrt(6) / 2, 2)
+        return cls(scales, g, s, of_g, of_c, noise)
+
+    def best_scales(self, limit: float) -> tuple[float, float]:
+        """Return μ of g and of c, at most ``limit``."""
+        eps = min(self.of_g.best_scale(ACCURACY), limit)
+        return eps, min(self.of_c.best_scale(CURVATURE_ACCURACY), limit)
+
+    def wanted(self, largest: float) -> set[float]:
+        """Return the μ to measure next; ``largest`` is the largest that was tried."""
+        # Larger ones are tried as long as losses are finite.
+        eps, eps_of_c = self.best_scales(self.scales[-1] * (4 if self.scales[-1] == largest else 1))
+        # The loss does not bend over a μ that is below all measured ones: g need not be measured.
+        best = {eps_of_c, max(eps, self.scales[0])}
+        return {float(f"{b:.3g}") for b in best if np.abs(np.log2(self.scales / b)).min() > 1}
+
+
 def choose_scales(
     loss_at: LossAt, start: Sequence[float] = (1e-3, 4e-3), directions: int = 5, rounds: int = 5
 ) -> Scales:
@@ -221,46 +270,33 @@ def choose_scales(
             measured[scale] = np.array(
                 [[taken(k, k, sign * scale) for k in range(directions)] for sign in (1, -1)]
             )
-        scales = np.array(sorted(s for s, losses in measured.items() if np.isfinite(losses).all()))
-        if len(scales) < 2:
-            wanted = {min(measured) / 4}
-            continue
-        plus, minus = np.stack([measured[scale] for scale in scales], axis=-1)
-        g = (plus - minus) / (2 * scales)
-        s = (plus + minus - 2 * base[:, None]) / (2 * scales**2)
-        noise = max(noise, noise_of_curvatures(scales, s))
-        of_g = Difference.fit(scales, g, noise / math.sqrt(2), 1)
-        of_c = Difference.fit(scales, s, noise * math.sqrt(6) / 2, 2)
-        # Larger μ are tried as long as the losses at the largest one are finite.
-        limit = scales[-1] * (4 if scales[-1] == max(measured) else 1)
-        eps = min(of_g.best_scale(ACCURACY), limit)
-        eps_of_c = min(of_c.best_scale(CURVATURE_ACCURACY), limit)
-        # The loss does not bend over a μ that is below all measured ones: g need not be measured.
-        proposed = {eps_of_c, max(eps, scales[0])}
-        wanted = {float(f"{p:.3g}") for p in proposed if np.abs(np.log2(scales / p)).min() > 1}
+        fit = Fit.to(measured, base, noise)
+        wanted = {min(measured) / 4} if fit is None else fit.wanted(max(measured))
         if not wanted:
             break
-    if len(scales) < 2:
+    if fit is None:
         raise InputError(
             f"no μ can be chosen: the loss is not finite at μ = {max(measured):.2g} and below; "
             "look at the model and its dtype"
         )
-    if not g.any() and not s.any():
+    if not fit.g.any() and not fit.s.any():
         raise InputError(
-            f"no μ can be chosen: no perturbation up to μ = {scales[-1]:.2g} changes the loss; are "
-            "there weights to train that it depends on?"
+            f"no μ can be chosen: no perturbation up to μ = {fit.scales[-1]:.2g} changes the loss; "
+            "are there weights to train that it depends on?"
         )
-    eps_of_c = eps_of_c if of_c.size else eps
-    eps, eps_of_c = (float(f"{min(each, scales[-1]):.3g}") for each in (eps, eps_of_c))
-    errors = of_g.error(eps), of_c.error(eps_of_c)
+    eps, eps_of_c = (float(f"{best:.3g}") for best in fit.best_scales(fit.scales[-1]))
+    eps_of_c = eps_of_c if fit.of_c.size else eps
+    errors = fit.of_g.error(eps), fit.of_c.error(eps_of_c)
     shared = max(eps, eps_of_c)
-    serves = of_g.error(shared) <= 2 * ACCURACY and of_c.error(shared) <= 2 * CURVATURE_ACCURACY
+    serves = (
+        fit.of_g.error(shared) <= 2 * ACCURACY and fit.of_c.error(shared) <= 2 * CURVATURE_ACCURACY
+    )
     return Scales(
-        *(noise, settled, eps, eps_of_c, shared if serves else None),
+        *(fit.noise, settled, eps, eps_of_c, shared if serves else None),
         *(error if math.isfinite(error) else None for error in errors),
-        scales=tuple(scales.tolist()),
-        slopes=tuple(root_mean_square(g).tolist()),
-        curvatures=tuple(np.abs(s).mean(axis=0).tolist()),
+        scales=tuple(fit.scales.tolist()),
+        slopes=tuple(root_mean_square(fit.g).tolist()),
+        curvatures=tuple(np.abs(fit.s).mean(axis=0).tolist()),
         passes=taken.cache_info().misses,
     )
 
