@@ -1,6 +1,6 @@
 """Make a fine-tuned model from the model it began with and the journal of its run, without data.
 
-    python replay.py --model_name MODEL --journal result/<run>/journal.bin --output_dir DIR
+    python replay.py --model_name MODEL --journal result/<run>/journal.jsonl --output_dir DIR
 
 The weights are those after the last step, or after any other (--steps), bit for bit on the same
 kind of machine. --verify compares with the checksums that the run has left.
@@ -12,22 +12,25 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+from peft import PeftModel
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from experiment.folders import locked
 from experiment.options import ModelOptions, TrainedWeights
 from experiment.preparation import choose_trained_weights, load_pretrained
+from hizoo import HiZOO
 from language_model.loading import (
     choose_dtype,
     leave_out_loading_bars,
     load_config_and_tokenizer,
 )
-from training.journal import Journal, Step, read_journal
+from language_model.manifest import damage
+from training.journal import Header, Journal, Step, read_journal
 from training.recording import checksum_of_trained
-from training.replaying import Outcome, load_state, optimizer_of, play, records_until
+from training.replaying import Outcome, load_state, optimizer_of, play, rows_until
 from utils import InputError, NotWritten, exit_code
 
 
@@ -36,11 +39,11 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--journal", type=Path, required=True, help="journal.bin of the run")
+    made.add_argument("--journal", type=Path, required=True, help="journal.jsonl of the run")
     made.add_argument(
         "--model_name",
-        help="the model that the run began with: Hub id, local directory or GGUF file; or a "
-        "checkpoint of the run, behind which the journal goes on. Default: the journal's",
+        help="the model that the run began with (Hub id, local directory or GGUF file), or a "
+        "checkpoint of the run. Default: the journal's",
     )
     made.add_argument(
         "--output_dir", type=Path, help="folder of the model; without it nothing is saved"
@@ -66,16 +69,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def model_and_weights(
-    journal: Journal, options: argparse.Namespace
+    header: Header, options: argparse.Namespace
 ) -> tuple[ModelOptions, TrainedWeights]:
     """Return which model the run began with, and which of its weights were trained."""
-    settings = journal.header["settings"]
-    bits = 8 if settings.get("load_int8") else 4 if settings.get("load_int4") else None
+    settings = header.settings
     gpu = None if options.use_cpu else torch.accelerator.current_accelerator(check_available=True)
     model = ModelOptions(
-        options.model_name or journal.header["model"]["name"],
-        choose_dtype(bool(settings.get("load_float16")), bool(settings.get("load_bfloat16"))),
-        bits,
+        options.model_name or str(header.model.get("name")),
+        choose_dtype(settings.get("load_float16") is True, settings.get("load_bfloat16") is True),
+        {settings.get("load_int4"): 4, settings.get("load_int8"): 8}.get(True),
         spread=not options.use_cpu,
         device=gpu or torch.device("cpu"),
         trust_remote_code=options.trust_remote_code,
@@ -102,79 +104,86 @@ def check(options: argparse.Namespace) -> Journal:
     return journal
 
 
-def replay(options: argparse.Namespace, journal: Journal) -> Outcome:
-    """Load the model, do the steps, and save it.
+def load_start(
+    options: argparse.Namespace, header: Header
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase, HiZOO, int]:
+    """Return the model, its tokenizer and its optimizer, and how many steps they have done.
 
     Raises:
-        InputError: the model is not the one that the run began with, or steps are missing.
+        InputError: the model is not the one that the run began with, or a damaged checkpoint.
     """
-    began, weights = model_and_weights(journal, options)
-    name = began.name
-    _, tokenizer = load_config_and_tokenizer(name, began.trust_remote_code)
+    began, weights = model_and_weights(header, options)
+    folder = Path(began.name)
+    is_checkpoint = (folder / "optimizer.pt").is_file()
+    if is_checkpoint and (reason := damage(folder)):
+        raise InputError(f"--model_name {folder} is damaged: {reason}; give another checkpoint")
+    _, tokenizer = load_config_and_tokenizer(began.name, began.trust_remote_code)
     model = choose_trained_weights(load_pretrained(began), weights, tokenizer, print)
     compile = {"auto": None, "yes": True, "no": False}[options.compile]
-    optimizer = optimizer_of(journal.header, model, compile)
-    done = journal.header["first_step"]
-    if (Path(name) / "optimizer.pt").is_file():
-        done = load_state(optimizer, Path(name))
-    elif done:
+    optimizer = optimizer_of(header, model, compile)
+    if is_checkpoint:
+        return model, tokenizer, optimizer, load_state(optimizer, folder)
+    if header.step:
         raise InputError(
-            f"{journal.path} begins with step {done}: give a checkpoint of its run as --model_name"
+            f"{options.journal} begins with step {header.step}: give a checkpoint of its run as "
+            "--model_name"
         )
-    elif checksum_of_trained(model) != journal.header["start"]:
+    if checksum_of_trained(model) != header.start:
         raise InputError(
-            f"--model_name {name}: its weights are not those that the run began with; give "
-            f"{journal.header['model']['name']}, as it was then"
+            f"--model_name {began.name}: its weights are not those that the run began with; give "
+            f"{header.model.get('name')}, as it was then"
         )
-    records = records_until(journal, done, options.steps)
-    total = sum(isinstance(record, Step) for record in records)
-    with tqdm(total=total, unit="step", disable=None) as bar:
-        outcome = play(records, optimizer, model, options.verify, bar.update)
-    if options.output_dir:
-        save(model, tokenizer, options.output_dir)
-    return outcome._replace(steps=done + outcome.steps)
+    return model, tokenizer, optimizer, 0
 
 
-def save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write the model, or its adapter, and the tokenizer.
+def replay(options: argparse.Namespace, journal: Journal) -> int:
+    """Load the model, do the steps, save it, and print what came of it; returns the exit code.
 
     Raises:
+        InputError: the model does not fit, or steps are missing.
         NotWritten: the disk is full.
     """
-    try:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    except OSError as error:
-        raise NotWritten.of(folder, error) from error
+    model, tokenizer, optimizer, done = load_start(options, journal.header)
+    rows, is_whole = rows_until(journal, done, options.steps)
+    total = sum(isinstance(row, Step) for row in rows)
+    with tqdm(total=total, unit="step", disable=None) as bar:
+        outcome = play(rows, optimizer, model, options.verify, bar.update)
+    if options.output_dir:
+        try:
+            model.save_pretrained(options.output_dir)
+            tokenizer.save_pretrained(options.output_dir)
+        except OSError as error:
+            raise NotWritten.of(options.output_dir, error) from error
+    print(f"{done + outcome.steps:,} steps")
+    if not is_whole:
+        print(f"damaged: {options.journal} ends there; a checkpoint behind it gives later steps")
+    if options.verify:
+        print(verdict(outcome))
+    if options.output_dir:
+        print(f"model: {options.output_dir}")
+    return 0 if is_whole and outcome.different is None else 1
 
 
-def lines(outcome: Outcome, options: argparse.Namespace) -> list[str]:
-    """Return what came of it in words."""
-    told = [f"{outcome.steps:,} steps"]
-    if options.verify and outcome.different is not None:
-        told.append(
+def verdict(outcome: Outcome) -> str:
+    """Return what the checksums tell."""
+    if outcome.different is not None:
+        return (
             f"different: after step {outcome.different:,} the weights are not those of the run; on "
             f"another device or without its compiler a weight may differ by {outcome.rounding:.2g}"
         )
-    elif options.verify and outcome.compared:
-        last = outcome.compared[-1]
-        told.append(f"verified: bit for bit the weights of the run after step {last:,}")
-    elif options.verify:
-        told.append("not verified: the journal has no checksum of these steps")
-    return [*told, f"model: {options.output_dir}"] if options.output_dir else told
+    if outcome.compared:
+        return f"verified: bit for bit the weights of the run after step {outcome.compared[-1]:,}"
+    return "not verified: the journal has no checksum of these steps"
 
 
 def run_command_line(argv: Sequence[str]) -> int:
-    """Read the command line, and do what it says; returns 1 if the weights are not the run's."""
+    """Read the command line, and do what it says; returns the exit code."""
     options = parser().parse_args(argv)
     journal = check(options)
-    if options.output_dir:
-        with locked("--output_dir", options.output_dir, is_folder=True):
-            outcome = replay(options, journal)
-    else:
-        outcome = replay(options, journal)
-    print("\n".join(lines(outcome, options)))
-    return 1 if outcome.different is not None else 0
+    if not options.output_dir:
+        return replay(options, journal)
+    with locked("--output_dir", options.output_dir, is_folder=True):
+        return replay(options, journal)
 
 
 def main(argv: Sequence[str]) -> int:

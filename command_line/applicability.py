@@ -18,8 +18,8 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, Scheduler
 
 from command_line.arguments import TUNING_MODES, Arguments, plain_value
 from command_line.values import AUTO
-from trainer import SmoothingSchedule
 from utils import InputError
+from zeroth_order.smoothing import SmoothingSchedule
 
 
 @dataclass(frozen=True)

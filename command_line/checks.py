@@ -16,8 +16,8 @@ from command_line.trainer_checks import check_steps
 from command_line.values import AUTO
 from task_data.own_tasks import OwnTask
 from tasks import Task
-from trainer import SmoothingSchedule
 from utils import InputError
+from zeroth_order.smoothing import SmoothingSchedule
 
 ADAPTERS = ("lora", "prefix_tuning")
 EXCLUDE_EACH_OTHER = (
@@ -64,7 +64,10 @@ def check(arguments: Arguments) -> None:
         raise InputError("--merge_adapter: quantised weights take no matrices; leave it out")
     if not arguments.model_name:
         raise InputError("--model_name is missing: give a Hub id, a local directory or a GGUF file")
-    SmoothingSchedule.parse(arguments.hessian_smooth_type)
+    try:
+        SmoothingSchedule.parse(arguments.hessian_smooth_type)
+    except ValueError as error:
+        raise InputError(f"--hessian_smooth_type {error}") from error
     if arguments.linear_probing and arguments.trainer == "zo":
         raise InputError(
             "--linear_probing fits by logistic regression, not with --trainer zo: use --trainer "

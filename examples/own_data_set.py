@@ -16,7 +16,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from trainer import SmoothingSchedule, ZerothOrderSettings, ZerothOrderTrainer
+from trainer import ZerothOrderTrainer
+from zeroth_order.config import HiZOOConfig
 
 MODEL = "data/tiny-opt"
 FILES = {"train": "data/samples/sst2/train.jsonl", "dev": "data/samples/sst2/validation.jsonl"}
@@ -46,12 +47,11 @@ ZerothOrderTrainer(
         output_dir="result/own-data-set",
         max_steps=45,
         per_device_train_batch_size=16,
-        learning_rate=5e-4,
         dataloader_pin_memory=cuda.is_available(),
         eval_strategy="steps",
         eval_steps=15,
     ),
-    settings=ZerothOrderSettings(SmoothingSchedule.parse("constant1e-5")),
+    config=HiZOOConfig(lr=5e-4, hessian_smooth=1e-5, seed=42),
     objective=answer_loss,
     train_dataset=examples["train"],
     eval_dataset=examples["dev"],

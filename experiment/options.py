@@ -13,6 +13,7 @@ import torch
 from transformers import TrainingArguments
 
 from command_line.arguments import TUNING_MODES, Arguments, plain_value
+from command_line.optimizer import optimizer_config, smoothing
 from command_line.settings import (
     changed_settings,
     examples_of_a_batch,
@@ -24,8 +25,10 @@ from command_line.values import AUTO
 from language_model.generation import GenerationSettings
 from language_model.loading import choose_dtype
 from tasks import Task
-from trainer import CURVATURE_PART, SmoothingSchedule, ZerothOrderSettings
+from trainer import CURVATURE_PART
 from utils import InputError
+from zeroth_order.config import HiZOOConfig
+from zeroth_order.smoothing import SmoothingSchedule
 
 
 @dataclass(frozen=True)
@@ -128,13 +131,23 @@ class EvaluationOptions:
 
 
 @dataclass(frozen=True)
+class ZerothOrderOptions:
+    """How zo trains; the attributes are those of ``ZerothOrderTrainer``."""
+
+    config: HiZOOConfig
+    smoothing: SmoothingSchedule
+    perturbation: str
+    parallel: str
+
+
+@dataclass(frozen=True)
 class TrainingOptions:
     """How weights are trained.
 
     Attributes:
         trainer: regular or zo.
         own: transformers' own arguments.
-        zeroth_order: settings of zo; None: regular.
+        zeroth_order: how zo trains; None: regular.
         auto_eps: whether a probe chooses μ.
         auto_curvature_eps: whether it chooses the curvature's.
         steps: of a run with as many examples as were asked for.
@@ -144,7 +157,7 @@ class TrainingOptions:
 
     trainer: str
     own: TrainingArguments
-    zeroth_order: ZerothOrderSettings | None
+    zeroth_order: ZerothOrderOptions | None
     auto_eps: bool
     auto_curvature_eps: bool
     steps: int
@@ -278,7 +291,7 @@ def _training_options(arguments: Arguments) -> TrainingOptions:
         TrainingOptions,
         arguments,
         own=_trainers_own(arguments),
-        zeroth_order=zeroth_order_settings(arguments) if is_zo else None,
+        zeroth_order=_zeroth_order_options(arguments) if is_zo else None,
         auto_eps=is_zo and arguments.zo_eps == AUTO,
         auto_curvature_eps=is_zo and (arguments.curvature_eps or arguments.zo_eps) == AUTO,
         steps=steps_of_run(arguments),
@@ -316,20 +329,10 @@ def _files(arguments: Arguments) -> Files:
     )
 
 
-def zeroth_order_settings(arguments: Arguments) -> ZerothOrderSettings:
-    """Return what the arguments say about the zeroth-order step."""
-    dtype = arguments.hessian_dtype
-    return ZerothOrderSettings(
-        smoothing=SmoothingSchedule.parse(arguments.hessian_smooth_type),
-        # The default is the μ until a probe has found one.
-        eps=ZerothOrderSettings.eps if arguments.zo_eps == AUTO else arguments.zo_eps,
-        hessian=arguments.hessian,
-        hessian_dtype=None if dtype == "auto" else getattr(torch, dtype),
-        perturbation=arguments.zo_perturbation,
-        num_samples=arguments.zo_num_samples,
-        step_size="curvature" if arguments.learning_rate == AUTO else "fixed",
-        curvature_eps=None if arguments.curvature_eps == AUTO else arguments.curvature_eps,
-        curvature_every=arguments.curvature_every,
-        parallel=arguments.shared_by_processes,
-        compile={"auto": None, "yes": True, "no": False}[arguments.zo_compile],
+def _zeroth_order_options(arguments: Arguments) -> ZerothOrderOptions:
+    return ZerothOrderOptions(
+        optimizer_config(arguments),
+        smoothing(arguments),
+        arguments.zo_perturbation,
+        arguments.zo_parallel,
     )

@@ -21,6 +21,7 @@ from language_model.encoding import Encoder
 from language_model.loading import load_config_and_tokenizer
 from task_data.sampling import ExampleSet
 from tasks import Sample
+from zeroth_order.config import AUTO
 
 # Samples whose lengths stand for those of all.
 LOOKED_AT = 64
@@ -128,15 +129,15 @@ def make_plan(options: Options, prepared: Prepared) -> Plan:
 def training_passes(training: TrainingOptions, data: DataOptions) -> tuple[int, int]:
     """Return the forward and the backward passes of training, as the optimizer will count them."""
     batches = _batches_of_steps(training, data.num_train)
-    settings = training.zeroth_order
-    if settings is None:
+    if training.zeroth_order is None:
         return sum(batches), sum(batches)
+    settings = training.zeroth_order.config
     directions = settings.num_samples
-    grows = settings.smoothing.value > 0
+    grows = settings.hessian_smooth > 0
     own_scale = settings.curvature_eps not in (None, settings.eps)
     of_c = 1 + (2 * directions if own_scale else 0)
     measured = 0
-    if grows or settings.step_size == "curvature":
+    if grows or settings.lr == AUTO:
         every = settings.curvature_every or (1 if grows and not own_scale else RARELY)
         # Each of the first steps measures c, and then every so many-th.
         measured = sum(n for step, n in enumerate(batches) if step < every or step % every == 0)
@@ -189,11 +190,11 @@ def _memory(options: Options, parameters: int, trained: int) -> int:
     weights = parameters * (options.model.bits / 8 if options.model.bits else size)
     if not trained:
         return int(weights)
-    settings = training.zeroth_order
-    if settings is None:
+    if training.zeroth_order is None:
         return int(weights) + 3 * size * trained
-    dtype = settings.hessian_dtype
-    has_h = settings.hessian == "full" and settings.smoothing.value > 0
+    settings = training.zeroth_order.config
+    dtype = settings.hessian_dtype and getattr(torch, settings.hessian_dtype)
+    has_h = settings.hessian == "full" and settings.hessian_smooth > 0
     return int(weights) + trained * (dtype.itemsize if dtype else size) * has_h
 
 

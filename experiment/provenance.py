@@ -20,7 +20,7 @@ def provenance(device: torch.device | None) -> dict[str, Any]:
     process's memory without a GPU. ``commit`` is git's of this package, with a + where files differ
     from it; None outside of git.
     """
-    if device is None or device.type == "cuda":
+    if torch.cuda.is_available() and (device is None or device.type == "cuda"):
         gpus = range(torch.cuda.device_count())
         name = torch.cuda.get_device_name()
         name = f"{len(gpus)} x {name}" if len(gpus) > 1 else name

@@ -1,8 +1,9 @@
-"""What a run goes on from: a checkpoint, its journal, or both."""
+"""Where a run begins: at a checkpoint, in its journal, or with the pre-trained weights."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,21 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from experiment.options import Options
+from language_model.manifest import damage
 from language_model.saved_adapters import sums_of_weights
 from training.checkpoints import (
-    check_settings,
-    find_checkpoint,
-    from_first_process,
+    RunSettings,
+    check_checkpoint,
+    last_whole_checkpoint,
     read_trainer_state,
 )
 from training.journal import FILE, Journal, read_journal
-from training.recording import Recording, Replay
+from training.processes import from_first_process
+from training.recording import ANOTHER_FOLDER, NOISE, Recording, Replay
 from utils import InputError
 
 logger = logging.getLogger(__name__)
+JOURNAL_OF_BEFORE = "journal.bin"
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Start:
 
     Attributes:
         checkpoint: what it loads; None: the pre-trained weights.
-        journal: its journal.
+        journal: its journal; None: it has none.
         replay: the steps that come from the journal, then.
     """
 
@@ -43,17 +47,15 @@ class Start:
 
     @property
     def source(self) -> str | None:
-        """What the run goes on from, by its name; None if it begins anew."""
+        """What the run resumes from, by its name; None if it begins anew."""
         source = self.checkpoint or (self.journal if self.replay.steps else None)
         return str(source) if source else None
 
     def lines(self) -> list[str]:
         """Return it in words; none where the run begins anew."""
-        steps = f"{self.replay.steps:,} steps of {self.journal}"
-        if self.checkpoint:
-            behind = f", and {steps}" if self.replay.steps else ""
-            return [f"going on from {self.checkpoint}{behind}"]
-        return [f"going on from {steps}"] if self.replay.steps else []
+        steps = [f"{self.replay.steps:,} steps of {self.journal}"] if self.replay.steps else []
+        sources = [str(self.checkpoint)] if self.checkpoint else []
+        return [f"resuming from {', and '.join(sources + steps)}"] if sources + steps else []
 
 
 def find_start(
@@ -62,72 +64,129 @@ def find_start(
     model: PreTrainedModel | PeftModel,
     has_result: bool,
 ) -> Start:
-    """Return what a run goes on from, checked; an empty ``Start`` to begin anew.
+    """Return where a run begins; an empty ``Start`` to begin anew.
 
     Raises:
         InputError: what is there, or what is asked for, does not belong to this run.
     """
     if options.weights.mode == "linear_probing":
         return Start()
-    settings, length = options.identity.of_checkpoint, options.identity.length
-    wanted, overwrite = options.files.resume_from, options.files.overwrite
-    file, is_zo = output_dir / FILE, options.training.zeroth_order is not None
+    is_zo = options.training.zeroth_order is not None
+    file, wanted = output_dir / FILE, _wanted(options)
+    if wanted == "false":
+        return Start(None, file if is_zo else None)
     journal = journal_of_first_process(file) if is_zo else None
-    checkpoint = find_checkpoint(
-        output_dir,
-        model,
-        settings,
-        length=length,
-        wanted=wanted,
-        overwrite=overwrite,
-        has_result=has_result,
-        has_journal=journal is not None,
-    )
+    checkpoint = find_checkpoint(options, output_dir, model, has_result)
+    if checkpoint is None and wanted == "true" and journal is None:
+        raise InputError(f"--resume_from_checkpoint: no whole checkpoint in {output_dir}")
     if not is_zo:
         return Start(checkpoint)
-    if journal is None or (wanted and wanted.lower() == "false"):
+    if journal is None:
+        if (output_dir / JOURNAL_OF_BEFORE).exists() and not options.files.overwrite:
+            raise InputError(
+                f"{output_dir / JOURNAL_OF_BEFORE} is the journal of an earlier version, which "
+                f"cannot be resumed; {ANOTHER_FOLDER}"
+            )
         return Start(checkpoint, file)
-    its_settings = journal.header["settings"]
-    if wanted and wanted.lower() != "true":
-        # Who names a checkpoint wants to go on from there.
-        belongs = its_settings == {**its_settings, **settings}
-        end = journal.end_of(read_trainer_state(checkpoint)["global_step"])
-        replay = Replay(begins_at=end, before=journal.step_before(end)) if belongs else Replay()
-        return Start(checkpoint, file, replay)
-    if overwrite and not checkpoint:
-        is_done = has_result and journal.steps >= journal.header["max_steps"]
-        if is_done or its_settings != {**settings, **length}:
-            return Start(None, file)
-    if its_settings != {**its_settings, **settings}:
-        if checkpoint is None:
-            check_settings(file, its_settings, settings)
-        return Start(checkpoint, file)
-    return Start(checkpoint, file, replay_of(journal, checkpoint, length.get("max_steps")))
+    return Start(checkpoint, file, find_replay(options, journal, checkpoint, has_result))
 
 
-def replay_of(journal: Journal, checkpoint: Path | None, max_steps: float | None) -> Replay:
-    """Return what a journal has behind a checkpoint, or behind the pre-trained weights.
+def _wanted(options: Options) -> str | None:
+    """Return ``--resume_from_checkpoint``: "true", "false", a folder, or None."""
+    wanted = options.files.resume_from
+    return wanted.lower() if wanted and wanted.lower() in ("true", "false") else wanted
+
+
+def find_checkpoint(
+    options: Options, output_dir: Path, model: PreTrainedModel | PeftModel, has_result: bool
+) -> Path | None:
+    """Return the checkpoint to resume from, checked; None: there is none, or it is not wanted.
+
+    ``--overwrite_output_dir`` takes only one that the very same run began and did not finish.
 
     Raises:
-        InputError: it has more than ``max_steps`` steps.
+        InputError: it is damaged, or belongs to another run.
     """
-    step = read_trainer_state(checkpoint)["global_step"] if checkpoint else 0
-    first = journal.header["first_step"]
-    if step < first:
-        _warn(f"{journal.path} begins with step {first}, whose checkpoint is gone: it begins anew")
+    wanted, identity = _wanted(options), options.identity
+    if wanted in (None, "true"):
+        checkpoint = last_whole_checkpoint(output_dir)
+    else:
+        checkpoint = Path(wanted)
+        if reason := from_first_process(lambda: damage(checkpoint)):
+            raise InputError(
+                f"--resume_from_checkpoint {wanted} is damaged: {reason}; give another one, or "
+                "leave it out to resume from the newest whole one"
+            )
+    if checkpoint is None:
+        return None
+    settings, state = RunSettings.read(checkpoint), read_trainer_state(checkpoint)
+    if options.files.overwrite and not wanted:
+        is_done = has_result and state["global_step"] >= state["max_steps"]
+        if is_done or settings != {**identity.of_checkpoint, **identity.length}:
+            return None
+    check_settings(checkpoint, settings, identity.of_checkpoint)
+    check_checkpoint(checkpoint, model)
+    check_length(checkpoint, state["global_step"], identity.length)
+    return checkpoint
+
+
+def find_replay(
+    options: Options, journal: Journal, checkpoint: Path | None, has_result: bool
+) -> Replay:
+    """Return what a run takes from its journal; an empty ``Replay`` begins a new journal.
+
+    Raises:
+        InputError: the journal belongs to another run, and there is no checkpoint of this one.
+    """
+    header, identity = journal.header, options.identity
+    if options.files.overwrite and not checkpoint:
+        is_done = has_result and journal.steps >= header.max_steps
+        if is_done or header.settings != {**identity.of_checkpoint, **identity.length}:
+            return Replay()
+    belongs = header.noise == NOISE and header.settings == header.settings | identity.of_checkpoint
+    if not belongs:
+        if checkpoint is None:
+            check_settings(journal.path, header.settings, identity.of_checkpoint)
+            raise InputError(f"{journal.path} has another version's noise; {ANOTHER_FOLDER}")
         return Replay()
-    records, end = journal.after(step)
-    start = journal.header["start"] if step == first else None
-    found = Replay(records, end, start, journal.step_before(end))
-    lost = journal.steps - step - found.steps
-    if lost > 0:
-        _warn(f"{journal.path} is damaged: {lost:,} of its steps are computed again")
-    if max_steps and found.steps and step + found.steps > max_steps:
-        raise InputError(
-            f"{journal.path} has more than --max_steps {max_steps}: give another --output_dir, or "
-            "--overwrite_output_dir to start anew"
-        )
-    return found
+    step = read_trainer_state(checkpoint)["global_step"] if checkpoint else 0
+    if _wanted(options) not in (None, "true"):
+        # Who names a checkpoint wants to resume there.
+        return Replay(begins_at=journal.end_of(step))
+    if step < header.step:
+        warn(f"{journal.path} begins with step {header.step}, whose checkpoint is gone: a new one")
+        return Replay()
+    rows, end = journal.after(step)
+    replay = Replay(rows, end, header.start if step == header.step else None)
+    if replay.steps:
+        check_length(journal.path, step + replay.steps, identity.length)
+    if end < journal.ends[-1]:
+        after = step + replay.steps
+        warn(f"{journal.path} is damaged after step {after}: what follows is computed again")
+    return replay
+
+
+def check_settings(place: Path, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Refuse to resume a run with other settings than it was started with.
+
+    The state of optimizer and scheduler would bring the old ones back, without a word.
+
+    Raises:
+        InputError: a setting differs.
+    """
+    for name, then in saved.items():
+        if name in settings and settings[name] != then:
+            raise InputError(
+                f"{place} comes from a run with --{name} {then}, not {settings[name]}: "
+                f"{ANOTHER_FOLDER}"
+            )
+
+
+def check_length(place: Path, steps: int, length: Mapping[str, float]) -> None:
+    """Raise InputError if a checkpoint or a journal has more steps than the run."""
+    max_steps = length.get("max_steps")
+    if max_steps and steps > max_steps:
+        raise InputError(f"{place} has more than --max_steps {max_steps}: {ANOTHER_FOLDER}")
 
 
 def recording_of(options: Options, start: Start) -> Recording | None:
@@ -136,10 +195,10 @@ def recording_of(options: Options, start: Start) -> Recording | None:
         return None
     header: dict[str, Any] = {}
     if start.replay.begins_at is None and PartialState().is_main_process:
-        name = options.model.name
+        model, identity = options.model, options.identity
         header = {
-            "model": {"name": name, "sha256": sums_of_weights(name)},
-            "settings": {**options.identity.of_checkpoint, **options.identity.length},
+            "model": {"name": model.name, "sha256": sums_of_weights(model.name)},
+            "settings": {**identity.of_checkpoint, **identity.length},
             "versions": {"torch": torch.__version__},
         }
     return Recording(start.journal, header, start.replay, options.training.check_every)
@@ -164,6 +223,7 @@ def journal_of_first_process(path: Path) -> Journal | None:
     return found
 
 
-def _warn(line: str) -> None:
+def warn(line: str) -> None:
+    """Print a line on the standard error, from one process only."""
     if PartialState().is_main_process:
         logger.warning(line)

@@ -27,7 +27,7 @@ from training.callbacks import SaveOnInterrupt
 from training.checkpoints import RemoveEarlierCheckpoints, last_checkpoint, write_together
 from training.journal import FILE
 from training.objective_trainer import ObjectiveTrainer
-from training.replaying import go_back
+from training.replaying import return_to
 from training.scales import ChooseScales
 from utils import Diverged, Interrupted
 
@@ -184,7 +184,8 @@ class Experiment:
         """Give ``model`` the weights of the best step, from its journal."""
         began = self._with_trained_weights(load_pretrained(self.options.model), loud=False)
         journal = journal_of_first_process(folder / FILE)
-        go_back(model, began, journal, step, self.options.training.zeroth_order.compile)
+        compile = self.options.training.zeroth_order.config.compile
+        return_to(model, began, journal, step, compile)
         say(f"best step: {step}, by a replay of {journal.path}")
 
     def _fit_head(

@@ -111,8 +111,7 @@ def make_trainer(
         "callbacks": [RunSettings({**identity.of_checkpoint, **identity.length})],
     }
     if training.zeroth_order:
-        settings = training.zeroth_order
-        return ZerothOrderTrainer(settings=settings, recording=recording, **shared)
+        return ZerothOrderTrainer(**vars(training.zeroth_order), recording=recording, **shared)
     return ObjectiveTrainer(**shared)
 
 

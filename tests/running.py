@@ -231,7 +231,7 @@ def assert_replays(
         return passes[-1]
 
     (folder / "out").mkdir(parents=True)
-    shutil.copy(whole / "out/journal.bin", folder / "out")
+    shutil.copy(whole / "out/journal.jsonl", folder / "out")
     with monkeypatch.context() as patched:
         patched.setattr(ObjectiveTrainer, "compute_loss", count)
         finish(training(folder, **arguments))

@@ -30,13 +30,11 @@ import run
 from language_model.loading import load_model
 from language_model.manifest import MANIFEST, damage, write_manifest
 from training.checkpoints import (
+    UNFINISHED,
     RunSettings,
     check_checkpoint,
     checkpoints,
-    last_checkpoint,
     last_whole_checkpoint,
-    remove_checkpoints,
-    remove_older_checkpoints,
     saved_shapes,
 )
 from training.objective_trainer import ObjectiveTrainer
@@ -59,37 +57,6 @@ def test_checkpoints_are_ordered_by_step(tmp_path: Path) -> None:
     assert checkpoints(tmp_path / "nowhere") == []
 
 
-def test_last_checkpoint_was_written_to_its_end(tmp_path: Path) -> None:
-    assert last_checkpoint(tmp_path) is None
-    whole = make_checkpoint(tmp_path / "checkpoint-1")
-    write_manifest(whole)
-    make_checkpoint(tmp_path / "checkpoint-2")
-    write_manifest(make_checkpoint(tmp_path / "checkpoint-3"))
-    (tmp_path / "checkpoint-3" / "trainer_state.json").unlink()
-    assert last_checkpoint(tmp_path) == whole
-
-
-def test_older_checkpoints_are_removed(tmp_path: Path) -> None:
-    folders = [make_checkpoint(tmp_path / f"checkpoint-{step}") for step in (1, 2, 3, 4, 9)]
-    _, second, third, newest, beyond = folders
-    remove_older_checkpoints(newest, None, None)
-    assert checkpoints(tmp_path) == folders
-    remove_older_checkpoints(newest, 3, None)
-    assert checkpoints(tmp_path) == [second, third, newest, beyond]
-    remove_older_checkpoints(newest, 2, str(second))
-    assert checkpoints(tmp_path) == [second, newest, beyond]
-    remove_older_checkpoints(newest, 1, str(second))
-    assert checkpoints(tmp_path) == [second, newest, beyond]
-
-
-def test_only_checkpoints_are_removed(tmp_path: Path) -> None:
-    make_checkpoint(tmp_path / "checkpoint-1")
-    make_checkpoint(tmp_path / "checkpoint-best")
-    (tmp_path / "file").touch()
-    remove_checkpoints(tmp_path)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint-best", "file"]
-
-
 def test_run_settings_of_a_checkpoint(tmp_path: Path) -> None:
     saved = {"stateful_callbacks": {"RunSettings": RunSettings({"seed": 3}).state()}}
     assert RunSettings.read(make_checkpoint(tmp_path / "a", json.dumps(saved))) == {"seed": 3}
@@ -98,23 +65,28 @@ def test_run_settings_of_a_checkpoint(tmp_path: Path) -> None:
 
 def as_checkpoint(folder: Path) -> Path:
     shutil.copytree(MODEL, folder)
-    (folder / "trainer_state.json").write_text("{}")
+    for name in ("optimizer.pt", "scheduler.pt"):
+        (folder / name).touch()
     return folder
 
 
 def test_checkpoint_of_the_model_itself(tmp_path: Path) -> None:
     model = load_model(str(MODEL), torch.float32)
-    check_checkpoint(str(as_checkpoint(tmp_path / "checkpoint-1")), model)
+    check_checkpoint(as_checkpoint(tmp_path / "checkpoint-1"), model)
 
 
 def test_checkpoint_in_several_files(tmp_path: Path) -> None:
     model = load_model(str(MODEL), torch.float32)
     model.save_pretrained(tmp_path, max_shard_size="1MB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
-    (tmp_path / "trainer_state.json").write_text("{}")
-    check_checkpoint(str(tmp_path), model)
+    for name in ("optimizer.pt", "scheduler.pt"):
+        (tmp_path / name).touch()
+    check_checkpoint(tmp_path, model)
+    (tmp_path / "scheduler.pt").unlink()
+    with pytest.raises(InputError, match="has no state of an optimizer and a scheduler"):
+        check_checkpoint(tmp_path, model)
     next(tmp_path.glob("model-*.safetensors")).unlink()
-    with pytest.raises(InputError, match=r"is no whole checkpoint: model-.* is missing"):
+    with pytest.raises(InputError, match=r"model-.* cannot be read"):
         saved_shapes(tmp_path)
 
 
@@ -124,7 +96,7 @@ def test_checkpoint_with_fewer_or_more_layers(tmp_path: Path, layers: int) -> No
     config.num_hidden_layers = layers
     model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(InputError, match="is a checkpoint of another model"):
-        check_checkpoint(str(as_checkpoint(tmp_path / "checkpoint-1")), model)
+        check_checkpoint(as_checkpoint(tmp_path / "checkpoint-1"), model)
 
 
 # ------------------------------------------------------------------------------- damaged files
@@ -172,7 +144,7 @@ def test_every_damage_to_every_file_is_noticed(
         caplog.clear()
         assert last_whole_checkpoint(folder) == folder / "checkpoint-1"
         (line,) = caplog.messages
-        assert line.startswith(f"{folder / 'checkpoint-2'} is not whole and is passed over: ")
+        assert line.startswith(f"{folder / 'checkpoint-2'} is damaged and is passed over: ")
         assert name in line or harm is flip_bit
 
 
@@ -184,7 +156,7 @@ def test_manifest_lists_every_file(finished: Path) -> None:
         assert {MANIFEST, *listed} == {path.name for path in folder.iterdir()}
 
 
-def test_run_goes_on_from_the_whole_checkpoint_before(
+def test_run_resumes_from_the_whole_checkpoint_before(
     finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(finished / "out", tmp_path / "out")
@@ -213,20 +185,6 @@ def test_named_checkpoint_that_is_not_whole_is_refused(
     assert contents(tmp_path) == before
 
 
-def test_checkpoint_without_manifest_is_gone_on_from_only_by_name(
-    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    shutil.copytree(finished / "out/checkpoint-1", tmp_path / "out/checkpoint-1")
-    (tmp_path / "out/checkpoint-1" / MANIFEST).unlink()
-    named = tmp_path / "out/checkpoint-1"
-    result = finish(short_training(tmp_path, resume_from_checkpoint=named))
-    assert result["resumed_from"] == str(named)
-    assert f"{named} has no {MANIFEST}: its files are taken as they are" in caplog.messages
-    shutil.rmtree(tmp_path / "out/checkpoint-2")
-    assert last_whole_checkpoint(tmp_path / "out") is None
-    assert f"passed over: {MANIFEST} is missing" in caplog.messages[-1]
-
-
 class Executed:
     """Makes a folder if it is unpickled."""
 
@@ -246,7 +204,9 @@ def test_pickle_that_torch_refuses_is_not_executed(
     torch.save({"state": Executed(tmp_path / "executed")}, checkpoint / name)
     (checkpoint / MANIFEST).unlink()
     write_manifest(checkpoint)
-    assert_refused(short_training(tmp_path), capsys, str(checkpoint), f"torch refuses {name}")
+    assert_refused(
+        short_training(tmp_path), capsys, str(checkpoint), "torch refuses one of its files"
+    )
     assert not (tmp_path / "executed").exists()
 
 
@@ -283,7 +243,7 @@ def test_best_checkpoint_of_a_copied_folder(
     (tmp_path / "new/result.json").unlink()
     result = finish(short_training(tmp_path / "new", **(arguments | {"max_steps": max_steps})))
     assert result["checkpoint"].endswith(f"checkpoint-{max_steps}")
-    assert f"the best checkpoint, {best}, is not whole" in caplog.messages[-1]
+    assert f"the best checkpoint, {best}, is damaged" in caplog.messages[-1]
 
 
 # --------------------------------------------------------------------------------- full disks
@@ -320,8 +280,9 @@ def test_full_disk_leaves_the_checkpoint_before(
         assert run.main(argv) == 1
     before = tmp_path / "out/checkpoint-1"
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "could not" in line]
-    assert line.startswith(f"stopped: {tmp_path / 'out/checkpoint-2'} could not be written: ")
-    assert line.endswith(f"{before} is whole, the same command goes on from there")
+    assert line.startswith("stopped: ") and "checkpoint-2 could not be written: " in line
+    assert not (tmp_path / "out" / UNFINISHED).exists()
+    assert line.endswith(f"{before} is whole, the same command resumes from there")
     assert checkpoints(tmp_path / "out") == [before] and damage(before) is None
     assert finish(argv)["resumed_from"] == str(before)
     assert checkpoints(tmp_path / "out") == [tmp_path / "out/checkpoint-2"]
@@ -331,7 +292,7 @@ def test_full_disk_leaves_the_checkpoint_before(
 def test_first_checkpoint_and_model_on_a_full_disk(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with files_of_at_most(2000):
+    with files_of_at_most(20_000):
         assert run.main(short_training(tmp_path)) == 1
         assert "there is no checkpoint before it" in capsys.readouterr().err
         assert checkpoints(tmp_path / "out") == []

@@ -1,13 +1,17 @@
-"""The journal: its format, what damage does to it, and runs that go on from it."""
+"""The journal: its lines, what damage does to it, and runs that resume from it."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
+import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 import torch
 from running import (
@@ -23,188 +27,184 @@ from running import (
 import run
 from training.journal import (
     FILE,
+    VERSION,
     Checksum,
-    Estimate,
     Evaluation,
+    Group,
+    Header,
     Journal,
     JournalFile,
-    Record,
-    Settings,
+    Row,
+    Scales,
     Step,
-    decode,
-    encode,
+    line_of,
     read_journal,
+    row_of,
 )
 from training.objective_trainer import ObjectiveTrainer
 from training.recording import Replay, checksum_of
 from utils import InputError, NotWritten
+from zeroth_order.config import HiZOOConfig
 
-HEADER = {"first_step": 0, "rate": 1e-6, "smoothing": 1e-8, "settings": {}, "max_steps": 9}
-SINGLE = [float(torch.tensor(value)) for value in (0.7, 0.7001, 0.6999)]
-
-
-def one_batch(step: int, *losses: float, **settings: float) -> Step:
-    return Step(step, (Estimate(tuple((loss,) for loss in losses)),), **settings)
-
-
-RECORDS = [
-    Settings(0, {"eps": 1e-3, "curvature_eps": None}),
-    one_batch(0, *SINGLE, rate=1e-6, smoothing=1e-8),
-    one_batch(1, *SINGLE, rate=1e-6, smoothing=1e-8),
+HEADER = Header(
+    version=VERSION,
+    noise=3,
+    step=0,
+    max_steps=9,
+    start="0123456789abcdef",
+    groups=(Group(0.1, {"weight": "float32 3 x 4"}), Group(0.0, {"bias": "float32 3"})),
+    layerwise=False,
+    optimizer=HiZOOConfig(lr="auto", hessian_dtype="bfloat16"),
+    model={"name": "µ"},
+    settings={"lora": True, "learning_rate": "auto", "seed": 1},
+)
+ROWS: list[Row] = [
+    Scales(0, 1e-3, None),
+    Step(0, 1e-6, 1e-8, ((0.7, 0.7001, 0.6999),), (1.0,), g=0.1, c=0.2, eta=1e-6),
+    Step(1, 2e-6, 0.0, ((0.1 + 0.2, 1e300),), (1.0,), g=5e-324),
     Evaluation(2, {"eval_loss": 0.123456789, "eval_f1": math.inf}),
-    one_batch(2, 0.1, 0.2, rate=2e-6, smoothing=1e-8),  # none of float32
-    Step(
-        3,
-        (Estimate(((0.5, 0.25), (1.5, 2.0)), 3.0), Estimate(((0.125, 8.0), (0.5, 1.0)), 7.0)),
-        2e-6,
-        0.0,
-    ),
-    one_batch(4, math.inf, -math.inf, 1e300, rate=2e-6, smoothing=0.0),
-    Checksum(5, 2**64 - 1),
+    Step(2, 2e-6, 0.0, ((0.5, 0.25), (1.5, 2.0)), (3.0, 7.0)),
+    Step(3, 2e-6, 0.0, ((math.inf, -math.inf, 1.0),), (1.0,)),
+    Checksum(4, "fedcba9876543210"),
 ]
 
 
-def written(path: Path, records: list[Record], header: dict[str, Any] = HEADER) -> Journal:
+def written(path: Path, rows: list[Row] = ROWS, header: Header = HEADER) -> Journal:
     file = JournalFile(path, header)
-    for record in records:
-        file.add(record)
+    for row in rows:
+        file.add(row)
     file.close()
     return read_journal(path)
 
 
-def test_records_come_back_as_they_were(tmp_path: Path) -> None:
-    journal = written(tmp_path / FILE, RECORDS)
-    assert journal.segments == [RECORDS]
-    assert journal.header == HEADER and journal.steps == 5 and journal.damaged == 0
-    assert journal.ends[0][-1] == (tmp_path / FILE).stat().st_size
+def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
+    journal = written(tmp_path / FILE)
+    assert journal.header == HEADER and journal.rows == ROWS and journal.steps == 4
+    assert journal.ends[-1] == (tmp_path / FILE).stat().st_size
+    nan = row_of(line_of(Step(0, 1.0, 0.0, ((math.nan, 1.0),), (1.0,))))
+    assert math.isnan(nan.losses[0][0]) and nan.losses[0][1] == 1.0
 
 
-def test_losses_that_are_not_finite_come_back() -> None:
-    step, _ = decode(encode(one_batch(0, math.nan, math.inf, 1.0)), 0)
-    (nan,), *others = step.estimates[0].passes
-    assert math.isnan(nan) and others == [(math.inf,), (1.0,)]
+def test_losses_of_all_sizes_survive_exactly() -> None:
+    sizes = 10.0 ** torch.randint(-300, 300, (1000,)).double()
+    losses = (torch.randn(1000, dtype=torch.float64) * sizes).tolist()
+    step = Step(7, 1e-6, 1e-8, (tuple(losses),), (1 / 3,))
+    assert row_of(line_of(step)) == step
 
 
-@pytest.mark.parametrize(
-    ("losses", "changed", "size"),
-    [
-        (2, {}, 20),  # MeZO
-        (3, {}, 24),  # HiZOO
-        (3, {"rate": 2e-6}, 32),  # a learning rate that changes from step to step
-        (3, {"rate": 2e-6, "smoothing": 2e-8}, 40),
-        (5, {"rate": 2e-6, "smoothing": 2e-8}, 48),  # c has a μ of its own
-    ],
-)
-def test_bytes_of_a_step(losses: int, changed: dict[str, float], size: int) -> None:
-    before = one_batch(6, *SINGLE, rate=1e-6, smoothing=1e-8)
-    step = one_batch(
-        7, *SINGLE[:2], *SINGLE[: losses - 2], **{"rate": 1e-6, "smoothing": 1e-8} | changed
-    )
-    assert len(encode(step, before)) == size <= 48
+def test_pandas_reads_it_and_no_number_is_bare_nan(tmp_path: Path) -> None:
+    written(tmp_path / FILE)
+    table = pandas.read_json(tmp_path / FILE, lines=True)
+    steps = table[table.kind == "step"]
+    assert steps.step.tolist() == [0, 1, 2, 3] and steps.g.tolist()[0] == pytest.approx(0.1)
+    assert steps.losses.tolist()[3] == ["inf", "-inf", 1.0] or steps.losses.tolist()[3] == [
+        ["inf", "-inf", 1.0]
+    ]
+    for line in (tmp_path / FILE).read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
 
 
-def test_20000_steps_of_opt_13b_are_less_than_half_a_megabyte(tmp_path: Path) -> None:
-    hidden, layers = 5120, 40
-    shapes = {"embed_tokens": [50272, hidden], "embed_positions": [2050, hidden]}
-    for layer in range(layers):
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            shapes[f"layers.{layer}.self_attn.{name}.weight"] = [hidden, hidden]
-            shapes[f"layers.{layer}.self_attn.{name}.bias"] = [hidden]
-        for name, shape in {"fc1": [4 * hidden, hidden], "fc2": [hidden, 4 * hidden]}.items():
-            shapes[f"layers.{layer}.{name}.weight"] = shape
-            shapes[f"layers.{layer}.{name}.bias"] = shape[:1]
-        for name in ("self_attn_layer_norm", "final_layer_norm"):
-            shapes[f"layers.{layer}.{name}.weight"] = [hidden]
-            shapes[f"layers.{layer}.{name}.bias"] = [hidden]
-    parameters = {f"model.decoder.{name}": ["float16", *shape] for name, shape in shapes.items()}
-    assert 12.8e9 < sum(math.prod(shape) for shape in shapes.values()) < 13e9
-    groups = [{"parameters": [*parameters]}]
-    header = HEADER | {"parameters": parameters, "optimizer": {"groups": groups}}
-    noise = torch.randn(20_000, 3).tolist()
-    steps = [one_batch(i, *noise[i], rate=1e-6, smoothing=1e-8) for i in range(20_000)]
-    journal = written(tmp_path / FILE, steps, header)
-    assert journal.segments[0] == steps
-    assert (tmp_path / FILE).stat().st_size < 500_000
+def test_fields_of_a_header_have_their_types() -> None:
+    """A value of another type, or an unknown field, is never taken from a file."""
+    values = json.loads(line_of(HEADER))
+    for name, value in {
+        "noise": "3",
+        "layerwise": 1,
+        "start": None,
+        "groups": {},
+        "step": True,
+    }.items():
+        assert row_of(line_of_values(values | {name: value})) is None, name
+    optimizer = values["optimizer"] | {"trust_remote_code": True}
+    assert row_of(line_of_values(values | {"optimizer": optimizer, "other": 1})) == HEADER
+    assert row_of(line_of_values(values | {"optimizer": optimizer | {"eps": -1.0}})) is None
 
 
-def test_half_written_record_is_cut_off_wherever_it_ends(tmp_path: Path) -> None:
+def line_of_values(values: dict[str, Any]) -> bytes:
+    text = json.dumps({name: value for name, value in values.items() if name != "crc32"})
+    return f'{text[:-1]}, "crc32": {zlib.crc32(text.encode())}}}\n'.encode()
+
+
+def test_half_written_line_is_dropped_wherever_it_ends(tmp_path: Path) -> None:
     path = tmp_path / FILE
-    ends = written(path, RECORDS).ends[0]
+    ends = written(path).ends
     content = path.read_bytes()
-    for size in (0, 1, 17, 40, *range(read_journal(path).begin - 1, len(content))):
+    for size in (*range(0, ends[0], 50), *range(ends[0] - 1, len(content), 3)):
         path.write_bytes(content[:size])
-        journal = read_journal(path)
-        whole = sum(end <= size for end in ends)
-        if journal is None:
-            assert size < ends[0] and not whole
-            continue
-        assert journal.segments == [RECORDS[:whole]], size
-        if size % 40:
-            continue
-        file = JournalFile(path, {}, ends[whole - 1] if whole else journal.begin)
-        for record in RECORDS[whole:]:
-            file.add(record)
-        file.close()
-        assert read_journal(path).segments == [RECORDS], size
+        journal, whole = read_journal(path), sum(end <= size for end in ends)
+        assert (journal is None) == (whole == 0)
+        if journal:
+            assert journal.rows == ROWS[: whole - 1] and journal.ends == ends[:whole]
+        if journal and size % 20 == 0:
+            file = JournalFile(path, HEADER, journal.ends[-1])
+            for row in ROWS[whole - 1 :]:
+                file.add(row)
+            file.close()
+            assert read_journal(path).rows == ROWS, size
 
 
-def test_flipped_bits_are_noticed_and_what_follows_is_found(tmp_path: Path) -> None:
+def test_flipped_bits_are_noticed_and_end_a_replay(tmp_path: Path) -> None:
     path = tmp_path / FILE
-    journal = written(path, RECORDS)
-    content, ends = path.read_bytes(), [journal.begin, *journal.ends[0]]
-    for index in range(len(RECORDS)):
-        for place in range(ends[index], ends[index + 1]):
-            harmed = bytearray(content)
-            harmed[place] ^= 1 << place % 8
-            path.write_bytes(harmed)
+    journal = written(path)
+    content = path.read_bytes()
+    for index, (start, end) in enumerate(zip(journal.ends, journal.ends[1:], strict=False)):
+        for place in range(start, end):
+            flip_bit(path, place)
             found = read_journal(path)
-            assert found.segments[0] == RECORDS[:index], place
-            others = [record for segment in found.segments[1:] for record in segment]
-            assert [type(r) for r in others] == [type(r) for r in RECORDS[index + 1 :]], place
-            if others:
-                assert found.damaged == ends[index + 1] - ends[index]
+            rows, stop = found.after(0)
+            assert rows == ROWS[:index] and stop == start, place
+            if place < end - 1 and index < 4:  # rows behind it are found all the same
+                assert found.after(3)[0] == ROWS[5:]
+            path.write_bytes(content)
+
+
+def test_damaged_header_is_refused_and_kept(tmp_path: Path) -> None:
+    path = tmp_path / FILE
+    assert read_journal(path) is None
+    begin = written(path).ends[0]
+    content = path.read_bytes()
+    for place in range(0, begin, 7):
+        flip_bit(path, place)
+        with pytest.raises(InputError, match=r"its header is damaged|it is no journal"):
+            read_journal(path)
+        path.write_bytes(content)
+    path.write_bytes(line_of(replace(HEADER, version=1)) + content[begin:])
+    with pytest.raises(InputError, match="journal version 1; this program reads version 2"):
+        read_journal(path)
+    path.write_bytes(b"HiZOO journal 1\n" + content)
+    with pytest.raises(InputError, match="of an earlier version"):
+        read_journal(path)
+    path.write_bytes(b"something else\n")
+    with pytest.raises(InputError, match="no journal"):
+        read_journal(path)
 
 
 def test_steps_behind_a_checkpoint(tmp_path: Path) -> None:
-    journal = written(tmp_path / FILE, RECORDS)
-    assert journal.after(0) == (RECORDS, journal.ends[0][-1])
-    assert journal.after(2) == (RECORDS[4:], journal.ends[0][-1])
-    # What a checkpoint after step 2 holds, its dev loss, stays before it.
-    assert journal.end_of(2) == journal.ends[0][3]
-    assert journal.after(5) == ([], journal.ends[0][-1])
-    content = bytearray((tmp_path / FILE).read_bytes())
-    content[journal.ends[0][4] + 9] ^= 1
-    (tmp_path / FILE).write_bytes(content)
-    harmed = read_journal(tmp_path / FILE)
-    assert harmed.after(0)[0] == RECORDS[:5] and harmed.after(2)[0] == RECORDS[4:5]
-    assert harmed.after(3) == ([], journal.ends[0][4])
-    assert [record.step for record in harmed.after(4)[0]] == [4, 5]
-
-
-def test_other_files_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / FILE
-    assert read_journal(path) is None
-    path.write_bytes(b"something else, which is not ours")
-    with pytest.raises(InputError, match="is no journal"):
-        read_journal(path)
-    written(path, RECORDS)
-    content = bytearray(path.read_bytes())
-    content[40] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(InputError, match="its header is damaged"):
-        read_journal(path)
+    journal = written(tmp_path / FILE)
+    assert journal.after(0) == (ROWS, journal.ends[-1])
+    assert journal.after(2) == (ROWS[4:], journal.ends[-1])
+    # A checkpoint after step 2 has its dev loss.
+    assert journal.end_of(2) == journal.ends[4]
+    assert journal.after(4) == ([], journal.ends[-1])
+    journal.rows[4] = None
+    assert journal.after(0) == (ROWS[:4], journal.ends[4])
+    assert journal.after(2) == ([], journal.ends[4])
+    assert journal.after(3) == (ROWS[5:], journal.ends[-1])
+    # A missing step ends a replay, too.
+    del journal.rows[4], journal.ends[4]
+    assert journal.after(0)[0] == ROWS[:4]
 
 
 def test_nothing_is_written_before_the_first_step(tmp_path: Path) -> None:
     file = JournalFile(tmp_path / FILE, HEADER)
-    file.add(RECORDS[0])
+    file.add(ROWS[0])
     file.close()
     assert not (tmp_path / FILE).exists()
 
 
-def test_full_disk_leaves_whole_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = JournalFile(tmp_path / FILE, HEADER)
-    file.add(RECORDS[1])
+    file.add(ROWS[1])
     write = os.write
 
     def write_half(descriptor: int, content: bytes) -> int:
@@ -214,29 +214,27 @@ def test_full_disk_leaves_whole_records(tmp_path: Path, monkeypatch: pytest.Monk
 
     with monkeypatch.context() as patched, pytest.raises(NotWritten, match="No space left"):
         patched.setattr(os, "write", write_half)
-        file.add(RECORDS[2])
-    file.add(RECORDS[2])
-    assert read_journal(tmp_path / FILE).segments == [RECORDS[1:3]]
+        file.add(ROWS[2])
+    file.add(ROWS[2])
+    assert read_journal(tmp_path / FILE).rows == ROWS[1:3]
 
 
-def test_records_of_a_replay_are_taken_in_order() -> None:
-    replay = Replay(RECORDS)
-    assert replay.steps == 5
+def test_rows_of_a_replay_are_taken_in_order() -> None:
+    replay = Replay(ROWS)
+    assert replay.steps == 4
     assert replay.take(Step, 1) is None  # not before step 0
-    assert replay.take(Settings, 0) == RECORDS[0] and replay.take(Settings, 0) is None
-    assert replay.take(Step, 0) == RECORDS[1]
-    assert replay.take(Step, 1) == RECORDS[2]
-    assert replay.take(Evaluation, 2) == RECORDS[3]
-    assert replay.take(Checksum, 2) is None
-    assert [replay.take(Step, step) for step in (2, 3, 4, 5)] == [*RECORDS[4:7], None]
-    assert replay.take(Checksum, 5) == RECORDS[7]
+    assert replay.take(Scales, 0) == ROWS[0] and replay.take(Scales, 0) is None
+    assert replay.take(Step, 0) == ROWS[1] and replay.take(Step, 1) == ROWS[2]
+    assert replay.take(Evaluation, 2) == ROWS[3] and replay.take(Checksum, 2) is None
+    assert [replay.take(Step, step) for step in (2, 3, 4)] == [*ROWS[4:6], None]
+    assert replay.take(Checksum, 4) == ROWS[6]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_checksum_changes_with_every_bit_and_place(dtype: torch.dtype) -> None:
+def test_checksum_changes_with_every_bit_and_index(dtype: torch.dtype) -> None:
     tensors = [torch.randn(70, 30).to(dtype), torch.randn(5).to(dtype)]
     whole = checksum_of(tensors)
-    assert 0 <= whole < 2**64 and checksum_of([t.clone() for t in tensors]) == whole
+    assert checksum_of([t.clone() for t in tensors]) == whole
     seen = {whole, checksum_of(tensors[::-1]), checksum_of([tensors[0].T.contiguous(), tensors[1]])}
     for row, column in ((0, 0), (69, 29), (3, 7)):
         changed = tensors[0].clone()
@@ -270,70 +268,74 @@ def forward_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def probed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of six steps with probes and dev losses, and a checkpoint after each second one."""
-    folder = tmp_path_factory.mktemp("probed")
-    finish(training(folder, **PROBED))
-    return folder
-
-
-@pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same without probes."""
+    """A run of six steps with dev losses, and a checkpoint after each second one."""
     folder = tmp_path_factory.mktemp("plain")
     finish(training(folder, **PLAIN))
     return folder
 
 
-def test_run_with_probes_and_dev_losses_is_replayed(
-    probed: Path, tmp_path: Path, forward_passes: list[int]
+def test_probed_run_is_replayed_without_a_forward_pass(
+    tmp_path: Path, forward_passes: list[int]
 ) -> None:
-    (tmp_path / "out").mkdir()
-    shutil.copy(probed / "out" / FILE, tmp_path / "out")
-    result = finish(training(tmp_path, **PROBED))
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    finish(training(whole, **PROBED))
+    (again / "out").mkdir(parents=True)
+    shutil.copy(whole / "out" / FILE, again / "out")
+    forward_passes.clear()
+    result = finish(training(again, **PROBED))
     assert forward_passes == []
-    assert result["resumed_from"] == str(tmp_path / "out" / FILE)
+    assert result["resumed_from"] == str(again / "out" / FILE)
     for step in (2, 4, 6):
         name = f"out/checkpoint-{step}"
-        assert_same_checkpoint(probed / name, tmp_path / name)
-    assert (tmp_path / "out" / FILE).read_bytes() == (probed / "out" / FILE).read_bytes()
+        assert_same_checkpoint(whole / name, again / name)
+    assert (again / "out" / FILE).read_bytes() == (whole / "out" / FILE).read_bytes()
+    assert isinstance(read_journal(again / "out" / FILE).rows[0], Scales)
 
 
-def cut_within(folder: Path, new: Path, kind: type[Record], step: int) -> Journal:
-    """Copy a run's journal; the copy ends within the last record of a kind when so many are done.
+def test_journal_shows_g_c_and_eta_of_every_step(plain: Path) -> None:
+    steps = [row for row in read_journal(plain / "out" / FILE).rows if isinstance(row, Step)]
+    for step in steps:
+        loss, higher, lower, *_ = step.losses[0]
+        assert step.g == pytest.approx((higher - lower) / 2e-3, rel=1e-4)
+        assert step.c == pytest.approx(abs(higher + lower - 2 * loss) / 2e-6, rel=1e-4)
+        assert step.eta == step.lr == 1e-4
 
-    Returns the whole journal.
-    """
+
+def cut_within(folder: Path, new: Path, kind: type[Row], step: int) -> list[Row]:
+    """Copy a run's journal; the copy ends within the last row of a kind when so many are done."""
     journal = read_journal(folder / "out" / FILE)
-    (records,), (ends,) = journal.segments, journal.ends
     (new / "out").mkdir(exist_ok=True, parents=True)
     shutil.copy(folder / "out" / FILE, new / "out")
-    index = max(i for i, r in enumerate(records) if isinstance(r, kind) and r.step == step)
-    os.truncate(new / "out" / FILE, ends[index] - 1)
-    return journal
+    rows = journal.rows
+    index = max(i for i, r in enumerate(rows) if isinstance(r, kind) and r.step == step)
+    os.truncate(new / "out" / FILE, journal.ends[index + 1] - 1)
+    return rows
 
 
-@pytest.mark.parametrize("checkpoint", [None, 2, 4])
-@pytest.mark.parametrize("kind", [Evaluation, Step])
-def test_run_goes_on_behind_its_last_record(
+@pytest.mark.parametrize(
+    ("kind", "checkpoint"),
+    [(Step, None), (Step, 2), (Step, 4), (Evaluation, None), (Evaluation, 4)],
+)
+def test_run_resumes_behind_its_last_line(
     plain: Path,
     tmp_path: Path,
     checkpoint: int | None,
-    kind: type[Record],
+    kind: type[Row],
     forward_passes: list[int],
 ) -> None:
-    journal = cut_within(plain, tmp_path, kind, 4)
+    rows = cut_within(plain, tmp_path, kind, 4)
     if checkpoint:
         name = f"out/checkpoint-{checkpoint}"
         shutil.copytree(plain / name, tmp_path / name)
     finish(training(tmp_path, **PLAIN))
     assert set(forward_passes) == {4, 5, 6}
     assert_same_checkpoint(plain / "out/checkpoint-6", tmp_path / "out/checkpoint-6")
-    if kind is Step or checkpoint != 4:  # which holds its dev loss
-        assert read_journal(tmp_path / "out" / FILE).segments == journal.segments
+    if kind is Step or checkpoint != 4:  # which has its dev loss
+        assert read_journal(tmp_path / "out" / FILE).rows == rows
 
 
-def told(result: dict[str, Any]) -> dict[str, Any]:
+def course(result: dict[str, Any]) -> dict[str, Any]:
     """What a result says about the course of its run, but for the time that it took."""
     return {name: kept for name, kept in result["history"].items() if "seconds" not in name}
 
@@ -366,18 +368,18 @@ def test_run_without_checkpoints_loses_no_step(
     forward_passes.clear()
     result = finish(training(parted, **arguments))
     file = parted / "out" / FILE
-    assert f"going on from 4 steps of {file}" in capsys.readouterr().out.splitlines()
+    assert f"resuming from 4 steps of {file}" in capsys.readouterr().out.splitlines()
     assert set(forward_passes) == {4, 5} and result["resumed_from"] == str(file)
-    assert told(result) == told(expected) and result["steps"] == 6
+    assert course(result) == course(expected) and result["steps"] == 6
     assert_same_tensors(weights(whole / "out"), weights(parted / "out"))
     # The very same command makes the result of a finished run again, without a forward pass.
     forward_passes.clear()
     (parted / "result.json").unlink()
-    assert told(finish(training(parted, **arguments))) == told(expected)
+    assert course(finish(training(parted, **arguments))) == course(expected)
     assert forward_passes == []
 
 
-def test_unfinished_journal_goes_on_with_overwrite_and_a_finished_one_begins_anew(
+def test_overwrite_resumes_an_unfinished_journal_and_begins_a_finished_one_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forward_passes: list[int]
 ) -> None:
     argv = training(tmp_path, **NO_CHECKPOINTS, overwrite_output_dir=True)
@@ -397,50 +399,52 @@ def test_journal_of_another_run_is_refused(
     few = NO_CHECKPOINTS | {"max_steps": 2}
     finish(training(tmp_path, **few))
     (tmp_path / "result.json").unlink()
-    written_before = contents(tmp_path)
-    for changed, words in (
-        (
-            {"learning_rate": 1e-3},
-            "comes from a run with --learning_rate 0.0001, not 0.001",
-        ),
-        ({"max_steps": 1}, "has more than --max_steps 1"),
-    ):
-        assert run.main(training(tmp_path, **few | changed)) == 2
-        assert f"{FILE} {words}" in capsys.readouterr().err.splitlines()[-1]
-        assert contents(tmp_path) == written_before
-    # The same settings, and other weights to begin with.
-    from test_families import save_model
+    file = tmp_path / "out" / FILE
+    content, journal = file.read_bytes(), read_journal(file)
+    before = contents(tmp_path)
 
-    model = save_model("gpt2", tmp_path / "model")
-    other = tmp_path / "model" / Path(training(tmp_path)[3]).name
-    model_dir = Path(model)
-    other.mkdir()
-    for file in [path for path in model_dir.iterdir() if path.is_file()]:
-        shutil.move(file, other)
-    assert run.main(training(tmp_path, **few, model_name=other)) == 2
-    assert "begins with other weights" in capsys.readouterr().err.splitlines()[-1]
+    def refused(words: str, **changed: Any) -> None:
+        assert run.main(training(tmp_path, **few | changed)) == 2
+        assert words in capsys.readouterr().err.splitlines()[-1]
+
+    refused("comes from a run with --learning_rate 0.0001, not 0.001", learning_rate=1e-3)
+    refused("has more than --max_steps 1", max_steps=1)
+    assert contents(tmp_path) == before
+    for changed, words in (
+        ({"start": "0" * 16}, "begins with other weights"),
+        ({"noise": 99}, "another version's noise"),
+    ):
+        header = line_of(replace(journal.header, **changed))
+        file.write_bytes(header + content[journal.ends[0] :])
+        refused(words)
+        assert file.read_bytes() == header + content[journal.ends[0] :]
+    file.write_bytes(content.replace(b'"layerwise"', b'"Layerwise"'))
+    refused("its header is damaged; give another --output_dir, or remove it")
+    file.rename(file.with_name("journal.bin"))
+    refused("journal.bin is the journal of an earlier version, which cannot be resumed; give")
 
 
 def test_damaged_step_and_those_behind_it_are_computed_again(
     plain: Path, tmp_path: Path, forward_passes: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     journal = read_journal(plain / "out" / FILE)
-    (records,), (ends,) = journal.segments, journal.ends
-    third = next(i for i, r in enumerate(records) if isinstance(r, Step) and r.step == 3)
+    rows = journal.rows
+    third = next(i for i, r in enumerate(rows) if isinstance(r, Step) and r.step == 3)
     for name, computed in {"checkpoint-2": {3, 4, 5, 6}, "checkpoint-4": set()}.items():
         folder = tmp_path / name
         shutil.copytree(plain / "out" / name, folder / "out" / name)
         shutil.copy(plain / "out" / FILE, folder / "out")
-        flip_bit(folder / "out" / FILE, ends[third] - 6)
+        flip_bit(folder / "out" / FILE, journal.ends[third] + 30)
         caplog.clear()
         forward_passes.clear()
         finish(training(folder, **PLAIN))
         assert set(forward_passes) == computed
-        assert len([line for line in caplog.messages if "is damaged" in line]) == bool(computed)
+        told = [line for line in caplog.messages if "is damaged after step 3" in line]
+        assert len(told) == bool(computed)
         assert_same_checkpoint(plain / "out/checkpoint-6", folder / "out/checkpoint-6")
 
 
-def test_named_checkpoint_is_gone_on_from_without_the_journal(
+def test_named_checkpoint_is_resumed_without_the_journal(
     plain: Path, tmp_path: Path, forward_passes: list[int]
 ) -> None:
     shutil.copytree(plain / "out", tmp_path / "out")

@@ -22,14 +22,13 @@ from safetensors.torch import load_file
 
 import replay
 from language_model.adapters import PROMPT_ENCODER_FILE
-from training.journal import FILE, Checksum, encode, read_journal
+from training.journal import FILE, Checksum, line_of, read_journal
 from training.objective_trainer import ObjectiveTrainer
 
 MODES = {
     "in_place": {"lr_scheduler_type": "linear", "weight_decay": 0.1},
     "layerwise": {"load_bfloat16": True, "hessian": "lowrank", "zo_num_samples": 2},
     "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
-    "by_example": {"zo_directions": "example", "zo_num_samples": 2, "load_bfloat16": True},
     "probe": {"learning_rate": "auto"},
     "lora": {"lora": True, "learning_rate": 1e-2, "zo_eps": 1e-2},
     "prefix": {"prefix_tuning": True, "no_reparam": "False", "zo_eps": 1e-2},
@@ -84,14 +83,20 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_replay_goes_on_from_a_checkpoint(plain: Path, tmp_path: Path) -> None:
-    """Which also gets over a damaged step before it."""
+def test_replay_resumes_from_a_checkpoint(
+    plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A damaged line before the checkpoint does no harm; without it the replay ends there."""
     shutil.copytree(plain / "out", tmp_path / "out")
     journal = read_journal(plain / "out" / FILE)
-    flip_bit(tmp_path / "out" / FILE, journal.ends[0][1] - 6)
+    flip_bit(tmp_path / "out" / FILE, journal.ends[1] + 9)
     checkpoint = ("--model_name", tmp_path / "out/checkpoint-2")
     assert replayed(tmp_path, tmp_path / "model", *checkpoint, "--verify") == 0
     assert_same_tensors(weights(tmp_path / "model"), weights(plain / "out/checkpoint-4"))
+    capsys.readouterr()
+    assert replayed(tmp_path, tmp_path / "shorter") == 1
+    steps, damaged, _ = capsys.readouterr().out.splitlines()
+    assert steps == "1 steps" and damaged.startswith(f"damaged: {tmp_path / 'out' / FILE} ends")
 
 
 @pytest.mark.parametrize("adapter", [{}, {"lora": True, "zo_eps": 1e-2}], ids=["all", "lora"])
@@ -115,7 +120,7 @@ def test_best_model_without_checkpoints(
     assert_same_tensors(saved(tmp_path / "new/out"), saved(tmp_path / "stored/out"))
     for name in ("metric", "dev_metric"):
         assert replayed_result[name] == stored[name]
-    # What is gone on from knows the best step too.
+    # A resumed run knows the best step too.
     shutil.rmtree(tmp_path / "stored")
     (tmp_path / "new/result.json").unlink()
     assert finish(argv)["best_step"] == 2
@@ -126,8 +131,8 @@ def test_weights_that_differ_are_told(
 ) -> None:
     (tmp_path / "out").mkdir()
     journal = read_journal(plain / "out" / FILE)
-    content = (plain / "out" / FILE).read_bytes()[: journal.ends[0][3]]
-    (tmp_path / "out" / FILE).write_bytes(content + encode(Checksum(4, 1)))
+    content = (plain / "out" / FILE).read_bytes()[: journal.ends[4]]
+    (tmp_path / "out" / FILE).write_bytes(content + line_of(Checksum(4, "0" * 16)))
     assert replay.main(["--journal", str(tmp_path / "out" / FILE), "--verify"]) == 1
     *_, line = capsys.readouterr().out.splitlines()
     assert line.startswith("different: after step 4 the weights are not those of the run; on ")
@@ -141,11 +146,13 @@ def test_what_replay_refuses(
     harmed = tmp_path / "out" / FILE
     harmed.parent.mkdir()
     shutil.copy(journal, harmed)
-    flip_bit(harmed, read_journal(journal).ends[0][1] - 6)
+    flip_bit(harmed, read_journal(journal).ends[1] + 9)
     other = plain / "out/checkpoint-2"
-    copied = tmp_path / "other"
+    copied, damaged = tmp_path / "other", tmp_path / "damaged"
     shutil.copytree(other, copied)
     (copied / "optimizer.pt").unlink()
+    shutil.copytree(other, damaged)
+    flip_bit(damaged / "optimizer.pt")
     new = ["--output_dir", tmp_path / "new"]
     before = contents(tmp_path)
     for line, words in (
@@ -155,8 +162,9 @@ def test_what_replay_refuses(
         (["--journal", plain / "result.json", *new], "is no journal"),
         (["--journal", journal, "--steps", 5, *new], "has 4 steps, not 5; give --steps 4"),
         (["--journal", journal, "--steps", -1, *new], "--steps -1: must be at least 0"),
-        (["--journal", harmed, *new], "has 1 steps before a damaged record, not 4"),
+        (["--journal", harmed, "--steps", 4, *new], "has 1 steps before a damaged line, not 4"),
         (["--journal", journal, "--model_name", copied, *new], "not those that the run began with"),
+        (["--journal", journal, "--model_name", damaged, *new], "optimizer.pt is not what was"),
         (
             ["--journal", journal, "--model_name", other, "--steps", 1, *new],
             "--steps 1: the checkpoint has 2 already",
@@ -166,4 +174,4 @@ def test_what_replay_refuses(
         (error,) = capsys.readouterr().err.strip().splitlines()[-1:]
         assert error.startswith("error: ") and words in error, error
     assert contents(tmp_path) == before
-    assert small_model().name in read_journal(journal).header["model"]["name"]
+    assert small_model().name in read_journal(journal).header.model["name"]

@@ -15,15 +15,16 @@ from running import ROOT, command, contents, finish, small_model, training
 
 import run
 from command_line.arguments import parse_arguments
+from command_line.settings import name_run
 from experiment import running
 from experiment.folders import locked
 from experiment.options import options_of
 from experiment.provenance import commit
 from experiment.results import history, over_sets
+from experiment.resuming import find_checkpoint
 from experiment.telling import concerns
 from language_model.loading import load_model
 from trainer import ZerothOrderTrainer
-from training.checkpoints import RunSettings, unfinished_checkpoint
 
 SHORT = {"max_steps": 2, "num_train": 4, "per_device_train_batch_size": 2}
 
@@ -151,18 +152,20 @@ def test_overwriting_goes_on_with_what_it_began(
         result = finish(argv)
         assert result["resumed_from"] == str(tmp_path / "out/checkpoint-2")
         assert list(result["history"]["loss"]) == ["1", "2", "3"]
-    # It does not go on with what is done, or was begun by other settings or for another length.
+    # A finished run begins anew; so does one with other settings, or of another length.
     last, model = tmp_path / "out/checkpoint-3", load_model(small_model().name, torch.float32)
-    settings = RunSettings.read(last)
-    assert unfinished_checkpoint(tmp_path / "out", model, settings, has_result=False) == last
-    assert unfinished_checkpoint(tmp_path / "out", model, settings, has_result=True) is None
-    for other in ({"learning_rate": 1e-5}, {"max_steps": 4}):
-        different = settings | other
-        assert unfinished_checkpoint(tmp_path / "out", model, different, has_result=False) is None
+
+    def found(has_result: bool = False, **changed: Any) -> Path | None:
+        few = SHORT | {"max_steps": 3} | changed
+        arguments = parse_arguments(training(tmp_path, **few, overwrite_output_dir=True))
+        name_run(arguments)
+        return find_checkpoint(options_of(arguments), tmp_path / "out", model, has_result)
+
+    assert found() == last
+    assert found(has_result=True) is found(learning_rate=1e-5) is found(max_steps=4) is None
     # A damaged one is passed over, for the one before it.
     (last / "optimizer.pt").write_bytes(b"damaged")
-    before = unfinished_checkpoint(tmp_path / "out", model, settings, has_result=False)
-    assert before == tmp_path / "out/checkpoint-2"
+    assert found() == tmp_path / "out/checkpoint-2"
 
 
 def test_interrupt_that_saves_nothing_has_its_own_line(
@@ -172,7 +175,7 @@ def test_interrupt_that_saves_nothing_has_its_own_line(
     more = {"save_on_interrupt": "False", "save_strategy": "no", "save_steps": None}
     assert run.main(training(tmp_path, **SHORT, **more)) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
-    assert set(contents(tmp_path)) == {"out", "out/journal.bin"}
+    assert set(contents(tmp_path)) == {"out", "out/journal.jsonl"}
 
 
 def test_bad_input_during_preparation_changes_nothing(
@@ -221,7 +224,7 @@ def test_result_says_what_was_used_and_keeps_the_losses(tmp_path: Path) -> None:
     assert 0 < losses["seconds"]["1"] <= losses["seconds"]["2"] <= result["train_seconds"]
     assert 50 < result["peak_memory_mib"] < 8000 and result["device"]
     assert result["commit"] == commit(ROOT)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["journal.bin"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["journal.jsonl"]
 
 
 def test_commit_of_a_folder(tmp_path: Path) -> None:

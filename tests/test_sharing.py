@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from training import processes as sharing
-from training.processes import NOTHING, Exchange, SharedDirections, check_agreement, own_part
+from training.processes import BORROWED, Exchange, SharedDirections, check_agreement, own_part
 from utils import Disagreement
 
 
@@ -30,7 +30,7 @@ def test_every_example_is_one_process_s(
         act_as(process, processes, monkeypatch)
         part = own_part(lambda own: {"examples": own}, [*range(examples)])
         # Another's example stands in where there is none.
-        shares.append([] if NOTHING in part else part["examples"])
+        shares.append([] if BORROWED in part else part["examples"])
         assert part["examples"]
     assert [*itertools.chain(*shares)] == [*range(examples)]
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
@@ -66,9 +66,9 @@ def test_processes_with_other_weights_stop(monkeypatch: pytest.MonkeyPatch) -> N
 
     act_as(0, 4, monkeypatch)
     compare(5, 5, 5, 5)
-    with pytest.raises(Disagreement, match="after step 3 the weights of rank 2 are not"):
+    with pytest.raises(Disagreement, match="after step 3 the weights of rank 2 differ from"):
         compare(5, 5, 7, 5)
-    with pytest.raises(Disagreement, match="of rank 0, 1 are not"):
+    with pytest.raises(Disagreement, match="of rank 0, 1 differ"):
         compare(6, 7)
     act_as(0, 1, monkeypatch)
     other: Any = None

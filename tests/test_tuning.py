@@ -342,5 +342,5 @@ def test_a_damaged_adapter_is_passed_over_and_refused_by_name(
     assert "adapter_model.safetensors is not what was written" in capsys.readouterr().err
     result = finish(training(tmp_path, lora=True))
     # What the journal holds of the first three steps is not lost with the checkpoint.
-    assert result["resumed_from"].endswith("journal.bin") and result["steps"] == 6
+    assert result["resumed_from"].endswith("journal.jsonl") and result["steps"] == 6
     assert any("is passed over: adapter_model.safetensors" in line for line in caplog.messages)

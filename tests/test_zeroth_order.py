@@ -67,7 +67,7 @@ def test_every_mode_resumes_bit_for_bit(
 
 def assert_differs_by_rounding(run_folder: Path) -> None:
     """Without the compiler, a replay ends within the bound that it tells."""
-    journal = read_journal(run_folder / "journal.bin")
+    journal = read_journal(run_folder / "journal.jsonl")
     model = load_model(str(MODEL), torch.float32)
     optimizer = optimizer_of(journal.header, model, compile=False)
     outcome = play(journal.after(0)[0], optimizer, model, compare=True)

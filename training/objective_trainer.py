@@ -1,8 +1,7 @@
 """Training through transformers.Trainer: objectives, schedules, dev metrics, checkpoints.
 
-The Trainer's loop is not copied. It calls ``training_step``, then ``optimizer.step()``, the
-scheduler, callbacks, logging, evaluation and checkpoints; ``zeroth_order.ZerothOrderTrainer`` puts
-the forward passes into ``training_step`` and leaves the rest to it.
+transformers' loop calls ``training_step``, ``optimizer.step()``, the scheduler, callbacks, the log,
+evaluation and checkpoints.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from transformers.trainer_utils import (
     EvalLoopOutput,
     SaveStrategy,
     TrainOutput,
+    rotate_checkpoints,
 )
 
 from language_model.manifest import damage
@@ -33,50 +34,39 @@ from language_model.objectives import (
     language_model_loss,
     negative_accuracy,
 )
-from language_model.tensor_parallel import load_parts, parts_of, whole_state_dict
 from language_model.weight_names import load_renamed_weights, tied_weights
 from training.callbacks import (
     Costs,
     LogLines,
     LossProgress,
+    RunState,
     ShownObjective,
     StopDiverged,
     TellStep,
 )
 from training.checkpoints import (
+    ANOTHER,
+    CHECKPOINT_VERSION,
+    STATE,
     best_checkpoint,
-    from_first_process,
-    read_trainer_state,
-    remove_older_checkpoints,
-    weight_files,
     write_checkpoint,
     write_together,
 )
-from utils import Disagreement, InputError, NotWritten
+from training.processes import from_first_process
+from utils import Disagreement, InputError, NotWritten, first_line
 
 logger = logging.getLogger(__name__)
 
-# A run has diverged if this many steps in a row have a loss that lies this many times the first one
-# (or 1) above it.
+# A run has diverged if so many steps in a row have a loss that is above the first one by so many
+# times the first one (or 1).
 RISEN_STEPS, RISEN = 50, 2.0
 
 
 def shown_objective(objective: Objective) -> ShownObjective:
-    """Return how an objective is called where people read it."""
+    """Return how an objective is shown."""
     if isinstance(objective, NegativeTextMetric):
         return ShownObjective(objective.metric, -1)
     return ShownObjective("accuracy", -1) if objective is negative_accuracy else ShownObjective()
-
-
-def load_as_saved(model: nn.Module, folder: Path) -> bool:
-    """Load a checkpoint's weights where the Trainer's own way would not; tell whether it was done.
-
-    So it is with a model in parts, and with one whose files have other names than its weights.
-    """
-    if parts_of(model):
-        load_parts(model, weight_files(folder))
-        return True
-    return load_renamed_weights(model, folder)
 
 
 class ObjectiveTrainer(Trainer):
@@ -111,14 +101,17 @@ class ObjectiveTrainer(Trainer):
         self.decay_step = decay_step
         self._skipped_steps = self._skipped_in_a_row = self._risen_in_a_row = 0
         self._first_loss: float | None = None
+        self._unfinished: str | None = None  # where a checkpoint is being written
         self.max_skipped_steps = max_skipped_steps
         arguments = kwargs["args"]
         if arguments.n_gpu > 1:
             # DataParallel would cut a batch's tensors apart, and multiplies the batch size.
             arguments._n_gpu = 1
+        # RunState restores what the Trainer would make new callbacks for.
+        arguments.restore_callback_states_from_checkpoint = False
         if arguments.load_best_model_at_end and arguments.save_total_limit == 1:
             # With 1 the Trainer deletes the last checkpoint at the end, from which an interrupted
-            # run goes on. Until then it keeps 2 as well, the best and the last.
+            # run resumes. Until then it keeps 2 as well, the best and the last.
             arguments.save_total_limit = 2
         super().__init__(**kwargs)
         if arguments.fsdp and not self.is_fsdp_enabled:
@@ -140,6 +133,7 @@ class ObjectiveTrainer(Trainer):
             self.add_callback(LogLines(shown))
         self.costs = Costs()
         self.add_callback(self.costs)
+        self.add_callback(RunState(self._run_state, self._resume))
         self.stop_diverged = StopDiverged(self._why_diverged)
         self.add_callback(self.stop_diverged)
 
@@ -178,55 +172,85 @@ class ObjectiveTrainer(Trainer):
         if self.args.process_index == 0:
             logger.warning(line)
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
-        """Train; a checkpoint that has reached ``max_steps`` already is loaded and left at that."""
-        self._resumed_from = resume_from_checkpoint
-        saved = read_trainer_state(resume_from_checkpoint) if resume_from_checkpoint else None
-        self.costs.go_on(saved or {})
-        if saved:
-            logged = [row.get("skipped_steps", 0) for row in saved["log_history"]]
-            self._skipped_steps = max(logged, default=0)
-            first = (row["first_loss"] for row in saved["log_history"] if "first_loss" in row)
-            self._first_loss = next(first, None)
-        if not saved or not 0 < self.args.max_steps <= saved["global_step"]:
-            try:
-                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-            except (InputError, NotWritten, Disagreement, KeyboardInterrupt):
-                # Close progress bars, give signals back.
-                self.callback_handler.on_train_end(self.args, self.state, self.control)
-                raise
-        # The Trainer would go one step further.
-        state_file = Path(resume_from_checkpoint) / "trainer_state.json"
-        self.state = TrainerState.load_from_json(str(state_file))
-        self._find_best_checkpoint()
-        if self.args.load_best_model_at_end:
-            self._forget_damaged_best_checkpoint()
-            resume_from_checkpoint = self.state.best_model_checkpoint or resume_from_checkpoint
-        self._load_from_checkpoint(resume_from_checkpoint, self.model)
-        return TrainOutput(self.state.global_step, math.nan, {})
+    def _run_state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of this run."""
+        return {
+            "version": CHECKPOINT_VERSION,
+            "costs": {"seconds": self.costs.seconds, **self.costs.passes()},
+            "skipped_steps": self._skipped_steps,
+            "first_loss": self._first_loss,
+            "risen_in_a_row": self._risen_in_a_row,
+        }
 
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        if not load_as_saved(model or self.model, Path(resume_from_checkpoint)):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+    def _resume(self, saved: dict[str, Any]) -> None:
+        """Take back what a checkpoint has kept.
 
-    def _load_callback_state(self) -> None:
-        super()._load_callback_state()
-        self._find_best_checkpoint()
-
-    def _find_best_checkpoint(self) -> None:
+        Raises:
+            InputError: another version of this program wrote the checkpoint.
+        """
+        if saved.get("version") != CHECKPOINT_VERSION:
+            raise InputError(
+                f"{self._resumed_from}: another version of this program wrote it; {ANOTHER}"
+            )
+        self.costs.resume(saved["costs"])
+        self._skipped_steps = saved["skipped_steps"]
+        self._first_loss, self._risen_in_a_row = saved["first_loss"], saved["risen_in_a_row"]
         saves = self.args.save_strategy != SaveStrategy.NO
         self.state.best_model_checkpoint = best_checkpoint(
             Path(self._resumed_from), self.state.best_global_step if saves else None
         )
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
+        """Train; a checkpoint that has reached ``max_steps`` already is only loaded.
+
+        Raises:
+            InputError: torch refuses a file of the checkpoint.
+        """
+        self._resumed_from = resume_from_checkpoint
+        if resume_from_checkpoint:
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, STATE)))
+            if 0 < self.args.max_steps <= state.global_step:
+                # The Trainer would take one step more.
+                return self._load_finished(state)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except UnpicklingError as error:
+            reason = f"torch refuses one of its files ({first_line(error)})"
+            raise InputError(f"{resume_from_checkpoint}: {reason}; {ANOTHER}") from error
+        except (InputError, NotWritten, Disagreement, KeyboardInterrupt):
+            # Close progress bars, restore the handlers of signals.
+            self.callback_handler.on_train_end(self.args, self.state, self.control)
+            raise
+
+    def _load_finished(self, state: TrainerState) -> TrainOutput:
+        """Load a checkpoint of the last step, or the best one beside it."""
+        self.state = state
+        self._resume(RunState.read(state))
+        if self.args.load_best_model_at_end:
+            self._forget_damaged_best_checkpoint()
+        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        self._load_from_checkpoint(best or self._resumed_from, self.model)
+        return TrainOutput(state.global_step, math.nan, {})
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        # Files of some models have other names than their weights.
+        if not load_renamed_weights(model or self.model, Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        self._forget_damaged_best_checkpoint()
+        best = self.state.best_model_checkpoint
+        if best and not load_renamed_weights(self.model, Path(best)):
+            super()._load_best_model()
 
     def _forget_damaged_best_checkpoint(self) -> None:
         best = self.state.best_model_checkpoint
         reason = from_first_process(lambda: damage(Path(best))) if best else None
         if reason:
             logger.warning(
-                "the best checkpoint, %s, is not whole (%s): the last weights stay", best, reason
+                "the best checkpoint, %s, is damaged (%s): the last weights stay", best, reason
             )
             self.state.best_model_checkpoint = None
 
@@ -235,33 +259,27 @@ class ObjectiveTrainer(Trainer):
         write = functools.partial(super().save_model, output_dir, _internal_call)
         write_together(Path(output_dir or self.args.output_dir), write)
 
-    def _save(
-        self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
-    ) -> None:
-        if parts_of(self.model):
-            # All processes come here; the first one writes the whole.
-            state_dict = whole_state_dict(self.model)
-        super()._save(output_dir, state_dict)
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        folder = Path(self._get_output_dir(trial=trial), name)
-        write = functools.partial(super()._save_checkpoint, model, trial)
-        # The Trainer would delete older checkpoints before this one is whole.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            write_checkpoint(folder, write, writes_manifest=self.args.should_save)
-        finally:
-            self.args.save_total_limit = limit
-        if self.args.should_save:
-            remove_older_checkpoints(folder, limit, self.state.best_model_checkpoint)
+        folder = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
 
-    def _load_best_model(self) -> None:
-        self._forget_damaged_best_checkpoint()
-        if self.state.best_model_checkpoint is None:
-            return
-        if not load_as_saved(self.model, Path(self.state.best_model_checkpoint)):
-            super()._load_best_model()
+        def write(unfinished: Path) -> None:
+            self._unfinished = str(unfinished.parent)
+            try:
+                super(ObjectiveTrainer, self)._save_checkpoint(model, trial)
+            finally:
+                self._unfinished = None
+
+        write_checkpoint(folder, write, writes_manifest=self.args.should_save)
+        best = folder.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+        self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+        if self.args.should_save:
+            limit = self.args.save_total_limit
+            rotate_checkpoints(
+                str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True
+            )
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._unfinished or super()._get_output_dir(trial)
 
     def collate(self, examples: list[Any]) -> dict[str, Any]:
         """Make a batch, as the Trainer does: without columns that the model does not take."""
@@ -358,10 +376,9 @@ class ObjectiveTrainer(Trainer):
         The Trainer's loop counts a batch's mean once for each example, also for those repeated ones
         that fill up the last batch. Predictions are ``prediction.predict``'s.
         """
-        # Not as DistributedDataParallel: processes may have different numbers of batches. Of
-        # sharded weights every forward pass needs all: there all processes run all of them.
-        whole_weights = not self.is_fsdp_enabled and parts_of(self.model) is None
-        processes = self.args.world_size if whole_weights else 1
+        # Not as DistributedDataParallel: processes may have different numbers of batches. With
+        # sharded weights a forward pass needs all processes, so each runs all of them.
+        processes = 1 if self.is_fsdp_enabled else self.args.world_size
         self.model.eval()
         self.callback_handler.eval_dataloader = dataloader
         dataset, size = dataloader.dataset, self.args.eval_batch_size

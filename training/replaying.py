@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from example_directions import ExampleDirections
 from hizoo import LARGEST_NOISE, HiZOO
-from language_model.tensor_parallel import parts_of, whole_shape
-from training.journal import Checksum, Journal, Record, Settings, Step
-from training.recording import NOISE, checksum_of_trained, replayed, short, trained_weights
+from training.journal import Checksum, Header, Journal, Row, Scales, Step
+from training.optimizers import checked_layers, described, make_optimizer, trained_weights
+from training.recording import NOISE, checksum_of_trained, replayed
 from utils import InputError
-from zeroth_order.layerwise import LayerwiseWeights
 
-# Shifts of the weights in place that a forward pass takes, at most: there, and to the next point.
+# Shifts of the weights in place that a forward pass takes, at most: there, and to the next one.
 SHIFTS_OF_A_PASS = 2
 # Part of u by which another device's functions, or another order of operations, may change it.
 NOISE_ERROR = 1e-5
@@ -40,7 +39,7 @@ class Outcome(NamedTuple):
     rounding: float
 
 
-def optimizer_of(header: Mapping[str, Any], model: nn.Module, compile: bool | None) -> HiZOO:
+def optimizer_of(header: Header, model: nn.Module, compile: bool | None) -> HiZOO:
     """Return the optimizer that a journal's run had, before its first step.
 
     Parameters that the run did not train are frozen.
@@ -53,74 +52,50 @@ def optimizer_of(header: Mapping[str, Any], model: nn.Module, compile: bool | No
     Raises:
         InputError: the model has other parameters, or the noise is another version's.
     """
-    if header["noise"] != NOISE:
-        raise InputError(f"the journal's noise is that of another version: {header['noise']}")
+    if header.noise != NOISE:
+        raise InputError(f"the journal's noise has version {header.noise}, this program's {NOISE}")
+    trained = {name: text for group in header.groups for name, text in group.parameters.items()}
     parameters = dict(model.named_parameters())
-    for name, (dtype, *shape) in header["parameters"].items():
-        there = parameters.get(name)
-        found = None if there is None else [short(there.dtype), *whole_shape(model, there)]
-        if found != [dtype, *shape]:
-            raise InputError(f"{name} is {[dtype, *shape]} in the journal and {found} in the model")
+    for name, text in trained.items():
+        found = described(parameters[name]) if name in parameters else "missing"
+        if found != text:
+            raise InputError(f"{name} is {text} in the journal and {found} in the model")
     for name, parameter in parameters.items():
-        parameter.requires_grad_(name in header["parameters"])
-    saved = header["optimizer"]
-    groups = [
-        {key: value for key, value in group.items() if key != "parameters"}
-        | {"params": [parameters[name] for name in group["parameters"]]}
-        for group in saved["groups"]
-    ]
-    layers = directions = None
-    if saved["layerwise"]:
-        layers = LayerwiseWeights(model)
-        layers.checked = True
-    if saved["by_example"]:
-        directions = ExampleDirections(model)
-        directions.checked = True
-    dtype = saved["hessian_dtype"]
-    return HiZOO(
-        groups,
-        hessian=saved["hessian"],
-        hessian_dtype=dtype and getattr(torch, dtype),
-        num_samples=saved["num_samples"],
-        step_size=saved["step_size"],
-        curvature_every=saved["curvature_every"],
-        clip=saved["clip"],
-        layers=layers,
-        directions=directions,
-        shards=parts_of(model),
-        normalize=saved["normalize"],
-        seed=header["seed"],
-        compile=compile,
-    )
+        parameter.requires_grad_(name in trained)
+    layers = checked_layers(model) if header.layerwise else None
+    return make_optimizer(model, header.groups, replace(header.optimizer, compile=compile), layers)
 
 
-def records_until(journal: Journal, done: int, steps: int | None) -> list[Record]:
-    """Return the records from ``done`` steps on, until so many steps are done in all.
+def rows_until(journal: Journal, done: int, steps: int | None) -> tuple[list[Row], bool]:
+    """Return the rows from ``done`` steps on, until so many steps are done in all.
+
+    With them comes whether they are all that was asked for.
+
+    Args:
+        journal: of the run.
+        done: steps that the model has.
+        steps: None: all, up to the end or a damaged line.
 
     Raises:
         InputError: the journal does not have them.
     """
-    records, _ = journal.after(done)
-    wanted = journal.steps if steps is None else steps
-    kept = [
-        record
-        for record in records
-        if record.step < wanted or (record.step == wanted and not isinstance(record, Step))
-    ]
-    found = done + sum(isinstance(record, Step) for record in kept)
-    if wanted < done:
-        raise InputError(f"--steps {wanted}: the checkpoint has {done} already")
-    if found < wanted:
-        damaged = " before a damaged record" if found < journal.steps else ""
+    rows, end = journal.after(done)
+    found = done + sum(isinstance(row, Step) for row in rows)
+    if steps is None:
+        return rows, end == journal.ends[-1]
+    if steps < done:
+        raise InputError(f"--steps {steps}: the checkpoint has {done} already")
+    if found < steps:
+        damaged = " before a damaged line" if found < journal.steps else ""
+        way_out = ", or a checkpoint behind it as --model_name" if damaged else ""
         raise InputError(
-            f"{journal.path} has {found} steps{damaged}, not {wanted}; give --steps {found}"
-            + (", or a checkpoint behind it as --model_name" if damaged else "")
+            f"{journal.path} has {found} steps{damaged}, not {steps}; give --steps {found}{way_out}"
         )
-    return kept
+    return [row for row in rows if row.step + isinstance(row, Step) <= steps], True
 
 
 def play(
-    records: Sequence[Record],
+    rows: Sequence[Row],
     optimizer: HiZOO,
     model: nn.Module,
     compare: bool = False,
@@ -129,35 +104,35 @@ def play(
     """Do the steps of a journal with its losses in place of forward passes.
 
     Args:
-        records: of the journal.
+        rows: of the journal.
         optimizer: ``optimizer_of``, or with the state of a checkpoint.
         model: whose weights it changes.
         compare: whether the run's checksums are compared.
         on_step: called after every step.
     """
     steps, passes, compared, different = 0, 0, [], None
-    by_example = optimizer.directions is not None
-    for record in records:
-        if isinstance(record, Settings):
+    for row in rows:
+        if isinstance(row, Scales):
             for group in optimizer.param_groups:
-                group |= record.values
-        elif isinstance(record, Step):
-            set_rates(optimizer, record)
-            for estimate in record.estimates:
-                optimizer.estimate(replayed(estimate, by_example), estimate.weight)
-                passes += len(estimate.passes)
+                group["eps"], group["curvature_eps"] = row.eps, row.curvature_eps
+        elif isinstance(row, Step):
+            for group in optimizer.param_groups:
+                group["lr"], group["hessian_smooth"] = row.lr, row.alpha
+            for losses, weight in zip(row.losses, row.weights, strict=True):
+                optimizer.estimate(replayed(losses), weight)
+                passes += len(losses)
             optimizer.step()
             steps += 1
             on_step()
-        elif isinstance(record, Checksum) and compare and different is None:
-            compared.append(record.step)
-            if checksum_of_trained(model) != record.value:
-                different = record.step
-    return Outcome(steps, compared, different, rounding_of(optimizer, model, steps, passes))
+        elif isinstance(row, Checksum) and compare and different is None:
+            compared.append(row.step)
+            if checksum_of_trained(model) != row.checksum:
+                different = row.step
+    return Outcome(steps, compared, different, rounding_of(optimizer, steps, passes))
 
 
 @torch.no_grad()
-def go_back(
+def return_to(
     model: nn.Module, began: nn.Module, journal: Journal, steps: int, compile: bool | None
 ) -> None:
     """Give a model the weights that it had after so many steps of its run.
@@ -172,45 +147,33 @@ def go_back(
     Raises:
         InputError: the journal does not have these steps, or ``began`` is another model.
     """
-    records = records_until(journal, 0, steps)
+    rows, _ = rows_until(journal, 0, steps)
     optimizer = optimizer_of(journal.header, model, compile)
     first = dict(began.named_parameters())
     for name, parameter in trained_weights(model).items():
         parameter.data.copy_(first[name])
-    if checksum_of_trained(model) != journal.header["start"]:
+    if checksum_of_trained(model) != journal.header.start:
         raise InputError(f"{journal.path} begins with other weights than the model has now")
-    play(records, optimizer, model)
+    play(rows, optimizer, model)
 
 
-def set_rates(optimizer: HiZOO, record: Step) -> None:
-    """Give the optimizer a step's η and α, where the journal has them."""
-    for group in optimizer.param_groups:
-        if record.rate is not None:
-            group["lr"] = record.rate
-        if record.smoothing is not None:
-            group["hessian_smooth"] = record.smoothing
-
-
-def rounding_of(optimizer: HiZOO, model: nn.Module, steps: int, passes: int) -> float:
+def rounding_of(optimizer: HiZOO, steps: int, passes: int) -> float:
     """Return by how much a weight may differ from that of a run on another device, at most.
 
     Every addition to a weight rounds by up to half a unit in its last place, here and there; a
     stochastic one by a unit. And u, as another device computes it, may differ in its last digits.
     """
-    trained = list(trained_weights(model).values())
-    in_place = optimizer.layers is None and optimizer.directions is None
+    in_place = optimizer.layers is None
     additions = steps + (SHIFTS_OF_A_PASS * passes if in_place else 0)
     rounding = 0.0
     for group in optimizer.param_groups:
+        moved = LARGEST_NOISE * group["eps"]
         for parameter in group["params"]:
             if parameter.numel():
-                largest = (
-                    float(parameter.detach().abs().max()) + LARGEST_NOISE * group["eps"] * in_place
-                )
+                largest = float(parameter.detach().abs().max()) + moved * in_place
                 unit = torch.finfo(parameter.dtype).eps * largest
-                rounding = max(rounding, additions * unit)
-    moved = max((group["eps"] for group in optimizer.param_groups), default=0.0) * LARGEST_NOISE
-    return rounding + passes * moved * NOISE_ERROR * (len(trained) > 0)
+                rounding = max(rounding, additions * unit + passes * moved * NOISE_ERROR)
+    return rounding
 
 
 def load_state(optimizer: HiZOO, checkpoint: Path) -> int:

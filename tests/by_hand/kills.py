@@ -27,7 +27,7 @@ from language_model.manifest import MANIFEST
 from training.checkpoints import checkpoints
 from training.journal import FILE, read_journal
 
-GOING_ON = r"going on from (?:\S*checkpoint-(\d+))?(?:, and )?(?:(\d+) steps)?"
+GOING_ON = r"resuming from (?:\S*checkpoint-(\d+))?(?:, and )?(?:(\d+) steps)?"
 
 
 def command(folder: Path, steps: int, processes: int) -> list[str]:
@@ -120,7 +120,7 @@ def main() -> None:
                 os.waitpid(child, 0)
         text = output.read_text()
         found = re.search(
-            r"going on from (?:\S*checkpoint-(\d+))?(?:, and )?(?:(\d+) steps)?", text
+            r"resuming from (?:\S*checkpoint-(\d+))?(?:, and )?(?:(\d+) steps)?", text
         )
         if found or known == 0 or kills >= options.kills:
             resumed = sum(int(part or 0) for part in found.groups()) if found else 0

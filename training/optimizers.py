@@ -1,0 +1,144 @@
+"""The zeroth-order optimizer of a run: which weights it trains, and how it perturbs them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict
+
+import torch
+from torch import Tensor, nn
+
+from hizoo import LEAST_PART, HiZOO, running_mean
+from training.journal import Group
+from utils import InputError
+from zeroth_order.config import AUTO, HiZOOConfig
+from zeroth_order.layerwise import LayerwiseWeights, OnlyInPlace
+
+
+def trained_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that are trained, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def groups_of(
+    model: nn.Module, decaying: Collection[str], weight_decay: float
+) -> tuple[Group, ...]:
+    """Return the groups of a model's trained weights: matrices among ``decaying``, and others."""
+    trained = trained_weights(model)
+    # Some norms go by unusual names.
+    decaying = {name for name in decaying if name in trained and trained[name].dim() > 1}
+    groups = (
+        Group(
+            weight_decay if decays else 0.0,
+            {name: described(p) for name, p in trained.items() if (name in decaying) == decays},
+        )
+        for decays in (True, False)
+    )
+    return tuple(group for group in groups if group.parameters)
+
+
+def described(tensor: Tensor) -> str:
+    """Return dtype and shape in words, as in ``float32 512 x 128``."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {' x '.join(map(str, tensor.shape))}"
+
+
+def make_optimizer(
+    model: nn.Module,
+    groups: Sequence[Group],
+    config: HiZOOConfig,
+    layers: LayerwiseWeights | None,
+) -> HiZOO:
+    """Return the optimizer of a model's trained weights.
+
+    The noise depends on the order of the parameters, so a replay makes its optimizer here, too.
+
+    Args:
+        model: the model.
+        groups: of its weights.
+        config: of the optimizer.
+        layers: perturbs one module at a time; None: all weights in place.
+    """
+    parameters = dict(model.named_parameters())
+    param_groups = [
+        {"params": [parameters[name] for name in g.parameters], "weight_decay": g.weight_decay}
+        for g in groups
+    ]
+    settings = asdict(config)
+    if config.lr == AUTO:
+        settings |= {"lr": 0.1, "step_size": "curvature"}
+    if config.hessian_dtype:
+        settings["hessian_dtype"] = getattr(torch, config.hessian_dtype)
+    optimizer = HiZOO(param_groups, layers=layers, **settings)
+    optimizer.config = config
+    return optimizer
+
+
+def groups_in(optimizer: HiZOO, model: nn.Module) -> tuple[Group, ...]:
+    """Return the groups that an optimizer was made of."""
+    names = {id(parameter): name for name, parameter in trained_weights(model).items()}
+    return tuple(
+        Group(group["weight_decay"], {names[id(p)]: described(p) for p in group["params"]})
+        for group in optimizer.param_groups
+    )
+
+
+def numbers_of(optimizer: HiZOO) -> tuple[float, float | None, float]:
+    """Return g, c and η of the step that the optimizer is about to take."""
+    group = optimizer.param_groups[0]
+    gradients, curvatures = optimizer._scalars_of(group, optimizer._mean_differences())
+    c = sum(curvatures) if optimizer._measured else None
+    if optimizer.step_size == "fixed":
+        return sum(gradients), c, float(group["lr"])
+    changed = dict(group)
+    if c is not None and math.isfinite(c):
+        changed["measured_steps"] += 1
+        mean = running_mean(group["mean_curvature"], c, changed["measured_steps"])
+        changed["mean_curvature"] = max(mean, LEAST_PART * c)
+    return sum(gradients), c, optimizer.learning_rate(changed)
+
+
+@torch.no_grad()
+def choose_layers(
+    model: nn.Module, perturbation: str, loss: Callable[[], Tensor], warn: Callable[[str], None]
+) -> LayerwiseWeights | None:
+    """Return what perturbs one module at a time, None to perturb in place.
+
+    The loss of a batch shows whether the model allows it, before any weight has changed. Weights
+    that no text passes through are frozen.
+
+    Args:
+        model: in evaluation mode.
+        perturbation: "inplace", "layerwise" or "auto": layerwise where weights are half precision.
+        loss: of a batch.
+        warn: takes a line for the user.
+
+    Raises:
+        InputError: "layerwise" does not work for this model.
+    """
+    half_precision = any(p.element_size() < 4 for p in trained_weights(model).values())
+    if perturbation == "inplace" or (perturbation == "auto" and not half_precision):
+        return None
+    layers = LayerwiseWeights(model)
+    try:
+        unused = layers.check(loss)
+    except OnlyInPlace as error:
+        reason = f"{type(model).__name__} cannot be perturbed layer by layer: {error}"
+        if perturbation == "layerwise":
+            raise InputError(f"{reason}; use --zo_perturbation inplace") from error
+        warn(f"{reason}; its weights are shifted in place and back, which rounds")
+        return None
+    if not unused:
+        return layers
+    for name in unused:
+        model.get_parameter(name).requires_grad_(False)
+    of = f", the first of {len(unused)} such weights" if len(unused) > 1 else ""
+    warn(f"not trained, since no text passes through: {unused[0]}{of}")
+    return checked_layers(model)
+
+
+def checked_layers(model: nn.Module) -> LayerwiseWeights:
+    """Return what perturbs one module at a time, where a check has shown that it works."""
+    layers = LayerwiseWeights(model)
+    layers.checked = True
+    return layers
