@@ -6,11 +6,10 @@ python report.py result/*.json --columns seed --format latex
 
 from __future__ import annotations
 
-import argparse
 import sys
+from argparse import RawTextHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from sweeps.results import (
     RECORD,
@@ -22,26 +21,19 @@ from sweeps.results import (
     unfinished,
 )
 from sweeps.tables import COLUMNS, FORMATS, FORMS, Table
-from utils import InputError, check_writable, exit_code, write_text_atomically
+from utils import InputError, OneLineParser, check_writable, exit_code, write_text_atomically
 
 # These folders hold JSON files that are no results.
 WITHOUT_RESULTS = ("checkpoint-", "slurm")
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """Raises InputError where the command line is wrong."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise InputError."""
-        raise InputError(f"{message} (python report.py --help explains the arguments)")
-
-
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> OneLineParser:
     """Return the parser of the command line."""
     parser = OneLineParser(
+        "report.py",
         description=__doc__,
+        formatter_class=RawTextHelpFormatter,
         allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("places", nargs="+", type=Path, help="result files, and folders of results or sweeps")

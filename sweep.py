@@ -6,6 +6,7 @@ python sweep.py --learning_rate 1e-6 1e-7 --seed 0 1 2 -- ARGUMENTS OF run.py
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import hashlib
 import json
@@ -13,8 +14,8 @@ import os
 import shlex
 import signal
 import sys
+from argparse import RawTextHelpFormatter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,29 +35,24 @@ from sweeps.results import MISSING, RECORD, SEEDS, Outcome, name_data, read_outc
 from sweeps.running import Job, Processes, follow
 from sweeps.slurm import JobArray
 from sweeps.tables import best, in_words
-from utils import InputError, Interrupted, exit_code, write_json
+from utils import InputError, Interrupted, OneLineParser, exit_code, write_json
 
-USAGE = """\
-python sweep.py [GRID.yaml] [--NAME VALUES…]… [--output_dir DIR] [--jobs N] [--slurm OPTIONS]
-                [--dry_run] [-- ARGUMENTS OF run.py]
-
+USAGE = "python sweep.py [GRID.yaml] [--NAME VALUES…]… [OPTIONS] [-- ARGUMENTS OF run.py]"
+DESCRIPTION = """\
   python sweep.py runs/grids/hizoo.yaml -- --model_name facebook/opt-13b --task_name CB
   python sweep.py --learning_rate 1e-6 1e-7 --seed 0 1 2 --jobs 2 -- --task_name SST2 …
   python sweep.py --method '{lora: True, zo_eps: 1e-2}' '{prefix_tuning: True, zo_eps: 1e-1}' -- …
 
-  GRID.yaml     arguments of run.py: lists multiply; lists of {…} under a name of your own are
-                values that belong together
-  --NAME        a list of values of an argument; it replaces the file's
-  --output_dir  folder of the runs. Default: result/<name of the file>, or result/sweep-<hash>
-  --jobs        runs at a time, each with its share of the cores, or a GPU of its own. Default: 1
-  --slurm       submit the runs as a job array with these options of sbatch, as in
-                "--gres=gpu:1 --time=24:00:00"; needs submitit. --jobs then bounds the array
-  --dry_run     print what differs between the runs, their forward passes and the time they need
-  --            what follows goes to every run, and replaces the file's values
+GRID.yaml holds arguments of run.py. Lists multiply; lists of {…} under a name of your own are
+values that belong together. --NAME gives a list of values; it replaces the file's. What follows --
+goes to every run, and replaces the file's values, too.
 
-  The same command again skips finished runs and resumes the others. Exit codes: 0 all runs have
-  finished, 1 some failed, 2 bad input, 130 interrupted.
-"""
+--slurm takes options of sbatch, as in "--gres=gpu:1 --time=24:00:00". It needs submitit; --jobs
+then bounds the array.
+
+The same command again skips finished runs and resumes the others. Exit codes: 0 all runs have
+finished, 1 some failed, 2 bad input, 130 interrupted."""
+SHARE = "each with its share of the cores or a GPU of its own"
 ROOT = Path(__file__).resolve().parent
 # Seconds in which a run imports its libraries and loads its model, beside what it plans.
 START_UP = 10.0
@@ -64,71 +60,64 @@ START_UP = 10.0
 WITHOUT_EFFECT_ON_SAMPLES = {*SEEDS, "learning_rate", "hessian_smooth_type", "hessian", "zo_eps"}
 
 
-@dataclass(frozen=True)
-class Options:
-    """The command line.
+def make_parser() -> OneLineParser:
+    """Return the parser of the sweep's own options."""
+    parser = OneLineParser(
+        "sweep.py",
+        USAGE,
+        DESCRIPTION,
+        formatter_class=RawTextHelpFormatter,
+        allow_abbrev=False,
+    )
+    add, folder = parser.add_argument, "result/<name of the file>, or result/sweep-<hash>"
+    add("--output_dir", metavar="DIR", type=Path, help=f"folder of the runs. Default: {folder}")
+    add("--jobs", metavar="N", type=at_least_one, help=f"runs at a time, {SHARE}. Default: 1")
+    add("--slurm", metavar="OPTIONS", help="submit the runs as a job array; see above")
+    add(
+        "--dry_run", action="store_true", help="print what differs between the runs, and their cost"
+    )
+    return parser
 
-    Attributes:
-        file: of the grid; None: the command line has all of it.
-        lists: of the grid, by argument.
-        further: arguments of every run.
-        output_dir: of the runs; None: named after the grid.
-        jobs: runs at a time; None: not given.
-        slurm: sbatch's options; None: the runs are processes on this machine.
-        dry_run: print only.
+
+def at_least_one(text: str) -> int:
+    """Return a number of jobs."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number, at least 1")
+    return int(text)
+
+
+def read_command_line(argv: Sequence[str]) -> tuple[argparse.Namespace, Grid]:
+    """Return the sweep's own options and its grid.
+
+    Raises:
+        InputError: a value is missing or wrong, or something is given twice.
     """
-
-    file: Path | None
-    lists: dict[str, list[str]]
-    further: list[str]
-    output_dir: Path | None
-    jobs: int | None
-    slurm: str | None
-    dry_run: bool
-
-    @classmethod
-    def read(cls, argv: Sequence[str]) -> Options:
-        """Read a command line.
-
-        Raises:
-            InputError: a value is missing or wrong, or something is given twice.
-        """
-        words = list(argv)
-        border = words.index("--") if "--" in words else len(words)
-        name, lists = "", {"": []}
-        for word in words[:border]:
-            # The options of sbatch begin with dashes, too.
-            if not word.startswith("--") or (name == "slurm" and not lists[name]):
-                lists[name].append(word)
-                continue
-            name, _, value = word.removeprefix("--").partition("=")
-            name = name.replace("-", "_")
-            if name in lists:
-                raise InputError(f"--{name} is given twice: give all of its values once")
-            lists[name] = [value] if value else []
-
-        def single(name: str) -> str | None:
-            values = lists.pop(name, None)
-            if values is not None and len(values) != 1:
-                raise InputError(f"--{name}: give one value, not {len(values)}")
-            return values[0] if values else None
-
-        files = [*lists.pop(""), *lists.pop("dry_run", [])]
-        if len(files) > 1:
-            raise InputError(f"{files[1]}: a second grid, beside {files[0]}; give one")
-        dry_run, jobs = "--dry_run" in words[:border], single("jobs")
-        if jobs is not None and not (jobs.isdecimal() and int(jobs) > 0):
-            raise InputError(f"--jobs {jobs}: must be a whole number, at least 1")
-        output_dir, slurm = single("output_dir"), single("slurm")
-        return cls(
-            file=Path(files[0]) if files else None,
-            lists=lists,
-            further=words[border + 1 :],
-            output_dir=Path(output_dir) if output_dir else None,
-            jobs=int(jobs) if jobs else None,
-            slurm=slurm,
-            dry_run=dry_run,
-        )
+    words, further = list(argv), []
+    if "--" in words:
+        border = words.index("--")
+        words, further = words[:border], words[border + 1 :]
+    if "--slurm" in words[:-1]:  # its value begins with dashes, too
+        at = words.index("--slurm")
+        words[at : at + 2] = [f"--slurm={words[at + 1]}"]
+    options, words = make_parser().parse_known_args(words)
+    files, lists = [], {}
+    values = files
+    for word in words:
+        if not word.startswith("--"):
+            values.append(word)
+            continue
+        name, _, value = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if name in lists:
+            raise InputError(f"--{name} is given twice: give all of its values once")
+        values = lists[name] = [value] if value else []
+    if len(files) > 1:
+        raise InputError(f"{files[1]}: a second grid, beside {files[0]}; give one")
+    if options.output_dir is None:
+        content = hashlib.sha256(json.dumps([lists, further]).encode()).hexdigest()
+        name = Path(files[0]).stem if files else f"sweep-{content[:8]}"
+        options.output_dir = Path("result") / name
+    return options, read_grid(Path(files[0]) if files else None, lists, further)
 
 
 class Sweep:
@@ -217,14 +206,6 @@ class Sweep:
         write_json(self.folder / RECORD, {"runs": record})
 
 
-def default_folder(options: Options) -> Path:
-    """Return a folder named after the grid's file, or after the command line's lists."""
-    if options.file:
-        return Path("result") / options.file.stem
-    content = json.dumps([options.lists, options.further])
-    return Path("result") / f"sweep-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
-
-
 def command(words: Sequence[str]) -> str:
     """Return a run's command line for the folder in which this one was typed."""
     return shlex.join(["python", os.path.relpath(ROOT / "run.py"), *words])
@@ -258,7 +239,7 @@ def print_plans(sweep: Sweep, jobs: int) -> None:
     )
 
 
-def carry_out(sweep: Sweep, options: Options) -> list[Job]:
+def carry_out(sweep: Sweep, options: argparse.Namespace) -> list[Job]:
     """Do the runs that have not finished; returns all of them.
 
     Raises:
@@ -316,9 +297,8 @@ def closing_lines(sweep: Sweep, jobs: Sequence[Job]) -> Iterator[str]:
 
 def sweep_command_line(argv: Sequence[str]) -> int:
     """Do what a command line says; returns 1 if a run has not finished."""
-    options = Options.read(argv)
-    grid = read_grid(options.file, options.lists, options.further)
-    sweep = Sweep(grid, options.output_dir or default_folder(options))
+    options, grid = read_command_line(argv)
+    sweep = Sweep(grid, options.output_dir)
     if options.dry_run:
         sweep.check_record()
         print_plans(sweep, options.jobs or 1)
@@ -330,10 +310,10 @@ def sweep_command_line(argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command line; returns the exit code: see ``USAGE``."""
-    if not argv or argv[0] in ("--help", "-h"):
-        print(USAGE)
-        return 0 if argv else 2
+    """Run the command line; returns the exit code (``DESCRIPTION``)."""
+    if not argv:
+        make_parser().print_help()
+        return 2
     leave_out_loading_bars()
     return exit_code(lambda: sweep_command_line(argv))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import contextlib
 import functools
@@ -15,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,6 +51,14 @@ class NotWritten(OSError):
         existing = next(each for each in (place, *place.absolute().parents) if each.exists())
         free = shutil.disk_usage(existing).free / 2**20
         return cls(f"{place} could not be written: {one_line(error)} ({free:,.0f} MiB are free)")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Raises InputError where a command line is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise InputError."""
+        raise InputError(f"{message} (python {self.prog} --help explains the arguments)")
 
 
 def first_line(error: Exception) -> str:

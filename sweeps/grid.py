@@ -74,7 +74,9 @@ class Grid:
         Raises:
             InputError: an argument is in two lists, two runs are the same, or a value is invalid.
         """
-        self._check_axes()
+        names = [name for choices in self.axes.values() for name in _names_in(choices)]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise InputError(f"--{min(twice)} is in the grid twice, in two lists: give it once")
         runs: list[Run] = []
         for choices in itertools.product(*self.axes.values()):
             choice = {name: value for each in choices for name, value in each.items()}
@@ -91,17 +93,6 @@ class Grid:
                 name = name_of(choice, hashed=True)
             runs.append(Run(name, choice, words, given))
         return runs
-
-    def _check_axes(self) -> None:
-        places: dict[str, str] = {}
-        for axis, choices in self.axes.items():
-            for name in _names_in(choices):
-                if name in places:
-                    raise InputError(
-                        f"--{name} is in the grid twice, in {places[name]} and in {axis}: give it "
-                        "once"
-                    )
-                places[name] = axis
 
 
 def read_grid(
@@ -191,7 +182,11 @@ def _sort(parser: OneLineParser, entries: Mapping[str, Entry]) -> Grid:
             raise InputError(f"{place}: {key} is an empty list: give at least one value")
         name = parser.name_of(f"--{key}")
         if name is None and all(isinstance(group, dict) and group for group in values):
-            axes[key] = [_group(parser, place, key, group) for group in values]
+            inside = f"{place}: in {key}"
+            axes[key] = [
+                {_known(parser, inside, word): typed(inside, word, v) for word, v in group.items()}
+                for group in values
+            ]
             continue
         name = _known(parser, place, key)
         if name in fixed or name in axes:
@@ -201,14 +196,6 @@ def _sort(parser: OneLineParser, entries: Mapping[str, Entry]) -> Grid:
         else:
             fixed[name] = typed(place, key, value)
     return Grid(fixed, axes)
-
-
-def _group(parser: OneLineParser, place: str, key: str, group: Mapping[str, Any]) -> Values:
-    names = [_known(parser, f"{place}: in {key}", word) for word in group]
-    return {
-        name: typed(place, word, value)
-        for name, (word, value) in zip(names, group.items(), strict=True)
-    }
 
 
 def _known(parser: OneLineParser, place: str, word: str) -> str:

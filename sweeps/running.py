@@ -16,7 +16,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from time import sleep
-from typing import Protocol
 
 from tqdm import tqdm
 
@@ -60,22 +59,6 @@ class Job:
         """Note its exit code."""
         self.said = "" if code == 0 else last_words(self.log, code)
         self.state = {0: "finished", INTERRUPTED: "interrupted"}.get(code, "failed")
-
-
-class Runner(Protocol):
-    """Runs jobs: on this machine or on a cluster.
-
-    Attributes:
-        farewell: what the user reads when Ctrl-C ends the sweep.
-    """
-
-    farewell: str
-
-    def look(self) -> None:
-        """Update the states of the jobs."""
-
-    def stop(self) -> None:
-        """End the jobs, or leave them to the cluster."""
 
 
 class Processes:
@@ -208,11 +191,11 @@ def last_words(log: Path, code: int) -> str:
     return said[-1] if said else f"exit code {code}"
 
 
-def follow(runner: Runner, jobs: Sequence[Job], describe: Callable[[Job], str]) -> None:
+def follow(runner: Processes, jobs: Sequence[Job], describe: Callable[[Job], str]) -> None:
     """Wait until all jobs are over; print their starts and ends, and show a bar on a terminal.
 
     Args:
-        runner: of the jobs.
+        runner: of the jobs, or an object with its methods.
         jobs: all runs of the sweep.
         describe: returns the result of a finished run as text.
 

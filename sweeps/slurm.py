@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 from collections.abc import Sequence
@@ -24,9 +23,8 @@ JOBS, FOLDER = "slurm.json", "slurm"
 RESTARTS = 1000
 # A run saves its checkpoint this many seconds before its time limit.
 NOTICE = 120
-# States of jobs that Slurm will still run; sacct may not know a new job yet.
-UNFINISHED = {"PENDING", "RUNNING", "REQUEUED", "COMPLETING", "CONFIGURING", "SUSPENDED"}
-UNFINISHED |= {"UNKNOWN", "PREEMPTED", "READY"}
+# States of jobs that have ended. sacct may not know a new job yet.
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL")
 
 
 class RunOnNode:
@@ -59,32 +57,39 @@ class JobArray:
         number: jobs at a time; None: as many as Slurm allows.
 
     Raises:
-        InputError: submitit is not installed, there is no Slurm here, or an option is invalid.
+        InputError: submitit is not installed, or Slurm takes no such job.
     """
 
     farewell = "the jobs stay with Slurm (scancel ends them); the same command follows them again"
 
     def __init__(self, jobs: Sequence[Job], options: str, folder: Path, number: int | None) -> None:
-        self.jobs = jobs
-        parameters = read_options(options)
+        self.jobs, file = jobs, folder / JOBS
+        parameters: dict[str, Any] = {"additional_parameters": read_options(options)}
         if number is not None:
             parameters["array_parallelism"] = number
         # The nodes import this module.
         paths = [str(SCRIPT.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         os.environ["PYTHONPATH"] = os.pathsep.join(paths)
-        executor = make_executor(folder.resolve() / FOLDER, parameters)
-        file = folder / JOBS
-        numbers = json.loads(file.read_text()) if file.is_file() else {}
-        earlier = {
-            name: executor.job_class(executor.folder, number) for name, number in numbers.items()
-        }
-        self.submitted = {name: job for name, job in earlier.items() if job.state in UNFINISHED}
-        waiting = [j for j in jobs if j.state == "waiting" and j.name not in self.submitted]
-        if waiting:
-            lines, logs = [job.words for job in waiting], [job.log for job in waiting]
-            array = executor.map_array(RunOnNode(), lines, logs)
-            self.submitted |= {job.name: one for job, one in zip(waiting, array, strict=True)}
-            write_json(file, {name: one.job_id for name, one in self.submitted.items()})
+        try:
+            executor = make_executor(folder.resolve() / FOLDER, parameters)
+            numbers = json.loads(file.read_text()) if file.is_file() else {}
+            earlier = {n: executor.job_class(executor.folder, i) for n, i in numbers.items()}
+            self.submitted = {
+                n: job for n, job in earlier.items() if not job.state.startswith(ENDED)
+            }
+            waiting = [j for j in jobs if j.state == "waiting" and j.name not in self.submitted]
+            words, logs = [job.words for job in waiting], [job.log for job in waiting]
+            array = executor.map_array(RunOnNode(), words, logs) if waiting else []
+        except ImportError as error:
+            raise InputError(
+                "--slurm needs submitit: pip install submitit, or use --jobs"
+            ) from error
+        except (RuntimeError, ValueError, TypeError, NameError) as error:
+            raise InputError(
+                f"--slurm {options}: {one_line(error)}; correct the options, or use --jobs"
+            ) from error
+        self.submitted |= {job.name: one for job, one in zip(waiting, array, strict=True)}
+        write_json(file, {name: one.job_id for name, one in self.submitted.items()})
 
     def look(self) -> None:
         """Ask Slurm for the states of the jobs."""
@@ -92,76 +97,37 @@ class JobArray:
             if job.is_over:
                 continue
             submitted = self.submitted[job.name]
-            if submitted.done():
-                job.end(_exit_code(submitted))
-            elif submitted.state == "RUNNING":
-                job.state = "running"
+            if not submitted.done():
+                job.state = "running" if submitted.state == "RUNNING" else job.state
+            elif submitted.exception() is None:
+                job.end(submitted.result())
+            else:
+                job.end(INTERRUPTED if submitted.state.startswith("CANCELLED") else 1)
 
     def stop(self) -> None:
         """Leave the jobs to Slurm."""
 
 
-def _exit_code(submitted: Any) -> int:
-    if submitted.exception() is None:
-        return submitted.result()
-    return INTERRUPTED if submitted.state.startswith("CANCELLED") else 1
-
-
 def make_executor(folder: Path, parameters: dict[str, Any]) -> submitit.Executor:
-    """Return submitit's executor.
+    """Return what submits the jobs."""
+    import submitit
 
-    Raises:
-        InputError: submitit is not installed, there is no Slurm here, or an option is invalid.
-    """
-    try:
-        import submitit
-    except ImportError as error:
-        raise InputError("--slurm needs submitit: pip install submitit, or use --jobs") from error
-    try:
-        executor = submitit.SlurmExecutor(folder, max_num_timeout=RESTARTS)
-        executor.update_parameters(signal_delay_s=NOTICE, job_name="sweep", **parameters)
-    except (RuntimeError, ValueError, TypeError, NameError) as error:
-        raise InputError(
-            f"--slurm: {one_line(error)}; install Slurm's sbatch, or use --jobs"
-        ) from error
+    executor = submitit.SlurmExecutor(folder, max_num_timeout=RESTARTS)
+    executor.update_parameters(signal_delay_s=NOTICE, job_name="sweep", **parameters)
     return executor
 
 
-def read_options(text: str) -> dict[str, Any]:
-    """Return sbatch's options as submitit takes them: the time in minutes, the others unchanged.
+def read_options(text: str) -> dict[str, str | bool]:
+    """Return sbatch's options by name.
 
     Raises:
-        InputError: a word is no option, or there is no valid time.
+        InputError: a word is no option, or there is no time limit.
     """
-    options: dict[str, Any] = {}
-    try:
-        words = shlex.split(text)
-    except ValueError as error:
-        raise InputError(f"--slurm {text}: {one_line(error)}; close the quotation") from error
-    for word in words:
-        match = re.fullmatch(r"--([\w-]+)(?:=(.+))?", word)
-        if not match:
-            raise InputError(
-                f"--slurm {text}: {word} is no option of sbatch; write --name=value, as in "
-                '"--gres=gpu:1 --time=24:00:00"'
-            )
-        options[match[1]] = match[2] or True
-    if "time" not in options:
-        raise InputError(f"--slurm {text}: give the longest time of a job, as in --time=24:00:00")
-    return {"time": minutes(str(options.pop("time"))), "additional_parameters": options}
-
-
-def minutes(text: str) -> int:
-    """Return Slurm's time in minutes: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S.
-
-    Raises:
-        InputError: it is none of these.
-    """
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
-    if not match:
-        raise InputError(f"--slurm --time={text}: give a time as in 24:00:00 or 2-12:00:00")
-    days, *parts = match.groups(default="0")
-    if match[1] is None and match[4] is None:
-        parts = ["0", *parts[:2]]  # M or M:S
-    hours, whole, seconds = map(int, parts)
-    return max(1, int(days) * 1440 + hours * 60 + whole + (seconds > 0))
+    words = re.findall(r"--([\w-]+)(?:=(\S+))?(?=\s|$)", text)
+    options = {name: value or True for name, value in words}
+    if len(words) != len(text.split()) or "time" not in options:
+        raise InputError(
+            f"--slurm {text}: write sbatch's options as --name=value, with the longest time of a "
+            'job, as in "--gres=gpu:1 --time=24:00:00"'
+        )
+    return options

@@ -26,7 +26,6 @@ import templates
 from command_line.arguments import parse_arguments
 from command_line.checks import check
 from command_line.settings import name_run, settle_dtype
-from sweeps.grid import read_grid
 from tasks import TASKS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -146,8 +145,7 @@ def accept(call: list[str], checkout: Path) -> None:
     elif name == "replay.py":
         replay.parser().parse_args(argv)
     elif name == "sweep.py":
-        options = sweep.Options.read(argv)
-        grid = read_grid(options.file, options.lists, options.further)
+        _, grid = sweep.read_command_line(argv)
         assert len(sweep.Sweep(grid, checkout / "result").runs) > 1
     elif name in ("run.py", "probe.py"):
         argv = argv[: argv.index("--plot")] if "--plot" in argv else argv

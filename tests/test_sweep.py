@@ -187,8 +187,8 @@ def test_bad_grid(
         (["a.yaml", "b.yaml"], "b.yaml: a second grid, beside a.yaml"),
         (["--seed", "--", *DATA], "--seed: give the values that the grid has"),
         (["--seed", "1", "2", "--", *DATA, "--seed", "1"], "--seed is in the grid and behind --"),
-        (["--seed", "1", "--jobs", "0", "--", *DATA], "--jobs 0: must be a whole number"),
-        (["--seed", "1", "--jobs"], "--jobs: give one value, not 0"),
+        (["--seed", "1", "--jobs", "0", "--", *DATA], "argument --jobs: 0: must be a whole number"),
+        (["--seed", "1", "--jobs"], "argument --jobs: expected one argument"),
         (["--seed", "1", "--seed", "2"], "--seed is given twice"),
         (["--seed", "1", "--", *DATA, "--tag", "a"], "--tag in a sweep"),
         (["--mine", "{", "--", *DATA], "--mine: "),
@@ -497,25 +497,30 @@ def test_dry_run_tells_what_differs_and_writes_nothing(
 
 def test_options_of_sbatch() -> None:
     assert slurm.read_options("--gres=gpu:1 --time=2-12:00:00 --exclusive") == {
-        "time": 3600,
-        "additional_parameters": {"gres": "gpu:1", "exclusive": True},
+        "gres": "gpu:1",
+        "time": "2-12:00:00",
+        "exclusive": True,
     }
-    times = {"30": 30, "30:30": 31, "1:30:00": 90, "1-2": 1560, "1-2:30": 1590}
-    assert {text: slurm.minutes(text) for text in times} == times
-    for text, said in {
-        "gpu:1": "gpu:1 is no option of sbatch",
-        "--gres=gpu:1": "give the longest time",
-        "--time=soon": "give a time as in",
-    }.items():
-        with pytest.raises(InputError, match=said):
+    for text in ("gpu:1 --time=1", "--gres=gpu:1", "--time=1 -N2", ""):
+        with pytest.raises(InputError, match="write sbatch's options as --name=value"):
             slurm.read_options(text)
+
+
+def test_slurm_gets_the_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    submitit = pytest.importorskip("submitit")
+    parameters = {"additional_parameters": slurm.read_options("--time=24:00:00 --exclusive")}
+    monkeypatch.setattr(submitit.SlurmExecutor, "affinity", staticmethod(lambda: 1))
+    executor = slurm.make_executor(tmp_path, parameters | {"array_parallelism": 2})
+    text = executor._make_submission_file_text("command", "1")
+    assert "#SBATCH --time=24:00:00\n" in text and "#SBATCH --exclusive\n" in text
+    assert "#SBATCH --signal=USR2@120\n" in text
 
 
 def test_an_array_on_the_local_executor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     submitit = pytest.importorskip("submitit")
 
     def local(folder: Path, parameters: dict[str, Any]) -> Any:
-        assert parameters["time"] == 10 and parameters["array_parallelism"] == 2
+        assert parameters == {"array_parallelism": 2, "additional_parameters": {"time": "10"}}
         executor = submitit.LocalExecutor(folder)
         executor.update_parameters(timeout_min=1)
         return executor
@@ -558,5 +563,5 @@ def test_without_slurm_one_line_says_so(
     ]
     assert sweep.main(argv) == 2
     err = capsys.readouterr().err
-    assert err.startswith("error: --slurm: ") and err.endswith("use --jobs\n")
+    assert err.startswith("error: --slurm --time=1: ") and err.endswith("use --jobs\n")
     assert len(err.splitlines()) == 1
