@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +128,11 @@ def unfinished(path: Path, run: Mapping[str, Any]) -> Outcome:
 
 
 def shown(value: Any) -> str:
-    """Return a setting as text, as the user may type it."""
+    """Return a setting as text, as a user types it: 1e-4, 0.01, 5."""
     if isinstance(value, float):
-        return re.sub(r"\.0$|(?<=e-)0", "", repr(value))
+        is_small = 0 < abs(value) < 0.01
+        exact = Decimal(repr(value)).normalize()
+        return format(exact, "e") if is_small else repr(value).removesuffix(".0")
     return MISSING if value is None else str(value)
 
 

@@ -77,23 +77,23 @@ def test_rows_are_settings_and_columns_tasks(
     assert table[0] == ["learning_rate", "CB", "SST2"]
     rows = {row[0]: row[1:] for row in table[2:]}
     assert rows == {
-        "0.001": ["**0.7100 ± 0.0100**", "**0.9100 ± 0.0100**"],
-        "0.0001": ["0.6200 ± 0.0100", "0.8200 ± 0.0100"],
+        "1e-3": ["**0.7100 ± 0.0100**", "**0.9100 ± 0.0100**"],
+        "1e-4": ["0.6200 ± 0.0100", "0.8200 ± 0.0100"],
     }
     assert "Mean ± standard deviation of 3 runs." in printed(capsys, grid)
     percent = cells(printed(capsys, grid, "--percent", "--also", "forward_passes", "dev_loss"))
     assert percent[0] == ["learning_rate", "CB", "SST2", "forward_passes", "dev_loss"]
-    assert ["0.001", "**71.0 ± 1.0**", "**91.0 ± 1.0**", "60"] in [row[:4] for row in percent]
-    assert {row[0]: row[4] for row in percent[2:]}["0.001"].startswith("**0.19")
+    assert ["1e-3", "**71.0 ± 1.0**", "**91.0 ± 1.0**", "60"] in [row[:4] for row in percent]
+    assert {row[0]: row[4] for row in percent[2:]}["1e-3"].startswith("**0.19")
     dev = cells(printed(capsys, grid, "--show", "dev_metric"))
-    assert ["0.0001", "0.3100 ± 0.0050", "0.4100 ± 0.0050"] in dev
+    assert ["1e-4", "0.3100 ± 0.0050", "0.4100 ± 0.0050"] in dev
 
 
 def test_columns_are_seeds_of_one_task(grid: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = sorted(grid.glob("SST2*"))
     table = cells(printed(capsys, *files, "--columns", "seed"))
     assert table[0] == ["learning_rate", "seed 0", "seed 1", "seed 2"]
-    assert ["0.001", "**0.9000**", "**0.9100**", "**0.9200**"] in table
+    assert ["1e-3", "**0.9000**", "**0.9100**", "**0.9200**"] in table
     said = refusal(capsys, grid, "--columns", "seed")
     assert "result files of different tasks (CB, SST2) in one column: give --columns task" in said
 
@@ -103,12 +103,12 @@ def test_other_formats_have_the_same_numbers(
 ) -> None:
     tex = printed(capsys, grid, "--format", "latex")
     assert "\\begin{tabular}{lrr}\n\\toprule\nlearning\\_rate & CB & SST2 \\\\\n\\midrule\n" in tex
-    assert "0.0001 & 0.6200 $\\pm$ 0.0100 & 0.8200 $\\pm$ 0.0100 \\\\\n" in tex
-    assert "0.001 & \\textbf{0.7100 $\\pm$ 0.0100} & " in tex
+    assert "1e-4 & 0.6200 $\\pm$ 0.0100 & 0.8200 $\\pm$ 0.0100 \\\\\n" in tex
+    assert "1e-3 & \\textbf{0.7100 $\\pm$ 0.0100} & " in tex
     file = tmp_path / "tables" / "table.csv"
     assert printed(capsys, grid, "--format", "csv", "--output", file) == ""
     rows = list(csv.DictReader(io.StringIO(file.read_text())))
-    of_rate = next(row for row in rows if row["learning_rate"] == "0.001")
+    of_rate = next(row for row in rows if row["learning_rate"] == "1e-3")
     assert float(of_rate["SST2"]) == pytest.approx(statistics.mean((0.9, 0.91, 0.92)))
     assert float(of_rate["SST2_std"]) == pytest.approx(0.01) and of_rate["runs"] == "6"
 
@@ -127,7 +127,15 @@ def test_text_is_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_numbers_are_shown_as_given() -> None:
-    values = {1e-3: "0.001", 1e-05: "1e-5", 2.5e-8: "2.5e-8", 5.0: "5", None: "–"}
+    values = {
+        1e-3: "1e-3",
+        0.05: "0.05",
+        1e-05: "1e-5",
+        float("inf"): "inf",
+        2.5e-8: "2.5e-8",
+        5.0: "5",
+        None: "–",
+    }
     assert {value: shown(value) for value in values} == values
 
 
@@ -244,7 +252,7 @@ def test_bad_input(
 
 def test_curves_are_means_over_seeds_at_the_same_step(grid: Path) -> None:
     outcomes = report.load(sorted(grid.glob("SST2*")))
-    curve = curves(outcomes, "dev_loss", "seconds")["learning rate 0.001"]
+    curve = curves(outcomes, "dev_loss", "seconds")["learning rate 1e-3"]
     assert (curve["runs"] == 3).all()
     assert np.allclose(curve["width"], [1.0, 1.91]) and np.allclose(curve["mean"], [0.5, 0.09])
     assert np.allclose(curve["low"], [0.5, 0.08]) and np.allclose(curve["high"], [0.5, 0.1])
