@@ -167,13 +167,18 @@ def add_prefix(
         tokens: (num_tokens,): the prefix starts from their keys and values; None: from noise.
 
     Raises:
-        InputError: the layers have no keys and values, or some of different sizes.
+        InputError: not every layer has keys and values of the same size for every token.
     """
-    activations = keys_and_values(model, torch.zeros(1).long() if tokens is None else tokens)
-    shapes = {(part.shape[1], part.shape[3]) for layer in activations for part in layer}
-    if len(shapes) > 1:
-        raise _no_prefix(model, "keys and values of different sizes, and a prefix has one size")
-    ((heads, head_size),) = shapes
+    try:
+        activations = keys_and_values(model, torch.zeros(1).long() if tokens is None else tokens)
+        ((heads, head_size),) = {
+            (part.shape[1], part.shape[3]) for layer in activations for part in layer
+        }
+    except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise InputError(
+            f"--prefix_tuning: the layers of {type(model).__name__} do not all have keys and "
+            "values of one size for every token; use --lora"
+        ) from error
     config = PrefixTuningConfig(
         task_type="CAUSAL_LM",
         num_virtual_tokens=num_tokens,
@@ -193,24 +198,10 @@ def add_prefix(
 
 @torch.no_grad()
 def keys_and_values(model: PreTrainedModel, tokens: Tensor) -> KeysAndValues:
-    """Return the keys and values of a text in every layer, (1, heads, tokens, head size) each.
-
-    Raises:
-        InputError: a layer has none.
-    """
+    """Return the keys and values of a text in every layer, (1, heads, tokens, head size) each."""
     cache = DynamicCache()
-    try:
-        model(input_ids=tokens.unsqueeze(0).to(model.device), past_key_values=cache, use_cache=True)
-        layers = tuple((layer.keys, layer.values) for layer in cache.layers)
-    except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise _no_prefix(model, "layers without keys and values") from error
-    if not layers or any(part is None or part.dim() != 4 for layer in layers for part in layer):
-        raise _no_prefix(model, "no keys and values for every token")
-    return layers
-
-
-def _no_prefix(model: PreTrainedModel, reason: str) -> InputError:
-    return InputError(f"--prefix_tuning: {type(model).__name__} has {reason}; use --lora")
+    model(input_ids=tokens.unsqueeze(0).to(model.device), past_key_values=cache, use_cache=True)
+    return tuple((layer.keys, layer.values) for layer in cache.layers)
 
 
 @torch.no_grad()

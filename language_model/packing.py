@@ -9,12 +9,13 @@ that the option gets when it is scored alone. Several short sequences share a ro
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from language_model.encoding import EncodedExample, EncodedOption
 
@@ -173,28 +174,26 @@ def _lay_out(
         The batch without its mask; the branch and the sequence of every token, (rows, length), -1
         for padding.
     """
-    filled = [sum(len(sequences[number].tokens) for number in row) for row in rows]
-    shape = (len(rows), max(filled))
-    tokens, positions = torch.full(shape, pad_token), torch.zeros(shape, dtype=torch.long)
-    branches, owners = torch.full(shape, -1), torch.full(shape, -1)
+
+    def table(values: Callable[[int], Sequence[int]], padding: int) -> Tensor:
+        filled = [torch.tensor([v for number in row for v in values(number)]) for row in rows]
+        side = "left" if pad_left else "right"
+        return pad_sequence(filled, True, padding, side)
+
+    owners = table(lambda number: [number] * len(sequences[number].tokens), -1)
+    branches = table(lambda number: sequences[number].branches, -1)
     reads = []
     for row, numbers in enumerate(rows):
-        column = shape[1] - filled[row] if pad_left else 0
+        column = int((owners[row] >= 0).nonzero()[0])
         for number in numbers:
-            sequence = sequences[number]
-            place = row, slice(column, column + len(sequence.tokens))
-            tokens[place] = torch.tensor(sequence.tokens)
-            positions[place] = torch.tensor(sequence.positions)
-            branches[place] = torch.tensor(sequence.branches)
-            owners[place] = number
-            reads += [(option, row, column + i, target) for option, i, target in sequence.reads]
-            column += len(sequence.tokens)
+            reads += [(o, row, column + i, target) for o, i, target in sequences[number].reads]
+            column += len(sequences[number].tokens)
     # In the order of the options, whatever row they are in.
     reads.sort(key=itemgetter(0))
     read_options, read_rows, read_columns, targets = torch.tensor(reads).unbind(1)
     batch = {
-        "input_ids": tokens,
-        "position_ids": positions,
+        "input_ids": table(lambda number: sequences[number].tokens, pad_token),
+        "position_ids": table(lambda number: sequences[number].positions, 0),
         "read_rows": read_rows,
         "read_columns": read_columns,
         "targets": targets,

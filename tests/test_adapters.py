@@ -107,18 +107,10 @@ def test_a_prefix_starts_as_the_real_tokens(family: str) -> None:
         assert prefix_length(model) == len(TOKENS)
 
 
-@pytest.mark.parametrize(
-    ("family", "reason"),
-    [
-        ("lfm2", "Lfm2ForCausalLM has layers without keys and values"),
-        ("mamba", "MambaForCausalLM has no keys and values for every token"),
-        ("recurrent_gemma", "RecurrentGemmaForCausalLM has no keys and values for every token"),
-        ("deepseek_v2", "DeepseekV2ForCausalLM has keys and values of different sizes"),
-    ],
-)
-def test_layers_without_keys_and_values_have_no_prefix(family: str, reason: str) -> None:
+@pytest.mark.parametrize("family", ["lfm2", "mamba", "recurrent_gemma", "deepseek_v2"])
+def test_layers_without_keys_and_values_have_no_prefix(family: str) -> None:
     for tokens in (TOKENS, None):
-        with pytest.raises(InputError, match=f"--prefix_tuning: {reason}.*; use --lora"):
+        with pytest.raises(InputError, match="ForCausalLM do not all have keys and values of one"):
             add_prefix(tiny_model(family), 5, False, tokens)
 
 
