@@ -38,8 +38,8 @@ class TaskAndData:
     )
     validation_file: str | None = argument(
         None,
-        "Your own examples to report on, in the columns of --train_file. Excludes --task_name and "
-        "--data_dir.",
+        "Your own examples to report on, in the columns of --train_file. Default: a tenth of "
+        "--train_file is held out. Excludes --task_name and --data_dir.",
     )
     text_column: str | None = argument(
         None,

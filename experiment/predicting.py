@@ -15,7 +15,6 @@ from language_model.batches import process_index
 from language_model.prediction import Prediction, predict
 from task_data.files import own_file
 from task_data.loading import load_samples, read_samples
-from task_data.own_tasks import OwnTask
 from tasks import Sample, Task
 from utils import InputError, write_json_lines
 
@@ -52,10 +51,6 @@ def _demonstrations(data: DataOptions, questions: Sequence[Sample]) -> list[list
     """Return what is shown before each question, drawn as before eval examples."""
     train: list[Sample] = []
     if data.num_train:
-        if isinstance(data.task, OwnTask) and not data.task.train_file:
-            raise InputError(
-                f"--num_train {data.num_train} needs --train_file: give examples to draw from"
-            )
         train, _ = load_samples(data.task, data.data_dir, with_validation=False)
     (drawn,) = draw(replace(data, num_dev=0, num_eval=None), train, list(questions))
     shown = zip(drawn.evaluation, drawn.demonstrations, strict=True)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
 from task_data.files import PlacedRow, errors_name, read_rows, row_place
 from task_data.own_tasks import OwnTask
+from task_data.sampling import permutation_subset
 from tasks import Sample, Task, listed
 from utils import InputError, first_line
+
+logger = logging.getLogger(__name__)
 
 
 def load_samples(
@@ -16,9 +20,10 @@ def load_samples(
 ) -> tuple[list[Sample], list[Sample]]:
     """Return all train and all validation samples; none of validation if they are not wanted.
 
-    They come from the user's own files (without a training file there are no train samples), with
-    ``data_dir`` from the files of ``split_files``, or else from the Hub or its local cache, whose
-    test splits have no labels and are never used.
+    They come from the user's own files (without one of training there are no train samples, without
+    one of validation a tenth of the others is held out), with ``data_dir`` from the files of
+    ``split_files``, or else from the Hub or its local cache, whose test splits have no labels and
+    are never used.
 
     Raises:
         InputError: files are missing, empty or malformed, or the Hub cannot be reached.
@@ -27,14 +32,28 @@ def load_samples(
     if files is None:
         return _load_hub(task)
     train, validation = files
-    return (
-        read_samples(task, train) if train else [],
-        read_samples(task, validation) if with_validation else [],
+    samples = read_samples(task, train) if train else []
+    if validation is None:
+        return _held_out(samples, train)
+    return samples, read_samples(task, validation) if with_validation else []
+
+
+def _held_out(samples: list[Sample], file: Path) -> tuple[list[Sample], list[Sample]]:
+    """Return nine tenths of the samples to train on, and the others, always the same ones."""
+    count = max(1, len(samples) // 10)
+    logger.warning(
+        "no --validation_file: %d of the %d rows of %s are held out to report on",
+        *(count, len(samples), file),
     )
+    held_out = permutation_subset(samples, count, seed=0)
+    chosen = {sample.id for sample in held_out}
+    return [sample for sample in samples if sample.id not in chosen], held_out
 
 
-def split_files(task: Task, data_dir: str | None) -> tuple[Path | None, Path] | None:
-    """Return the files of the train split, where there is one, and of validation; None: the Hub's.
+def split_files(task: Task, data_dir: str | None) -> tuple[Path | None, Path | None] | None:
+    """Return the files of the train and validation splits, None where the user has none.
+
+    None in place of both: the Hub's.
 
     With ``data_dir`` they are ``DIR/<task>/train.jsonl`` and ``validation.jsonl`` (or ``.parquet``;
     ``.jsonl`` wins) in the Hub's schema; the folder's name may be in any case.

@@ -24,7 +24,7 @@ class OwnTask(Task):
     """Examples of the user's own files: prompt, answer and, to choose from, options."""
 
     train_file: Path | None
-    validation_file: Path
+    validation_file: Path | None
     own_columns: Columns
 
     @property
@@ -110,12 +110,8 @@ def _own_task(
     has_reward: bool,
     columns: Columns,
 ) -> OwnTask:
-    if not validation_file:
-        raise InputError(
-            f"--train_file {train_file} needs --validation_file: give the examples to report on"
-        )
     train = own_file("--train_file", train_file) if train_file else None
-    validation = own_file("--validation_file", validation_file)
+    validation = own_file("--validation_file", validation_file) if validation_file else None
     first = train or validation
     _, row = next(read_rows(first))
     columns = columns.looked_up(first, row)

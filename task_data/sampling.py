@@ -55,9 +55,9 @@ def draw_example_sets(
     num_eval = len(validation) if num_eval is None else num_eval
     if num_train_sets is None and train_set_seed is None and in_context and num_train:
         evaluation = permutation_subset(validation, num_eval, seed=0)
-        _warn_of_few(len(train), num_train, 0)
         seeds = demonstration_seeds(len(evaluation))
         shown = [permutation_subset(train, num_train, seed) for seed in seeds]
+        _warn_of_few(len(train), num_train, 0)
         return [ExampleSet(0, [], [], evaluation, shown)]
     sets = []
     for seed in range(num_train_sets) if num_train_sets else [train_set_seed or 0]:
@@ -100,10 +100,8 @@ def permutation_subset(samples: Sequence[Sample], k: int, seed: int) -> list[Sam
     """Return k samples drawn without replacement as MeZO draws them; all of them if k is more.
 
     Raises:
-        InputError: k is negative, or there is nothing to draw from.
+        InputError: there is nothing to draw from.
     """
-    if k < 0:
-        raise InputError(f"cannot draw {k} examples: give 0 or more")
     if k and not samples:
         raise _no_train_file(k)
     order = np.random.RandomState(seed).permutation(len(samples))[:k]
@@ -118,14 +116,9 @@ def sample_train_dev(
     Asking for more than there is warns: dev stays whole and train is shorter.
 
     Raises:
-        InputError: a number is negative, dev would leave no training example, or there is nothing
-            to draw from.
+        InputError: dev would leave no training example, or there is nothing to draw from.
     """
     available = len(samples)
-    if num_train < 0 or num_dev < 0:
-        raise InputError(
-            f"cannot draw {num_train} train and {num_dev} dev examples: give 0 or more"
-        )
     if num_train and not samples:
         raise _no_train_file(num_train)
     if num_train + num_dev > available and num_dev >= available:

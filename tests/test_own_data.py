@@ -124,27 +124,18 @@ def test_a_number_is_an_option_or_else_a_position(tmp_path: Path, suffix: str) -
         assert sample.correct == (correct,), (options, answer)
 
 
-@pytest.mark.parametrize(
-    ("cell", "correct"),
-    [
+def test_answers_in_a_cell(tmp_path: Path) -> None:
+    for cell, correct in (
         ('["Ann Lee", "Lee"]', ("Ann Lee", "Lee")),
         ("['Ann Lee', 'Lee']", ("Ann Lee", "Lee")),
         ("{'text': ['Ann Lee'], 'answer_start': [3]}", ("Ann Lee",)),
         *((text, (text,)) for text in ("Paris", "[1] B", "[1, 2]", "{", "[" * 5000, "12")),
-    ],
-    ids=lambda value: str(value)[:20],
-)
-def test_answers_in_a_cell(tmp_path: Path, cell: str, correct: tuple[str, ...]) -> None:
-    _, (sample,) = load(tmp_path, "csv", [{"prompt": "Who?", "answer": cell}])
-    assert sample.correct == correct
-
-
-@pytest.mark.parametrize("cell", ["['Ann Lee' 'Lee']", "{'text': array(['Lee'], dtype=object)}"])
-def test_the_text_of_an_array_is_refused(tmp_path: Path, cell: str) -> None:
-    with pytest.raises(
-        InputError, match=r"mine\.csv:2: .* is a NumPy array's text: give a JSON list"
     ):
-        load(tmp_path, "csv", [{"prompt": "Who?", "answer": cell}])
+        _, (sample,) = load(tmp_path, "csv", [{"prompt": "Who?", "answer": cell}])
+        assert sample.correct == correct
+    for cell in ("['Ann Lee' 'Lee']", "{'text': array(['Lee'], dtype=object)}"):
+        with pytest.raises(InputError, match=r"mine\.csv:2: .* NumPy array's text: give a JSON"):
+            load(tmp_path, "csv", [{"prompt": "Who?", "answer": cell}])
 
 
 def test_csv_of_a_spreadsheet(tmp_path: Path) -> None:
@@ -166,26 +157,23 @@ def test_texts_of_json_stay_texts(tmp_path: Path) -> None:
     assert [sample.correct for sample in samples] == [("2020-01-01",), ('["a"]',), ("1e3",)]
 
 
-@pytest.mark.parametrize(
-    ("prompt", "option", "text"),
-    [
+def test_one_space_before_the_option(tmp_path: Path) -> None:
+    for prompt, option, text in (
         ("It was", "great", " great"),
         ("It was ", "great", "great"),
         ("Good?\n", "yes", "yes"),
         ("It was", " great", " great"),
         ("It was", "\nyes", "\nyes"),
-    ],
-)
-def test_one_space_before_the_option(tmp_path: Path, prompt: str, option: str, text: str) -> None:
-    rows: Rows = [{"prompt": prompt, "options": [option, "no"], "answer": 0}]
-    task, (sample,) = load(tmp_path, "jsonl", rows)
-    assert task.prompt(sample) == prompt
-    assert task.option(sample, option) == text
-    assert task.content_free_prompt(sample) == ""
-    assert task.content_free_option(sample, option) == text
-    task, (sample,) = load(tmp_path, "jsonl", [{"prompt": prompt, "answer": option}])
-    assert task.prompt(sample) == prompt
-    assert task.option(sample, option) == f"{text}\n"
+    ):
+        rows: Rows = [{"prompt": prompt, "options": [option, "no"], "answer": 0}]
+        task, (sample,) = load(tmp_path, "jsonl", rows)
+        assert task.prompt(sample) == prompt
+        assert task.option(sample, option) == text
+        assert task.content_free_prompt(sample) == ""
+        assert task.content_free_option(sample, option) == text
+        task, (sample,) = load(tmp_path, "jsonl", [{"prompt": prompt, "answer": option}])
+        assert task.prompt(sample) == prompt
+        assert task.option(sample, option) == f"{text}\n"
 
 
 def test_the_tokens_are_those_of_a_task_with_the_same_texts(tmp_path: Path) -> None:
@@ -209,6 +197,19 @@ def test_metrics_of_generated_text(tmp_path: Path) -> None:
         task = choose_task(None, None, str(path), metric)
         scores = task.score(["paris.", "Ann", "13"], load_samples(task, None)[1])
         assert task.metric_name == metric and list(scores) == names and scores == expected
+
+
+def test_without_a_validation_file_rows_are_held_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "mine.jsonl"
+    write_jsonl(path, [{"prompt": f"{n}", "answer": "a"} for n in range(25)])
+    task = choose_task(None, str(path), None, None)
+    train, held_out = load_samples(task, None)
+    assert len(train) == 23 and len(held_out) == 2
+    assert sorted(int(sample.row["prompt"]) for sample in train + held_out) == [*range(25)]
+    assert [held_out, held_out] == [load_samples(task, None)[1] for _ in range(2)]
+    assert f"2 of the 25 rows of {path} are held out to report on" in caplog.text
 
 
 # -------------------------------------------------------------------------------------- bad files
@@ -287,16 +288,14 @@ def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("case", BAD_FILES.values(), ids=BAD_FILES)
-def test_bad_file_is_one_line(case: tuple[str, str | bytes, list[str]]) -> None:
-    name, content, parts = case
-    Path(name).write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
-    with pytest.raises(InputError) as refusal:
-        samples_of(Path(name))
-    line = str(refusal.value)
-    assert "\n" not in line and len(line) < 1000
-    for part in parts:
-        assert part in line
+def test_bad_files_are_one_line() -> None:
+    for case, (name, content, parts) in BAD_FILES.items():
+        Path(name).write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+        with pytest.raises(InputError) as refusal:
+            samples_of(Path(name))
+        line = str(refusal.value)
+        assert "\n" not in line and len(line) < 1000, case
+        assert [part for part in parts if part not in line] == [], case
 
 
 def test_a_row_of_parquet_is_named() -> None:
@@ -366,10 +365,6 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "missing file": ({"validation_file": "no.jsonl"}, ["--validation_file no.jsonl", "no such"]),
     "missing train file": ({"train_file": "no.csv"}, ["--train_file no.csv", "no such"]),
     "a folder": ({"validation_file": "folder.json"}, ["--validation_file folder.json", "no such"]),
-    "nothing to report on": (
-        {"validation_file": None, "train_file": "v.jsonl"},
-        ["--train_file v.jsonl needs --validation_file"],
-    ),
     "nothing to show": ({"num_train": 4}, ["--num_train 4 needs --train_file"]),
     "nothing to train on": (
         {"num_train": 4, "num_dev": 2, "trainer": "zo", "max_steps": 2, "output_dir": "out"},

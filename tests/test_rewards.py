@@ -187,40 +187,40 @@ def test_another_content_of_the_file_is_another_experiment(
     assert experiment_hash(parse_arguments(other)) != first
 
 
-@pytest.mark.parametrize(
-    ("reward", "said"),
-    [
-        ("length", "--reward length: give FILE.py:function"),
-        ("none.py:length", "there is no file none.py"),
-        ("mine.py:lenght", "mine.py has no function lenght"),
-        ("mine.py:calls", "has no function calls"),
-        ("broken.py:f", "does not import (NameError: name 'undefined' is not defined)"),
-        ("cut.py:f", "does not import (SyntaxError: "),
-        ("leaves.py:f", "does not import (SystemExit: 0)"),
-        ("mine.py:fails", "--reward: fails raised ZeroDivisionError: division by zero"),
-        ("mine.py:leaves", "--reward: leaves raised SystemExit: 0"),
-        ("mine.py:too_few", "--reward: too_few returned 1 values for 4 texts; return a list"),
-        ("mine.py:no_numbers", "--reward: no_numbers returned list for 4 texts"),
-        ("mine.py:one_number", "--reward: one_number returned float for 4 texts"),
-        (
-            "mine.py:infinite",
-            "--reward: infinite returned nan for 4 texts; return a list with a fi",
-        ),
-        ("mine.py:digits", "--reward: digits returned str for 4 texts"),
-        ("mine.py:by_number", "--reward: by_number returned dict for 4 texts"),
-        ("mine.py:huge", "--reward: huge returned list for 4 texts"),
-    ],
+BAD_REWARDS = (
+    ("length", "--reward length: give FILE.py:function"),
+    ("none.py:length", "there is no file none.py"),
+    ("mine.py:lenght", "mine.py has no function lenght"),
+    ("mine.py:calls", "has no function calls"),
+    ("broken.py:f", "does not import (NameError: name 'undefined' is not defined)"),
+    ("cut.py:f", "does not import (SyntaxError: "),
+    ("leaves.py:f", "does not import (SystemExit: 0)"),
+    ("mine.py:fails", "--reward: fails raised ZeroDivisionError: division by zero"),
+    ("mine.py:leaves", "--reward: leaves raised SystemExit: 0"),
+    ("mine.py:too_few", "--reward: too_few returned 1 values for 4 texts; return a list"),
+    ("mine.py:no_numbers", "--reward: no_numbers returned list for 4 texts"),
+    ("mine.py:one_number", "--reward: one_number returned float for 4 texts"),
+    (
+        "mine.py:infinite",
+        "--reward: infinite returned nan for 4 texts; return a list with a fi",
+    ),
+    ("mine.py:digits", "--reward: digits returned str for 4 texts"),
+    ("mine.py:by_number", "--reward: by_number returned dict for 4 texts"),
+    ("mine.py:huge", "--reward: huge returned list for 4 texts"),
 )
+
+
 def test_bad_functions_are_told_in_one_line(
-    tmp_path: Path, reward_file: Path, monkeypatch: pytest.MonkeyPatch, reward: str, said: str
+    tmp_path: Path, reward_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "broken.py").write_text("undefined\n")
     (tmp_path / "cut.py").write_text("def f(:\n")
     (tmp_path / "leaves.py").write_text("import sys\nsys.exit(0)\n")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError) as refusal:
-        Reward.load(reward)(["a"] * 4, ["b"] * 4, [{}] * 4)
-    assert said in str(refusal.value) and "\n" not in str(refusal.value)
+    for reward, said in BAD_REWARDS:
+        with pytest.raises(InputError) as refusal:
+            Reward.load(reward)(["a"] * 4, ["b"] * 4, [{}] * 4)
+        assert said in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 def test_a_function_that_fails_in_training_ends_it(
