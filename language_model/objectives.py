@@ -122,7 +122,3 @@ class NegativeTextMetric:
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             yield
-
-
-def losses_of_examples(objective: Objective) -> None:
-    """Tell that an objective's losses by example are not known; the caller is about to go."""
