@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -210,6 +210,22 @@ def contents(folder: Path) -> dict[str, tuple[int, int]]:
         else (0, 0)
         for path in sorted(folder.rglob("*"))
     }
+
+
+def refusal(
+    main: Callable[[list[str]], int],
+    argv: Sequence[object],
+    capsys: pytest.CaptureFixture[str],
+    folder: Path,
+) -> str:
+    """The one line in which a command refuses its arguments; it writes nothing."""
+    before = contents(folder)
+    capsys.readouterr()
+    assert main([str(word) for word in argv]) == 2, argv
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and len(err.splitlines()) == 1, err
+    assert contents(folder) == before, argv
+    return err.removeprefix("error: ")
 
 
 def flip_bit(file: Path, place: int | None = None) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import MODEL, ROOT, SAMPLES, contents, small_model, training
+from running import MODEL, ROOT, SAMPLES, contents, refusal, small_model, training
 
 import run
 import sweep
@@ -162,62 +162,44 @@ BAD_GRIDS = {
 }
 
 
-@pytest.mark.parametrize(("text", "said"), BAD_GRIDS.values(), ids=BAD_GRIDS)
-def test_bad_grid(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    text: str,
-    said: str,
+def test_bad_grids(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "grid.yaml").write_text(text)
     monkeypatch.chdir(tmp_path)
-    before = contents(tmp_path)
-    assert sweep.main(["grid.yaml", "--dry_run", "--", *DATA]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and len(err.splitlines()) == 1
-    assert re.search(said, err), err
-    assert contents(tmp_path) == before
+    for name, (text, said) in BAD_GRIDS.items():
+        (tmp_path / "grid.yaml").write_text(text)
+        line = refusal(sweep.main, ["grid.yaml", "--dry_run", "--", *DATA], capsys, tmp_path)
+        assert re.search(said, line), name
 
 
-@pytest.mark.parametrize(
-    ("argv", "said"),
-    [
-        (["no.yaml"], "no.yaml: cannot be read"),
-        (["a.yaml", "b.yaml"], "b.yaml: a second grid, beside a.yaml"),
-        (["--seed", "--", *DATA], "--seed: give the values that the grid has"),
-        (["--seed", "1", "2", "--", *DATA, "--seed", "1"], "--seed is in the grid and behind --"),
-        (["--seed", "1", "--jobs", "0", "--", *DATA], "argument --jobs: 0: must be a whole number"),
-        (["--seed", "1", "--jobs"], "argument --jobs: expected one argument"),
-        (["--seed", "1", "--seed", "2"], "--seed is given twice"),
-        (["--seed", "1", "--", *DATA, "--tag", "a"], "--tag in a sweep"),
-        (["--mine", "{", "--", *DATA], "--mine: "),
-        (
-            ["--mine", "{seed: 1, seed: 2}", "--", *DATA],
-            "--mine: seed is given twice; write groups",
-        ),
-    ],
+BAD_COMMAND_LINES = (
+    (["no.yaml"], "no.yaml: cannot be read"),
+    (["a.yaml", "b.yaml"], "b.yaml: a second grid, beside a.yaml"),
+    (["--seed", "--", *DATA], "--seed: give the values that the grid has"),
+    (["--seed", "1", "2", "--", *DATA, "--seed", "1"], "--seed is in the grid and behind --"),
+    (["--seed", "1", "--jobs", "0", "--", *DATA], "argument --jobs: 0: must be a whole number"),
+    (["--seed", "1", "--jobs"], "argument --jobs: expected one argument"),
+    (["--seed", "1", "--seed", "2"], "--seed is given twice"),
+    (["--seed", "1", "--", *DATA, "--tag", "a"], "--tag in a sweep"),
+    (["--mine", "{", "--", *DATA], "--mine: "),
+    (["--mine", "{seed: 1, seed: 2}", "--", *DATA], "--mine: seed is given twice; write groups"),
 )
-def test_bad_command_line(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    argv: list[str],
-    said: str,
+
+
+def test_bad_command_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert sweep.main(argv) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith(f"error: {said}") and len(err.splitlines()) == 1
-    assert contents(tmp_path) == {}
+    for argv, said in BAD_COMMAND_LINES:
+        assert refusal(sweep.main, argv, capsys, tmp_path).startswith(said)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "runs/grids").glob("*.yaml")), ids=lambda p: p.stem)
-def test_the_grids_that_come_with_it_are_run_py_s(path: Path) -> None:
-    runs = read_grid(path, {}, ["--model_name", str(MODEL), "--use_cpu"]).runs()
-    assert len(runs) >= 6
-    for each in runs:
-        check(parse_arguments(each.words))
+def test_the_grids_that_come_with_it_are_run_py_s() -> None:
+    for path in sorted((ROOT / "runs/grids").glob("*.yaml")):
+        runs = read_grid(path, {}, ["--model_name", str(MODEL), "--use_cpu"]).runs()
+        assert len(runs) >= 6
+        for each in runs:
+            check(parse_arguments(each.words))
 
 
 # ---------------------------------------------------------------------------------------- doing
@@ -377,18 +359,14 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     assert [gpus.get(), gpus.get()] == ["2", "5"]
 
 
-@pytest.mark.parametrize(
-    ("text", "code", "said"),
-    [
-        ("a\nerror: no model\n\n", 2, "error: no model"),
-        ("Traceback\n  x\nKeyError: 'y'\n", 1, "KeyError: 'y'"),
-        ("step 3\n", -9, "ended by SIGKILL (out of memory?)"),
-        ("", 1, "exit code 1"),
-    ],
-)
-def test_last_words(tmp_path: Path, text: str, code: int, said: str) -> None:
-    (tmp_path / "log").write_text(text)
-    assert last_words(tmp_path / "log", code) == said
+def test_last_words(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert last_words(log, 1) == "exit code 1"
+    log.write_text("a\nerror: no model\n\n")
+    assert last_words(log, 2) == "error: no model"
+    log.write_text("Traceback\n  x\nKeyError: 'y'\n")
+    assert last_words(log, 1) == "KeyError: 'y'"
+    assert last_words(log, -9) == "ended by SIGKILL (out of memory?)"
 
 
 # ---------------------------------------------------------------------------------- the best one
@@ -551,17 +529,8 @@ def test_without_slurm_one_line_says_so(
 ) -> None:
     pytest.importorskip("submitit")
     monkeypatch.setenv("PATH", str(tmp_path))
-    argv = [
-        "--seed",
-        "0",
-        "--output_dir",
-        str(tmp_path / "s"),
-        "--slurm",
-        "--time=1",
-        "--",
-        *short(),
-    ]
-    assert sweep.main(argv) == 2
+    argv = ["--seed", 0, "--output_dir", tmp_path / "s", "--slurm", "--time=1", "--", *short()]
+    assert sweep.main([str(word) for word in argv]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: --slurm --time=1: ") and err.endswith("use --jobs\n")
     assert len(err.splitlines()) == 1
