@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from command_line.arguments import TUNING_MODES, Arguments, plain_value
+from command_line.arguments import TUNING_MODES, Arguments
 from command_line.optimizer import optimizer_config, smoothing
 from command_line.settings import (
     changed_settings,
@@ -25,7 +24,6 @@ from command_line.values import AUTO
 from language_model.generation import GenerationSettings
 from language_model.loading import choose_dtype
 from tasks import Task
-from trainer import CURVATURE_PART
 from utils import InputError
 from zeroth_order.config import HiZOOConfig
 from zeroth_order.smoothing import SmoothingSchedule
@@ -89,31 +87,32 @@ class TrainedWeights:
 
 
 @dataclass(frozen=True)
-class DataOptions:
-    """Which examples are read, and how many are drawn; None: as many as there are, or no seed."""
+class Draw:
+    """How many examples are drawn, and how: see ``task_data.sampling.draw_example_sets``."""
 
-    task: Task
-    data_dir: str | None
-    in_context: bool
     num_train: int
     num_dev: int
     num_eval: int | None
     num_train_sets: int | None
     train_set_seed: int | None
+    in_context: bool
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which examples are read and drawn."""
+
+    task: Task
+    data_dir: str | None
+    draw: Draw
 
 
 @dataclass(frozen=True)
 class TextOptions:
-    """How samples become tokens, and how text is generated.
-
-    Attributes:
-        max_length: tokens of a text; None: what the model has room for.
-        chat: whether texts go through the tokenizer's chat template.
-        system_prompt: what the system says first there.
-    """
+    """How samples become tokens, and how text is generated."""
 
     max_length: int | None
-    chat: bool
+    apply_chat_template: bool
     system_prompt: str | None
     generation: GenerationSettings
 
@@ -124,8 +123,8 @@ class EvaluationOptions:
 
     batch_size: int
     calibration: str | None
-    before_training: bool
-    after_training: bool
+    eval_before_training: bool
+    no_eval: bool
     quiet: bool
     verbose: bool
 
@@ -145,9 +144,8 @@ class TrainingOptions:
     """How weights are trained.
 
     Attributes:
-        trainer: regular or zo.
-        own: transformers' own arguments.
-        zeroth_order: how zo trains; None: regular.
+        own: the Trainer's own arguments.
+        zeroth_order: how zo trains; None: ``--trainer regular``.
         auto_eps: whether a probe chooses μ.
         auto_curvature_eps: whether it chooses the curvature's.
         steps: of a run with as many examples as were asked for.
@@ -155,7 +153,6 @@ class TrainingOptions:
         replays_best: whether the best model comes from the journal, without checkpoints.
     """
 
-    trainer: str
     own: TrainingArguments
     zeroth_order: ZerothOrderOptions | None
     auto_eps: bool
@@ -207,7 +204,6 @@ class Identity:
         settings: of the result.
         of_checkpoint: what decides the course of the training.
         length: ``max_steps`` or ``num_train_epochs``; empty without steps.
-        defaults: of all arguments.
     """
 
     experiment: str
@@ -215,7 +211,6 @@ class Identity:
     settings: Mapping[str, Any]
     of_checkpoint: Mapping[str, Any]
     length: Mapping[str, float]
-    defaults: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -235,24 +230,23 @@ class Options:
 def options_of(arguments: Arguments) -> Options:
     """Return what checked arguments say."""
     trained = arguments.trainer != "none"
+    draw = _taken(Draw, arguments, num_dev=arguments.num_dev or 0, in_context=not trained)
+    end_of_text = arguments.eos_token.replace("\\n", "\n")
+    generation = _taken(GenerationSettings, arguments, eos_token=end_of_text)
     return Options(
-        model=model_options(arguments),
-        weights=TrainedWeights.of(vars(arguments)),
-        data=_taken(DataOptions, arguments, in_context=not trained, num_dev=arguments.num_dev or 0),
-        texts=_taken(
-            TextOptions,
-            arguments,
-            chat=arguments.apply_chat_template,
-            generation=_taken(
-                GenerationSettings, arguments, eos_token=arguments.eos_token.replace("\\n", "\n")
-            ),
+        model=ModelOptions(
+            arguments.model_name,
+            choose_dtype(arguments.load_float16, arguments.load_bfloat16),
+            8 if arguments.load_int8 else 4 if arguments.load_int4 else None,
+            not arguments.no_auto_device,
+            None if arguments.fsdp else arguments.device,
+            arguments.trust_remote_code,
         ),
+        weights=TrainedWeights.of(vars(arguments)),
+        data=_taken(DataOptions, arguments, draw=draw),
+        texts=_taken(TextOptions, arguments, generation=generation),
         evaluation=_taken(
-            EvaluationOptions,
-            arguments,
-            batch_size=arguments.per_device_eval_batch_size,
-            before_training=arguments.eval_before_training,
-            after_training=not arguments.no_eval,
+            EvaluationOptions, arguments, batch_size=arguments.per_device_eval_batch_size
         ),
         training=_training_options(arguments) if trained else None,
         files=_files(arguments),
@@ -262,7 +256,6 @@ def options_of(arguments: Arguments) -> Options:
             changed_settings(arguments),
             settings_of_a_checkpoint(arguments),
             length_of_run(arguments),
-            {field.name: plain_value(field.default) for field in dataclasses.fields(arguments)},
         ),
     )
 
@@ -273,41 +266,28 @@ def _taken(kind: type, arguments: Arguments, **others: Any) -> Any:
     return kind(**{name: getattr(arguments, name) for name in names}, **others)
 
 
-def model_options(arguments: Arguments) -> ModelOptions:
-    """Return which model is loaded, and how."""
-    return ModelOptions(
-        arguments.model_name,
-        choose_dtype(arguments.load_float16, arguments.load_bfloat16),
-        8 if arguments.load_int8 else 4 if arguments.load_int4 else None,
-        not arguments.no_auto_device,
-        None if arguments.fsdp else arguments.device,
-        arguments.trust_remote_code,
-    )
-
-
 def _training_options(arguments: Arguments) -> TrainingOptions:
     is_zo = arguments.trainer == "zo"
+    ours = {field.name for field in dataclasses.fields(Arguments)} | {"task"}
+    ours -= {field.name for field in dataclasses.fields(TrainingArguments)}
+    own = object.__new__(TrainingArguments)
+    vars(own).update({n: value for n, value in vars(arguments).items() if n not in ours})
+    zeroth_order = is_zo and ZerothOrderOptions(
+        optimizer_config(arguments),
+        smoothing(arguments),
+        arguments.zo_perturbation,
+        arguments.zo_parallel,
+    )
     return _taken(
         TrainingOptions,
         arguments,
-        own=_trainers_own(arguments),
-        zeroth_order=_zeroth_order_options(arguments) if is_zo else None,
+        own=own,
+        zeroth_order=zeroth_order or None,
         auto_eps=is_zo and arguments.zo_eps == AUTO,
         auto_curvature_eps=is_zo and (arguments.curvature_eps or arguments.zo_eps) == AUTO,
         steps=steps_of_run(arguments),
         examples_of_a_batch=examples_of_a_batch(arguments),
     )
-
-
-def _trainers_own(arguments: Arguments) -> TrainingArguments:
-    """Return transformers' own arguments, without ours."""
-    ours = {field.name for field in dataclasses.fields(Arguments)} | {"task"}
-    ours -= {field.name for field in dataclasses.fields(TrainingArguments)}
-    own = object.__new__(TrainingArguments)
-    vars(own).update({n: v for n, v in vars(copy.copy(arguments)).items() if n not in ours})
-    if arguments.learning_rate == AUTO:
-        own.learning_rate = CURVATURE_PART
-    return own
 
 
 def _files(arguments: Arguments) -> Files:
@@ -326,13 +306,4 @@ def _files(arguments: Arguments) -> Files:
         merge_adapter=arguments.merge_adapter,
         overwrite=arguments.overwrite_output_dir,
         resume_from=arguments.resume_from_checkpoint,
-    )
-
-
-def _zeroth_order_options(arguments: Arguments) -> ZerothOrderOptions:
-    return ZerothOrderOptions(
-        optimizer_config(arguments),
-        smoothing(arguments),
-        arguments.zo_perturbation,
-        arguments.zo_parallel,
     )

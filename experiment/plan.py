@@ -128,7 +128,7 @@ def make_plan(options: Options, prepared: Prepared) -> Plan:
 
 def training_passes(training: TrainingOptions, data: DataOptions) -> tuple[int, int]:
     """Return the forward and the backward passes of training, as the optimizer will count them."""
-    batches = _batches_of_steps(training, data.num_train)
+    batches = _batches_of_steps(training, data.draw.num_train)
     if training.zeroth_order is None:
         return sum(batches), sum(batches)
     settings = training.zeroth_order.config
@@ -159,8 +159,8 @@ def _evaluated_samples(options: Options, examples: ExampleSet) -> int:
     evaluation, training = options.evaluation, options.training
     if training is None:
         return len(examples.evaluation)
-    number = len(examples.evaluation) * evaluation.before_training
-    number += (len(examples.evaluation) + len(examples.dev)) * evaluation.after_training
+    number = len(examples.evaluation) * evaluation.eval_before_training
+    number += (len(examples.evaluation) + len(examples.dev)) * (not evaluation.no_eval)
     if options.weights.mode == "linear_probing":
         return number + len(examples.train)
     own = training.own

@@ -10,11 +10,12 @@ import transformers
 
 from experiment.folders import locked
 from experiment.options import DataOptions, Options
-from experiment.preparation import draw, load_pretrained, prepare_encoder
+from experiment.preparation import load_pretrained, prepare_encoder
 from language_model.batches import process_index
 from language_model.prediction import Prediction, predict
 from task_data.files import own_file
 from task_data.loading import load_samples, read_samples
+from task_data.sampling import draw_example_sets
 from tasks import Sample, Task
 from utils import InputError, write_json_lines
 
@@ -39,7 +40,11 @@ def predict_rows(options: Options, file: str) -> None:
     with locked("--predictions_file", path):
         predictions = predict(
             *(load_pretrained(options.model), encoder, questions, shown),
-            *(evaluation.batch_size, evaluation.calibration, options.texts.generation),
+            *(
+                evaluation.batch_size,
+                evaluation.calibration,
+                options.texts.generation,
+            ),
             progress=None if evaluation.quiet else "prediction",
         )
         if process_index() == 0:
@@ -50,9 +55,10 @@ def predict_rows(options: Options, file: str) -> None:
 def _demonstrations(data: DataOptions, questions: Sequence[Sample]) -> list[list[Sample]]:
     """Return what is shown before each question, drawn as before eval examples."""
     train: list[Sample] = []
-    if data.num_train:
+    if data.draw.num_train:
         train, _ = load_samples(data.task, data.data_dir, with_validation=False)
-    (drawn,) = draw(replace(data, num_dev=0, num_eval=None), train, list(questions))
+    how = replace(data.draw, num_dev=0, num_eval=None)
+    (drawn,) = draw_example_sets(train, list(questions), **vars(how))
     shown = zip(drawn.evaluation, drawn.demonstrations, strict=True)
     by_id = {sample.id: demonstrations for sample, demonstrations in shown}
     return [by_id[question.id] for question in questions]

@@ -22,7 +22,6 @@ from language_model.loading import choose_max_length, load_config_and_tokenizer,
 from language_model.saved_adapters import SavedAdapter
 from task_data.loading import load_samples
 from task_data.sampling import ExampleSet, draw_example_sets
-from tasks import Sample
 from utils import InputError
 
 
@@ -50,21 +49,8 @@ def prepare(options: Options) -> Prepared:
     data = options.data
     encoder = prepare_encoder(options.model, options.weights, options.texts, data)
     train, validation = load_samples(data.task, data.data_dir)
-    return Prepared(encoder, options.texts.generation, draw(data, train, validation))
-
-
-def draw(data: DataOptions, train: list[Sample], validation: list[Sample]) -> list[ExampleSet]:
-    """Draw the examples of every run."""
-    return draw_example_sets(
-        train,
-        validation,
-        num_train=data.num_train,
-        num_dev=data.num_dev,
-        num_eval=data.num_eval,
-        num_train_sets=data.num_train_sets,
-        train_set_seed=data.train_set_seed,
-        in_context=data.in_context,
-    )
+    examples = draw_example_sets(train, validation, **vars(data.draw))
+    return Prepared(encoder, options.texts.generation, examples)
 
 
 def prepare_encoder(
@@ -78,13 +64,13 @@ def prepare_encoder(
     config, tokenizer = load_config_and_tokenizer(model.name, model.trust_remote_code)
     _check_sizes(config, weights, texts.generation)
     adapter = SavedAdapter.find(model.name)
-    if adapter and not data.in_context:
+    if adapter and not data.draw.in_context:
         _check_trained_further(weights, adapter)
     num_prefix = weights.num_prefix if weights.mode == "prefix_tuning" else 0
     max_length = _room_for_texts(
         texts.max_length, config, adapter.num_prefix if adapter else num_prefix
     )
-    chat = Chat(tokenizer, texts.system_prompt) if texts.chat else None
+    chat = Chat(tokenizer, texts.system_prompt) if texts.apply_chat_template else None
     if chat:
         chat.check(model.name)
     if data.task.generation:

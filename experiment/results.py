@@ -6,6 +6,7 @@ another one does not write over it.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -13,10 +14,10 @@ import math
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from command_line.arguments import Arguments, plain_value
 from command_line.settings import NOT_OF_THE_RESULT
 from experiment.options import Files, Identity, Options
 from experiment.provenance import provenance
@@ -42,7 +43,7 @@ def prediction_rows(
 
     With a reward each text's own stands there too.
     """
-    answers = replace(task, reward=None)
+    answers = dataclasses.replace(task, reward=None)
     rows: list[dict[str, Any]] = []
     for sample, prediction in zip(samples, predictions, strict=True):
         answer, scores = prediction.answer, prediction.scores
@@ -194,8 +195,8 @@ def _other_content(identity: Identity, result: Mapping[str, Any]) -> str:
     if result.get("trainer") != identity.trainer:
         return f"of a run with --trainer {result.get('trainer')}, not {identity.trainer}"
     # A setting that is not written down has its default.
-    then = {**identity.defaults, **result["settings"]}
-    now = {**identity.defaults, **identity.settings}
+    defaults = {field.name: plain_value(field.default) for field in dataclasses.fields(Arguments)}
+    then, now = {**defaults, **result["settings"]}, {**defaults, **identity.settings}
     names = [n for n in {**result["settings"], **identity.settings} if n not in NOT_OF_THE_RESULT]
     # The used values and the length say the least.
     names.sort(key=lambda name: (name in identity.length, name in USED))

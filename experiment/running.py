@@ -55,7 +55,7 @@ class Experiment:
         result: dict[str, Any] = {"train_set_seed": examples.seed}
         if self.options.training:
             model = self.train(model, examples, folder, result)
-            if not evaluation.after_training:
+            if evaluation.no_eval:
                 return result, []
             if examples.dev:
                 shown: list[list[Sample]] = [[]] * len(examples.dev)
@@ -79,7 +79,8 @@ class Experiment:
         options, encoder = self.options.evaluation, self.prepared.encoder
         name = metric_names(self.options)[kind]
         predictions = predict(
-            *(model, encoder, samples, demonstrations, options.batch_size, options.calibration),
+            *(model, encoder, samples, demonstrations, options.batch_size),
+            options.calibration,
             generation=self.prepared.generation,
             progress=None if options.quiet else name,
         )
@@ -100,7 +101,7 @@ class Experiment:
         start = find_start(options, folder, model, self.has_result)
         for line in start.lines():
             say(line)
-        if options.evaluation.before_training:
+        if options.evaluation.eval_before_training:
             result["metric_before_training"], _ = self.evaluate(
                 pretrained, examples.evaluation, examples.demonstrations, "metric_before_training"
             )

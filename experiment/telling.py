@@ -19,7 +19,7 @@ LOWER = "lower --learning_rate"
 
 def metric_names(options: Options) -> dict[str, str]:
     """Return what the metrics are called, by their kinds."""
-    after = "in-context" if options.data.num_train else "zero-shot"
+    after = "in-context" if options.data.draw.num_train else "zero-shot"
     words = ("zero-shot", "dev", "test" if options.training else after)
     metric = options.data.task.metric_name
     return {kind: f"{name} {metric}" for kind, name in zip(KINDS_OF_METRICS, words, strict=True)}
