@@ -229,9 +229,9 @@ choose_objective_of_own_file() { # FILE
 import sys
 from pathlib import Path
 sys.path[0] = sys.argv[1]
-from data_files import read_table
-table = read_table(Path(sys.argv[2]), ["answer"])
-print("options" if "options" in table.columns else "text", sum(1 for row in table.rows))
+from task_data.files import read_rows
+rows = [row for place, row in read_rows(Path(sys.argv[2]))]
+print("options" if "options" in rows[0] else "text", len(rows))
 ' "$HERE" "$1" 2>/dev/null) || return 0
     local rows=${facts#* }
     if [ $((rows / 5)) -lt "$DEFAULT_DEV" ]; then
