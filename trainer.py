@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from hizoo import HiZOO
 from training.journal import Evaluation
@@ -70,7 +70,6 @@ class ZerothOrderTrainer(ObjectiveTrainer):
         self.exchange = Exchange(self.args.device)
         self.shares_directions = parallel == "directions" and self.args.world_size > 1
         self._logged = (0, 0)  # bytes that were exchanged, and steps
-        self.add_callback(self.recording)
         self.args.learning_rate = CURVATURE_PART if config.lr == AUTO else config.lr
         # There is no gradient that could be clipped.
         self.args.max_grad_norm = 0.0
@@ -152,6 +151,7 @@ class ZerothOrderTrainer(ObjectiveTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Run the forward passes of one batch; the Trainer then calls ``optimizer.step()``."""
+        self._begin_step()
         # The perturbed losses must differ by the perturbation alone, not by dropout.
         model.eval()
         inputs = self._prepare_inputs(inputs)
@@ -183,7 +183,7 @@ class ZerothOrderTrainer(ObjectiveTrainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
         """Write the step into the journal, just before the update; no gradient has no norm."""
-        self.recording.end_step(self.optimizer)
+        self.recording.write_step(self.optimizer)
 
     @torch.no_grad()
     def loss_along(self, batch: int, direction: int, distance: float) -> float:
@@ -226,12 +226,31 @@ class ZerothOrderTrainer(ObjectiveTrainer):
         since_log = self.state.global_step - self._globalstep_last_logged
         return super()._run_state() | {"since_log": [self._tr_loss.item(), since_log]}
 
-    def _resume(self, saved: dict[str, Any]) -> None:
-        """Take back what a checkpoint has kept; the next log entry includes the losses before."""
-        super()._resume(saved)
-        total, steps = saved["since_log"]
-        self._tr_loss += total
-        self._globalstep_last_logged = self.state.global_step - steps
+    def _begin(self, saved: dict[str, Any] | None) -> None:
+        """Begin; the first log entry includes the losses before a checkpoint."""
+        super()._begin(saved)
+        if saved:
+            total, steps = saved["since_log"]
+            self._tr_loss += total
+            self._globalstep_last_logged = self.state.global_step - steps
+        if self.optimizer is not None:  # a finished run has none
+            self.recording.begin(self.model, self.optimizer, self.state)
+
+    def _end_step(self) -> None:
+        """Compare or write a checksum of the weights, too."""
+        super()._end_step()
+        self.recording.end_step(self.model, self.state)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.recording.sync()
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
+        """Train; the journal is whole and closed whatever happens."""
+        try:
+            return super().train(resume_from_checkpoint, **kwargs)
+        finally:
+            self.recording.close()
 
     def skipped_steps(self) -> int:
         """Return how many steps had no finite loss, those before a checkpoint included."""

@@ -79,7 +79,8 @@ def history(
     names = LOSSES | {name: name for name in COSTS} | {f"eval_{metric}": "dev_metric"}
     found = {
         name: {
-            str(row["step"]): row[logged] if math.isfinite(row[logged]) else None
+            # A checkpoint keeps None for a loss that is not finite.
+            str(row["step"]): row[logged] if math.isfinite(row[logged] or 0) else None
             for row in rows
             if logged in row
         }

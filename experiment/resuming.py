@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from experiment.options import Options
 from language_model.manifest import damage
 from language_model.saved_adapters import sums_of_weights
+from training.callbacks import run_state
 from training.checkpoints import (
-    RunSettings,
     check_checkpoint,
     last_whole_checkpoint,
     read_trainer_state,
@@ -119,7 +119,8 @@ def find_checkpoint(
             )
     if checkpoint is None:
         return None
-    settings, state = RunSettings.read(checkpoint), read_trainer_state(checkpoint)
+    state = read_trainer_state(checkpoint)
+    settings = run_state(state).get("settings", {})
     if options.files.overwrite and not wanted:
         is_done = has_result and state["global_step"] >= state["max_steps"]
         if is_done or settings != {**identity.of_checkpoint, **identity.length}:

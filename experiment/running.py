@@ -176,10 +176,10 @@ class Experiment:
         place = f"stopped after step {step}, checkpoint in {last_checkpoint(folder)}"
         if received:
             raise Interrupted(f"{received}: {place}; the same command resumes there")
-        if trainer.diverged:
+        if trainer.divergence.reason:
             from_the_start = step <= self.options.training.max_skipped_steps
             advice = advice_for_losses(model, from_the_start)
-            raise Diverged(f"{trainer.diverged}: {place}; {advice}")
+            raise Diverged(f"{trainer.divergence.reason}: {place}; {advice}")
 
     def _go_back(self, model: PreTrainedModel | PeftModel, folder: Path, step: int) -> None:
         """Give ``model`` the weights of the best step, from its journal."""

@@ -34,7 +34,7 @@ from language_model.shared_tokens import can_share_prompt
 from task_data.sampling import ExampleSet
 from tasks import Sample
 from trainer import ZerothOrderTrainer
-from training.checkpoints import RunSettings, write_together
+from training.checkpoints import write_together
 from training.objective_trainer import ObjectiveTrainer
 from training.recording import Recording
 
@@ -108,7 +108,7 @@ def make_trainer(
         "max_skipped_steps": training.max_skipped_steps,
         "dev_metric": dev_metric(options, prepared, examples.dev),
         "quiet": options.evaluation.quiet,
-        "callbacks": [RunSettings({**identity.of_checkpoint, **identity.length})],
+        "settings": {**identity.of_checkpoint, **identity.length},
     }
     if training.zeroth_order:
         return ZerothOrderTrainer(**vars(training.zeroth_order), recording=recording, **shared)

@@ -31,7 +31,6 @@ from language_model.loading import load_model
 from language_model.manifest import MANIFEST, damage, write_manifest
 from training.checkpoints import (
     UNFINISHED,
-    RunSettings,
     check_checkpoint,
     checkpoints,
     last_whole_checkpoint,
@@ -55,12 +54,6 @@ def test_checkpoints_are_ordered_by_step(tmp_path: Path) -> None:
     names = [folder.name for folder in checkpoints(tmp_path)]
     assert names == ["checkpoint-3", "checkpoint-20", "checkpoint-100"]
     assert checkpoints(tmp_path / "nowhere") == []
-
-
-def test_run_settings_of_a_checkpoint(tmp_path: Path) -> None:
-    saved = {"stateful_callbacks": {"RunSettings": RunSettings({"seed": 3}).state()}}
-    assert RunSettings.read(make_checkpoint(tmp_path / "a", json.dumps(saved))) == {"seed": 3}
-    assert RunSettings.read(make_checkpoint(tmp_path / "b")) == {}
 
 
 def as_checkpoint(folder: Path) -> Path:

@@ -12,7 +12,7 @@ from running import MODEL, assert_same_tensors, finish, log_of, training, weight
 from torch import Tensor, nn
 
 import run
-import training.objective_trainer as trainer_module
+from training import watching
 from training.objective_trainer import ObjectiveTrainer
 
 REGULAR = {"trainer": "regular", "hessian_smooth_type": None}
@@ -104,7 +104,7 @@ def test_a_loss_far_above_the_first_stops_the_run(
         return real(self, *arguments, **settings) + raised
 
     monkeypatch.setattr(ObjectiveTrainer, "compute_loss", rises)
-    monkeypatch.setattr(trainer_module, "RISEN_STEPS", 4)
+    monkeypatch.setattr(watching, "RISEN_STEPS", 4)
     settings = {**REGULAR} if trainer == "regular" else {}
     argv = training(tmp_path, **settings, max_steps=20, save_steps=50)
     assert run.main(argv) == 1

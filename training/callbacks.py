@@ -1,9 +1,8 @@
-"""Callbacks of the Trainer: costs, shown progress, signals, the end of a run that diverges."""
+"""Callbacks of the Trainer: the state of a run, signals, and what is shown."""
 
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any, NamedTuple
@@ -19,8 +18,6 @@ from transformers import (
 )
 from transformers.trainer_callback import ExportableState
 
-from language_model.objectives import NegativeTextMetric
-
 # Entries of the log that are shown, with short names.
 SHOWN = {
     "projected_gradient": ("g", ".3g"),
@@ -32,57 +29,33 @@ SHOWN = {
 METRICS = ("accuracy", "reward", "f1", "em")
 
 
-class ShownObjective(NamedTuple):
-    """The objective's name, and its sign: -1 where it is maximised."""
-
-    name: str = "loss"
-    sign: int = 1
-
-    def text(self, value: float) -> str:
-        """Return a value of the loss as it is shown."""
-        return f"{self.sign * float(value):.4f}"
-
-
-class TellStep(TrainerCallback):
-    """Tells an objective that draws at random the number of the step; None between steps."""
-
-    def __init__(self, objective: NegativeTextMetric) -> None:
-        self.objective = objective
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Tell the number of the step that begins."""
-        self.objective.step = state.global_step
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Tell that the step has ended."""
-        self.objective.step = None
-
-
-class StopDiverged(TrainerCallback):
-    """Saves a checkpoint and stops a run that has diverged.
+class RunState(TrainerCallback, ExportableState):
+    """Keeps in checkpoints what transformers' own state lacks.
 
     Args:
-        find_reason: called after every step; says why the run has diverged, or None.
-
-    Attributes:
-        reason: why the run was stopped, None if it was not.
+        save: returns it, as JSON has it.
+        begin: called before the first step with what the checkpoint has kept; None: there is none.
     """
 
-    def __init__(self, find_reason: Callable[[], str | None]) -> None:
-        self.find_reason = find_reason
-        self.reason: str | None = None
+    def __init__(
+        self, save: Callable[[], dict[str, Any]], begin: Callable[[dict[str, Any] | None], None]
+    ) -> None:
+        self.save, self.begin = save, begin
 
-    def on_step_end(
+    def state(self) -> dict[str, Any]:
+        """Return what the Trainer saves."""
+        return {"args": {}, "attributes": self.save()}
+
+    def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Look for a reason."""
-        self.reason = self.find_reason()
-        if self.reason:
-            save_and_stop(control)
+        """Take back what the checkpoint has."""
+        self.begin(run_state(vars(state)) if state.global_step else None)
+
+
+def run_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what ``RunState`` has kept in a trainer's state; nothing if another program did it."""
+    return state["stateful_callbacks"].setdefault("RunState", {}).get("attributes", {})
 
 
 class SaveOnInterrupt(TrainerCallback):
@@ -135,95 +108,15 @@ def save_and_stop(control: TrainerControl) -> None:
     control.should_log = control.should_save = control.should_training_stop = True
 
 
-class Costs(TrainerCallback):
-    """Counts what training has taken, before an interruption too.
+class ShownObjective(NamedTuple):
+    """The objective's name, and its sign: -1 where it is maximised."""
 
-    Attributes:
-        forward_passes: of training in this process, those of probes included; not those of dev
-            losses and metrics.
-        backward_passes: likewise.
-    """
+    name: str = "loss"
+    sign: int = 1
 
-    def __init__(self) -> None:
-        self.forward_passes = self.backward_passes = 0
-        self._before = 0.0
-        self._started = self._step_began = time.perf_counter()
-        # Of the steps since the last entry of the log.
-        self._in_steps, self._steps = 0.0, 0
-
-    @property
-    def seconds(self) -> float:
-        """The seconds until now, to a thousandth, dev losses and checkpoints included."""
-        return round(self._before + time.perf_counter() - self._started, 3)
-
-    def passes(self) -> dict[str, int]:
-        """Return the passes until now, backward ones if there are any."""
-        backward = {"backward_passes": self.backward_passes} if self.backward_passes else {}
-        return {"forward_passes": self.forward_passes, **backward}
-
-    def resume(self, saved: Mapping[str, Any]) -> None:
-        """Continue from ``seconds`` and ``passes()`` of a checkpoint."""
-        self._before = saved["seconds"]
-        self.forward_passes = saved["forward_passes"]
-        self.backward_passes = saved.get("backward_passes", 0)
-
-    def logged(self) -> dict[str, float]:
-        """Return what an entry of the log gets, with the seconds of a step since the last one."""
-        costs: dict[str, float] = {**self.passes(), "seconds": self.seconds}
-        if self._steps:
-            costs["seconds_per_step"] = round(self._in_steps / self._steps, 6)
-        self._in_steps, self._steps = 0.0, 0
-        return costs
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Start the clock."""
-        self._started = time.perf_counter()
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Note when a step begins."""
-        self._step_began = time.perf_counter()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Count a step's time."""
-        self._in_steps += time.perf_counter() - self._step_began
-        self._steps += 1
-
-
-class RunState(TrainerCallback, ExportableState):
-    """Keeps in checkpoints what transformers' own state lacks.
-
-    Args:
-        save: returns it, as JSON has it.
-        resume: takes it back, before the first step of a resumed run.
-    """
-
-    def __init__(
-        self, save: Callable[[], dict[str, Any]], resume: Callable[[dict[str, Any]], None]
-    ) -> None:
-        self.save, self.resume = save, resume
-
-    def state(self) -> dict[str, Any]:
-        """Return what the Trainer saves."""
-        return {"args": {}, "attributes": {"saved": self.save()}}
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Take back what the checkpoint has."""
-        if state.global_step:
-            self.resume(self.read(state))
-
-    @staticmethod
-    def read(state: TrainerState) -> dict[str, Any]:
-        """Return what a checkpoint's state has kept; nothing if another program wrote it."""
-        kept = state.stateful_callbacks.setdefault("RunState", {})
-        return kept.get("attributes", {}).get("saved", {})
+    def text(self, value: float) -> str:
+        """Return a value of the loss as it is shown."""
+        return f"{self.sign * float(value):.4f}"
 
 
 class LogLines(TrainerCallback):
@@ -232,14 +125,6 @@ class LogLines(TrainerCallback):
     def __init__(self, objective: ShownObjective) -> None:
         super().__init__()
         self.objective = objective
-        self._began, self._first = time.perf_counter(), 0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Note where the run begins."""
-        super().on_train_begin(args, state, control, **kwargs)
-        self._began, self._first = time.perf_counter(), state.global_step
 
     def on_log(
         self,
@@ -258,18 +143,17 @@ class LogLines(TrainerCallback):
             for long, (short, form) in SHOWN.items():
                 if long in logs and (long != "skipped_steps" or logs[long]):
                     shown[short] = format(logs[long], form)
-            self.show(state, shown)
+            left = (state.max_steps - state.global_step) * logs.get("seconds_per_step", 0)
+            self.show(f"step {state.global_step} of {state.max_steps}", shown, left)
         if "eval_loss" in logs:
             measured = [f"dev {name} {text(logs['eval_loss'])}"]
             measured += [f"{m} {logs[f'eval_{m}']:.4f}" for m in METRICS if f"eval_{m}" in logs]
             self.write(f"step {state.global_step}: {', '.join(measured)}")
 
-    def show(self, state: TrainerState, values: Mapping[str, str]) -> None:
-        """Show the values of a step."""
+    def show(self, step: str, values: Mapping[str, str], left: float) -> None:
+        """Show the values of a step, and the seconds that are left."""
         shown = ", ".join(f"{name} {value}" for name, value in values.items())
-        left = (state.max_steps - state.global_step) / max(1, state.global_step - self._first)
-        left = tqdm.format_interval(left * (time.perf_counter() - self._began))
-        self.write(f"step {state.global_step} of {state.max_steps}: {shown}, {left} left")
+        self.write(f"{step}: {shown}, {tqdm.format_interval(left)} left")
 
     def write(self, line: str) -> None:
         """Print a line."""
@@ -279,14 +163,7 @@ class LogLines(TrainerCallback):
 class LossProgress(LogLines, ProgressCallback):
     """The Trainer's progress bar with the training loss in it; dev losses are lines above it."""
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Close the bar, if training had begun."""
-        if self.training_bar is not None:
-            super().on_train_end(args, state, control, **kwargs)
-
-    def show(self, state: TrainerState, values: Mapping[str, str]) -> None:
+    def show(self, step: str, values: Mapping[str, str], left: float) -> None:
         """Show the values of a step in the bar."""
         if self.training_bar is not None:
             self.training_bar.set_postfix(values)
@@ -294,3 +171,10 @@ class LossProgress(LogLines, ProgressCallback):
     def write(self, line: str) -> None:
         """Print a line above the bar."""
         tqdm.write(line)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the bar, if training had begun."""
+        if self.training_bar is not None:
+            super().on_train_end(args, state, control, **kwargs)

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from language_model.adapters import adapter_file
@@ -38,23 +37,6 @@ STATE = "trainer_state.json"
 # Counts changes of what a checkpoint holds, of the noise u among it.
 CHECKPOINT_VERSION = 2
 ANOTHER = "give another one, or --overwrite_output_dir to start anew"
-
-
-class RunSettings(TrainerCallback, ExportableState):
-    """Writes what a run was started with, and its length, into its checkpoints' state."""
-
-    def __init__(self, settings: Mapping[str, Any]) -> None:
-        self.settings = dict(settings)
-
-    def state(self) -> dict[str, Any]:
-        """Return what the Trainer saves."""
-        return {"args": {"settings": self.settings}, "attributes": {}}
-
-    @staticmethod
-    def read(checkpoint: str | Path) -> dict[str, Any]:
-        """Return the settings in a checkpoint; none if another program wrote it."""
-        saved = (read_trainer_state(checkpoint) or {}).get("stateful_callbacks", {})
-        return saved.get("RunSettings", {}).get("args", {}).get("settings", {})
 
 
 # ------------------------------------------------------------------------------------- writing

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerState
 
 from hizoo import HiZOO, mix_seed
 from training.journal import (
@@ -105,7 +105,7 @@ class Replay:
         return None
 
 
-class Recording(TrainerCallback):
+class Recording:
     """Writes the journal of a run, and replays what is in it.
 
     Without a path nothing is written. The first process writes for all.
@@ -134,7 +134,7 @@ class Recording(TrainerCallback):
         self._losses: list[list[float]] = []
         self._weights: list[float] = []
 
-    # ---- what the trainer asks for
+    # ---- a step
 
     def step(self, step: int) -> Step | None:
         """Return the row of the step that is done now, None if it is not in the journal."""
@@ -175,7 +175,7 @@ class Recording(TrainerCallback):
 
         return noted
 
-    def end_step(self, optimizer: HiZOO) -> None:
+    def write_step(self, optimizer: HiZOO) -> None:
         """Write the step, just before the update; a replayed one takes its η from there."""
         if self._recorded is not None:
             for group in optimizer.param_groups:
@@ -215,18 +215,14 @@ class Recording(TrainerCallback):
         if self.file is not None:
             self.file.add(row)
 
-    # ---- what the Trainer calls
+    # ---- the course of a run
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module,
-        optimizer: HiZOO,
-        **kwargs: Any,
-    ) -> None:
-        """Check that the weights are those that the journal begins with, and open it."""
+    def begin(self, model: nn.Module, optimizer: HiZOO, state: TrainerState) -> None:
+        """Check that the weights are those that the journal begins with, and open it.
+
+        Raises:
+            InputError: they are not.
+        """
         if self.path is None:
             return
         start = checksum_of_trained(model)
@@ -238,10 +234,10 @@ class Recording(TrainerCallback):
         if state.is_world_process_zero:
             header = Header(
                 version=VERSION,
+                noise=NOISE,
                 step=state.global_step,
                 max_steps=state.max_steps,
                 start=start,
-                noise=NOISE,
                 groups=groups_in(optimizer, model),
                 layerwise=optimizer.layers is not None,
                 optimizer=optimizer.config,
@@ -249,35 +245,15 @@ class Recording(TrainerCallback):
             )
             self.file = JournalFile(self.path, header, self.replay.begins_at)
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module,
-        **kwargs: Any,
-    ) -> None:
-        """Leave a checksum of the weights; those of all processes have to be the same."""
+    def end_step(self, model: nn.Module, state: TrainerState) -> None:
+        """Write a checksum of the weights now and then, or compare with the one that is there.
+
+        Raises:
+            Disagreement: another process has other weights.
+        """
         step = state.global_step
-        if self.path and (step % self.check_every == 0 or step >= state.max_steps):
-            self.leave_checksum(step, model)
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Wait for the disk, as a checkpoint does."""
-        if self.file is not None:
-            self.file.sync()
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Close the journal."""
-        if self.file is not None:
-            self.file.close()
-
-    def leave_checksum(self, step: int, model: nn.Module) -> None:
-        """Write a checksum of the weights, or compare with the one that is there."""
+        if not self.path or (step % self.check_every and step < state.max_steps):
+            return
         recorded = self.replay.take(Checksum, step)
         checksum = checksum_of_trained(model)
         check_agreement(checksum, step)
@@ -290,6 +266,16 @@ class Recording(TrainerCallback):
                 step,
                 self.path,
             )
+
+    def sync(self) -> None:
+        """Wait for the disk, as a checkpoint does."""
+        if self.file is not None:
+            self.file.sync()
+
+    def close(self) -> None:
+        """Close the journal."""
+        if self.file is not None:
+            self.file.close()
 
 
 def replayed(losses: Sequence[float]) -> Closure:

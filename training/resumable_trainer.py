@@ -1,0 +1,177 @@
+"""A transformers.Trainer that loses nothing: whole checkpoints, and runs that resume from them."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainerState
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    SaveStrategy,
+    TrainOutput,
+    rotate_checkpoints,
+)
+
+from language_model.manifest import damage
+from language_model.weight_names import load_renamed_weights, tied_weights
+from training.callbacks import RunState, run_state
+from training.checkpoints import (
+    ANOTHER,
+    CHECKPOINT_VERSION,
+    STATE,
+    best_checkpoint,
+    write_checkpoint,
+    write_together,
+)
+from training.processes import from_first_process
+from training.watching import Costs
+from utils import Disagreement, InputError, NotWritten, first_line
+
+logger = logging.getLogger(__name__)
+
+
+class ResumableTrainer(Trainer):
+    """A Trainer whose checkpoints are whole or not there, and whose runs resume where they were.
+
+    Args:
+        settings: of the run; checkpoints keep them.
+        **kwargs: of ``transformers.Trainer``.
+
+    Attributes:
+        costs: what training has taken, before an interruption too.
+    """
+
+    def __init__(self, *, settings: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        self.settings, self.costs = dict(settings or {}), Costs()
+        self._resumed_from: str | None = None
+        self._unfinished: str | None = None  # where a checkpoint is being written
+        arguments = kwargs["args"]
+        # RunState does it.
+        arguments.restore_callback_states_from_checkpoint = False
+        if arguments.load_best_model_at_end and arguments.save_total_limit == 1:
+            # With 1 the Trainer deletes the last checkpoint at the end, from which an interrupted
+            # run resumes. Until then it keeps 2 as well, the best and the last.
+            arguments.save_total_limit = 2
+        super().__init__(**kwargs)
+        self.add_callback(RunState(self._run_state, self._begin))
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
+        """Train; a checkpoint that has reached ``max_steps`` already is only loaded.
+
+        Raises:
+            InputError: torch refuses a file of the checkpoint.
+        """
+        self._resumed_from = resume_from_checkpoint
+        if resume_from_checkpoint:
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, STATE)))
+            if 0 < self.args.max_steps <= state.global_step:
+                # The Trainer would take one step more.
+                return self._load_finished(state)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except UnpicklingError as error:
+            reason = f"torch refuses one of its files ({first_line(error)})"
+            raise InputError(f"{resume_from_checkpoint}: {reason}; {ANOTHER}") from error
+        except (InputError, NotWritten, Disagreement, KeyboardInterrupt):
+            # Close progress bars, restore the handlers of signals.
+            self.callback_handler.on_train_end(self.args, self.state, self.control)
+            raise
+
+    def _load_finished(self, state: TrainerState) -> TrainOutput:
+        """Load a checkpoint of the last step, or the best one beside it."""
+        self.state = state
+        self._begin(run_state(vars(state)))
+        if self.args.load_best_model_at_end:
+            self._forget_damaged_best_checkpoint()
+        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        self._load_from_checkpoint(best or self._resumed_from, self.model)
+        return TrainOutput(state.global_step, math.nan, {})
+
+    def _run_state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of this run."""
+        return {
+            "version": CHECKPOINT_VERSION,
+            "settings": self.settings,
+            "costs": {"seconds": self.costs.seconds, **self.costs.passes()},
+        }
+
+    def _begin(self, saved: dict[str, Any] | None) -> None:
+        """Begin, with what a checkpoint has kept.
+
+        Raises:
+            InputError: another version of this program wrote the checkpoint.
+        """
+        if saved is None:
+            self.costs.begin()
+            return
+        if saved.get("version") != CHECKPOINT_VERSION:
+            raise InputError(
+                f"{self._resumed_from}: another version of this program wrote it; {ANOTHER}"
+            )
+        self.costs.begin(saved["costs"])
+        saves = self.args.save_strategy != SaveStrategy.NO
+        self.state.best_model_checkpoint = best_checkpoint(
+            Path(self._resumed_from), self.state.best_global_step if saves else None
+        )
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        # Files of some models have other names than their weights.
+        if not load_renamed_weights(model or self.model, Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        self._forget_damaged_best_checkpoint()
+        best = self.state.best_model_checkpoint
+        if best and not load_renamed_weights(self.model, Path(best)):
+            super()._load_best_model()
+
+    def _forget_damaged_best_checkpoint(self) -> None:
+        best = self.state.best_model_checkpoint
+        reason = from_first_process(lambda: damage(Path(best))) if best else None
+        if reason:
+            logger.warning(
+                "the best checkpoint, %s, is damaged (%s): the last weights stay", best, reason
+            )
+            self.state.best_model_checkpoint = None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model; where one process cannot, all of them raise ``NotWritten``."""
+        write = functools.partial(super().save_model, output_dir, _internal_call)
+        write_together(Path(output_dir or self.args.output_dir), write)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+
+        def write(unfinished: Path) -> None:
+            self._unfinished = str(unfinished.parent)
+            try:
+                super(ResumableTrainer, self)._save_checkpoint(model, trial)
+            finally:
+                self._unfinished = None
+
+        write_checkpoint(folder, write, writes_manifest=self.args.should_save)
+        best = folder.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+        self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+        if self.args.should_save:
+            limit = self.args.save_total_limit
+            rotate_checkpoints(
+                str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True
+            )
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._unfinished or super()._get_output_dir(trial)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # Tied weights are saved once and arrive with the tensor they are tied to.
+        tied = tied_weights(self.model)
+        load_result.missing_keys[:] = [key for key in load_result.missing_keys if key not in tied]
+        super()._issue_warnings_after_load(load_result)
