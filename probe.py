@@ -71,7 +71,7 @@ def draw(found: Scales, path: Path) -> None:
         axes = figure.add_subplot(1, 2, 1 + number)
         axes.plot(scales, values, color=colour, marker="o", markersize=4, label="measured")
         axes.plot(scales, noise, color="tab:gray", linestyle="--", label="rounding noise alone")
-        right = "" if error is None else f", right to {error:.0%}"
+        right = "" if error is None else f", right to {100 * error:.2g}%"
         axes.axvline(scale, color=colour, linestyle=":", label=f"μ = {scale:.2g}{right}")
         axes.set_xscale("log")
         positive = [value for value in values if value > 0]
