@@ -197,10 +197,16 @@ def add_prefix(
 
 
 @torch.no_grad()
-def keys_and_values(model: PreTrainedModel, tokens: Tensor) -> KeysAndValues:
-    """Return the keys and values of a text in every layer, (1, heads, tokens, head size) each."""
-    cache = DynamicCache()
-    model(input_ids=tokens.unsqueeze(0).to(model.device), past_key_values=cache, use_cache=True)
+def keys_and_values(
+    model: PreTrainedModel, tokens: Tensor, cache: DynamicCache | None = None, **how: Any
+) -> KeysAndValues:
+    """Return the keys and values of a text in every layer, (1, heads, tokens, head size) each.
+
+    Those in ``cache`` come first.
+    """
+    cache = cache or DynamicCache()
+    text = tokens.unsqueeze(0).to(model.device)
+    model(input_ids=text, past_key_values=cache, use_cache=True, **how)
     return tuple((layer.keys, layer.values) for layer in cache.layers)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
 import json
 import logging
 import tempfile
@@ -29,11 +28,8 @@ from transformers import (
 )
 from transformers.integrations.gguf import read_gguf_metadata
 
-from utils import InputError
-
 logger = logging.getLogger(__name__)
 
-MAGIC = b"GGUF"
 # general.file_type of files whose matrices are not quantised.
 DTYPE_OF_FILE_TYPE = {0: torch.float32, 1: torch.float16, 32: torch.bfloat16}
 
@@ -46,33 +42,10 @@ class GgufFile:
 
     @classmethod
     def find(cls, name: str) -> GgufFile | None:
-        """Return the GGUF file ``name``; None if it is a folder or a Hub id.
-
-        Raises:
-            InputError: there is no such file, it is of another kind, or the package that reads it
-                is missing.
-        """
+        """Return the GGUF file ``name``; None if it is a folder or a Hub id."""
         path = Path(name)
-        if path.is_dir() or not (path.is_file() or path.suffix.lower() == ".gguf"):
-            return None
-        try:
-            with path.open("rb") as file:
-                begin = file.read(len(MAGIC))
-        except OSError as error:
-            raise InputError(
-                f"--model_name {name}: cannot be read ({error.strerror}); give another file"
-            ) from error
-        if begin != MAGIC:
-            raise InputError(
-                f"--model_name {name}: this file is no GGUF file; give a Hub id, a local model "
-                "directory or a GGUF file"
-            )
-        if importlib.util.find_spec("gguf") is None:
-            raise InputError(
-                f"--model_name {name}: a GGUF file needs the package gguf: pip install gguf, or "
-                "give the model as a Hub id or a local directory"
-            )
-        return cls(path)
+        is_file = path.is_file() or path.suffix.lower() == ".gguf"
+        return cls(path) if is_file and not path.is_dir() else None
 
     def config(self) -> PreTrainedConfig:
         """Read the model's configuration."""

@@ -34,13 +34,9 @@ EARLY_STOPPING = {"tol": 1e-2, "max_iter": 1000}
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """What a linear probe was fitted to, and how.
+    """What a linear probe was fitted to: distinct tokens (classes), scored tokens (rows); and how.
 
-    Attributes:
-        tokens: the distinct tokens of the answers, the classes of the logistic regression.
-        rows: the scored tokens of all examples: hidden states that it was fitted to.
-        iterations: of its solver.
-        converged: False if the solver stopped early; the head is fitted less well then.
+    ``converged`` is False if the solver stopped early; the head is fitted less well then.
     """
 
     tokens: int
@@ -132,31 +128,25 @@ def fit_head(
 
     Every scored token of an answer is a row: the hidden state that predicts it, and the token as
     its class. The fitted coefficients become the head's rows of these tokens (and the entries of
-    its bias, if it has one): the softmax over their logits is the classifier's probability. All
-    other rows stay, and so do the embeddings: a tied head is untied.
+    its bias, if it has one): the softmax over their logits is the classifier's probability. A tied
+    head is untied. Where a model scales or caps its logits behind the head (Cohere, Gemma 2), the
+    order of the fitted tokens is the classifier's, the probabilities are not.
 
-    A model may scale or cap its logits behind the head (Cohere, Gemma 2): the order of the fitted
-    tokens is still the classifier's, the probabilities are not. Scores of longer options also
-    depend on the logits of tokens that no answer has.
-
-    The regularisation is scikit-learn's default, C = 1. MeZO's code chooses C by cross-validation,
-    which needs each token in several answers: few generated answers share theirs.
-
-    In a run of several processes each one fits its own copy of the model, to all examples.
+    C is 1, scikit-learn's default. MeZO's code chooses it by cross-validation, which needs each
+    token in several answers: few generated answers share theirs.
 
     Args:
         model: a causal language model; left in evaluation mode.
         tokenizer: names a token in an error.
-        examples: the training examples, each with its correct option alone
-            (``Encoder.correct_option``).
+        examples: each with its correct option alone (``Encoder.correct_option``).
         batch_size: examples in a forward pass, at most.
         early_stopping: stop the solver sooner (``EARLY_STOPPING``), against overfitting.
         progress: label of the progress bar.
 
     Raises:
         InputError: all answers are of the same token, or the model's head cannot be fitted or
-            untied. The model is then as it was before.
-        NotFinite: the hidden states are not finite; the model is as before, too.
+            untied. The model is then unchanged.
+        NotFinite: the hidden states are not finite. The model is unchanged, too.
     """
     head = _head(model)
     features, targets = answer_features(model, examples, batch_size, progress)

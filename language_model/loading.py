@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 import os
 import pickle
@@ -70,7 +69,11 @@ def load_model(
             f"--load_int{quantised_bits}: the weights of a GGUF file, quantised ones too, are "
             "loaded as ordinary ones; leave it out, or give the model as a directory"
         )
-    quantisation = quantisation_of(quantised_bits, dtype) if quantised_bits else None
+    if quantised_bits and not torch.cuda.is_available():
+        raise InputError(
+            f"--load_int{quantised_bits} needs a CUDA GPU (bitsandbytes): leave it out on this "
+            "machine"
+        )
     several_processes = int(os.environ.get("WORLD_SIZE", "1")) > 1
     spread = auto_device and torch.cuda.is_available() and not several_processes
     device_map = "auto" if spread else None
@@ -82,7 +85,7 @@ def load_model(
                 base,
                 dtype=dtype,
                 device_map=device_map,
-                quantization_config=quantisation,
+                quantization_config=quantisation_of(quantised_bits, dtype),
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
                 # _check_weights_are_there names them.
@@ -128,25 +131,13 @@ def _without_report() -> Iterator[None]:
         reporting.removeFilter(is_no_report)
 
 
-def quantisation_of(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Return bitsandbytes' settings for 8-bit or 4-bit (NF4) weights.
-
-    Raises:
-        InputError: there is no CUDA GPU, or no bitsandbytes.
-    """
-    if not torch.cuda.is_available():
-        raise InputError(
-            f"--load_int{bits} needs a CUDA GPU (bitsandbytes): leave it out on this machine"
+def quantisation_of(bits: int | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """Return bitsandbytes' settings for 8-bit or 4-bit (NF4) weights, None for others."""
+    if bits == 4:
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError(
-            f"--load_int{bits} needs bitsandbytes: pip install bitsandbytes, or leave it out"
-        )
-    if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-    )
+    return BitsAndBytesConfig(load_in_8bit=True) if bits else None
 
 
 # ------------------------------------------------------------------- configuration and tokenizer
@@ -273,6 +264,9 @@ def _in_one_line(name: str, what: str) -> Iterator[None]:
         if Path(name).is_file():
             what = "transformers cannot load this GGUF file"
             way_out = "give a whole one of a model that it knows, or a Hub id or a local directory"
+        if isinstance(error, ImportError):
+            what = "a package is missing"
+            way_out = f"pip install {error.name}" if error.name else "install it"
         raise InputError(f"--model_name {name}: {what} ({reason}); {way_out}") from error
 
 

@@ -97,15 +97,14 @@ def collate(
     it, whatever its layers are, and the model counts positions itself.
 
     Returns:
-        ``input_ids``, and with ``share_prompt`` ``position_ids``: (rows, length).
-        ``attention_mask``: (rows, length), or (rows, 1, length, length), True where a query (third
+        input_ids, and with ``share_prompt`` position_ids: (rows, length).
+        attention_mask: (rows, length), or (rows, 1, length, length), True where a query (third
         dimension) sees a key, if a row holds several sequences or branches.
-        ``read_rows``, ``read_columns``, ``targets``, ``read_options``: (scored tokens,): where each
-        is predicted, which it is, and its option's number in the batch.
-        ``option_examples``: (options,): the example of each option.
-        ``acceptable``: (options,) of bool: whether an option counts as right; several of an example
-        may.
-        ``correct``: (examples,): the number of the correct option within its example.
+        read_rows, read_columns, targets, read_options: (scored tokens,): where each is predicted,
+        which it is, and its option's number in the batch.
+        option_examples: (options,): the example of each option.
+        acceptable: (options,) of bool: whether an option counts as right.
+        correct: (examples,): the number of the correct option within its example.
     """
     sequences = _pack_all(examples, share_prompt)
     rows = [[number] for number in range(len(sequences))]

@@ -13,7 +13,13 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from language_model.adapters import KeysAndValues, prefix_length, prefix_of, without_adapter
+from language_model.adapters import (
+    KeysAndValues,
+    keys_and_values,
+    prefix_length,
+    prefix_of,
+    without_adapter,
+)
 from language_model.packing import common_prefix_length
 
 logger = logging.getLogger(__name__)
@@ -101,16 +107,10 @@ class ReadPrefix:
     @classmethod
     def read(cls, model: PreTrainedModel, tokens: Sequence[int]) -> ReadPrefix:
         """Run the model on the tokens, once."""
-        prefix = cls((), prefix_of(model))
-        if not tokens:
-            return prefix
-        output = without_adapter(model)(
-            input_ids=torch.tensor([tokens], device=model.device),
-            past_key_values=prefix.cache(),
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        layers = tuple((layer.keys, layer.values) for layer in output.past_key_values.layers)
+        layers = prefix_of(model)
+        if tokens:
+            cache, base = cls((), layers).cache(), without_adapter(model)
+            layers = keys_and_values(base, torch.tensor(tokens), cache, logits_to_keep=1)
         return cls(tuple(tokens), layers)
 
     @property
