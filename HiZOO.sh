@@ -39,66 +39,6 @@
 # ZO_LR_SCHEDULER_TYPE  constant                     learning-rate schedule
 # WEIGHT_DECAY          0                            none for biases and layer norms
 set -euo pipefail
-HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+HERE=$(CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$HERE/settings.sh"
-begin "$@"
-refuse_no_training "$@"
-
-MODE=${MODE:-ft}
-choose_mode
-choose_model_and_data "$@"
-# The middle of the MeZO paper's grids: prefixes and LoRA matrices take larger steps than weights.
-case $MODE in
-    ft) DEFAULT_LR=1e-6 DEFAULT_EPS=1e-3 ;;
-    prefix) DEFAULT_LR=1e-2 DEFAULT_EPS=1e-1 ;;
-    lora) DEFAULT_LR=1e-4 DEFAULT_EPS=1e-2 ;;
-esac
-DEFAULT_SMOOTHING=constant1e-8
-if [ "$IS_BUNDLED" ]; then
-    # It has a thousandth of the parameters and learns in far fewer steps.
-    DEFAULT_LR=auto DEFAULT_SMOOTHING=constant1e-5
-    STEPS=${STEPS:-150}
-    EVAL_STEPS=${EVAL_STEPS:-50}
-    DIRECTIONS=${DIRECTIONS:-2}
-fi
-LR=${LR:-$DEFAULT_LR}
-EPS=${EPS:-$DEFAULT_EPS}
-HESSIAN_SMOOTH_TYPE=${HESSIAN_SMOOTH_TYPE:-$DEFAULT_SMOOTHING}
-STEPS=${STEPS:-20000}
-EVAL_STEPS=${EVAL_STEPS:-2000}
-SEED=${SEED:-0}
-
-choose_objective "$@"
-choose_course steps "$@"
-choose_weights "$@"
-choose_seeds "$@"
-LENGTH=(--max_steps "$STEPS")
-if given --num_train_epochs "$@"; then
-    LENGTH=()
-fi
-REPORT=()
-if [ "$IS_BUNDLED" ]; then
-    REPORT=(--eval_before_training --per_device_eval_batch_size 64)
-fi
-
-# Under torchrun, or as several tasks of srun, this is one of the processes of a job.
-BS=${BS:-16}
-PROCESSES=${WORLD_SIZE:-${SLURM_STEP_NUM_TASKS:-1}}
-if [ "$(value_given --zo_parallel "$@")" != directions ] && ! given --tensor_parallel "$@"; then
-    if [ $((BS % PROCESSES)) != 0 ]; then
-        refuse "BS=$BS: as many examples cannot be shared by $PROCESSES processes"
-    fi
-    BS=$((BS / PROCESSES))
-fi
-
-# What stands before -- is the script's choice: it may be without effect beside what follows.
-exec "$PYTHON" "$HERE/run.py" --trainer zo --model_name "$MODEL" ${DATA[@]+"${DATA[@]}"} \
-    ${LENGTH[@]+"${LENGTH[@]}"} --learning_rate "$LR" --zo_eps "$EPS" \
-    --zo_num_samples "${DIRECTIONS:-1}" \
-    --hessian_smooth_type "$HESSIAN_SMOOTH_TYPE" --weight_decay "${WEIGHT_DECAY:-0}" \
-    --lr_scheduler_type "${ZO_LR_SCHEDULER_TYPE:-constant}" \
-    --warmup_steps "${WARMUP_STEP:-0}" --decay_step "${DECAY_STEP:-0}" \
-    --per_device_train_batch_size "$BS" "${SEEDS[@]}" \
-    --num_train "${TRAIN:-$DEFAULT_TRAIN}" --num_eval "${EVAL:-1000}" "${COURSE[@]}" \
-    ${MODE_ARGS[@]+"${MODE_ARGS[@]}"} ${OBJECTIVE[@]+"${OBJECTIVE[@]}"} \
-    ${WEIGHTS[@]+"${WEIGHTS[@]}"} ${REPORT[@]+"${REPORT[@]}"} -- "$@"
+run_script "$0" "$@"

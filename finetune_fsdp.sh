@@ -8,21 +8,6 @@
 # finetune.sh; python run.py --help lists the further arguments.
 #
 set -euo pipefail
-HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+HERE=$(CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$HERE/settings.sh"
-
-if given "--help -h" "$@"; then
-    print_help "$0"
-    print_help "$HERE/finetune.sh" | sed -n '/^variable /,$p'
-    exit 0
-fi
-if [ -z "${NUM_GPU:-}" ]; then
-    has_gpu || refuse "no NVIDIA GPU found: run finetune.sh, or give NUM_GPU for other GPUs"
-    if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
-        NUM_GPU=$(printf %s "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -c .)
-    else
-        NUM_GPU=$(nvidia-smi -L | grep -c '^GPU')
-    fi
-fi
-export NUM_GPU
-exec bash "$HERE/finetune.sh" --fsdp "$@"
+run_script "$0" "$@"

@@ -18,26 +18,6 @@
 #                                                    examples to report on; not set: each example
 #                                                    has demonstrations of its own
 set -euo pipefail
-HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+HERE=$(CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$HERE/settings.sh"
-begin "$@"
-TRAINER=$(value_given --trainer "$@")
-if [ "${TRAINER:-none}" != none ]; then
-    refuse "--trainer $TRAINER: icl.sh trains nothing; HiZOO.sh and finetune.sh do"
-fi
-
-choose_model_and_data "$@"
-choose_weights "$@"
-DEFAULT_TRAIN=32
-if [ -z "$TASK" ] && ! given --train_file "$@"; then
-    DEFAULT_TRAIN=0
-fi
-SEEDS=()
-if [ "${SEED:-}" ]; then
-    SEEDS=(--train_set_seed "$SEED")
-fi
-
-# What stands before -- is the script's choice: it may be without effect beside what follows.
-exec "$PYTHON" "$HERE/run.py" --trainer none --model_name "$MODEL" ${DATA[@]+"${DATA[@]}"} \
-    --num_train "${TRAIN:-$DEFAULT_TRAIN}" --num_eval "${EVAL:-1000}" \
-    ${SEEDS[@]+"${SEEDS[@]}"} ${WEIGHTS[@]+"${WEIGHTS[@]}"} -- "$@"
+run_script "$0" "$@"

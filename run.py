@@ -18,17 +18,21 @@ if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
+from command_line.starting import begin
+
+if __name__ == "__main__":
+    # What is wrong is said before torch and transformers are imported, which takes seconds.
+    begin(sys.argv[1:])
+
 import time
 from collections.abc import Sequence
 
 import transformers
 
-from command_line.arguments import USAGE, parse_arguments
+from command_line.arguments import parse_arguments
 from command_line.checks import check
-from command_line.restarts import own_store
 from command_line.settings import name_run, settle_dtype
 from command_line.showing import config_lines
-from command_line.slurm import take_slurm_variables
 from experiment.folders import locked_places
 from experiment.options import Options, options_of
 from experiment.plan import make_plan
@@ -72,6 +76,8 @@ def run_command_line(argv: Sequence[str]) -> None:
     """Read and check the command line, and do what it says."""
     arguments = parse_arguments(argv)
     check(arguments)
+    if arguments.warning and process_index() == 0:
+        print(arguments.warning, file=sys.stderr)
     settle_dtype(arguments)
     if arguments.show_config:
         say("\n".join(config_lines(arguments)))
@@ -91,13 +97,8 @@ def run_command_line(argv: Sequence[str]) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command line; returns the exit code (``utils.exit_code``)."""
-    if not argv:
-        print(USAGE)
-        return 2
     leave_out_loading_bars()
-    take_slurm_variables(os.environ)
-    with own_store(os.environ):
-        return exit_code(lambda: run_command_line(argv))
+    return exit_code(lambda: run_command_line(argv))
 
 
 if __name__ == "__main__":

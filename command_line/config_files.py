@@ -98,8 +98,8 @@ def typed(place: str, name: str, value: Any) -> str:
     return str(value)
 
 
-def words_of_config(path: Path) -> dict[str, tuple[str, list[str]]]:
-    """Return the words of a configuration file's arguments by name, each with its place.
+def words_of_config(path: Path) -> dict[str, tuple[str, str]]:
+    """Return the arguments of a configuration file by name: the place, and the value as typed.
 
     Raises:
         InputError: as ``read_yaml`` and ``typed``.
@@ -110,5 +110,5 @@ def words_of_config(path: Path) -> dict[str, tuple[str, list[str]]]:
             raise InputError(f"{place}: config in a file of --config; leave it out")
         text = typed(place, key, value)
         if text not in NOTHING:
-            words[key] = (place, [f"--{key}", text])
+            words[key] = (place, text)
     return words

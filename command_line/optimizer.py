@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from command_line.arguments import Arguments
-from command_line.values import AUTO
+from command_line.declarations import AUTO
 from zeroth_order.config import HiZOOConfig
 from zeroth_order.smoothing import SmoothingSchedule
 

@@ -11,72 +11,21 @@ from typing import Any
 
 import torch
 
-from command_line.arguments import TUNING_MODES, Arguments, plain_value
+from command_line.arguments import Arguments, plain_value
+from command_line.contradictions import has_effect
+from command_line.declarations import NOTHING, RESULT, TRAINING
+from command_line.groups import Generation
+from command_line.reading import DECLARED, OWN, TUNING_MODES
 from language_model.loading import saved_dtype
 from task_data.loading import split_files
 from utils import fingerprint
 
-# What belongs to an experiment, whether it was given or not.
-EXAMPLES = ("num_train", "num_dev", "num_train_sets", "train_set_seed")
-WEIGHTS = ("load_float16", "load_bfloat16", "load_int8", "load_int4")
-CHAT = ("apply_chat_template", "system_prompt")
-EVALUATION = (*CHAT, "num_eval", "max_length", "sfc", "icl_sfc", "per_device_eval_batch_size")
-GENERATION = (
-    *("sampling", "temperature", "num_beams", "top_k", "top_p"),
-    *("max_new_tokens", "eos_token"),
-)
-TRAINING = (
-    *CHAT,
-    *("train_as_classification", "only_train_option", "seed", "learning_rate", "weight_decay"),
-    *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "decay_step"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("data_seed", "dataloader_drop_last"),
-)
-FIRST_ORDER = (
-    *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
-    *("bf16", "fp16"),
-)
-ZEROTH_ORDER = (
-    *("zo_eps", "hessian_smooth_type", "hessian", "hessian_dtype", "zo_perturbation"),
-    *("zo_num_samples", "curvature_eps", "curvature_every", "zo_clip", "probe_every"),
-    *("zo_directions", "zo_normalize"),
-)
-OF_TRAINER = {"none": (), "regular": FIRST_ORDER, "zo": (*ZEROTH_ORDER, "non_diff")}
-TUNING = (*TUNING_MODES, "untie_emb")
-
 LENGTH = ("max_steps", "num_train_epochs")
-# Where the model and the data lie: their content distinguishes runs, not their place.
-PLACES = ("task_name", "model_name", "data_dir", "train_file", "validation_file", "reward")
 # What does not change the result. All else does, the Trainer's arguments of tomorrow too.
-FOLDERS_AND_FILES = (
-    *("tag", "output_dir", "result_file", "predictions_file", "save_model"),
-    *("merge_adapter", "predict_file"),
-    *("overwrite_output_dir", "resume_from_checkpoint", "save_on_interrupt", "save_only_model"),
-    *("save_total_limit", "save_on_each_node", "enable_jit_checkpoint"),
-    *("restore_callback_states_from_checkpoint", "trust_remote_code"),
-    *("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy"),
-    *("hub_always_push", "hub_revision"),
-)
-SHOWN_AND_LOGGED = (
-    *("verbose", "disable_tqdm", "debug", "skip_memory_metrics", "include_num_input_tokens_seen"),
-    *("logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node"),
-    *("logging_nan_inf_filter", "log_level", "log_level_replica", "report_to", "run_name"),
-    *("quiet", "eval_metric", "config", "show_config", "dry_run"),
-    *("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
-)
-SPEED_AND_MACHINE = (
-    *("per_device_eval_batch_size", "no_auto_device", "use_cpu", "local_rank", "ddp_backend"),
-    *("ddp_timeout", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers"),
-    *("ddp_static_graph", "torch_empty_cache_steps", "activation_checkpointing"),
-    *("activation_checkpointing_kwargs", "gradient_checkpointing"),
-    *("gradient_checkpointing_kwargs", "dataloader_num_workers", "dataloader_pin_memory"),
-    *("dataloader_persistent_workers", "dataloader_prefetch_factor"),
-    *("dataloader_multiprocessing_context", "dataloader_in_order", "zo_parallel", "check_every"),
-    "tensor_parallel",
-)
-NOT_OF_THE_RESULT = {*PLACES, *FOLDERS_AND_FILES, *SHOWN_AND_LOGGED, *SPEED_AND_MACHINE}
+NOT_OF_THE_RESULT = {name for name, each in DECLARED.items() if each.decides == NOTHING}
 # When checkpoints are saved matters where one of them is chosen.
 CHOICE_OF_CHECKPOINT = ("save_strategy", "save_steps")
+GENERATION = [each.name for each in dataclasses.fields(Generation)]
 
 WAYS_OF_TUNING = {
     "lora": "lora",
@@ -222,20 +171,22 @@ def model_files(model: Path) -> list[Path]:
 
 
 def changed_settings(arguments: Arguments) -> dict[str, Any]:
-    """Return what the user gave and what belongs to the experiment; no secrets."""
-    names = {*arguments.given, *EXAMPLES, *WEIGHTS, *EVALUATION, *OF_TRAINER[arguments.trainer]}
-    if arguments.trainer != "none":
-        names |= {*length_of_run(arguments), *_names_of_training(arguments)}
-    if arguments.task.generation:
-        names |= {*GENERATION}
-    return _plain_values(arguments, names - {"hub_token"})
+    """Return what was given, and all that changes the result of such a run; no secrets."""
+    names = {
+        name
+        for name, each in DECLARED.items()
+        if each.decides == TRAINING or (each.decides == RESULT and name in OWN)
+    }
+    names = {name for name in names if has_effect(arguments, name)}
+    return _plain_values(arguments, {*arguments.given, *names} - {"hub_token"})
 
 
 def settings_of_a_checkpoint(arguments: Arguments) -> dict[str, Any]:
     """Return what decides the course of a training run, whatever its length and its folders."""
-    names = {*EXAMPLES, *WEIGHTS, *_names_of_training(arguments)}
-    # Every set has a folder of its own, whatever their number.
-    names.remove("num_train_sets")
+    names = {name for name, each in DECLARED.items() if each.decides == TRAINING}
+    names -= {"trainer", *LENGTH}
+    if arguments.non_diff or arguments.reward:
+        names |= {*GENERATION}
     reward = arguments.task.reward
     return {
         "trainer": arguments.trainer,
@@ -243,7 +194,7 @@ def settings_of_a_checkpoint(arguments: Arguments) -> dict[str, Any]:
         "train_file": arguments.train_file and str(Path(arguments.train_file).resolve()),
         "model_name": Path(arguments.model_name).name,
         "reward": reward and f"{reward.file.name}:{reward.name}",
-        **_plain_values(arguments, names),
+        **_plain_values(arguments, {name for name in names if has_effect(arguments, name)}),
         **batch_and_processes(arguments, "nproc_per_node"),
     }
 
@@ -264,22 +215,8 @@ def batch_and_processes(arguments: Arguments, name: str) -> dict[str, int]:
 
 def examples_of_a_batch(arguments: Arguments) -> int:
     """Return the examples of a batch in all processes together."""
-    shared = arguments.trainer != "zo" or arguments.shared_by_processes == "batch"
+    shared = arguments.trainer != "zo" or arguments.zo_parallel == "batch"
     return arguments.per_device_train_batch_size * (arguments.world_size if shared else 1)
-
-
-def _names_of_training(arguments: Arguments) -> set[str]:
-    names = {*TRAINING, *TUNING, *OF_TRAINER[arguments.trainer]}
-    for mode, settings in TUNING_MODES.items():
-        if getattr(arguments, mode):
-            names |= {*settings}
-    if arguments.non_diff:
-        names |= {"non_diff_metric", *GENERATION}
-    if arguments.train_file:
-        names |= {"text_column", "label_column", "prompt_template"}
-    if arguments.reward:
-        names |= {"reward_samples", *GENERATION}
-    return names
 
 
 def _plain_values(arguments: Arguments, names: Collection[str]) -> dict[str, Any]:

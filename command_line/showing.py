@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from command_line.applicability import has_effect
 from command_line.arguments import Arguments
+from command_line.contradictions import has_effect
 from command_line.settings import changed_settings
 
 NOT_OF_A_FILE = ("config", "show_config", "dry_run")

@@ -1,22 +1,18 @@
-"""Write docs/arguments.md from the command line itself: ``python docs/make_arguments.py``."""
+"""Write docs/arguments.md from the declarations: ``python docs/make_arguments.py``."""
 
 from __future__ import annotations
 
-import dataclasses
-import enum
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from command_line.applicability import SCOPES
-from command_line.arguments import Arguments
-from command_line.groups import COMMON_TRAINER_ARGUMENTS, GROUPS
-from command_line.unknown import NOT_OFFERED
+from command_line.declarations import Declaration, declared
+from command_line.reading import DECLARED, GROUPS
+from command_line.trainer_arguments import IGNORED, NOT_OFFERED, OTHERS
 
 PAGE = ROOT / "docs" / "arguments.md"
 INTRODUCTION = """\
@@ -27,54 +23,53 @@ Made from the code by `python docs/make_arguments.py`. `python run.py --help` pr
 
 - A flag is on with `--flag` or `--flag True`, off with `--flag False`. Of an argument that is given
   twice the last value counts. Names may be written with dashes.
-- "Only with" says where an argument has an effect; an argument named there has a line of its own.
-  Given where it has none, it is refused in one line, with exit code 2, unless its value switches
-  off what is off anyway: a flag at its default, `no`, `none` or `0`.
-- What stands before a word `--` are a script's own choices. The arguments behind it win, and those
-  before it may be without effect: `bash HiZOO.sh --save_strategy no` works, although HiZOO.sh
-  passes `--save_steps`.
+- "Only with" says where an argument has an effect. Elsewhere it is left out, and one line names all
+  of these: `warning: no effect here: --top_k (SST2 has options)`. "Refused elsewhere" marks those
+  that would give another result than was asked for if they were left out.
+- Everything that is wrong with a command line is said at once, with exit code 2.
 - "—": not given.
 """
-FIELDS = {field.name: field for field in dataclasses.fields(Arguments)}
-CONDITIONS = {name: scope.where for scope in SCOPES for name in scope.names}
 
 
 def make_page() -> str:
     """Return the text of docs/arguments.md."""
     sections = [INTRODUCTION]
-    explained = dict(COMMON_TRAINER_ARGUMENTS)
     for group in GROUPS:
-        texts = {field.name: field.metadata["help"] for field in dataclasses.fields(group)}
-        explained |= texts
         title, _, remark = group.__doc__.partition(".")
-        remark = f"{marked(remark.strip())}\n\n" if remark else ""
-        sections.append(f"## {title}\n\n{remark}{argument_table(texts)}")
-    conditions = {name: where for name, where in CONDITIONS.items() if name not in explained}
+        remark = f"{marked(remark.strip())}\n\n" if remark.strip() else ""
+        sections.append(f"## {title}\n\n{remark}{argument_table(declared(group))}")
+    others = {name: where(each) for name, each in OTHERS.items()}
     sections.append(f"""\
-## The Trainer's arguments
+## The Trainer's other arguments
 
-All of transformers' `TrainingArguments` work too, where they have an effect. Most runs need some of
-these:
+`--help_all` and the documentation of transformers explain these arguments of `TrainingArguments`:
 
-{argument_table(COMMON_TRAINER_ARGUMENTS)}
-`--help_all` and the documentation of transformers explain the others:
+{table(("arguments", "only with"), grouped(others))}
+These change nothing and are accepted, as published command lines have them:
 
-{table(("arguments", "only with"), grouped(conditions))}
-These are not offered:
+{table(("arguments", "why"), grouped(IGNORED))}
+These are refused:
 
 {table(("arguments", "why"), grouped(NOT_OFFERED))}""")
     return "\n".join(sections)
 
 
-def argument_table(texts: Mapping[str, str]) -> str:
-    """Return the table of some arguments, by name with their meaning."""
+def argument_table(declarations: Iterable[Declaration]) -> str:
+    """Return the table of some arguments."""
     rows = []
-    for name, text in texts.items():
-        aliases = FIELDS[name].metadata.get("aliases", ())
-        names = ", ".join(f"`{option}`" for option in (f"--{name}", *aliases))
-        choices = ", ".join(f"`{choice}`" for choice in choices_of(name))
-        rows.append((names, default_of(name), choices, marked(text), CONDITIONS[name]))
+    for each in declarations:
+        names = ", ".join(f"`{option}`" for option in (f"--{each.name}", *each.aliases))
+        choices = ", ".join(f"`{choice}`" for choice in each.choices)
+        rows.append((names, shown_default(each), choices, marked(each.help), where(each)))
     return table(("argument", "default", "choices", "meaning", "only with"), rows)
+
+
+def where(declaration: Declaration) -> str:
+    """Return where an argument has an effect."""
+    effect = declaration.effect
+    if effect is None:
+        return "every run"
+    return f"{effect.where}; refused elsewhere" if effect.refused else effect.where
 
 
 def grouped(texts: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -91,18 +86,9 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def choices_of(name: str) -> Iterator[str]:
-    """Yield the values that an argument is chosen from, if it is one of a few."""
-    annotation = get_type_hints(Arguments)[name]
-    for part in (annotation, *get_args(annotation)):
-        yield from (value for value in get_args(part) if isinstance(value, str))
-        if isinstance(part, type) and issubclass(part, enum.Enum):
-            yield from (member.value for member in part)
-
-
-def default_of(name: str) -> str:
+def shown_default(declaration: Declaration) -> str:
     """Return a default as it may be typed."""
-    value = getattr(FIELDS[name].default, "value", FIELDS[name].default)
+    value = declaration.default
     if value is None:
         return "—"
     return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
@@ -113,7 +99,8 @@ def marked(text: str) -> str:
 
     def as_code(match: re.Match[str]) -> str:
         name, word = match["name"], match["word"]
-        belongs = word and (word in choices_of(name) or any(map(str.isdigit, word)))
+        choices = DECLARED[name].choices if name in DECLARED else ()
+        belongs = word and (word in choices or any(map(str.isdigit, word)))
         return f"`--{name} {word}`" if belongs else match[0].replace(f"--{name}", f"`--{name}`")
 
     code = re.sub(r"(?<![`\w])--(?P<name>\w+)(?: (?P<word>[\w-]+))?", as_code, text)

@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from command_line.arguments import TUNING_MODES, Arguments
+from command_line.arguments import Arguments
+from command_line.checks import steps_of_run
+from command_line.declarations import AUTO
 from command_line.optimizer import optimizer_config, smoothing
+from command_line.reading import TUNING_MODES
 from command_line.settings import (
     changed_settings,
     examples_of_a_batch,
     length_of_run,
     settings_of_a_checkpoint,
 )
-from command_line.trainer_checks import steps_of_run
-from command_line.values import AUTO
 from language_model.generation import GenerationSettings
 from language_model.loading import choose_dtype
 from tasks import Task

@@ -23,9 +23,8 @@ from typing import Any
 
 import yaml
 
-from command_line.arguments import OneLineParser, command_line
 from command_line.config_files import NOTHING, Entry, Loader, read_yaml, typed
-from command_line.unknown import explain_unknown
+from command_line.reading import argument_name, explain_unknown, given_names, read_values
 from utils import InputError
 
 # Values of arguments by name, as the user types them.
@@ -83,7 +82,7 @@ class Grid:
             name = name_of(choice)
             words = (*words_of(self.fixed | choice), *self.further)
             try:
-                given = command_line().read(words)
+                given = read_values(words).given
             except InputError as error:
                 raise InputError(f"{name}: {error}") from error
             # Parsed values are compared: 1e-4 and 0.0001 are the same run.
@@ -108,11 +107,10 @@ def read_grid(
     Raises:
         InputError: there is no such file or argument, or a list is empty or given twice.
     """
-    parser = command_line()
-    grid = _sort(parser, read_yaml(file) if file else {})
-    typed_lists = _sort(parser, {name: _entry(parser, name, v) for name, v in lists.items()}).axes
+    grid = _sort(read_yaml(file) if file else {})
+    typed_lists = _sort({name: _entry(name, v) for name, v in lists.items()}).axes
     replaced = {*typed_lists, *(n for c in typed_lists.values() for n in _names_in(c))}
-    for name in parser.read(further):
+    for name in given_names(further):
         if name in replaced:
             raise InputError(f"--{name} is in the grid and behind --: give it once")
         if name in OF_THE_SWEEP:
@@ -156,11 +154,11 @@ def _names_in(choices: Iterable[Values]) -> list[str]:
     return list(dict.fromkeys(name for choice in choices for name in choice))
 
 
-def _entry(parser: OneLineParser, name: str, words: Sequence[str]) -> Entry:
+def _entry(name: str, words: Sequence[str]) -> Entry:
     """Return a list of the command line; under a name of the user's own it holds groups."""
     if not words:
         raise InputError(f"--{name}: give the values that the grid has, or put it behind --")
-    is_argument = parser.name_of(f"--{name}") is not None
+    is_argument = argument_name(f"--{name}") is not None
     try:
         # The values of an argument may begin with a brace, as --prompt_template '{text}' does.
         values = [w if is_argument else yaml.load(w, Loader) for w in words]
@@ -172,7 +170,7 @@ def _entry(parser: OneLineParser, name: str, words: Sequence[str]) -> Entry:
     return Entry("the command line", values)
 
 
-def _sort(parser: OneLineParser, entries: Mapping[str, Entry]) -> Grid:
+def _sort(entries: Mapping[str, Entry]) -> Grid:
     """Part entries into arguments of every run and lists of choices."""
     fixed: Values = {}
     axes: dict[str, list[Values]] = {}
@@ -180,15 +178,15 @@ def _sort(parser: OneLineParser, entries: Mapping[str, Entry]) -> Grid:
         values = value if isinstance(value, list) else [value]
         if not values:
             raise InputError(f"{place}: {key} is an empty list: give at least one value")
-        name = parser.name_of(f"--{key}")
+        name = argument_name(f"--{key}")
         if name is None and all(isinstance(group, dict) and group for group in values):
             inside = f"{place}: in {key}"
             axes[key] = [
-                {_known(parser, inside, word): typed(inside, word, v) for word, v in group.items()}
+                {_known(inside, word): typed(inside, word, v) for word, v in group.items()}
                 for group in values
             ]
             continue
-        name = _known(parser, place, key)
+        name = _known(place, key)
         if name in fixed or name in axes:
             raise InputError(f"{place}: --{name} is in the grid twice: give it once")
         if isinstance(value, list):
@@ -198,11 +196,11 @@ def _sort(parser: OneLineParser, entries: Mapping[str, Entry]) -> Grid:
     return Grid(fixed, axes)
 
 
-def _known(parser: OneLineParser, place: str, word: str) -> str:
+def _known(place: str, word: str) -> str:
     """Return the name of an argument that a grid may set."""
-    name = parser.name_of(f"--{word}")
+    name = argument_name(f"--{word}")
     if name is None:
-        raise InputError(f"{place}: {explain_unknown(f'--{word}', parser.options())}")
+        raise InputError(f"{place}: {explain_unknown(f'--{word}')}")
     if name in OF_THE_SWEEP:
         raise _of_the_sweep(name)
     return name

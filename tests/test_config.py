@@ -11,7 +11,7 @@ from running import MODEL, SAMPLES, command, contents, finish, training
 import run
 from command_line.arguments import parse_arguments
 from command_line.checks import check
-from command_line.settings import experiment_hash
+from command_line.settings import experiment_hash, settle_dtype
 from experiment import running
 
 CONFIG = """\
@@ -37,14 +37,17 @@ def write_config(folder: Path, text: str = CONFIG) -> str:
     return str(path)
 
 
-def test_the_command_line_wins_over_a_file_and_a_file_over_a_script(tmp_path: Path) -> None:
+def test_the_command_line_wins_over_a_file_and_a_file_over_a_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = write_config(tmp_path)
     arguments = parse_arguments(["--config", config, "--learning_rate", "1e-5"])
     check(arguments)
     assert (arguments.learning_rate, arguments.num_eval, arguments.zo_compile) == (1e-5, 6, "no")
     assert arguments.train_as_classification and arguments.lr_scheduler_kwargs is None
-    script = ["--learning_rate", "1e-2", "--zo_eps", "1e-2", "--num_dev", "3", "--"]
-    arguments = parse_arguments([*script, "--config", config])
+    for name, value in {"LR": "1e-2", "EPS": "1e-2", "DEV": "3"}.items():
+        monkeypatch.setenv(name, value)
+    arguments = parse_arguments(["--script", "HiZOO.sh", "--config", config])
     assert (arguments.learning_rate, arguments.zo_eps) == (1e-3, 1e-2)
     assert {"learning_rate", "num_eval"} <= arguments.given_by_user
     assert "zo_eps" not in arguments.given_by_user
@@ -70,12 +73,15 @@ def test_a_file_is_the_same_run_as_its_command_line(tmp_path: Path) -> None:
         ("seed: 1\nseed: 2\n", ":2: seed is given twice"),
         ("num_eval: 1\nnum_test: 2\n", ":2: --num_eval is given twice, under another name"),
         ("seed: [1, 2]\n", ":1: seed is a list; give one value (sweep.py reads lists)"),
-        ("num_eval: many\n", ":1: argument --num_eval"),
+        ("num_eval: many\n", ":1: --num_eval many: must be a whole number"),
         ("config: other.yaml\n", ":1: config in a file of --config"),
         ("", ": give arguments by name, as in learning_rate: 1e-6"),
         ("- a\n", ": give arguments by name"),
         ("a: [1\n", ":2: not YAML"),
-        ("num_eval: -1\n", "--num_eval -1: must be at least 1"),
+        ("num_eval: -1\n", ":1: --num_eval -1: must be at least 1"),
+        ("a: &a [1]\nseed: *a\n", ":2: aliases are not read"),
+        ("seed: {{a: 1, a: 2}}\n", ":1: a is given twice"),
+        pytest.param("a: " + "[" * 2000, ": not YAML", id="2000 lists"),
     ],
 )
 def test_a_bad_file_is_refused_by_its_line(
@@ -98,25 +104,27 @@ def test_no_file(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_shown_arguments_are_a_file_of_the_same_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     argv = training(
         tmp_path,
         **{"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": '{"min_lr": 1e-7}'},
         **{"zo_compile": "no", "eos_token": None, "learning_rate": 0.1 + 0.2},
     )
-    # The script's number has an effect, its workers have none.
-    script = ["--zo_num_samples", "2", "--dataloader_persistent_workers", "True", "--"]
+    monkeypatch.setenv("DIRECTIONS", "2")
+    script = ["--script", "HiZOO.sh", "--no_eval"]
     assert run.main([*script, *argv, "--show_config"]) == 0
     shown = capsys.readouterr().out
     assert "learning_rate: 0.30000000000000004\n" in shown and "zo_compile: 'no'\n" in shown
     assert "zo_num_samples: 2\n" in shown and "workers" not in shown
-    assert "# defaults\n" in shown and "# zo_eps: 0.001\n" in shown
+    assert "# defaults\n" in shown and "# hessian: full\n" in shown
     again = parse_arguments(
         ["--config", write_config(tmp_path, shown.replace("{", "{{").replace("}", "}}"))]
     )
     check(again)
-    assert experiment_hash(again) == experiment_hash(parse_arguments([*script, *argv]))
+    first = parse_arguments([*script, *argv])
+    settle_dtype(first)
+    assert experiment_hash(again) == experiment_hash(first)
     assert not (tmp_path / "out").exists()
 
 

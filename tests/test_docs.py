@@ -103,7 +103,7 @@ def shortened(argv: list[str]) -> list[str]:
         short |= {"num_train": "24"}
     if values.get("--trainer", "none") != "none" and "--linear_probing" not in argv:
         short |= {"max_steps": "2"}
-        if values.get("--learning_rate") == "auto":  # test_hizoo_sh.py runs it, with its probe
+        if values.get("--learning_rate") == "auto":  # test_scripts.py runs it, with its probe
             short |= {"learning_rate": "1e-4"}
         if values.get("--zo_eps") == "auto":
             short |= {"per_device_train_batch_size": "4"}

@@ -2,52 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import runpy
 
 import pytest
 from running import ROOT
-from transformers import TrainingArguments
 
-import run
-from command_line.arguments import Arguments, parse_arguments
-from command_line.groups import COMMON_TRAINER_ARGUMENTS, GROUPS
-from command_line.unknown import NOT_OFFERED, OTHER_NAMES, explain_unknown
+from command_line.arguments import parse_arguments
+from command_line.help import help_text
+from command_line.reading import DECLARED, GROUPS, OWN, SYNONYMS
+from command_line.starting import begin
+from command_line.trainer_arguments import IGNORED, NOT_OFFERED
 from utils import InputError
-
-OWN = {field.name: field for group in GROUPS for field in dataclasses.fields(group)}
-OFFERED = {field.name for field in dataclasses.fields(Arguments) if field.init} - {*NOT_OFFERED}
-# What people type, and what they are to give.
-TYPED = {
-    "--task": "--task_name",
-    "--model": "--model_name",
-    "--model_name_or_path": "--model_name",
-    "--lr": "--learning_rate",
-    "--batch_size": "--per_device_train_batch_size",
-    "--bs=16": "--per_device_train_batch_size",
-    "--per_gpu_train_batch_size": "--per_device_train_batch_size",
-    "--epochs": "--num_train_epochs",
-    "--num_epochs": "--num_train_epochs",
-    "--steps": "--max_steps",
-    "--eps": "--zo_eps",
-    "--load_in_8bit": "--load_int8",
-    "--load-in-4bit": "--load_int4",
-    "--max_seq_length": "--max_length",
-    "--num_demonstrations": "--num_train",
-    "--warmup_ratio": "--warmup_steps",
-    "--hessian_smooth": "--hessian_smooth_type",
-    "--do_sample": "--sampling",
-    "--learning_rat": "--learning_rate",
-    "--ZO_EPS": "--zo_eps",
-}
-
-
-def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    with pytest.raises(SystemExit) as exit_code:
-        run.main(argv)
-    assert exit_code.value.code == 0
-    return capsys.readouterr().out
 
 
 def names_in(text: str) -> list[str]:
@@ -55,70 +21,67 @@ def names_in(text: str) -> list[str]:
     return re.findall(r"^  (?:-h, )?--(\w+)", text, flags=re.MULTILINE)
 
 
-def test_help_has_our_own_arguments_first_and_in_groups(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    text = printed(capsys, "--help")
-    assert names_in(text) == ["help", "help_all", *OWN, *order_of(COMMON_TRAINER_ARGUMENTS)]
-    titles = [f"\n{group.__doc__.removesuffix('.')}:\n" for group in GROUPS]
-    places = [text.index(title) for title in titles]
+def test_help_has_our_own_arguments_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, code in (([], 2), (["--task_name", "SST2", "-h"], 0)):
+        with pytest.raises(SystemExit) as error:
+            begin(words)
+        assert error.value.code == code
+        assert "python run.py --task_name TASK" in capsys.readouterr().out
+    text = help_text()
+    assert names_in(text) == ["help", "help_all", *OWN]
+    places = [text.index(f"\n{group.__doc__.partition('.')[0]}:\n") for group in GROUPS]
     assert places == sorted(places)
-
-
-def test_help_all_has_every_argument(capsys: pytest.CaptureFixture[str]) -> None:
-    names = names_in(printed(capsys, "--help_all"))
-    assert names[: len(OWN) + 2] == ["help", "help_all", *OWN]
-    assert sorted(names[2:]) == sorted(OFFERED)
-
-
-def order_of(names: dict[str, str]) -> list[str]:
-    return [field.name for field in dataclasses.fields(TrainingArguments) if field.name in names]
+    assert all(len(line) <= 100 for line in text.splitlines())
+    everything = names_in(help_text(everything=True))
+    assert everything[: len(OWN) + 2] == ["help", "help_all", *OWN]
+    assert sorted(everything[2:]) == sorted(DECLARED)
 
 
 def test_every_argument_of_ours_is_explained() -> None:
-    for name, field in OWN.items():
-        text = field.metadata["help"]
-        assert len(text) > 30 and text.endswith("."), name
-        if field.default is None and name != "model_name" and name != "task_name":
-            assert "Default: " in text or name in ("train_file", "validation_file"), name
-    # Flags that exclude each other say so, both of them.
+    for name, each in OWN.items():
+        assert len(each.help) > 14 and each.help.endswith("."), name
+        if each.default is None and name != "model_name" and name != "task_name":
+            assert "Default: " in each.help or name in ("train_file", "validation_file"), name
+    # Arguments that exclude each other say so, both of them.
     excluded = {
         (name, other)
-        for name, field in OWN.items()
-        for sentence in re.findall(r"Excludes ([^.]*)\.", field.metadata["help"])
+        for name, each in OWN.items()
+        for sentence in re.findall(r"Excludes ([^.]*)\.", each.help)
         for other in re.findall(r"--(\w+)", sentence)
     }
     assert len(excluded) > 20
     assert [pair for pair in sorted(excluded) if pair[::-1] not in excluded] == []
 
 
-@pytest.mark.parametrize("typed", TYPED)
-def test_did_you_mean(typed: str) -> None:
-    with pytest.raises(InputError) as error:
-        parse_arguments(["--num_eval", "5", typed, "1"])
-    assert str(error.value).startswith(f"unknown argument {typed}: did you mean {TYPED[typed]}")
+def test_unknown_arguments() -> None:
+    for typed, meant in (
+        *((f"--{name}", meant) for name, meant in SYNONYMS.items()),
+        *(("--bs=16", "per_device_train_batch_size"), ("--learning_rat", "learning_rate")),
+        *(("--ZO_EPS", "zo_eps"), ("--hessian_smooth", "hessian_smooth_type")),
+    ):
+        with pytest.raises(InputError) as error:
+            parse_arguments(["--num_eval", "5", typed, "1"])
+        option = typed.partition("=")[0]
+        assert str(error.value).startswith(f"unknown argument {option}: did you mean --"), typed
+        assert typed.removeprefix("--") in SYNONYMS or meant in str(error.value)
+    assert {*SYNONYMS.values()} <= {*DECLARED} and len(SYNONYMS) <= 10
+    for far in ("--foo", "--qqqqq", "--N", "--"):
+        with pytest.raises(InputError, match=r"--help lists the arguments$"):
+            parse_arguments([far, "1"])
 
 
-def test_other_names_lead_to_arguments_that_exist() -> None:
-    assert not OTHER_NAMES.keys() & OFFERED and not OTHER_NAMES.keys() & NOT_OFFERED.keys()
-    for hint in [*OTHER_NAMES.values(), *NOT_OFFERED.values()]:
-        assert {name for name in re.findall(r"--(\w+)", hint)} <= OFFERED, hint
-    assert explain_unknown("qqqqq", ["--zo_eps"]).endswith("--help lists the arguments")
-
-
-def test_arguments_that_would_do_nothing_are_not_offered() -> None:
+def test_arguments_that_would_break_a_run_are_not_offered() -> None:
     for name in NOT_OFFERED:
         with pytest.raises(InputError, match=rf"^--{name} is not offered: .*; leave it out$"):
             parse_arguments([f"--{name}", "1"])
-    with pytest.raises(InputError, match=r"^--do-train is not offered"):
-        parse_arguments(["--do-train"])
+        assert parse_arguments([f"--{name}", "False"]).warning is None
 
 
 def test_page_of_the_arguments_is_that_of_the_command_line() -> None:
     made = runpy.run_path(str(ROOT / "docs" / "make_arguments.py"))["make_page"]()
     page = (ROOT / "docs" / "arguments.md").read_text(encoding="utf-8")
     assert page == made, "run: python docs/make_arguments.py"
-    for name in {*OFFERED, *NOT_OFFERED}:
+    for name in {*DECLARED, *NOT_OFFERED, *IGNORED}:
         assert f"`--{name}`" in page
-    for field in OWN.values():
-        assert all(f"`{alias}`" in page for alias in field.metadata.get("aliases", ()))
+    for each in OWN.values():
+        assert all(f"`{alias}`" in page for alias in each.aliases)

@@ -1,7 +1,8 @@
-"""icl.sh, finetune.sh and finetune_fsdp.sh: what they pass to run.py, and runs of them."""
+"""HiZOO.sh, icl.sh, finetune.sh and finetune_fsdp.sh: their variables, defaults, and whole runs."""
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -12,373 +13,473 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
-from running import MODEL, ROOT, SAMPLES, log_of, start, weights
-from test_hizoo_sh import (
-    passed_arguments,
-    passed_to_python,
-    run_script,
-    value_of,
-)
+from running import MODEL, ROOT, SAMPLES, log_of, weights
 
 import run
+from command_line import scripts
+from command_line.arguments import make_arguments
+from command_line.contradictions import check_values
+from command_line.reading import Values, read_values
+from command_line.scripts import VARIABLES, processes_of, warnings_of_variables
+from utils import InputError
 
-ICL = ROOT / "icl.sh"
-FINETUNE = ROOT / "finetune.sh"
-FSDP = ROOT / "finetune_fsdp.sh"
-PROCESSES = ROOT / "command_line" / "processes.py"
-SMALL = {"TRAIN": "16", "DEV": "4", "EVAL": "6", "EPOCH": "1"}
+TASKS = ["SST2", "RTE", "CB", "BoolQ", "WSC", "WIC", "MultiRC", "Copa", "ReCoRD", "SQuAD", "DROP"]
+OWN_MODEL = {"MODEL": "facebook/opt-13b"}
+NAMES = {name for variables in VARIABLES.values() for name in variables}
+
+
+def values_of(script: str, line: str | list[str] = "", **variables: str) -> Values:
+    words = line.split() if isinstance(line, str) else line
+    values = read_values(["--script", script, *words], variables)
+    check_values(values)
+    return values
+
+
+def picked(values: Values, names: Any) -> dict[str, Any]:
+    return {name: getattr(values, name) for name in names}
+
+
+def run_script(
+    folder: Path, *arguments: str, script: str = "HiZOO.sh", python: str = "", **variables: str
+) -> subprocess.CompletedProcess:
+    """Run a script in ``folder``; ``python`` is a shell script that stands in for Python."""
+    commands = folder / ".commands"
+    commands.mkdir(exist_ok=True)
+    (commands / "python").write_text(python or f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (commands / "python").chmod(0o755)
+    clean = {name: value for name, value in os.environ.items() if name not in NAMES}
+    clean |= {"PATH": f"{commands}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        ["bash", str(ROOT / script), *arguments],
+        cwd=folder,
+        env=clean | variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+# What a script asks of Python is answered; what it would run is printed, a word a line.
+PRINTER = f"""#!/bin/sh
+[ "$1" = -c ] && exec "{sys.executable}" "$@"
+printf "%s\\n" "$@"
+"""
 
 
 def finish(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, script: Path, *arguments: str, **env: str
+    folder: Path, monkeypatch: pytest.MonkeyPatch, script: str, line: str = "", **variables: str
 ) -> dict[str, Any]:
-    """Run what the script passes in this process, with ``folder`` below the working directory."""
+    """Do a script's run in this process, with ``folder`` as its working directory."""
     folder.mkdir(exist_ok=True)
-    argv = passed_arguments(folder, *arguments, script=script, **env)
     monkeypatch.chdir(folder)
-    assert run.main(argv) == 0
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert run.main(["--script", script, *line.split()]) == 0
     (result_file,) = (folder / "result").glob("*.json")
     return json.loads(result_file.read_text())
 
 
-def add_gpus(folder: Path, number: int, capability: str = "7.5") -> None:
-    """Put an nvidia-smi that finds so many GPUs on the path of the scripts run in ``folder``."""
-    commands = folder / ".commands"
-    commands.mkdir(exist_ok=True)
-    listed, asked = (
-        "; ".join([f"echo {line}"] * number) or "true" for line in ("GPU 0: a name", capability)
-    )
-    (commands / "nvidia-smi").write_text(
-        f"#!/bin/sh\ncase $1 in -L) {listed} ;; --query-gpu=compute_cap) {asked} ;; esac\n"
-    )
-    (commands / "nvidia-smi").chmod(0o755)
+# ------------------------------------------------------------------------------------- defaults
 
 
-def checkpoint_of(result: dict[str, Any], folder: Path) -> Path:
-    return folder / result["checkpoint"]
+def test_nothing_set_is_the_bundled_model_and_data() -> None:
+    bundled = {"model_name": str(MODEL), "data_dir": str(SAMPLES), "task_name": "SST2"}
+    for script in VARIABLES:
+        variables = {"NUM_GPU": "1"} if script.startswith("finetune") else {}
+        values = values_of(script, **variables)
+        assert picked(values, bundled) == bundled
+        assert values.eval_before_training is (script in ("HiZOO.sh", "finetune.sh"))
+    for model in ("data/tiny-opt", "./data/tiny-opt/"):
+        same = values_of("HiZOO.sh", MODEL=os.path.relpath(ROOT / model))
+        assert same.given == values_of("HiZOO.sh").given
 
 
-# ---------------------------------------------------------------------------------------- icl.sh
-
-
-def test_icl_arguments(tmp_path: Path) -> None:
-    argv = passed_arguments(tmp_path, script=ICL, MODEL="facebook/opt-13b", TASK="CB", SEED="4")
+def test_line_of_the_paper() -> None:
+    variables = {"TASK": "CB", "MODE": "ft", "LR": "1e-6", "EPS": "1e-3"}
+    values = values_of("HiZOO.sh", HESSIAN_SMOOTH_TYPE="constant1e-10", **OWN_MODEL, **variables)
     expected = {
-        "model_name": "facebook/opt-13b",
-        "task_name": "CB",
-        "trainer": "none",
-        "num_train": "32",
-        "num_eval": "1000",
-        "train_set_seed": "4",
+        **{"model_name": "facebook/opt-13b", "task_name": "CB", "trainer": "zo", "data_dir": None},
+        **{"learning_rate": 1e-6, "zo_eps": 1e-3, "hessian_smooth_type": "constant1e-10"},
+        **{"max_steps": 20000, "per_device_train_batch_size": 16, "num_train": 1000},
+        **{"num_dev": 100, "num_eval": 1000, "eval_steps": 2000, "save_steps": 2000, "seed": 0},
+        **{"train_set_seed": 0, "load_best_model_at_end": True, "load_saved_dtype": True},
+        **{"eval_before_training": False, "train_as_classification": True},
     }
-    assert {name: value_of(argv, name) for name in expected} == expected
-    # Without a seed every example gets demonstrations of its own.
-    argv = passed_arguments(tmp_path, script=ICL, MODEL="facebook/opt-13b")
-    assert not {"--train_set_seed", "--seed", "--num_train_sets", "--data_dir"} & {*argv}
-    argv = passed_arguments(tmp_path, script=ICL, TRAIN="0", EVAL="7", DATA_DIR="some where")
-    assert value_of(argv, "num_train") == "0" and value_of(argv, "num_eval") == "7"
-    assert value_of(argv, "data_dir") == "some where" and value_of(argv, "model_name") == str(MODEL)
-    assert value_of(passed_arguments(tmp_path, script=ICL), "data_dir") == str(SAMPLES)
-    assert value_of(passed_arguments(tmp_path, "--num_train", "0", script=ICL), "num_train") == "0"
+    assert picked(values, expected) == expected
+    values = values_of("finetune.sh", **OWN_MODEL)
+    expected |= {
+        **{"task_name": "SST2", "trainer": "regular", "num_train_epochs": 5, "num_dev": 500},
+        **{"per_device_train_batch_size": 8, "learning_rate": 1e-5, "lr_scheduler_type": "linear"},
+        **{"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 1},
+        **{"max_steps": -1, "eval_steps": None, "save_steps": 500, "load_saved_dtype": False},
+        **{"fp16": None, "bf16": None, "zo_eps": 1e-3, "hessian_smooth_type": "constant1e-8"},
+    }
+    assert picked(values, expected) == expected
+    values = values_of("icl.sh", TASK="CB", SEED="4", **OWN_MODEL)
+    expected = {"trainer": "none", "num_train": 32, "train_set_seed": 4, "num_eval": 1000}
+    assert picked(values, expected) == expected and values.load_saved_dtype
+    assert values_of("icl.sh", **OWN_MODEL).train_set_seed is None
+
+
+@pytest.mark.parametrize("script", ["HiZOO.sh", "finetune.sh", "icl.sh"])
+def test_every_variable_is_an_argument(script: str) -> None:
+    samples = {
+        **{"TASK": "RTE", "MODEL": "a/b", "DATA_DIR": "some where", "MODE": "", "NUM_GPU": ""},
+        "HESSIAN_SMOOTH_TYPE": "linear1e-6",
+        "ZO_LR_SCHEDULER_TYPE": "cosine",
+    }
+    samples |= {"STEPS": "80", "DECAY_STEP": "70"}
+    numbers = iter(range(2, 30))
+    variables = {name: samples.get(name, str(next(numbers))) for name in VARIABLES[script]}
+    values = values_of(script, **variables)
+    for name, argument in VARIABLES[script].items():
+        if argument:
+            shown = getattr(values, argument)
+            assert variables[name] == (f"{shown:g}" if isinstance(shown, float) else str(shown))
+    if script != "icl.sh":
+        assert values.seed == int(variables["SEED"])
+    if script == "HiZOO.sh":
+        assert values.save_steps == values.eval_steps == int(variables["EVAL_STEPS"])
+
+
+def test_what_the_user_types_wins() -> None:
+    values = values_of("HiZOO.sh", "--learning_rate 3 --seed 9", LR="1e-6", SEED="5")
+    assert (values.learning_rate, values.seed, values.train_set_seed) == (3, 9, 5)
+    assert values.given_by_user == {"learning_rate", "seed"}
+    assert values_of("HiZOO.sh", "--eval-steps 30").save_steps == 30
+    assert values_of("HiZOO.sh", "--num_train_epochs 2").max_steps == -1
+    assert values_of("HiZOO.sh", "--num_train_sets 2").train_set_seed is None
+    for flag in ("load_float16", "load_bfloat16", "load-int8 --trainer none"):
+        script = "icl.sh" if "none" in flag else "HiZOO.sh"
+        assert not values_of(script, f"--{flag}").load_saved_dtype
+
+
+def test_modes() -> None:
+    """By the variable or by a flag."""
+    rates = {"ft": (1e-6, 1e-3, 1e-5), "prefix": (1e-2, 1e-1, 1e-2), "lora": (1e-4, 1e-2, 1e-4)}
+    flags = {"ft": "", "prefix": "--prefix_tuning", "lora": "--lora"}
+    for mode, (rate, scale, of_adamw) in rates.items():
+        for line, variables in (("", {"MODE": mode}), (flags[mode], {})):
+            values = values_of("HiZOO.sh", line, **OWN_MODEL, **variables)
+            assert (values.learning_rate, values.zo_eps) == (rate, scale)
+            assert (values.prefix_tuning, values.lora) == (mode == "prefix", mode == "lora")
+            assert values_of("finetune.sh", line, **variables).learning_rate == of_adamw
+    values = values_of("HiZOO.sh", MODE="lora", LR="3", EPS="4")
+    assert (values.learning_rate, values.zo_eps) == (3, 4)
+
+
+def test_objective_and_dev_examples_of_a_task() -> None:
+    for task in TASKS:
+        for spelling in (task, task.lower()):
+            values = values_of("HiZOO.sh", TASK=spelling, **OWN_MODEL)
+            classes = task not in ("Copa", "ReCoRD", "SQuAD", "DROP")
+            assert values.train_as_classification is classes, task
+            assert values.num_dev == (100 if task in ("CB", "Copa") else 500)
+    assert not values_of("HiZOO.sh", "--non_diff").train_as_classification
+    assert not values_of("finetune.sh", "--only_train_option False").train_as_classification
+
+
+def test_best_checkpoint_needs_dev_losses_and_checkpoints() -> None:
+    for line, best in (
+        *(("--eval_strategy no", False), ("--evaluation_strategy=no", False)),
+        *(("--save_strategy no", False), ("--eval_strategy epoch", True)),
+        *(("--eval_strategy no --evaluation_strategy steps", True), ("--tag no", True)),
+        *(("--save_strategy best --metric_for_best_model loss", True), ("--num_dev 0", False)),
+        *(("--save_strategy epoch", False), ("--logging_strategy epoch", True)),
+        *(("--no_eval", True), ("--trainer regular --learning_rate 1", True)),
+    ):
+        assert bool(values_of("HiZOO.sh", line).load_best_model_at_end) is best, line
+    line = "--non_diff --evaluation_strategy no --save_strategy no --save_model"
+    values = values_of("HiZOO.sh", line, TASK="SQuAD", MODE="prefix", **OWN_MODEL)
+    assert make_arguments(values_of("HiZOO.sh", line, TASK="SQuAD", MODE="prefix")).warning is None
+    assert values.save_model and not values.load_best_model_at_end
+
+
+def test_own_files(tmp_path: Path) -> None:
+    """Options train as classification, however they are given; a fifth of few rows is dev."""
+    rows = [{"prompt": f"{n}. It was", "options": ["bad", "good"], "answer": 1} for n in range(20)]
+    texts = [{"prompt": f'{n}. Which "options"?', "answer": "four"} for n in range(20)]
+    for kind, table in (("options", rows), ("texts", texts)):
+        name = str(tmp_path / f"my {kind}")
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), f"{name}.parquet")
+    with (tmp_path / "my labels.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *((f"text {n}", n % 2) for n in range(20))])
+    columns = ["--text_column", "text", "--label_column", "label"]
+    for name, more, classes in (
+        *((f"my options.{suffix}", [], True) for suffix in ("jsonl", "parquet")),
+        *((f"my texts.{suffix}", [], False) for suffix in ("jsonl", "parquet")),
+        ("my labels.csv", columns, True),
+    ):
+        file = str(tmp_path / name)
+        own = [f"--train_file={file}", "--validation_file", file, *more]
+        values = values_of("HiZOO.sh", own)
+        assert (values.task_name, values.data_dir) == (None, None)
+        assert values.train_as_classification is classes, name
+        assert (values.num_train, values.num_dev, values.eval_strategy) == (16, 4, "steps")
+        values = values_of("HiZOO.sh", own, DEV="0")
+        assert (values.eval_strategy, values.load_best_model_at_end) == ("no", False)
+        assert values_of("icl.sh", own).num_train == 32
+        assert values_of("icl.sh", own[1:]).num_train == 0
+
+
+def test_what_makes_no_sense_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scripts, "gpus", lambda query: [])
+    for script, line, variables, message in (
+        ("HiZOO.sh", "--train_file a.csv", {"TASK": "CB"}, "TASK=CB and --train_file"),
+        ("HiZOO.sh", "--train_file a.csv", {"DATA_DIR": "b"}, "DATA_DIR=b and --train_file"),
+        ("HiZOO.sh", "--trainer none", {}, "--trainer none: HiZOO.sh trains"),
+        ("HiZOO.sh", "", {"MODE": "nothing"}, "MODE=nothing: give ft, prefix, lora"),
+        ("HiZOO.sh", "", {"BS": "1.5"}, "BS=1.5: must be a whole number"),
+        ("HiZOO.sh", "", {"BS": "a[$(touch x)]"}, r"BS=a\[\$\(touch x\)\]: must be a whole number"),
+        ("HiZOO.sh", "", {"BS": "5", "WORLD_SIZE": "2"}, "BS=5: give a multiple of the 2 proc"),
+        ("HiZOO.sh", "", {"LR": "fast", "STEPS": "0"}, "(?s)LR=fast: must be a number.*STEPS=0: "),
+        ("icl.sh", "--trainer=zo", {}, "--trainer zo: icl.sh trains nothing"),
+        ("finetune.sh", "--fsdp full_shard", {"MODE": "prefix"}, "--prefix_tuning: it needs whole"),
+        ("finetune.sh", "", {"NUM_GPU": "3"}, "BS=8: give a multiple of the 3 processes"),
+        ("nothing.sh", "", {}, "--script nothing.sh: choose from HiZOO.sh"),
+    ):
+        with pytest.raises(InputError, match=message):
+            values_of(script, line, **variables)
+    for variables, message in (
+        ({"NUM_GPU": "two"}, "NUM_GPU=two: give the number"),
+        ({"NUM_GPU": "0"}, "NUM_GPU=0: give the number"),
+        ({}, "no NVIDIA GPU found: run finetune.sh"),
+    ):
+        with pytest.raises(InputError, match=message):
+            processes_of("finetune_fsdp.sh", variables, {})
+
+
+def test_processes() -> None:
+    two = {"WORLD_SIZE": "2", "BS": "6"}
+    assert values_of("HiZOO.sh", **two).per_device_train_batch_size == 3
+    line = "--zo_parallel directions --zo_num_samples 2"
+    assert values_of("HiZOO.sh", line, **two).per_device_train_batch_size == 6
+    assert values_of("finetune.sh", NUM_GPU="2").per_device_train_batch_size == 4
+    assert values_of("finetune_fsdp.sh", NUM_GPU="4").per_device_train_batch_size == 2
+    assert processes_of("finetune.sh", {"NUM_GPU": "2"}, {}) == 2
+    assert (
+        processes_of("finetune.sh", {}, {}) == processes_of("HiZOO.sh", {"NUM_GPU": "2"}, {}) == 0
+    )
+    # One process is started by torchrun too: without it the Trainer refuses --fsdp.
+    assert processes_of("finetune.sh", {}, {"fsdp": True}) == 1
+    assert processes_of("finetune_fsdp.sh", {"CUDA_VISIBLE_DEVICES": "4,7"}, {}) == 2
+    assert processes_of("finetune_fsdp.sh", {"WORLD_SIZE": "2"}, {}) == 0
+
+
+def test_precision_where_a_gpu_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capability, chosen in (("7.5", "fp16"), ("8.6", "bf16")):
+        monkeypatch.setattr(scripts, "gpus", lambda query, found=capability: [found])
+        assert values_of("finetune.sh").given.get(chosen) is True
+        assert "fp16" not in values_of("finetune.sh", "--bf16").given
+        assert not {"fp16", "bf16"} & {*values_of("finetune.sh", "--load_bfloat16").given}
+
+
+def test_gpus_are_those_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 8.0\necho 9.0\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert scripts.gpus("compute_cap") == ["8.0", "9.0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert scripts.gpus("compute_cap") == []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    assert scripts.gpus("compute_cap") == []
+
+
+def test_variables_that_are_not_read_are_pointed_out() -> None:
+    for given, right in (
+        *(("LEARNING_RATE", "LR"), ("SEEDS", "SEED"), ("STEP", "STEPS"), ("BATCH_SIZE", "BS")),
+        *(("HESSIAN_SMOTH_TYPE", "HESSIAN_SMOOTH_TYPE"), ("lr", "LR"), ("MODELS", "MODEL")),
+    ):
+        said = [f"warning: {given} is not read, do you mean {right}?"]
+        assert warnings_of_variables("HiZOO.sh", {given: "1"}) == said
+        assert warnings_of_variables("HiZOO.sh", {right: "1"}) == []
+    said = ["warning: STEPS is not read by finetune.sh, see bash finetune.sh --help"]
+    assert warnings_of_variables("finetune.sh", {"STEPS": "9"}) == said
+    of_a_cluster = "NODE NODES NUM_CPU MODULEPATH DEVICE TMP LD_LIBRARY_PATH SLURM_NTASKS"
+    of_a_cluster += " SLURM_STEP_ID WORLD_SIZE RANK MASTER_PORT TERM MAIL DATASETS BASE PS1 TASK_ID"
+    assert warnings_of_variables("finetune.sh", dict.fromkeys(of_a_cluster.split(), "1")) == []
+
+
+# ----------------------------------------------------------------------------------- the scripts
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_help_lists_every_variable(tmp_path: Path, name: str) -> None:
+    done = run_script(tmp_path, "--help", script=name, python="#!/bin/sh\nexit 1\n")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "python run.py --help" in done.stdout
+    listed = re.findall(r"^([A-Z][A-Z_]*)  ", done.stdout, re.MULTILINE)
+    if name != "finetune_fsdp.sh":
+        assert sorted(listed) == sorted(VARIABLES[name])
+
+
+@pytest.mark.parametrize("name", ["HiZOO.sh", "finetune.sh"])
+def test_help_tells_the_defaults(tmp_path: Path, name: str) -> None:
+    """Of every mode, with a model of one's own and with the bundled one."""
+    lines = run_script(tmp_path, "--help", script=name).stdout.splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("variable "))
+    columns = [lines[start].index(word) for word in ("variable", "default", "bundled", "meaning")]
+    told, variable = {}, ""
+    for line in lines[start + 1 :]:
+        variable, default, bundled = (
+            line[first:last].strip() or before
+            for first, last, before in zip(columns, columns[1:], (variable, "", ""), strict=False)
+        )
+        mode = line.rpartition("with MODE=")[2] if "with MODE=" in line else "ft"
+        if default and VARIABLES[name][variable] not in ("", "model_name", "data_dir"):
+            told[variable, mode] = (default, bundled or default)
+    for mode in ("ft", "prefix", "lora"):
+        own, bundled = (values_of(name, MODE=mode, **model) for model in (OWN_MODEL, {}))
+        for variable, argument in VARIABLES[name].items():
+            expected = told.get((variable, mode)) or told.get((variable, "ft"))
+            for values, text in zip((own, bundled), expected or (), strict=False):
+                found = getattr(values, argument)
+                assert str(found) == text or float(found) == float(text), variable
+    assert len({variable for variable, _ in told}) >= 8
+
+
+def test_python_and_folders(tmp_path: Path) -> None:
+    """A copy in a folder with spaces, with the environment that make demo makes."""
+    copy = tmp_path / "a copy"
+    (copy / ".venv" / "bin").mkdir(parents=True)
+    for name in ("HiZOO.sh", "settings.sh"):
+        shutil.copy(ROOT / name, copy)
+    made = copy / ".venv" / "bin" / "python"
+    made.write_text(PRINTER.replace("printf", "echo made; printf"))
+    made.chmod(0o755)
+    without_torch = "#!/bin/sh\nexit 1\n"
+    script = os.path.relpath(copy / "HiZOO.sh", ROOT)
+    called = [str(copy / "run.py"), "--script", "HiZOO.sh", "--tag", "my tag"]
+    where = {"CDPATH": "/:/tmp"}
+    done = run_script(tmp_path, *called[3:], script=script, python=without_torch, **where)
+    assert (done.returncode, done.stdout.splitlines()) == (0, ["made", *called]), done.stderr
+    done = run_script(tmp_path, *called[3:], script=script, python=PRINTER)
+    assert done.stdout.splitlines() == called
+    for file in (made, tmp_path / ".commands" / "python3"):
+        file.write_text(without_torch)
+        file.chmod(0o755)
+    done = run_script(tmp_path, script=script, python=without_torch)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: no Python with torch") and "make demo" in done.stderr
+
+
+def test_end_to_end_on_the_bundled_model(tmp_path: Path) -> None:
+    folder = tmp_path / "with a space"
+    folder.mkdir()
+    small = {"STEPS": "4", "EVAL_STEPS": "2", "TRAIN": "16", "DEV": "8", "EVAL": "12", "BS": "4"}
+    done = run_script(folder, "--top_k", "9", SEEDS="1", **small)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == (
+        "warning: SEEDS is not read, do you mean SEED?\n"
+        "warning: no effect here: --top_k (SST2 has options)\n"
+    )
+    lines = done.stdout.splitlines()
+    titles = [line.split(":")[0] for line in lines if not line.startswith("probe")]
+    assert titles[:6] == [
+        *("zero-shot accuracy", "step 2", "step 4", "checkpoint", "dev accuracy", "test accuracy")
+    ]
+    result = json.loads((folder / lines[-1].removeprefix("result: ")).read_text())
+    assert result["steps"] == 4 and result["task"] == "SST2"
+    assert sorted(entry.name for entry in folder.iterdir()) == [".commands", "result"]
+
+
+@pytest.mark.parametrize("task", ["Copa", "SQuAD"])
+def test_other_tasks_train(tmp_path: Path, task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"STEPS": "2", "EVAL_STEPS": "1", "TRAIN": "4", "DEV": "2", "EVAL": "3", "BS": "2"}
+    line = "--max_new_tokens 4" if task == "SQuAD" else ""
+    result = finish(tmp_path, monkeypatch, "HiZOO.sh", line, TASK=task, LR="1e-4", **small)
+    assert result["steps"] == 2 and result["task"] == task
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_trains(tmp_path: Path, task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    test_other_tasks_train(tmp_path, task, monkeypatch)
 
 
 def test_icl_from_a_folder_with_spaces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "with a space"
-    folder.mkdir()
-    model = folder / "a model"
-    shutil.copytree(MODEL, model)
-    env = {"MODEL": str(model), "DATA_DIR": str(SAMPLES), "EVAL": "6"}
-    finish(folder, monkeypatch, ICL, "--num_train", "0", **env)
+    shutil.copytree(MODEL, folder / "a model")
+    variables = {"MODEL": str(folder / "a model"), "DATA_DIR": str(SAMPLES), "EVAL": "6"}
+    finish(folder, monkeypatch, "icl.sh", "--num_train 0", **variables)
     accuracy, result = capsys.readouterr().out.splitlines()
     assert accuracy.startswith("zero-shot accuracy: ") and accuracy.endswith("(6 examples)")
-    name = re.escape("result: result/SST2-a model-none-0-shot-")
-    assert re.fullmatch(name + r"(set0-)?seed\d+-[0-9a-f]{8}\.json", result)
-
-
-@pytest.mark.parametrize("task", ["SST2", "Copa", "SQuAD"])
-def test_icl_of_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str) -> None:
-    arguments = ["--predictions_file", "p.jsonl"]
-    if task == "SQuAD":
-        arguments += ["--max_new_tokens", "4"]
-    result = finish(tmp_path, monkeypatch, ICL, *arguments, TASK=task, EVAL="4")
-    assert result["settings"]["num_train"] == 32
-    assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 4
+    assert result.startswith("result: result/SST2-a model-none-0-shot-")
 
 
 # ----------------------------------------------------------------------------------- finetune.sh
 
-
-def test_finetune_arguments(tmp_path: Path) -> None:
-    argv = passed_arguments(tmp_path, script=FINETUNE, MODEL="facebook/opt-13b")
-    expected = {
-        "model_name": "facebook/opt-13b",
-        "task_name": "SST2",
-        "trainer": "regular",
-        "num_train_epochs": "5",
-        "per_device_train_batch_size": "8",
-        "learning_rate": "1e-5",
-        "lr_scheduler_type": "linear",
-        "num_train": "1000",
-        "num_dev": "500",
-        "num_eval": "1000",
-        "seed": "0",
-        "train_set_seed": "0",
-        "eval_strategy": "epoch",
-        "save_strategy": "epoch",
-        "save_total_limit": "1",
-    }
-    assert {name: value_of(argv, name) for name in expected} == expected
-    assert {"--load_best_model_at_end", "--train_as_classification"} <= {*argv}
-    assert not {"--data_dir", "--fp16", "--fsdp", "--max_steps"} & {*argv}
-
-
-def test_every_variable_of_finetune_reaches_run_py(tmp_path: Path) -> None:
-    values = {
-        "TASK": ("RTE", "task_name"),
-        "MODEL": ("a/b", "model_name"),
-        "DATA_DIR": ("some where", "data_dir"),
-        "EPOCH": ("3", "num_train_epochs"),
-        "BS": ("6", "per_device_train_batch_size"),
-        "LR": ("7e-7", "learning_rate"),
-        "SEED": ("5", "seed"),
-        "TRAIN": ("11", "num_train"),
-        "DEV": ("12", "num_dev"),
-        "EVAL": ("13", "num_eval"),
-    }
-    env = {name: value for name, (value, _) in values.items()}
-    argv = passed_arguments(tmp_path, "--seed", "9", "--tag", "my tag", script=FINETUNE, **env)
-    for name, (value, option) in values.items():
-        assert value_of(argv, option) == ("9" if name == "SEED" else value)
-    assert value_of(argv, "train_set_seed") == "5" and value_of(argv, "tag") == "my tag"
-
-
-@pytest.mark.parametrize(
-    ("mode", "flags", "learning_rate"),
-    [
-        ("ft", [], "1e-5"),
-        ("prefix", ["--prefix_tuning"], "1e-2"),
-        ("lora", ["--lora"], "1e-4"),
-    ],
-)
-def test_modes_of_finetune(tmp_path: Path, mode: str, flags: list[str], learning_rate: str) -> None:
-    argv = passed_arguments(tmp_path, script=FINETUNE, MODE=mode)
-    assert [word for word in argv if word in ("--lora", "--prefix_tuning")] == flags
-    assert value_of(argv, "learning_rate") == learning_rate
-
-
-@pytest.mark.parametrize(
-    ("task", "dev", "classifies"),
-    [("sst2", "500", True), ("CB", "100", True), ("Copa", "100", False), ("SQuAD", "500", False)],
-)
-def test_objective_and_dev_examples(tmp_path: Path, task: str, dev: str, classifies: bool) -> None:
-    argv = passed_arguments(tmp_path, script=FINETUNE, TASK=task, MODEL="a/b")
-    assert value_of(argv, "num_dev") == dev
-    assert ("--train_as_classification" in argv) is classifies
-
-
-def test_finetune_without_dev_loss(tmp_path: Path) -> None:
-    argv = passed_arguments(tmp_path, "--evaluation_strategy", "no", script=FINETUNE)
-    assert "--load_best_model_at_end" not in argv
-
-
-@pytest.mark.parametrize(
-    ("env", "message"),
-    [
-        ({"MODE": "nothing"}, "MODE=nothing: give ft, prefix or lora"),
-        ({"NUM_GPU": "two"}, "NUM_GPU=two: give the number of GPUs, at least 1"),
-        ({"NUM_GPU": "0"}, "NUM_GPU=0: give the number of GPUs, at least 1"),
-        ({"BS": "0"}, "BS=0: give the examples of a step, at least 1"),
-        ({"NUM_GPU": "3"}, "BS=8: give a multiple of NUM_GPU=3, the processes that share a step"),
-    ],
-)
-def test_bad_variables_are_refused(tmp_path: Path, env: dict[str, str], message: str) -> None:
-    done = run_script(tmp_path, script=FINETUNE, **env)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
-    assert [entry.name for entry in tmp_path.iterdir()] == [".commands"]
-
-
-def test_precision_where_a_gpu_is(tmp_path: Path) -> None:
-    add_gpus(tmp_path, 1)
-    gpu = {"CUDA_VISIBLE_DEVICES": "0"}
-    argv = passed_arguments(tmp_path, script=FINETUNE, **gpu)
-    assert "--fp16" in argv and "--load_float16" not in argv
-    add_gpus(tmp_path, 1, capability="8.6")
-    argv = passed_arguments(tmp_path, script=FINETUNE, **gpu)
-    assert "--bf16" in argv and "--fp16" not in argv
-    add_gpus(tmp_path, 1)
-    for precision in ("--bf16", "--load_bfloat16"):
-        assert "--fp16" not in passed_arguments(tmp_path, precision, script=FINETUNE, **gpu)
-    assert "--fp16" not in passed_arguments(tmp_path, script=FINETUNE)
-    (tmp_path / ".commands" / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
-    assert "--fp16" not in passed_arguments(tmp_path, script=FINETUNE, **gpu)
-
-
-def test_finetune_from_a_folder_with_spaces(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "with a space"
-    result = finish(folder, monkeypatch, FINETUNE, "--max_steps", "2", **SMALL)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines] == [
-        "zero-shot accuracy",
-        "step 2",
-        "checkpoint",
-        "dev accuracy",
-        "test accuracy",
-        *lines[-3:-1],  # the run at a glance
-        "result",
-    ]
-    assert result == json.loads((folder / lines[-1].removeprefix("result: ")).read_text())
-    assert result["steps"] == 2 and result["trainer"] == "regular"
-    assert (checkpoint_of(result, folder) / "model.safetensors").is_file()
-    assert sorted(entry.name for entry in folder.iterdir()) == [".commands", "result"]
+SMALL = {"TRAIN": "16", "DEV": "4", "EVAL": "6", "EPOCH": "1"}
 
 
 def test_a_short_training_beats_zero_shot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    env = {"TRAIN": "128", "DEV": "32", "EVAL": "200", "EPOCH": "2", "LR": "1e-4"}
-    result = finish(tmp_path, monkeypatch, FINETUNE, **env)
-    assert result["steps"] == 32
-    zero_shot = result["metric_before_training"]["accuracy"]
-    assert zero_shot < 0.8 and result["metric"]["accuracy"] > 0.95
+    variables = {"TRAIN": "128", "DEV": "32", "EVAL": "200", "EPOCH": "2", "LR": "1e-4"}
+    result = finish(tmp_path, monkeypatch, "finetune.sh", **variables)
+    assert result["steps"] == 32 and result["trainer"] == "regular"
+    assert result["metric_before_training"]["accuracy"] < 0.8
+    assert result["metric"]["accuracy"] > 0.95
+    assert (tmp_path / result["checkpoint"] / "model.safetensors").is_file()
 
 
 # The name before transformers 5.23 is passed on, too.
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
-def test_accumulation_and_gradient_checkpointing_change_nothing(
+def test_accumulation_recomputation_and_mixed_precision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ways = {
-        "plain": (),
-        "accumulated": (
-            *("--gradient_accumulation_steps", "4"),
-            *("--per_device_train_batch_size", "2"),
-        ),
-        "checkpointed": ("--gradient_checkpointing",),
+        "plain": "",
+        "accumulated": "--gradient_accumulation_steps 4 --per_device_train_batch_size 2",
+        "checkpointed": "--gradient_checkpointing",
+        "mixed": "--bf16",
     }
     checkpoints = {}
-    for name, arguments in ways.items():
+    for name, line in ways.items():
         folder = tmp_path / name
-        line = (*arguments, "--logging_steps", "1", "--no_eval")
-        result = finish(folder, monkeypatch, FINETUNE, *line, LR="1e-4", **SMALL)
+        line += " --logging_steps 1 --no_eval"
+        result = finish(folder, monkeypatch, "finetune.sh", line, LR="1e-4", **SMALL)
         assert result["steps"] == 2
-        checkpoints[name] = checkpoint_of(result, folder)
+        checkpoints[name] = folder / result["checkpoint"]
+    losses = {name: log_of(checkpoint, "loss") for name, checkpoint in checkpoints.items()}
     for name in ("accumulated", "checkpointed"):
-        losses = [log_of(checkpoints[way], "loss") for way in ("plain", name)]
-        assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+        assert losses[name] == pytest.approx(losses["plain"], rel=1e-4)
         for key, tensor in weights(checkpoints["plain"]).items():
             # Adam divides a gradient near 0 by itself: its rounding can move a weight by LR.
             difference = (weights(checkpoints[name])[key] - tensor).abs()
             assert difference.mean() < 2e-6 and difference.max() < 5e-4, (name, key)
+    assert all(each.dtype == torch.float32 for each in weights(checkpoints["mixed"]).values())
+    assert losses["mixed"] != losses["plain"]
+    assert losses["mixed"] == pytest.approx(losses["plain"], rel=0.1)
 
 
-def test_mixed_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    line = ("--logging_steps", "1", "--no_eval")
-    losses = {}
-    for name, more in {"float32": (), "bfloat16": ("--bf16",)}.items():
-        folder = tmp_path / name
-        result = finish(folder, monkeypatch, FINETUNE, *line, *more, LR="1e-4", **SMALL)
-        checkpoint = checkpoint_of(result, folder)
-        losses[name] = log_of(checkpoint, "loss")
-        assert all(tensor.dtype == torch.float32 for tensor in weights(checkpoint).values())
-    assert losses["bfloat16"] != losses["float32"]
-    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.1)
+def test_torchrun_gets_signals_and_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda _, command: started.append(command))
+    for name in ("PET_SIGNALS_TO_HANDLE", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+        monkeypatch.delenv(name, raising=False)
+    scripts.become_torchrun(2, ["--script", "finetune.sh", "--tag", "x"])
+    (command,) = started
+    assert command[3:6] == ["--standalone", "--nproc_per_node", "2"]
+    assert command[6:] == [str(ROOT / "run.py"), "--script", "finetune.sh", "--tag", "x"]
+    assert signal.Signals.SIGUSR1.name in os.environ["PET_SIGNALS_TO_HANDLE"]
+    assert int(os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) >= 600
+    for name in ("PET_SIGNALS_TO_HANDLE", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+        monkeypatch.delenv(name)
 
 
-# ------------------------------------------------------------------------------ finetune_fsdp.sh
-
-
-def launcher_and_arguments(lines: list[str]) -> tuple[list[str], list[str]]:
-    """Split what Python gets into what starts the processes, and what run.py gets."""
-    index = lines.index(str(ROOT / "run.py"))
-    return lines[:index], lines[index + 1 :]
-
-
-def test_processes_of_finetune(tmp_path: Path) -> None:
-    launcher, argv = launcher_and_arguments(
-        passed_to_python(tmp_path, script=FINETUNE, NUM_GPU="2")
-    )
-    assert launcher == ["-P", str(PROCESSES), "--standalone", "--nproc_per_node", "2"]
-    assert value_of(argv, "per_device_train_batch_size") == "4" and "--fsdp" not in argv
-
-
-def test_processes_of_finetune_fsdp(tmp_path: Path) -> None:
-    # One process is started by torchrun too: without it the Trainer refuses --fsdp.
-    for processes, share in {"4": "3", "1": "12"}.items():
-        env = {"NUM_GPU": processes, "BS": "12", "TASK": "Copa", "MODEL": "a/b", "LR": "3e-5"}
-        launcher, argv = launcher_and_arguments(
-            passed_to_python(tmp_path, "--fsdp_config", "my file.json", script=FSDP, **env)
-        )
-        assert launcher[-2:] == ["--nproc_per_node", processes]
-        assert value_of(argv, "per_device_train_batch_size") == share
-        assert argv[-3:] == ["--fsdp", "--fsdp_config", "my file.json"]
-        assert value_of(argv, "trainer") == "regular" and value_of(argv, "num_dev") == "100"
-
-
-@pytest.mark.parametrize(("said", "code"), [("bad input", 2), (None, 1)], ids=["said", "unsaid"])
-def test_processes_end_in_few_words(tmp_path: Path, said: str | None, code: int) -> None:
-    (tmp_path / "failing.py").write_text(
-        f"import sys, utils\nif {said!r}: utils.say_last({said!r})\nsys.exit(2)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-P", PROCESSES, "--nproc_per_node", "2", "--standalone", "failing.py"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert (done.returncode, done.stdout) == (code, "")
-    if said:
-        assert done.stderr == f"{said}\n"
-    else:
-        assert "exitcode  : 2" in done.stderr  # torchrun's report
-
-
-@pytest.mark.parametrize("name", ["SIGINT", "SIGUSR1"])
-def test_processes_get_a_signal_and_its_time(tmp_path: Path, name: str) -> None:
-    (tmp_path / "saving.py").write_text(
-        "import signal, sys, time\n"
-        f"signal.signal(signal.{name}, lambda *_: (print('saved'), sys.exit(130)))\n"
-        "print('ready', flush=True)\ntime.sleep(100)"
-    )
-    process = start(["saving.py"], tmp_path, "-P", script=PROCESSES)
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.Signals[name])
-    assert process.communicate(timeout=60) == ("saved\n", "") and process.returncode == 130
-
-
-def test_fsdp_of_the_bundled_model_is_not_evaluated_before(tmp_path: Path) -> None:
-    flag = "--eval_before_training"
-    assert flag not in passed_to_python(tmp_path, script=FSDP, NUM_GPU="2")
-    assert flag in passed_to_python(tmp_path, script=FINETUNE, NUM_GPU="2")
-
-
-def test_fsdp_takes_all_gpus(tmp_path: Path) -> None:
-    done = run_script(tmp_path, script=FSDP)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert (
-        done.stderr
-        == "error: no NVIDIA GPU found: run finetune.sh, or give NUM_GPU for other GPUs\n"
-    )
-    add_gpus(tmp_path, 8)
-    lines = passed_to_python(tmp_path, script=FSDP, CUDA_VISIBLE_DEVICES="4,7")
-    assert lines[lines.index("--nproc_per_node") + 1] == "2" and "--fp16" in lines
-
-
-# ---------------------------------------------------------------------------------- all scripts
-
-
-@pytest.mark.parametrize("name", ["icl.sh", "finetune.sh", "finetune_fsdp.sh"])
-def test_copy_of_the_repository_in_a_folder_with_spaces(tmp_path: Path, name: str) -> None:
-    repository = tmp_path / "a copy of it"
-    repository.mkdir()
-    for script in (name, "settings.sh", "finetune.sh"):
-        shutil.copy(ROOT / script, repository / script)
-    lines = passed_to_python(tmp_path, script=repository / name, NUM_GPU="1")
-    assert str(repository / "run.py") in lines
-    assert value_of(lines, "model_name") == str(repository / "data" / "tiny-opt")
+@pytest.mark.slow
+def test_finetune_with_two_processes(tmp_path: Path) -> None:
+    done = run_script(tmp_path, script="finetune.sh", NUM_GPU="2", **SMALL)
+    assert done.returncode == 0, done.stderr
+    (result_file,) = (tmp_path / "result").glob("*.json")
+    assert json.loads(result_file.read_text())["steps"] == 2

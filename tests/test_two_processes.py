@@ -20,8 +20,6 @@ from running import (
     training,
     weights,
 )
-from test_hizoo_sh import passed_to_python
-from test_scripts import FINETUNE, FSDP, SMALL, checkpoint_of, launcher_and_arguments
 from test_scripts import finish as finish_script
 
 from training.journal import FILE, Step, read_journal
@@ -92,11 +90,12 @@ DIRECTIONS = ZEROTH_ORDER | {
     **{"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
 }
 # The shares of the eval examples differ, 5 and 4: in batches of 4, two forward passes and one.
+LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 SHARDED = (
+    *("--num_train", "16", "--num_dev", "4", "--num_train_epochs", "1", "--learning_rate", "1e-4"),
     *("--logging_steps", "1", "--per_device_eval_batch_size", "4", "--num_eval", "9"),
     *("--predictions_file", "predictions.jsonl"),
 )
-SHARDED_VARIABLES = SMALL | {"LR": "1e-4"}
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +108,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         each.mkdir()
     finish(training(folder / "alone", **ZEROTH_ORDER))
     keep_steps(folder / "alone", folders["resumed"], 4)
-    passed = passed_to_python(
-        folders["sharded"], *SHARDED, script=FSDP, NUM_GPU="2", **SHARDED_VARIABLES
-    )
-    launcher, sharded = launcher_and_arguments(passed)
-    assert "--eval_before_training" not in sharded
+    sharded = ["--script", "finetune_fsdp.sh", *SHARDED]
     half = {"per_device_train_batch_size": 2}
     runs = [
         *(("evaluation", evaluation(folders["evaluation"], task)) for task in ("SST2", "SQuAD")),
@@ -123,7 +118,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("resumed", training(folders["resumed"], **ZEROTH_ORDER | half)),
         ("sharded", sharded),
     ]
-    launch_runs(folder, launcher, NOTING, [(folders[name], line) for name, line in runs])
+    launch_runs(folder, LAUNCHER, NOTING, [(folders[name], line) for name, line in runs])
     return folder
 
 
@@ -219,12 +214,12 @@ def test_shared_directions_are_those_of_one_process(two_processes: Path, tmp_pat
 def test_sharded_training(
     two_processes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = finish_script(tmp_path, monkeypatch, FINETUNE, *SHARDED, **SHARDED_VARIABLES)
+    result = finish_script(tmp_path, monkeypatch, "finetune.sh", " ".join(SHARDED))
     two = two_processes / "sharded"
     assert (two / "printed.txt").read_text().count("test accuracy: ") == 1
-    checkpoints = [checkpoint_of(result, tmp_path)]
+    checkpoints = [tmp_path / result["checkpoint"]]
     (result_file,) = (two / "result").glob("*.json")
-    checkpoints += [checkpoint_of(json.loads(result_file.read_text()), two)]
+    checkpoints += [two / json.loads(result_file.read_text())["checkpoint"]]
     # Only a sharded run writes this file.
     assert (checkpoints[1] / "pytorch_model_fsdp.bin").is_file()
     for name in ("loss", "eval_loss"):

@@ -1,0 +1,268 @@
+"""What run.py refuses before it loads anything, all of it at once, and what it warns of.
+
+Neither torch nor transformers is imported here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from command_line.declarations import OFF, Effect
+from command_line.reading import DECLARED, OWN, TUNING_MODES, raise_problems, show_argument
+from task_data.own_tasks import OwnTask
+from tasks import Task
+from utils import InputError
+from zeroth_order.smoothing import SmoothingSchedule
+
+WEIGHTS = ("load_float16", "load_bfloat16", "load_int8", "load_int4")
+EXCLUDE_EACH_OTHER = (
+    ("load_float16", "load_bfloat16"),
+    ("load_int8", "load_int4"),
+    *(("load_saved_dtype", other) for other in WEIGHTS),
+    ("sfc", "icl_sfc"),
+    ("train_set_seed", "num_train_sets"),
+    ("reward", "non_diff"),
+    ("train_as_classification", "non_diff"),
+    ("text_column", "prompt_template"),
+    ("predict_file", "num_train_sets"),
+    ("task_name", "train_file"),
+    ("task_name", "validation_file"),
+    ("data_dir", "train_file"),
+    ("data_dir", "validation_file"),
+    *((first, second) for first in TUNING_MODES for second in TUNING_MODES if first < second),
+)
+
+
+def check_values(values: Any) -> None:
+    """Refuse what contradicts itself, what cannot be done, and what must not be ignored.
+
+    Args:
+        values: ``Values``, or ``Arguments``.
+
+    Raises:
+        InputError: names every problem, with the way out.
+    """
+    problems = [*_exclusions(values), *_files(values)]
+    try:
+        SmoothingSchedule.parse(values.hessian_smooth_type)
+    except ValueError as error:
+        problems.append(f"--hessian_smooth_type {error}")
+    try:
+        task = values.task
+    except InputError as error:
+        problems.append(str(error))
+    else:
+        problems += _problems_of_task(values, task)
+    if not values.model_name:
+        problems.append("--model_name is missing: give a Hub id, a local directory or a GGUF file")
+    problems += _refused(values)
+    problems += _problems_of_weights(values)
+    if values.trainer != "none" and values.num_train < 1:
+        problems.append(
+            f"--num_train {values.num_train}: training needs at least 1 example, as in "
+            "--num_train 1000"
+        )
+    if values.trainer != "none" and not values.linear_probing:
+        problems += _problems_of_steps(values)
+    raise_problems(problems)
+
+
+def without_effect(values: Any) -> dict[str, Effect]:
+    """Return the given arguments that have no effect, and the condition that is not met."""
+    unmet = {name: _unmet(values, name) for name in values.given}
+    return {name: effect for name, effect in unmet.items() if effect and not effect.refused}
+
+
+def warning(values: Any, unmet: dict[str, Effect]) -> str | None:
+    """Return the line that names what the user gave without an effect, None if there is nothing."""
+    reasons: dict[str, list[str]] = {}
+    for name, effect in unmet.items():
+        if name in values.given_by_user and asks_for_something(values, name):
+            reasons.setdefault(effect.otherwise.format(values=values), []).append(f"--{name}")
+    shown = [f"{', '.join(names)} ({reason})" for reason, names in reasons.items()]
+    shown += values.ignored
+    return f"warning: no effect here: {', '.join(shown)}" if shown else None
+
+
+def has_effect(values: Any, name: str) -> bool:
+    """Whether an argument does anything beside the others."""
+    return _unmet(values, name) is None
+
+
+def asks_for_something(values: Any, name: str) -> bool:
+    """Whether a value does not only switch off what is off anyway."""
+    value = getattr(values, name)
+    if isinstance(value, bool) and name in OWN:
+        return value != OWN[name].default
+    return value not in OFF
+
+
+def _unmet(values: Any, name: str) -> Effect | None:
+    effect = DECLARED[name].effect if name in DECLARED else None
+    try:
+        return effect.unmet(values) if effect else None
+    except ValueError:
+        return None  # of no task, or no smoothing: ``check_values`` says so
+
+
+def _refused(values: Any) -> list[str]:
+    """Return what would give another result if it were ignored."""
+    reasons: dict[str, list[str]] = {}
+    for name in DECLARED:
+        effect = _unmet(values, name) if name in values.given else None
+        if effect and effect.refused and asks_for_something(values, name):
+            reasons.setdefault(effect.otherwise, []).append(show_argument(values, name))
+    return [f"{', '.join(shown)}: {reason}" for reason, shown in reasons.items()]
+
+
+def _is_given(values: Any, name: str) -> bool:
+    """Whether an argument has another value than its default."""
+    return getattr(values, name) not in (DECLARED[name].default, None, False)
+
+
+def _exclusions(values: Any) -> Iterator[str]:
+    for first, second in EXCLUDE_EACH_OTHER:
+        if _is_given(values, first) and _is_given(values, second):
+            yield f"--{first} and --{second} exclude each other: give one"
+
+
+def _files(values: Any) -> Iterator[str]:
+    """Refuse to write over a file that another argument names."""
+    names = ("train_file", "validation_file", "predict_file", "config")
+    names = (*names, "predictions_file", "result_file")
+    files = {name: Path(getattr(values, name)) for name in names if getattr(values, name)}
+    for written in ("predictions_file", "result_file"):
+        for name, file in files.items():
+            if name != written and written in files and file.resolve() == files[written].resolve():
+                yield f"--{written} {file} is --{name} too: give another name"
+    if values.predict_file and not values.predictions_file:
+        yield f"--predict_file {values.predict_file}: give --predictions_file, for the answers"
+
+
+def _problems_of_task(values: Any, task: Task) -> Iterator[str]:
+    from_messages = isinstance(task, OwnTask) and task.own_columns.from_messages
+    if from_messages and not values.apply_chat_template:
+        yield f"{task.first_file} has messages: add --apply_chat_template, with an instruct model"
+    if task.generation and not values.eos_token:
+        yield "--eos_token '': give the text that ends an answer, as in \\n"
+    if values.calibration and task.generation:
+        yield (
+            f"--{values.calibration}: the answers of {task.name} are generated, there are no "
+            "options to calibrate; leave it out"
+        )
+    if values.train_as_classification and task.generation and values.trainer != "none":
+        yield f"--train_as_classification: {task.name} has no options; leave it out"
+    if task.reward and not task.answer_column and values.trainer == "none" and values.num_train:
+        yield f"--num_train {values.num_train}: the rows have no answers to demonstrate"
+    fitting = ("f1", "em") if task.generation else ("accuracy",)
+    if values.non_diff_metric and values.non_diff_metric not in fitting:
+        answers = "are generated" if task.generation else "are chosen from options"
+        yield (
+            f"--non_diff_metric {values.non_diff_metric}: the answers of {task.name} {answers}; "
+            f"give {' or '.join(fitting)}"
+        )
+    metric = values.metric_for_best_model
+    names = ("loss", *task.metric_names)
+    if metric and values.trainer != "none" and metric.removeprefix("eval_") not in names:
+        yield (
+            f"--metric_for_best_model {metric}: the dev set has loss and, of {task.name}, "
+            f"{' and '.join(names[1:])}; give one of these"
+        )
+
+
+def _problems_of_weights(values: Any) -> Iterator[str]:
+    """Yield what cannot be trained, or saved."""
+    if values.linear_probing and values.trainer == "zo":
+        yield (
+            "--linear_probing fits by logistic regression, not with --trainer zo: use --trainer "
+            "regular"
+        )
+    quantised = next((name for name in ("load_int8", "load_int4") if getattr(values, name)), None)
+    adapted = values.lora or values.prefix_tuning
+    if quantised and values.trainer != "none" and not adapted:
+        yield (
+            f"--{quantised}: quantised weights cannot be trained themselves; add --lora or "
+            "--prefix_tuning, or use --load_float16"
+        )
+    if quantised and values.untie_emb:
+        yield f"--untie_emb: the head of --{quantised} is quantised; leave it out"
+    if quantised and values.merge_adapter:
+        yield "--merge_adapter: quantised weights take no matrices; leave it out"
+    if values.prefix_tuning:
+        # Layers are computed again without the keys and values of the prefix.
+        for name in ("activation_checkpointing", "gradient_checkpointing"):
+            if getattr(values, name) and name in values.given:
+                yield f"--{name}: it leaves the prefix of --prefix_tuning out; leave it out"
+    if values.fsdp and values.trainer == "regular":
+        for name in ("linear_probing", "prefix_tuning", "eval_before_training"):
+            if getattr(values, name):
+                yield f"--{name}: it needs whole weights, which --fsdp shards; leave it out"
+
+
+def _problems_of_steps(values: Any) -> Iterator[str]:
+    """Yield what is wrong with a training in steps."""
+    for name in values.probed:
+        if values.trainer != "zo" and has_effect(values, name):
+            yield f"--{name} auto is found by forward passes, for --trainer zo: give a number"
+    if values.reward and values.num_beams > 1 and values.reward_samples > 1:
+        yield (
+            f"--num_beams {values.num_beams}: --reward_samples {values.reward_samples} draws "
+            "texts at random; leave one out"
+        )
+    if values.non_diff and values.sampling:
+        yield "--sampling: the loss of --non_diff would change with every draw; leave it out"
+    if values.zo_parallel == "directions" and values.trainer == "zo" and values.zo_num_samples < 2:
+        yield "--zo_parallel directions: there is one direction only; give --zo_num_samples"
+    if not values.num_dev:
+        if values.eval_strategy != "no":
+            yield (
+                f"--eval_strategy {getattr(values.eval_strategy, 'value', values.eval_strategy)} "
+                "needs dev examples: give --num_dev, or --eval_strategy no"
+            )
+        if values.eval_on_start:
+            yield "--eval_on_start needs dev examples: give --num_dev, or leave it out"
+    if values.replays_best and values.eval_strategy == "no":
+        yield "--load_best_model_at_end needs dev losses: give --eval_strategy steps or epoch"
+    metric = values.metric_for_best_model
+    if values.save_strategy == "best" and metric is None:
+        yield "--save_strategy best needs --metric_for_best_model: give loss, or a task's metric"
+    is_loss = metric in (None, "loss", "eval_loss")
+    if values.greater_is_better is not None and values.greater_is_better == is_loss:
+        best = "loss is the lowest" if is_loss else f"{metric} is the highest"
+        yield f"--greater_is_better: the best dev {best}; leave it out"
+    if values.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+        yield (
+            f"--train_sampling_strategy {values.train_sampling_strategy}: the batches are packed; "
+            "give random or sequential"
+        )
+    wanted = values.resume_from_checkpoint
+    if wanted and wanted.lower() not in ("true", "false"):
+        if values.num_train_sets:
+            yield (
+                f"--resume_from_checkpoint {wanted} is of one training set, --num_train_sets runs "
+                "several: leave it out, and each resumes from its own"
+            )
+        if values.overwrite_output_dir:
+            yield (
+                f"--overwrite_output_dir deletes checkpoints, --resume_from_checkpoint {wanted} "
+                "needs one: give one of them"
+            )
+    yield from _problems_of_schedule(values)
+
+
+def _problems_of_schedule(values: Any) -> Iterator[str]:
+    """Yield steps beyond the end of the run, where --max_steps tells it."""
+    steps, warmup = values.max_steps, values.warmup_steps
+    decays = values.decay_step and has_effect(values, "decay_step")
+    if 0 < steps < warmup:
+        yield f"--warmup_steps {warmup:g}: must be at most the run's {steps} steps (--max_steps)"
+    if decays and 0 < steps <= values.decay_step:
+        yield (
+            f"--decay_step {values.decay_step}: must be below the run's {steps} steps (--max_steps)"
+        )
+    if decays and warmup > values.decay_step:
+        yield f"--warmup_steps {warmup:g}: must be at most --decay_step {values.decay_step}"
+    if decays and values.lr_scheduler_kwargs:
+        yield "--lr_scheduler_kwargs: it has no effect with --decay_step; give one"

@@ -1,0 +1,74 @@
+"""``run.py --help`` and ``--help_all``."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import textwrap
+from collections.abc import Iterator
+
+from command_line.declarations import Declaration, declared
+from command_line.reading import GROUPS
+from command_line.trainer_arguments import OTHERS
+
+USAGE = """\
+python run.py --task_name TASK --model_name MODEL [arguments]
+
+  zero-shot      python run.py --task_name SST2 --model_name facebook/opt-125m --num_eval 1000
+  in context     python run.py --task_name SST2 --model_name facebook/opt-125m --num_train 32
+  HiZOO          python run.py --task_name SST2 --model_name facebook/opt-125m --trainer zo \\
+                     --train_as_classification --num_train 1000 --num_dev 500 --num_eval 1000 \\
+                     --max_steps 20000 --learning_rate 1e-6 --zo_eps 1e-3
+
+  MODEL is a Hub id, a local directory or a GGUF file (pip install gguf); --data_dir DIR reads
+  DIR/<task>/*.jsonl, no Hub needed.
+  bash HiZOO.sh does the same with environment variables. python run.py --help explains the
+  arguments, python run.py --help_all those of transformers' Trainer too.
+"""
+HELP = ("-h", "--help", "--help_all")
+# Where the explanations begin.
+INDENT = 24
+
+
+def help_text(everything: bool = False) -> str:
+    """Return the explanation of every argument of ours; ``everything``: of the Trainer's too."""
+    lines = [f"usage: {USAGE}", "options:"]
+    lines += _explained("-h, --help", "show this help message and exit")
+    lines += _explained(
+        "--help_all", "show this help with all of the Trainer's arguments, and exit"
+    )
+    for group in GROUPS:
+        title, _, remark = group.__doc__.partition(".")
+        lines += ["", f"{title}:", *([f"  {remark.strip()}", ""] if remark.strip() else [])]
+        for each in declared(group):
+            lines += _explained(_shown_name(each), _with_default(each.help, each.default))
+    if everything:
+        from transformers import TrainingArguments  # takes seconds
+
+        lines += ["", "The Trainer's others:"]
+        for field in dataclasses.fields(TrainingArguments):
+            if field.name in OTHERS:
+                text = _with_default(field.metadata["help"], field.default)
+                lines += _explained(f"--{field.name} {field.name.upper()}", text)
+    return "\n".join(lines)
+
+
+def _shown_name(declaration: Declaration) -> str:
+    names = ", ".join((f"--{declaration.name}", *declaration.aliases))
+    if declaration.choices and len(declaration.choices) < 6:
+        return f"{names} {{{','.join(declaration.choices)}}}"
+    value = "[True|False]" if declaration.kind is bool else declaration.name.upper()
+    return f"{names} {value}"
+
+
+def _with_default(text: str, default: object) -> str:
+    return text if default is None else f"{text} (default: {getattr(default, 'value', default)})"
+
+
+def _explained(names: str, text: str) -> Iterator[str]:
+    width = min(100, max(60, shutil.get_terminal_size().columns))
+    yield f"  {names}"
+    indent = " " * INDENT
+    yield from textwrap.wrap(
+        text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+    )

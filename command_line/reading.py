@@ -1,0 +1,269 @@
+"""How a command line is read: words become values, and every problem is told at once.
+
+Neither torch nor transformers is imported here: what is wrong is said in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from command_line import groups, training_groups
+from command_line.config_files import words_of_config
+from command_line.declarations import AUTO, FALSE, OFF, TRUE, Declaration, declared
+from command_line.scripts import choose_defaults
+from command_line.trainer_arguments import IGNORED, NOT_OFFERED, OTHERS, MostUsed
+from task_data.columns import Columns
+from task_data.own_tasks import choose_task
+from tasks import Task
+from utils import InputError
+
+GROUPS = (
+    groups.TaskAndData,
+    groups.Model,
+    groups.InContextLearning,
+    training_groups.TrainedWeights,
+    training_groups.Training,
+    training_groups.ZerothOrder,
+    groups.Rewards,
+    groups.EvaluationAndResults,
+    groups.Generation,
+    MostUsed,
+)
+OWN: dict[str, Declaration] = {each.name: each for group in GROUPS for each in declared(group)}
+DECLARED = OWN | OTHERS
+# Every name of an argument, without its dashes.
+NAMES = {name: name for name in DECLARED} | {
+    alias.removeprefix("--"): name for name, each in OWN.items() for alias in each.aliases
+}
+# What MeZO, HiZOO and others call an argument -> its name here.
+SYNONYMS = {
+    **{"task": "task_name", "model": "model_name", "model_name_or_path": "model_name"},
+    **{"lr": "learning_rate", "eps": "zo_eps", "batch_size": "per_device_train_batch_size"},
+    **{"bs": "per_device_train_batch_size", "epochs": "num_train_epochs", "steps": "max_steps"},
+    **{"warmup_ratio": "warmup_steps"},
+}
+# The ways to train something else than all weights, and the arguments of each.
+TUNING_MODES = {
+    "lora": ("lora_r", "lora_alpha"),
+    "prefix_tuning": ("num_prefix", "no_reparam", "prefix_init_by_real_act"),
+    "head_tuning": (),
+    "linear_probing": ("lp_early_stopping",),
+}
+
+
+class Meaning:
+    """What follows from the values of a command line, however they are held."""
+
+    @functools.cached_property
+    def task(self) -> Task:
+        """The task of --task_name, or that of the user's own files as they are at the start."""
+        return choose_task(
+            self.task_name,
+            self.train_file,
+            self.validation_file or (None if self.task_name else self.predict_file),
+            self.metric,
+            self.reward,
+            Columns(self.text_column, self.label_column, self.prompt_template),
+        )
+
+    @property
+    def calibration(self) -> str | None:
+        """The content-free prompt that was asked for: sfc, icl_sfc or None."""
+        return "sfc" if self.sfc else "icl_sfc" if self.icl_sfc else None
+
+    @property
+    def wants_dev_metric(self) -> bool:
+        """Whether the task's metrics are measured on the dev set during training."""
+        return self.eval_metric or self.metric_for_best_model not in (None, "loss", "eval_loss")
+
+    @property
+    def replays_best(self) -> bool:
+        """Whether the best model is to be made by a replay, as there are no checkpoints."""
+        replayed = self.trainer == "zo" and self.save_strategy == "no"
+        return self.load_best_model_at_end and replayed
+
+    @property
+    def probed(self) -> list[str]:
+        """The arguments whose values are measured."""
+        return [name for name, each in OWN.items() if AUTO in each.words and self._is_auto(name)]
+
+    def _is_auto(self, name: str) -> bool:
+        return getattr(self, name) == AUTO
+
+    @property
+    def result_path(self) -> Path:
+        """Where the result JSON goes."""
+        return Path(self.result_file or Path("result") / f"{self.tag}.json")
+
+
+class Values(Meaning):
+    """The values of a command line, as attributes; of what is not given the default.
+
+    Attributes:
+        given: the values that a user or a script gives.
+        given_by_user: the names of those that a user gives.
+        words: of each argument; transformers reads those of the Trainer's others.
+        ignored: published arguments that change nothing here, as they were typed.
+    """
+
+    def __init__(
+        self,
+        given: dict[str, Any],
+        given_by_user: frozenset[str],
+        words: dict[str, list[str]],
+        ignored: list[str],
+    ) -> None:
+        self.given, self.given_by_user = given, given_by_user
+        self.words, self.ignored = words, ignored
+        self.__dict__.update({name: each.default for name, each in DECLARED.items()} | given)
+
+
+def read_values(argv: Sequence[str], environment: Mapping[str, str] | None = None) -> Values:
+    """Read a command line.
+
+    ``--script NAME`` comes first where a script calls: its variables and defaults are read from
+    the environment, and the arguments of a user win.
+
+    Args:
+        argv: its words.
+        environment: of the process; None: ``os.environ``.
+
+    Raises:
+        InputError: names everything that is unknown or out of its bounds.
+    """
+    reader = _Reader()
+    script, words = (argv[1], argv[2:]) if argv[:1] == ["--script"] else ("", argv)
+    typed = dict(reader.split(words))
+    of_file = reader.config(typed["config"]) if "config" in typed else {}
+    user = reader.read(of_file | {name: (each, "") for name, each in typed.items()})
+    chosen: dict[str, Any] = {}
+    if script and not reader.problems:
+        defaults = choose_defaults(script, os.environ if environment is None else environment, user)
+        chosen = reader.read({name: ([word], label) for name, (word, label) in defaults.items()})
+        of_file = {name: ([word], "") for name, (word, _) in defaults.items()} | of_file
+    raise_problems(reader.problems)
+    words_of_others = {name: each for name, (each, _) in of_file.items()} | typed
+    return Values(chosen | user, frozenset(user), words_of_others, reader.ignored)
+
+
+class _Reader:
+    """Turns words into values and collects what is wrong with them."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self.ignored: list[str] = []
+
+    def split(self, words: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+        """Yield the arguments of a command line with the words that follow them."""
+        current: list[str] | None = None
+        option = ""
+        for word in words:
+            if not word.startswith("--"):
+                if current is None:
+                    self.problems.append(f"{word}: no argument stands before it")
+                else:
+                    current.append(word)
+                continue
+            if option:
+                yield from self._named(option, current)
+            option, equals, value = word.partition("=")
+            current = [value] if equals else []
+        if option:
+            yield from self._named(option, current)
+
+    def _named(self, option: str, words: list[str]) -> Iterator[tuple[str, list[str]]]:
+        typed = option.removeprefix("--").replace("-", "_")
+        switched = typed.removeprefix("no_")
+        if typed in NAMES:
+            yield NAMES[typed], words
+        elif switched in OWN and OWN[switched].kind is bool and not words:
+            yield switched, ["False"]
+        elif typed in IGNORED:
+            self.ignored.append(f"{option} ({IGNORED[typed]})")
+        elif typed not in NOT_OFFERED:
+            self.problems.append(explain_unknown(option))
+        elif not words or words[-1] not in OFF:
+            self.problems.append(f"{option} is not offered: {NOT_OFFERED[typed]}; leave it out")
+
+    def config(self, words: list[str]) -> dict[str, tuple[list[str], str]]:
+        """Return the words of a configuration file's arguments, and what they are called."""
+        found: dict[str, tuple[list[str], str]] = {}
+        for key, (place, word) in words_of_config(Path("".join(words[-1:]))).items():
+            before = len(self.problems)
+            for name, value in self.split([f"--{key}={word}"]):
+                if name in found:
+                    self.problems.append(f"--{name} is given twice, under another name before")
+                found[name] = (value, f"{place}: --{name} {word}")
+            self.problems[before:] = [f"{place}: {each}" for each in self.problems[before:]]
+        return found
+
+    def read(self, words: Mapping[str, tuple[list[str], str]]) -> dict[str, Any]:
+        """Return values by name; beside the words stands what they are called, if not by it."""
+        values = {}
+        for name, (each, label) in words.items():
+            declaration = DECLARED[name]
+            try:
+                known = name in OWN or declaration.kind is not object
+                values[name] = declaration.read(each) if known else _plain(each)
+                if name == "max_steps" and values[name] == 0:
+                    raise ValueError("must be at least 1, or -1 for --num_train_epochs")
+            except ValueError as error:
+                self.problems.append(f"{label or ' '.join([f'--{name}', *each])}: {error}")
+        return values
+
+
+def raise_problems(problems: Sequence[str]) -> None:
+    """Raise InputError with problems, a line each, if there are any."""
+    if problems:
+        raise InputError("\n       ".join(dict.fromkeys(problems)))
+
+
+def _plain(words: Sequence[str]) -> Any:
+    """Return a value that transformers will read, as far as conditions look at it."""
+    text = words[-1] if words else "True"
+    if text.lower() in TRUE[:1] + FALSE[:1]:
+        return text.lower() == "true"
+    return text
+
+
+def explain_unknown(word: str) -> str:
+    """Return one line on a word of the command line that is no argument of run.py.
+
+    Args:
+        word: as it was typed, ``--lr`` or ``--lr=1e-6``.
+    """
+    name = word.partition("=")[0].removeprefix("--").replace("-", "_").lower()
+    near = [SYNONYMS[name]] if name in SYNONYMS else difflib.get_close_matches(name, NAMES, 1, 0.75)
+    hint = f"did you mean --{near[0]}?" if near else "python run.py --help lists the arguments"
+    return f"unknown argument {word}: {hint}"
+
+
+def show_argument(values: Any, name: str) -> str:
+    """Return an argument with its value, as it may be typed; secrets are left out."""
+    value = getattr(values, name)
+    value = getattr(value, "value", value)
+    if value is True or name == "hub_token":
+        return f"--{name}"
+    return f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}"
+
+
+def argument_name(option: str) -> str | None:
+    """Return the argument that an option means, under any of its names, or None."""
+    return NAMES.get(option.removeprefix("--").replace("-", "_"))
+
+
+def given_names(words: Sequence[str]) -> list[str]:
+    """Return the names of the arguments of a command line.
+
+    Raises:
+        InputError: one is unknown.
+    """
+    reader = _Reader()
+    names = [name for name, _ in reader.split(words)]
+    raise_problems(reader.problems)
+    return names

@@ -1,0 +1,241 @@
+"""Arguments without effect are named in one line and left out; bounds of all numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, get_args, get_type_hints
+
+import pytest
+from running import command
+from transformers import TrainingArguments
+
+from command_line.arguments import Arguments, parse_arguments
+from command_line.checks import check
+from command_line.declarations import LARGEST
+from command_line.effects import BACKWARD, FORWARD, STEPS, TRAINED
+from command_line.reading import DECLARED, OWN
+from command_line.settings import experiment_hash
+from command_line.trainer_arguments import IGNORED, NOT_OFFERED, MostUsed
+from utils import InputError
+
+ZO: dict[str, Any] = {"trainer": "zo", "num_train": 8, "max_steps": 4}
+REGULAR = ZO | {"trainer": "regular"}
+PROBING = {"trainer": "regular", "num_train": 8, "linear_probing": True}
+NO_EVAL = ZO | {"no_eval": True, "num_eval": None}
+# What the user gives, and what the line says.
+WITHOUT_EFFECT: dict[str, tuple[dict[str, Any], str]] = {
+    "training without --trainer": (
+        {"max_steps": 20, "learning_rate": 1e-3, "output_dir": "x", "num_dev": 5, "lora": True},
+        "--max_steps, --learning_rate, --output_dir, --num_dev, --lora (nothing is trained)",
+    ),
+    "sets of nothing": ({"num_train_sets": 2}, "--num_train_sets (there are no demonstrations)"),
+    "h of backpropagation": (
+        REGULAR | {"hessian": "lowrank", "zo_eps": 1e-3},
+        "--hessian, --zo_eps (for --trainer zo)",
+    ),
+    "recomputation for HiZOO": (
+        ZO | {"gradient_checkpointing": True, "torch_compile": True},
+        "--gradient_checkpointing, --torch_compile (--trainer zo has no backward pass)",
+    ),
+    "a low-rank h that stays 1": (
+        ZO | {"hessian_smooth_type": "constant0", "hessian": "lowrank"},
+        "--hessian (h stays 1 with --hessian_smooth_type constant0)",
+    ),
+    "the dtype of a low-rank h": (
+        ZO | {"hessian": "lowrank", "hessian_dtype": "float32"},
+        "--hessian_dtype (--hessian lowrank is float64)",
+    ),
+    "generation from options": (
+        {"num_beams": 2, "top_k": 5, "max_new_tokens": 5},
+        "--num_beams, --top_k, --max_new_tokens (SST2 has options)",
+    ),
+    "temperature without sampling": (
+        {"task_name": "SQuAD", "temperature": 0.7},
+        "--temperature (for --sampling)",
+    ),
+    "generation without evaluation": (
+        NO_EVAL | {"task_name": "SQuAD", "max_new_tokens": 5},
+        "--max_new_tokens (nothing is generated)",
+    ),
+    "steps of other strategies": (
+        ZO | {"save_strategy": "epoch", "save_steps": 2, "eval_steps": 2},
+        "--save_steps (for --save_strategy steps), --eval_steps (for --eval_strategy steps)",
+    ),
+    "a limit of nothing": (
+        ZO | {"save_strategy": "no", "save_total_limit": 1, "metric_for_best_model": "loss"},
+        "--save_total_limit (no checkpoint is saved), "
+        "--metric_for_best_model (no best model is looked for)",
+    ),
+    "a run without evaluation": (
+        NO_EVAL | {"predictions_file": "p.jsonl", "num_eval": 5, "per_device_eval_batch_size": 4},
+        "--num_eval, --predictions_file, --per_device_eval_batch_size (nothing is evaluated)",
+    ),
+    "dev examples of no use": (NO_EVAL | {"num_dev": 5}, "--num_dev (--no_eval, and no --eval_s"),
+    "prompts of a classification": (
+        ZO | {"train_as_classification": True, "only_train_option": False},
+        "--only_train_option (for the language-model loss)",
+    ),
+    "epochs beside steps": (ZO | {"num_train_epochs": 2}, "--num_train_epochs (--max_steps 4 dec"),
+    "the wrong seed": (
+        {"num_train": 4, "seed": 1},
+        "--seed (demonstrations are drawn by --train_set_seed)",
+    ),
+    "steps of a probe": (PROBING | {"max_steps": 4}, "--max_steps (--linear_probing has no steps)"),
+    "ways to train": (
+        ZO | {"lora": True, "num_prefix": 4, "lp_early_stopping": True},
+        "--num_prefix (for --prefix_tuning), --lp_early_stopping (for --linear_probing)",
+    ),
+    "metric of a task": ({"metric": "f1"}, "--metric (for --train_file and --validation_file)"),
+    "a secret": (ZO | {"hub_token": "hf_secret"}, "--hub_token (nothing goes to the Hub)"),
+    "of published commands": (
+        ZO | {"do_train": True, "logging_dir": "x", "group_by_length": "False"},
+        "--do_train (--trainer and --no_eval decide), --logging_dir (logs lie in --output_dir), "
+        "--group_by_length (batches are packed)",
+    ),
+}
+# With an effect, or to switch off what is off anyway.
+SILENT: dict[str, dict[str, Any]] = {
+    "nothing on": {
+        **{"num_dev": 0, "train_as_classification": False, "evaluation_strategy": "no"},
+        **{"lora": False, "warmup_step": 0, "report_to": "none", "no_reparam": True, "fsdp": ""},
+        **{"label_smoothing_factor": 0, "gradient_checkpointing": False},
+    },
+    "in context": {"num_train": 32, "num_train_sets": 2, "icl_sfc": True},
+    "sampled text": {"task_name": "SQuAD", "sampling": True, "seed": 1, "top_p": 0.5},
+    "zero-shot before training alone": {
+        **ZO | {"no_eval": True, "eval_before_training": True, "num_eval": 5},
+        **{"task_name": "SQuAD", "max_new_tokens": 5},
+    },
+    "dev losses alone": NO_EVAL | {"num_dev": 5, "eval_strategy": "epoch"},
+    "generation as the objective": {
+        **NO_EVAL | {"task_name": "SQuAD", "non_diff": True, "max_new_tokens": 5}
+    },
+    "MeZO": ZO | {"hessian_smooth_type": "constant0", "decay_step": 0, "max_grad_norm": 0},
+    "AdamW's own": REGULAR | {"adam_beta1": 0.5, "bf16": True, "max_skipped_steps": 5},
+    "a probe": PROBING | {"num_dev": 5, "save_model": True, "lp_early_stopping": True},
+    "of the machine": {"no_auto_device": True, "ddp_timeout": 60, "use_cpu": True},
+}
+
+
+def parsed(*argv: str, **arguments: Any) -> Arguments:
+    made = parse_arguments([*command(**{"num_eval": None} | arguments), *argv])
+    check(made)
+    return made
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("case", WITHOUT_EFFECT.values(), ids=WITHOUT_EFFECT)
+def test_one_line_names_what_has_no_effect(case: tuple[dict[str, Any], str]) -> None:
+    arguments, said = case
+    line = parsed(**arguments).warning
+    assert line is not None and line.startswith("warning: no effect here: ")
+    assert "\n" not in line and "secret" not in line
+    assert said in line
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("arguments", SILENT.values(), ids=SILENT)
+def test_nothing_is_said_of_what_has_an_effect(arguments: dict[str, Any]) -> None:
+    assert parsed(**arguments).warning is None
+
+
+def test_what_has_no_effect_changes_nothing() -> None:
+    plain = parsed(**ZO)
+    more = parsed(**ZO, lora_r=3, num_prefix=2, top_k=4, hub_token="x", eval_steps=2)
+    assert more.lora_r == 8 and more.eval_steps is None and more.hub_token is None
+    assert experiment_hash(plain) == experiment_hash(more)
+
+
+def test_what_changes_the_result_is_refused() -> None:
+    for arguments, said in (
+        (ZO | {"fp16": True}, "--fp16"),
+        (ZO | {"optim": "sgd", "adam_beta1": 0.5}, "--optim sgd"),
+        (ZO | {"label_smoothing_factor": 0.1}, "--label_smoothing_factor"),
+        (REGULAR | {"non_diff": True}, "--non_diff"),
+        (ZO | {"sfc": True}, "--sfc"),
+    ):
+        with pytest.raises(InputError, match=f"^{said}"):
+            parsed(**arguments)
+    # Nothing is trained: nothing changes.
+    assert "--fp16, --optim" in (parsed(fp16=True, optim="sgd").warning or "")
+
+
+# -------------------------------------------------------------------------------- declarations
+
+
+def test_every_argument_is_declared_once() -> None:
+    """A new release of transformers may bring one: declare it in trainer_arguments.py."""
+    of_trainer = {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert sorted(of_trainer - DECLARED.keys() - NOT_OFFERED.keys() - IGNORED.keys()) == []
+    assert not DECLARED.keys() & {*NOT_OFFERED, *IGNORED}
+    assert {field.name for field in dataclasses.fields(Arguments) if field.init} >= {*DECLARED}
+    hidden = of_trainer - DECLARED.keys()
+    assert hidden <= {*NOT_OFFERED, *IGNORED}
+
+
+def test_most_used_have_the_trainers_defaults() -> None:
+    theirs = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    for field in dataclasses.fields(MostUsed):
+        assert field.default == theirs[field.name], field.name
+
+
+def test_conditions_hold_for_all_inside() -> None:
+    for outer, base in (
+        (TRAINED, parsed()),
+        (STEPS, parsed(**PROBING)),
+        (BACKWARD, parsed(**ZO)),
+        (FORWARD, parsed(**REGULAR)),
+    ):
+        inside = [each for each in DECLARED.values() if each.effect and _is_in(each.effect, outer)]
+        assert len(inside) > 8 and all(each.effect.unmet(base) for each in inside)
+
+
+def _is_in(effect: Any, outer: Any) -> bool:
+    return effect is outer or bool(effect.inside and _is_in(effect.inside, outer))
+
+
+def test_numbers_outside_their_bounds() -> None:
+    kinds = get_type_hints(Arguments)
+    numbers = {
+        name: float if float in (kinds[name], *get_args(kinds[name])) else int
+        for name in DECLARED
+        if {int, float} & {kinds[name], *get_args(kinds[name])}
+    }
+    assert len(numbers) > 40
+    for name, kind in numbers.items():
+        declared = DECLARED[name]
+        assert declared.kind is kind and (declared.at_least, declared.above) != (None, None), name
+        lowest = declared.at_least if declared.above is None else declared.above
+        bad = ["nan", "inf", "-inf", "1e400", "many", f"{lowest - 1}", ""]
+        bad += ["1.5", f"{10**30}"] if kind is int else ["0"] if declared.above == 0 else []
+        for value in bad:
+            with pytest.raises(InputError, match=f"^--{name} {value}".rstrip()):
+                parse_arguments([f"--{name}={value}"])
+
+
+def test_ends_of_the_bounds() -> None:
+    for name, good, bad in (
+        ("save_total_limit", [1], [0, -2]),
+        ("logging_steps", [1, 0.5], [-1, 1.5]),
+        ("warmup_steps", [0, 0.5, 3], [-1, 2.5]),
+        ("max_steps", [-1, 1], [0, -2]),
+        ("top_p", [0.1, 1], [0, 1.1]),
+        ("adam_beta1", [0, 0.9], [1, -0.1]),
+        ("seed", [0, 2**32 - 1], [-1, 2**32]),
+        ("num_train", [0, LARGEST], [-1, LARGEST + 1]),
+    ):
+        for value in good:
+            parse_arguments([f"--{name}", str(value)])
+        for value in bad:
+            with pytest.raises(InputError, match=rf"^--{name} {value}: must be "):
+                parse_arguments([f"--{name}", str(value)])
+
+
+def test_own_values_are_typed() -> None:
+    read = OWN["zo_eps"].read
+    assert read(["auto"]) == "auto" and read(["1e-3"]) == 1e-3 and not math.isnan(read(["2"]))
+    assert OWN["trainer"].read(["Zo"]) == "zo"
+    for name, words in (("lora", ["maybe"]), ("tag", []), ("tag", ["a", "b"]), ("zo_eps", ["x"])):
+        with pytest.raises(ValueError, match=r"must be|give one value"):
+            OWN[name].read(words)
