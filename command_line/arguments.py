@@ -108,6 +108,8 @@ def _read_others(values: Values, names: Sequence[str]) -> dict[str, Any]:
     line = []
     for name in names:
         words = values.words[name]
+        if name == "fsdp" and words == ["True"]:
+            words = []  # "True" would be a sharding of that name
         # A value that begins with a dash would be taken for an argument.
         line += [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
     read = vars(_trainers_parser().parse_args(line))

@@ -99,7 +99,9 @@ class _Choice:
         named = VARIABLES[self.script].items()
         words: dict[str, Any] = {}
         if self.trains:
-            words |= self._training() | self._course() | self._examples() | self._objective()
+            examples = self._examples()
+            words |= self._training() | examples | self._course(examples["num_dev"])
+            words |= self._objective()
         elif self.own_file and "train_file" not in self.user:
             words["num_train"] = 0
         else:
@@ -188,9 +190,9 @@ class _Choice:
         # float16 overflows in models that were trained in bfloat16, which newer GPUs have.
         return {"bf16" if all(float(each) >= 8 for each in found) else "fp16": True}
 
-    def _course(self) -> dict[str, Any]:
+    def _course(self, dev: int) -> dict[str, Any]:
         """Choose dev losses and checkpoints with them, of which the best counts."""
-        dev = self.user.get("num_dev", self.set.get("DEV"))
+        dev = self.user.get("num_dev", self.set.get("DEV", dev))
         by = "epoch" if self.backward else "steps"
         evaluation = self.user.get("eval_strategy") or ("no" if dev in (0, "0") else by)
         saving = self.user.get("save_strategy") or (by if evaluation == "no" else evaluation)

@@ -176,7 +176,7 @@ BAD_PREPARATION: dict[str, tuple[dict[str, Any], list[str]]] = {
     "too many dev examples": ({"num_dev": 1600, "no_eval": None}, ["1600", "--num_dev"]),
     "too long": ({"max_length": 1025}, ["--max_length 1025", "1024"]),
     "rank above the matrices'": ({"lora": True, "lora_r": 33}, ["--lora_r 33", "hidden size"]),
-    "no checkpoint": ({"resume_from_checkpoint": "nowhere"}, ["nowhere", "trainer_state.json"]),
+    "no checkpoint": ({"resume_from_checkpoint": "nowhere"}, ["--resume_from_checkpoint nowhere"]),
     "result under a file": ({"result_file": "file/x.json"}, ["--result_file file/x.json"]),
     "result is a folder": ({"result_file": "folder"}, ["--result_file folder"]),
     "output_dir is a file": ({"output_dir": "file"}, ["--output_dir file"]),

@@ -25,6 +25,8 @@ import tasks
 import templates
 from command_line.arguments import parse_arguments
 from command_line.checks import check
+from command_line.contradictions import check_values
+from command_line.reading import read_values
 from command_line.settings import name_run, settle_dtype
 from tasks import TASKS
 
@@ -35,9 +37,9 @@ TEXTS = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
 NOTES_ITS_ARGUMENTS = f"""#!/bin/sh
 case "$1" in -c) exec "{sys.executable}" "$@" ;; esac
 exec "{sys.executable}" -c '
-import json, sys
+import json, os, sys
 with open("calls.jsonl", "a") as calls:
-    calls.write(json.dumps(sys.argv[1:]) + chr(10))' "$@"
+    calls.write(json.dumps([sys.argv[1:], dict(os.environ)]) + chr(10))' "$@"
 """
 
 
@@ -65,7 +67,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def calls_of(block: str, folder: Path) -> list[list[str]]:
-    """Run a block; returns the arguments of every call of Python in it."""
+    """Run a block; returns the arguments of every call of Python in it, a script's written out."""
     commands = folder / "commands"
     commands.mkdir(exist_ok=True)
     # Slurm's srun starts a command on a job's nodes.
@@ -88,7 +90,15 @@ def calls_of(block: str, folder: Path) -> list[list[str]]:
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     lines = (folder / "calls.jsonl").read_text().splitlines()
     (folder / "calls.jsonl").unlink()
-    return [json.loads(line) for line in lines]
+    return [written_out(*json.loads(line)) for line in lines]
+
+
+def written_out(call: list[str], environment: dict[str, str]) -> list[str]:
+    """The call of a script with what its variables and defaults say as arguments."""
+    if call[1:2] != ["--script"]:
+        return call
+    words = read_values(call[1:], environment).words
+    return [call[0], *(word for name, each in words.items() for word in (f"--{name}", *each))]
 
 
 def shortened(argv: list[str]) -> list[str]:
@@ -149,9 +159,10 @@ def accept(call: list[str], checkout: Path) -> None:
         assert len(sweep.Sweep(grid, checkout / "result").runs) > 1
     elif name in ("run.py", "probe.py"):
         argv = argv[: argv.index("--plot")] if "--plot" in argv else argv
-        check(parse_arguments(argv))
-    else:
-        assert str(checkout / "run.py") in call and "--fsdp" in call  # needs GPUs
+        if "--fsdp" in argv:  # needs GPUs
+            check_values(read_values(argv))
+        else:
+            check(parse_arguments(argv))
 
 
 BASH_BLOCKS = [(page, number) for page in TEXTS for number in range(len(blocks(page, "bash")))]
