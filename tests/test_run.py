@@ -190,7 +190,7 @@ def test_result_holds_the_experiment_and_nothing_else(tmp_path: Path) -> None:
     settings = result["settings"]
     assert set(settings) >= {
         *("task_name", "model_name", "data_dir", "trainer", "train_as_classification", "num_eval"),
-        *("only_train_option", "num_train", "num_dev", "train_set_seed", "max_length", "seed"),
+        *("num_train", "num_dev", "train_set_seed", "max_length", "seed"),
         *("load_float16", "load_int4", "per_device_train_batch_size", "learning_rate", "hessian"),
         *("lr_scheduler_type", "warmup_steps", "weight_decay", "max_steps", "zo_eps", "lora"),
         *("hessian_smooth_type", "curvature_eps", "logging_steps", "save_steps", "output_dir"),
