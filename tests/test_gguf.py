@@ -199,7 +199,7 @@ def test_a_file_that_cannot_be_read_is_refused_in_one_line(
 
 def test_without_the_package_one_line_names_it(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(InputError, match="a package is missing .*; pip install gguf"):
+    with pytest.raises(InputError, match=r"a package is missing .*; pip install gguf"):
         load_model(str(file), torch.float32)
 
 
