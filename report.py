@@ -20,7 +20,7 @@ from sweeps.results import (
     read_record,
     unfinished,
 )
-from sweeps.tables import COLUMNS, FORMATS, FORMS, Table
+from sweeps.tables import COLUMNS, FORMATS, FORMS, make_table
 from utils import InputError, OneLineParser, check_writable, exit_code, write_text_atomically
 
 # These folders hold JSON files that are no results.
@@ -93,12 +93,12 @@ def report(argv: Sequence[str]) -> None:
             check_writable(f"--{name}", file)
             if "settings" in read_json(file) or file.name == RECORD:
                 raise InputError(f"--{name} {file}: this is a result; give another name")
-    table = Table.of(outcomes, arguments.columns, arguments.show, arguments.also, arguments.percent)
+    table = make_table(outcomes, arguments.columns, arguments.show, arguments.also)
     if arguments.plot:
         from sweeps.curves import draw  # matplotlib takes a second to load
 
         draw(outcomes, arguments.plot)
-    text = FORMATS[arguments.format](table)
+    text = FORMATS[arguments.format](table, arguments.percent)
     if arguments.output:
         write_text_atomically(arguments.output, text)
     else:

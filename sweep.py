@@ -6,15 +6,12 @@ python sweep.py --learning_rate 1e-6 1e-7 --seed 0 1 2 -- ARGUMENTS OF run.py
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import hashlib
-import json
 import os
 import shlex
 import signal
 import sys
-from argparse import RawTextHelpFormatter
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,94 +27,27 @@ from experiment.plan import make_plan, shown_time
 from experiment.preparation import Prepared, prepare
 from experiment.results import USED, earlier_result, is_wanted_again
 from language_model.loading import leave_out_loading_bars
-from sweeps.grid import Grid, Run, read_grid, words_of
-from sweeps.results import MISSING, RECORD, SEEDS, Outcome, name_data, read_outcomes, read_record
+from sweeps.grid import Grid, Run, words_of
+from sweeps.reading import make_parser, read_command_line
+from sweeps.results import (
+    MISSING,
+    SEEDS,
+    Outcome,
+    check_record,
+    name_data,
+    read_outcomes,
+    write_record,
+)
 from sweeps.running import Job, Processes, follow
 from sweeps.slurm import JobArray
 from sweeps.tables import best, in_words
-from utils import InputError, Interrupted, OneLineParser, exit_code, write_json
+from utils import InputError, Interrupted, exit_code
 
-USAGE = "python sweep.py [GRID.yaml] [--NAME VALUES…]… [OPTIONS] [-- ARGUMENTS OF run.py]"
-DESCRIPTION = """\
-  python sweep.py runs/grids/hizoo.yaml -- --model_name facebook/opt-13b --task_name CB
-  python sweep.py --learning_rate 1e-6 1e-7 --seed 0 1 2 --jobs 2 -- --task_name SST2 …
-  python sweep.py --method '{lora: True, zo_eps: 1e-2}' '{prefix_tuning: True, zo_eps: 1e-1}' -- …
-
-GRID.yaml holds arguments of run.py. Lists multiply; lists of {…} under a name of your own are
-values that belong together. --NAME gives a list of values; it replaces the file's. What follows --
-goes to every run, and replaces the file's values, too.
-
---slurm takes options of sbatch, as in "--gres=gpu:1 --time=24:00:00". It needs submitit; --jobs
-then bounds the array.
-
-The same command again skips finished runs and resumes the others. Exit codes: 0 all runs have
-finished, 1 some failed, 2 bad input, 130 interrupted."""
-SHARE = "each with its share of the cores or a GPU of its own"
 ROOT = Path(__file__).resolve().parent
 # Seconds in which a run imports its libraries and loads its model, beside what it plans.
 START_UP = 10.0
 # Runs that differ in nothing else have the same samples.
 WITHOUT_EFFECT_ON_SAMPLES = {*SEEDS, "learning_rate", "hessian_smooth_type", "hessian", "zo_eps"}
-
-
-def make_parser() -> OneLineParser:
-    """Return the parser of the sweep's own options."""
-    parser = OneLineParser(
-        "sweep.py",
-        USAGE,
-        DESCRIPTION,
-        formatter_class=RawTextHelpFormatter,
-        allow_abbrev=False,
-    )
-    add, folder = parser.add_argument, "result/<name of the file>, or result/sweep-<hash>"
-    add("--output_dir", metavar="DIR", type=Path, help=f"folder of the runs. Default: {folder}")
-    add("--jobs", metavar="N", type=at_least_one, help=f"runs at a time, {SHARE}. Default: 1")
-    add("--slurm", metavar="OPTIONS", help="submit the runs as a job array; see above")
-    add(
-        "--dry_run", action="store_true", help="print what differs between the runs, and their cost"
-    )
-    return parser
-
-
-def at_least_one(text: str) -> int:
-    """Return a number of jobs."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be a whole number, at least 1")
-    return int(text)
-
-
-def read_command_line(argv: Sequence[str]) -> tuple[argparse.Namespace, Grid]:
-    """Return the sweep's own options and its grid.
-
-    Raises:
-        InputError: a value is missing or wrong, or something is given twice.
-    """
-    words, further = list(argv), []
-    if "--" in words:
-        border = words.index("--")
-        words, further = words[:border], words[border + 1 :]
-    if "--slurm" in words[:-1]:  # its value begins with dashes, too
-        at = words.index("--slurm")
-        words[at : at + 2] = [f"--slurm={words[at + 1]}"]
-    options, words = make_parser().parse_known_args(words)
-    files, lists = [], {}
-    values = files
-    for word in words:
-        if not word.startswith("--"):
-            values.append(word)
-            continue
-        name, _, value = word.removeprefix("--").partition("=")
-        name = name.replace("-", "_")
-        if name in lists:
-            raise InputError(f"--{name} is given twice: give all of its values once")
-        values = lists[name] = [value] if value else []
-    if len(files) > 1:
-        raise InputError(f"{files[1]}: a second grid, beside {files[0]}; give one")
-    if options.output_dir is None:
-        content = hashlib.sha256(json.dumps([lists, further]).encode()).hexdigest()
-        name = Path(files[0]).stem if files else f"sweep-{content[:8]}"
-        options.output_dir = Path("result") / name
-    return options, read_grid(Path(files[0]) if files else None, lists, further)
 
 
 class Sweep:
@@ -159,15 +89,9 @@ class Sweep:
         if not arguments.result_path.is_file():
             return False
         name_run(arguments)
-        try:
-            options = options_of(arguments)
-            earlier = earlier_result(options.files, options.identity)
-            return bool(earlier) and not is_wanted_again(options.files)
-        except InputError as error:
-            reason = str(error).partition(": give another")[0]
-            raise InputError(
-                f"{reason}: give another --output_dir, or --overwrite_output_dir behind --"
-            ) from error
+        options = options_of(arguments)
+        files = dataclasses.replace(options.files, result_option="--output_dir")
+        return bool(earlier_result(files, options.identity)) and not is_wanted_again(files)
 
     def outcomes(self, run: Run) -> list[Outcome]:
         """Return the results of a run, with the grid's arguments as its settings."""
@@ -177,33 +101,17 @@ class Sweep:
         found = read_outcomes(path) or [missing]
         return [dataclasses.replace(each, settings=settings) for each in found]
 
-    def check_record(self) -> None:
-        """Refuse a folder that holds another grid; the same grid may grow or shrink.
-
-        Raises:
-            InputError: names a run that differs.
-        """
-        recorded = {name: run.get("words") for name, run in read_record(self.folder).items()}
-        wanted = {run.name: list(run.words) for run in self.runs}
-        shared = [name for name in wanted if wanted[name] == recorded.get(name)]
-        if len(shared) < min(len(wanted), len(recorded)):
-            other = next(name for name in recorded if name not in shared)
-            raise InputError(
-                f"--output_dir {self.folder} holds another grid, as {other} shows: give another "
-                "--output_dir, or the same grid, which may grow"
-            )
-
-    def write_record(self) -> None:
-        """Write what the runs are; runs of an earlier and larger grid stay."""
-        record = read_record(self.folder)
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """Return what the sweep's record says of each run."""
+        entries = {}
         for run in self.runs:
             arguments = self.arguments[run.name]
             settings = changed_settings(arguments)
             # "auto" and None stand for a value that only the result tells.
             known = {n: v for n, v in settings.items() if n not in USED or v not in (None, "auto")}
             task = {"task": arguments.task.name, "metric": arguments.task.metric_name}
-            record[run.name] = {**task, "words": run.words, "settings": known}
-        write_json(self.folder / RECORD, {"runs": record})
+            entries[run.name] = {**task, "words": list(run.words), "settings": known}
+        return entries
 
 
 def command(words: Sequence[str]) -> str:
@@ -214,49 +122,39 @@ def command(words: Sequence[str]) -> str:
 def print_plans(sweep: Sweep, jobs: int) -> None:
     """Print what differs between the runs, their forward passes, and the time that is left."""
     prepared: dict[str, Prepared] = {}
-    rows, plans, took = [], {}, {}
+    rows, left = [], []
     for run in sweep.runs:
-        arguments = sweep.arguments[run.name]
-        samples = {n: v for n, v in run.given.items() if n not in WITHOUT_EFFECT_ON_SAMPLES}
-        if repr(samples) not in prepared:
-            prepared[repr(samples)] = prepare(options_of(arguments))
-        plan = plans[run.name] = make_plan(options_of(arguments), prepared[repr(samples)])
-        if sweep.is_finished(run):
-            took[run.name] = sweep.outcomes(run)[0].numbers.get("seconds", 0.0)
+        options = options_of(sweep.arguments[run.name])
+        samples = repr({n: v for n, v in run.given.items() if n not in WITHOUT_EFFECT_ON_SAMPLES})
+        if samples not in prepared:
+            prepared[samples] = prepare(options)
+        plan = make_plan(options, prepared[samples])
         passes = {"training": plan.forward_passes, "evaluation": plan.evaluation_passes}
-        passes = {f"forward passes of {name}": f"{number:,}" for name, number in passes.items()}
-        state = "finished" if run.name in took else f"about {shown_time(plan.seconds + START_UP)}"
-        rows.append({**run.choice, "steps": f"{plan.steps:,}", **passes, "": state})
+        row = {f"forward passes of {name}": f"{number:,}" for name, number in passes.items()}
+        row = {**run.choice, "steps": f"{plan.steps:,}", **row, "": "finished"}
+        if not sweep.is_finished(run):
+            left.append(plan.seconds + START_UP)
+            row[""] = f"about {shown_time(left[-1])}"
+        rows.append(row)
     print("each run:", command((*words_of(sweep.grid.fixed), *sweep.grid.further)))
     print(pd.DataFrame(rows).fillna(MISSING).to_string(index=False))
-    left = [plan for name, plan in plans.items() if name not in took]
-    planned = sum(plans[name].seconds for name in took)
-    # The finished runs tell how fast this machine is.
-    speed = sum(took.values()) / planned if planned else 1.0
-    seconds = sum(plan.seconds * speed + START_UP for plan in left) / jobs
-    print(
-        f"{len(left)} of {len(rows)} runs are left: about {shown_time(seconds)} with --jobs {jobs}"
-    )
+    time = shown_time(sum(left) / jobs)
+    print(f"{len(left)} of {len(rows)} runs are left: about {time} with --jobs {jobs}")
 
 
-def carry_out(sweep: Sweep, options: argparse.Namespace) -> list[Job]:
+def carry_out(sweep: Sweep, options: Namespace) -> list[Job]:
     """Do the runs that have not finished; returns all of them.
 
     Raises:
         InputError: the folder holds something else, or this machine cannot run so many at a time.
         Interrupted: a signal ended the sweep.
     """
-    sweep.check_record()
-    jobs = [
-        Job(
-            run.name,
-            sweep.words(run),
-            sweep.folder / f"{run.name}.log",
-            "finished" if sweep.is_finished(run) else "waiting",
-        )
-        for run in sweep.runs
-    ]
-    sweep.write_record()
+    check_record(sweep.folder, sweep.entries())
+    jobs = []
+    for run in sweep.runs:
+        state = "finished" if sweep.is_finished(run) else "waiting"
+        jobs.append(Job(run.name, sweep.words(run), sweep.folder / f"{run.name}.log", state))
+    write_record(sweep.folder, sweep.entries())
     done = sum(job.is_over for job in jobs)
     print(f"{len(jobs)} runs in {sweep.folder}" + (f", {done} finished before" if done else ""))
     if options.slurm is None:
@@ -300,7 +198,7 @@ def sweep_command_line(argv: Sequence[str]) -> int:
     options, grid = read_command_line(argv)
     sweep = Sweep(grid, options.output_dir)
     if options.dry_run:
-        sweep.check_record()
+        check_record(sweep.folder, sweep.entries())
         print_plans(sweep, options.jobs or 1)
         return 0
     with locked("--output_dir", sweep.folder, is_folder=True):
@@ -310,7 +208,7 @@ def sweep_command_line(argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command line; returns the exit code (``DESCRIPTION``)."""
+    """Run the command line; returns the exit code (``sweeps.reading.DESCRIPTION``)."""
     if not argv:
         make_parser().print_help()
         return 2

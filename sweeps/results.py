@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from command_line.settings import NOT_OF_THE_RESULT
-from utils import InputError
+from utils import InputError, write_json
 
 # In a sweep's folder: the settings and the command line of each run.
 RECORD = "sweep.json"
@@ -105,6 +105,28 @@ def read_record(folder: Path) -> dict[str, dict[str, Any]]:
     """Return what a sweep has recorded of each of its runs."""
     runs = _mapping(read_json(folder / RECORD).get("runs"))
     return {name: run for name, run in runs.items() if isinstance(run, dict) and "/" not in name}
+
+
+def check_record(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse a folder that holds another grid; the same grid may grow or shrink.
+
+    Raises:
+        InputError: names a run that differs.
+    """
+    recorded = read_record(folder)
+    words = {name: entry["words"] for name, entry in entries.items()}
+    shared = {n for n, entry in recorded.items() if n in words and entry.get("words") == words[n]}
+    if len(shared) < min(len(words), len(recorded)):
+        other = next(name for name in recorded if name not in shared)
+        raise InputError(
+            f"--output_dir {folder} holds another grid, as {other} shows: give another "
+            "--output_dir, or the same grid, which may grow"
+        )
+
+
+def write_record(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write what the runs are; those of an earlier and larger grid stay."""
+    write_json(folder / RECORD, {"runs": read_record(folder) | dict(entries)})
 
 
 def unfinished(path: Path, run: Mapping[str, Any]) -> Outcome:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -22,121 +22,86 @@ from utils import InputError
 # What the cells can show, and its format.
 FORMS = {**dict.fromkeys((*METRICS, "dev_loss"), ".4f"), **dict.fromkeys(NUMBERS, ",.0f")}
 COLUMNS = ("task", "seed")
+Escape = Callable[[str], str]
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column of means.
-
-    Attributes:
-        title: above it.
-        kind: what it shows, one of ``FORMS``.
-        values: "mean", "std" and "count", by row.
-        factor: 100 for percent.
-    """
-
-    title: str
-    kind: str
-    values: pd.DataFrame
-    factor: int
-
-    def texts(self, plus_minus: str, bold: str) -> list[str]:
-        """Return its cells; the best of several rows are bold."""
-        form = ".1f" if self.factor == 100 else FORMS[self.kind]
-        numbers = self.values[["mean", "std"]].map(lambda n: format(n * self.factor, form))
-        means, deviations = numbers["mean"], numbers["std"]
-        # A deviation that reads 0 says nothing; over one run there is none.
-        is_shown = (self.values["count"] > 1) & (deviations != format(0, form))
-        cells = means.where(~is_shown, means + plus_minus + deviations)
-        mean = self.values["mean"]
-        if self.kind in (*METRICS, "dev_loss") and means[mean.notna()].nunique() > 1:
-            best = means[mean.idxmin() if self.kind == "dev_loss" else mean.idxmax()]
-            cells = cells.where(means != best, cells.map(bold.format))
-        return cells.where(mean.notna(), MISSING).tolist()
-
-
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """A row for each setting, a column for each task or seed.
 
     Attributes:
         settings: the values of the settings that differ, as text.
-        columns: of means.
-        runs: in each row.
+        numbers: by title and kind (of ``FORMS``), "mean", "std" and "count".
     """
 
     settings: pd.DataFrame
-    columns: list[Column]
-    runs: pd.Series
+    numbers: dict[tuple[str, str], pd.DataFrame]
 
-    @classmethod
-    def of(
-        cls,
-        outcomes: Sequence[Outcome],
-        by: str = "task",
-        kind: str = "metric",
-        also: Sequence[str] = (),
-        percent: bool = False,
-    ) -> Table:
-        """Arrange runs; those without a result have empty cells.
 
-        Raises:
-            InputError: no run has a result, a column would hold several tasks, two runs have the
-                same settings and seed, or none has what is to be shown.
-        """
-        tasks = list(dict.fromkeys(each.task for each in outcomes))
-        finished = [each for each in outcomes if each.is_finished]
-        if not finished:
-            raise InputError("no run has a result yet: wait for the first")
-        if by == "seed" and len(tasks) > 1:
-            raise InputError(
-                f"result files of different tasks ({', '.join(tasks)}) in one column: give "
-                "--columns task, or the files of one task"
-            )
-        check_distinct(finished)
-        names = differing_settings(outcomes)
-        rows = list(dict.fromkeys(each.values(names) for each in outcomes))
-        runs = pd.DataFrame(
-            [
-                {"row": rows.index(each.values(names)), "title": seed_title(each)}
-                | ({"title": each.task} if by == "task" else {})
-                | each.numbers
-                for each in finished
-            ]
+def make_table(
+    outcomes: Sequence[Outcome], by: str = "task", kind: str = "metric", also: Sequence[str] = ()
+) -> Table:
+    """Arrange runs; those without a result have empty cells.
+
+    Raises:
+        InputError: no run has a result, a column would hold several tasks, two runs have the same
+            settings and seed, or none has what is to be shown.
+    """
+    tasks = list(dict.fromkeys(each.task for each in outcomes))
+    finished = [each for each in outcomes if each.is_finished]
+    if not finished:
+        raise InputError("no run has a result yet: wait for the first")
+    if by == "seed" and len(tasks) > 1:
+        raise InputError(
+            f"result files of different tasks ({', '.join(tasks)}) in one column: give "
+            "--columns task, or the files of one task"
         )
+    check_distinct(finished)
+    names = differing_settings(outcomes)
+    rows = list(dict.fromkeys(each.values(names) for each in outcomes))
+    runs = pd.DataFrame([each.numbers for each in finished], dtype=float)
+    row = [rows.index(each.values(names)) for each in finished]
+    title = [each.task if by == "task" else seed_title(each) for each in finished]
+    for name in (kind, *also):
+        if name not in runs:
+            raise InputError(f"none of the {len(runs)} results has {name}: give another name")
+    numbers = {}
+    for column in [(each, kind) for each in dict.fromkeys(title)] + [(n, n) for n in also]:
+        chosen = runs.assign(row=row)
+        if column[0] != column[1]:
+            chosen = chosen[[each == column[0] for each in title]]
+        values = chosen.groupby("row")[column[1]].agg(["mean", "std", "count", "size"])
+        # A mean over only some of the runs would mislead.
+        values.loc[values["count"] < values["size"], "mean"] = float("nan")
+        numbers[column] = values.reindex(range(len(rows)))
+    return Table(pd.DataFrame(rows, range(len(rows)), list(names)), numbers)
 
-        def column(title: str, kind: str, runs: pd.DataFrame) -> Column:
-            if kind not in runs:
-                raise InputError(f"none of the {len(runs)} results has {kind}: give another name")
-            values = runs.groupby("row")[kind].agg(["mean", "std", "count", "size"])
-            # A mean over only some of the runs would mislead.
-            values.loc[values["count"] < values["size"], "mean"] = float("nan")
-            factor = 100 if percent and kind in METRICS else 1
-            return Column(title, kind, values.reindex(range(len(rows))), factor)
 
-        columns = [
-            column(title, kind, runs[runs["title"] == title]) for title in runs["title"].unique()
-        ]
-        columns += [column(name, name, runs) for name in also]
-        settings = pd.DataFrame(rows, range(len(rows)), list(names))
-        counts = runs["row"].value_counts().reindex(range(len(rows)), fill_value=0)
-        return cls(settings, columns, counts)
+def texts(table: Table, percent: bool, plus_minus: str, bold: str, escape: Escape) -> pd.DataFrame:
+    """Return every cell as text; the best of several rows are bold."""
+    texts = table.settings.map(escape).rename(columns=escape)
+    for (title, kind), values in table.numbers.items():
+        factor, form = (100, ".1f") if percent and kind in METRICS else (1, FORMS[kind])
+        numbers = (values[["mean", "std"]] * factor).map(lambda n, form=form: format(n, form))
+        means, deviations, is_there = numbers["mean"], numbers["std"], values["mean"].notna()
+        # A deviation that reads 0 says nothing; over one run there is none.
+        is_shown = (values["count"] > 1) & (deviations != format(0, form))
+        cells = means.where(~is_shown, means + plus_minus + deviations)
+        if kind in (*METRICS, "dev_loss") and means[is_there].nunique() > 1:
+            find_best = pd.Series.idxmin if kind == "dev_loss" else pd.Series.idxmax
+            best = means[find_best(values["mean"])]
+            cells = cells.where(means != best, cells.map(bold.format))
+        texts[escape(title)] = cells.where(is_there, MISSING)
+    return texts
 
-    def texts(self, plus_minus: str, bold: str, escape: Callable[[str], str]) -> pd.DataFrame:
-        """Return every cell as text; ``escape`` is for settings and titles."""
-        cells = self.settings.map(escape).rename(columns=escape)
-        for column in self.columns:
-            cells[escape(column.title)] = column.texts(plus_minus, bold)
-        return cells
 
-    def remark(self) -> str:
-        """Return how many runs a mean is of."""
-        counts = pd.concat([column.values["count"] for column in self.columns]).dropna()
-        fewest, most = int(counts[counts > 0].min()), int(counts.max())
-        if most == 1:
-            return "Single runs."
-        number = f"{most}" if fewest == most else f"{fewest} to {most}"
-        return f"Mean ± standard deviation of {number} runs."
+def remark(table: Table) -> str:
+    """Return how many runs a mean is of."""
+    counts = pd.concat([values["count"] for values in table.numbers.values()])
+    fewest, most = int(counts[counts > 0].min()), int(counts.max())
+    if most == 1:
+        return "Single runs."
+    number = f"{most}" if fewest == most else f"{fewest} to {most}"
+    return f"Mean ± standard deviation of {number} runs."
 
 
 def seed_title(outcome: Outcome) -> str:
@@ -147,30 +112,31 @@ def seed_title(outcome: Outcome) -> str:
     return ", ".join([f"seed {named[0][1]}", *others])
 
 
-def markdown(table: Table) -> str:
+def markdown(table: Table, percent: bool) -> str:
     """Return the table in Markdown."""
-    cells = table.texts(" ± ", "**{}**", _for_markdown)
+    cells = texts(table, percent, " ± ", "**{}**", _for_markdown)
     lines = [list(cells.columns), ["---"] * cells.shape[1], *cells.to_numpy().tolist()]
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return f"{text}\n{table.remark()}\n"
+    return f"{text}\n{remark(table)}\n"
 
 
-def latex(table: Table) -> str:
+def latex(table: Table, percent: bool) -> str:
     """Return the table in LaTeX, with the rules of booktabs."""
-    cells = table.texts(" $\\pm$ ", "\\textbf{{{}}}", _for_latex).replace(MISSING, "--")
-    form = "l" * table.settings.shape[1] + "r" * len(table.columns)
+    cells = texts(table, percent, " $\\pm$ ", "\\textbf{{{}}}", _for_latex).replace(MISSING, "--")
+    form = "l" * table.settings.shape[1] + "r" * len(table.numbers)
     text = cells.to_latex(index=False, escape=False, column_format=form)
-    return f"{text}% {table.remark()}\n"
+    return f"{text}% {remark(table)}\n"
 
 
-def comma_separated(table: Table) -> str:
-    """Return the table as CSV: for each column the mean and the standard deviation, unrounded."""
+def comma_separated(table: Table, percent: bool) -> str:
+    """Return the table as CSV: mean, standard deviation and number of runs, unrounded."""
     cells = table.settings.map(_for_spreadsheets).rename(columns=_for_spreadsheets)
-    for column in table.columns:
-        title = _for_spreadsheets(column.title)
-        cells[title] = column.values["mean"] * column.factor
-        cells[f"{title}_std"] = column.values["std"] * column.factor
-    return cells.assign(runs=table.runs).to_csv(index=False)
+    for (title, kind), values in table.numbers.items():
+        factor = 100 if percent and kind in METRICS else 1
+        title = _for_spreadsheets(title)
+        cells[title], cells[f"{title}_std"] = values["mean"] * factor, values["std"] * factor
+        cells[f"{title}_runs"] = values["count"].fillna(0).astype(int)
+    return cells.to_csv(index=False)
 
 
 FORMATS = {"markdown": markdown, "latex": latex, "csv": comma_separated}
