@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import IntervalStrategy
 
-from experiment.options import DataOptions, Options, TrainedWeights, TrainingOptions
+from experiment.options import DataOptions, ModelOptions, Options, TrainedWeights, TrainingOptions
 from experiment.preparation import Prepared, choose_trained_weights
 from hizoo import RARELY
 from language_model.encoding import Encoder
@@ -58,24 +58,18 @@ class Plan:
     def lines(self) -> Iterator[str]:
         """Yield the plan in words."""
         passes = f"{self.evaluation_passes:,} forward passes of evaluation"
+        trained, kept = "", "weights"
         if self.steps:
             backward = f" and {self.backward_passes:,} backward" if self.backward_passes else ""
             passes = (
                 f"{self.steps:,} steps: {self.forward_passes:,} forward{backward} passes of "
                 f"training, {self.evaluation_passes:,} of evaluation"
             )
+            trained, kept = f", {self.trained_parameters:,} trained", "weights and optimizer"
         yield passes
-        trained = f", {self.trained_parameters:,} trained" if self.steps else ""
-        yield (
-            f"{self.parameters:,} parameters{trained}; {shown_bytes(self.memory)} for weights"
-            f"{' and optimizer' if self.steps else ''}"
-        )
+        memory = f"{self.memory / 2**20:,.0f} MiB for {kept}"
+        yield f"{self.parameters:,} parameters{trained}; {memory}"
         yield f"about {shown_time(self.seconds)} on this machine"
-
-
-def shown_bytes(number: float) -> str:
-    """Return bytes as MiB or GiB."""
-    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
 
 
 def shown_time(seconds: float) -> str:
@@ -92,38 +86,38 @@ def make_plan(options: Options, prepared: Prepared) -> Plan:
     Raises:
         InputError: there is no such model.
     """
-    name, code = options.model.name, options.model.trust_remote_code
-    config, _ = load_config_and_tokenizer(name, code)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=options.model.dtype, trust_remote_code=code
-        )
+    model = _model_without_weights(options.model)
     parameters = sum(p.numel() for p in model.parameters())
-    in_steps = options.training if options.weights.mode != "linear_probing" else None
-    examples, sets = prepared.example_sets[0], len(prepared.example_sets)
-    forward, backward = training_passes(in_steps, options.data) if in_steps else (0, 0)
+    training = options.training if options.weights.mode != "linear_probing" else None
+    examples, encoder = prepared.example_sets[0], prepared.encoder
+    forward = backward = trained = 0
     evaluated = _evaluated_samples(options, examples)
-    task, generation = prepared.encoder.task, prepared.generation
-    of_a_batch = 1 + (generation.max_new_tokens if task.generation else 0)
-    tokenizer = prepared.encoder.tokenizer
-    trained = _trained_parameters(model, options.weights, tokenizer) if in_steps else 0
-    # Tokens that go through the model in all, a backward pass counting as two forward ones.
     shown = examples.demonstrations[0] if examples.demonstrations else []
-    tokens = evaluated * mean_tokens(prepared.encoder, examples.evaluation, shown)
-    if in_steps:
-        batch = in_steps.own.per_device_train_batch_size
-        of_batch = batch * mean_tokens(prepared.encoder, examples.train)
-        tokens += (forward + BACKWARD * backward) * of_batch
+    tokens = evaluated * mean_tokens(encoder, examples.evaluation, shown)
+    if training:
+        forward, backward = training_passes(training, options.data)
+        trained = _trained_parameters(model, options.weights, encoder.tokenizer)
+        batch = training.own.per_device_train_batch_size * mean_tokens(encoder, examples.train)
+        tokens += (forward + BACKWARD * backward) * batch
+    batches = math.ceil(evaluated / options.evaluation.batch_size)
+    sets = len(prepared.example_sets)
     return Plan(
-        steps=sets * in_steps.steps if in_steps else 0,
+        steps=sets * training.steps if training else 0,
         forward_passes=sets * forward,
         backward_passes=sets * backward,
-        evaluation_passes=sets * math.ceil(evaluated / options.evaluation.batch_size) * of_a_batch,
+        evaluation_passes=sets * batches * (1 + encoder.max_new_tokens * encoder.task.generation),
         parameters=parameters,
         trained_parameters=trained,
         memory=_memory(options, parameters, trained),
-        seconds=sets * tokens * _seconds_of_a_token(options, model),
+        seconds=sets * tokens * _seconds_of_a_token(options.model, model),
     )
+
+
+def _model_without_weights(options: ModelOptions) -> PreTrainedModel:
+    code = options.trust_remote_code
+    config, _ = load_config_and_tokenizer(options.name, code)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=options.dtype, trust_remote_code=code)
 
 
 def training_passes(training: TrainingOptions, data: DataOptions) -> tuple[int, int]:
@@ -131,14 +125,13 @@ def training_passes(training: TrainingOptions, data: DataOptions) -> tuple[int, 
     batches = _batches_of_steps(training, data.draw.num_train)
     if training.zeroth_order is None:
         return sum(batches), sum(batches)
-    settings = training.zeroth_order.config
-    directions = settings.num_samples
-    grows = settings.hessian_smooth > 0
-    own_scale = settings.curvature_eps not in (None, settings.eps)
-    of_c = 1 + (2 * directions if own_scale else 0)
+    config = training.zeroth_order.config
+    grows, directions = config.hessian_smooth > 0, config.num_samples
+    own_scale = config.curvature_eps not in (None, config.eps)
+    of_c = 1 + 2 * directions * own_scale
     measured = 0
-    if grows or settings.lr == AUTO:
-        every = settings.curvature_every or (1 if grows and not own_scale else RARELY)
+    if grows or config.lr == AUTO:
+        every = config.curvature_every or (1 if grows and not own_scale else RARELY)
         # Each of the first steps measures c, and then every so many-th.
         measured = sum(n for step, n in enumerate(batches) if step < every or step % every == 0)
     # The first loss is taken twice.
@@ -163,15 +156,13 @@ def _evaluated_samples(options: Options, examples: ExampleSet) -> int:
     number += (len(examples.evaluation) + len(examples.dev)) * (not evaluation.no_eval)
     if options.weights.mode == "linear_probing":
         return number + len(examples.train)
-    own = training.own
+    own, times = training.own, 0
     if own.eval_strategy == IntervalStrategy.STEPS:
         every = own.eval_steps or own.logging_steps
-        number += len(examples.dev) * int(
-            training.steps / (every if every >= 1 else every * training.steps)
-        )
+        times = int(training.steps / every if every >= 1 else 1 / every)
     elif own.eval_strategy == IntervalStrategy.EPOCH:
-        number += len(examples.dev) * math.ceil(own.num_train_epochs)
-    return number
+        times = math.ceil(own.num_train_epochs)
+    return number + times * len(examples.dev)
 
 
 def _trained_parameters(
@@ -186,16 +177,13 @@ def _trained_parameters(
 
 def _memory(options: Options, parameters: int, trained: int) -> int:
     """Return the bytes of weights, and of h or of a gradient and AdamW's two means."""
-    training, size = options.training, options.model.dtype.itemsize
-    weights = parameters * (options.model.bits / 8 if options.model.bits else size)
-    if not trained:
-        return int(weights)
-    if training.zeroth_order is None:
-        return int(weights) + 3 * size * trained
-    settings = training.zeroth_order.config
-    dtype = settings.hessian_dtype and getattr(torch, settings.hessian_dtype)
-    has_h = settings.hessian == "full" and settings.hessian_smooth > 0
-    return int(weights) + trained * (dtype.itemsize if dtype else size) * has_h
+    size, bits = options.model.dtype.itemsize, options.model.bits
+    kept = 3 * size
+    if trained and options.training.zeroth_order:
+        config = options.training.zeroth_order.config
+        kept = getattr(torch, config.hessian_dtype).itemsize if config.hessian_dtype else size
+        kept *= config.hessian == "full" and config.hessian_smooth > 0
+    return int(parameters * (bits / 8 if bits else size)) + trained * kept
 
 
 def mean_tokens(
@@ -214,19 +202,19 @@ def mean_tokens(
     return sum(counts) / len(counts) if counts else 0.0
 
 
-def _seconds_of_a_token(options: Options, model: PreTrainedModel) -> float:
+def _seconds_of_a_token(options: ModelOptions, model: PreTrainedModel) -> float:
     """Estimate the seconds of a token in a forward pass, from one product of matrices timed here.
 
     The zeroth-order step itself, and whatever is no multiplication of matrices, is left out.
     """
-    embedded = model.get_input_embeddings().weight.numel()
-    multiplied = sum(p.numel() for p in model.parameters()) - embedded
-    size = model.get_input_embeddings().weight.shape[-1]
-    like = {"device": options.model.device, "dtype": options.model.dtype}
-    left, right = torch.ones(512, size, **like), torch.ones(size, 4 * size, **like)
-    (left @ right)[0, 0].item()
-    count, started = 0, time.perf_counter()
-    while (seconds := time.perf_counter() - started) < TIMED:
+    embeddings = model.get_input_embeddings().weight
+    multiplied = sum(p.numel() for p in model.parameters()) - embeddings.numel()
+    size = embeddings.shape[-1]
+    left = torch.ones(512, size, device=options.device, dtype=options.dtype)
+    right = left.new_ones(size, 4 * size)
+    count, started = -1, 0.0  # the first product is not timed
+    while count < 1 or time.perf_counter() - started < TIMED:
         (left @ right)[0, 0].item()  # waits for a GPU
         count += 1
-    return multiplied * seconds / (count * left.numel() * 4 * size)
+        started = started if count else time.perf_counter()
+    return multiplied * (time.perf_counter() - started) / (count * left.numel() * 4 * size)
