@@ -25,8 +25,8 @@ from zeroth_order.config import AUTO
 
 # Samples whose lengths stand for those of all.
 LOOKED_AT = 64
-# What a backward pass costs, in forward passes.
-BACKWARD = 2
+# What a backward pass takes, in forward passes, and a zeroth-order step, in its own.
+BACKWARD, STEP = 2, 1.3
 # Seconds in which a multiplication of matrices is timed.
 TIMED = 0.1
 
@@ -98,7 +98,7 @@ def make_plan(options: Options, prepared: Prepared) -> Plan:
         forward, backward = training_passes(training, options.data)
         trained = _trained_parameters(model, options.weights, encoder.tokenizer)
         batch = training.own.per_device_train_batch_size * mean_tokens(encoder, examples.train)
-        tokens += (forward + BACKWARD * backward) * batch
+        tokens += (forward + BACKWARD * backward if backward else STEP * forward) * batch
     batches = math.ceil(evaluated / options.evaluation.batch_size)
     sets = len(prepared.example_sets)
     return Plan(
@@ -205,7 +205,7 @@ def mean_tokens(
 def _seconds_of_a_token(options: ModelOptions, model: PreTrainedModel) -> float:
     """Estimate the seconds of a token in a forward pass, from one product of matrices timed here.
 
-    The zeroth-order step itself, and whatever is no multiplication of matrices, is left out.
+    Whatever is no multiplication of matrices is left out.
     """
     embeddings = model.get_input_embeddings().weight
     multiplied = sum(p.numel() for p in model.parameters()) - embeddings.numel()
