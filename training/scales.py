@@ -210,7 +210,7 @@ class Fit:
     noise: float
 
     @classmethod
-    def to(cls, measured: dict[float, np.ndarray], base: np.ndarray, noise: float) -> Fit | None:
+    def of(cls, measured: dict[float, np.ndarray], base: np.ndarray, noise: float) -> Fit | None:
         """Fit to the losses l+ and l- at each μ, and l0; None: fewer than two μ are finite."""
         finite = sorted(scale for scale, losses in measured.items() if np.isfinite(losses).all())
         if len(finite) < 2:
@@ -270,7 +270,7 @@ def choose_scales(
             measured[scale] = np.array(
                 [[taken(k, k, sign * scale) for k in range(directions)] for sign in (1, -1)]
             )
-        fit = Fit.to(measured, base, noise)
+        fit = Fit.of(measured, base, noise)
         wanted = {min(measured) / 4} if fit is None else fit.wanted(max(measured))
         if not wanted:
             break
