@@ -248,7 +248,7 @@ class ZerothOrderTrainer(ObjectiveTrainer):
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
         """Train; the journal is whole and closed whatever happens."""
         try:
-            return super().train(resume_from_checkpoint, **kwargs)
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self.recording.close()
 
