@@ -62,11 +62,11 @@ class Task:
         template: how a row becomes text.
         hub_path: the data set's id on the Hugging Face Hub; None for the user's own files.
         hub_config: its configuration there, if it has several.
-        text_columns: columns that hold text.
         answer_column: the column that says which answer is correct; None: a reward says so.
         candidates: a row -> the answers to choose from; None: answers are generated.
         correct: (a row, its candidates) -> the acceptable answers.
-        option_columns: columns beside the texts' that ``candidates`` needs.
+        more_text_columns: columns that hold text, beside those of the prompt.
+        option_columns: columns that hold no text, which ``candidates`` needs.
         answer_metric: the first metric of generated answers: f1 or em.
         train_as_classification: what the published runs do, as the scripts' default.
         reward: how good a generated text is; None: the gold answers say so.
@@ -76,10 +76,10 @@ class Task:
     template: Template
     hub_path: str | None
     hub_config: str | None
-    text_columns: tuple[str, ...]
     answer_column: str | None
     candidates: Callable[[Row], tuple[Any, ...]] | None
     correct: Callable[[Row, tuple[Any, ...]], tuple[Any, ...]]
+    more_text_columns: tuple[str, ...] = field(default=(), kw_only=True)
     option_columns: tuple[str, ...] = field(default=(), kw_only=True)
     answer_metric: str = field(default="f1", kw_only=True)
     train_as_classification: bool = field(default=False, kw_only=True)
@@ -89,6 +89,11 @@ class Task:
     def generation(self) -> bool:
         """Whether answers are generated, not chosen from options."""
         return self.candidates is None
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """Columns that hold text."""
+        return self.template.columns + self.more_text_columns
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -206,29 +211,23 @@ def classification(
     template: Template,
     hub_path: str,
     hub_config: str | None,
-    text_columns: tuple[str, ...],
     answer_column: str = "label",
 ) -> Task:
     """Return a task whose options are the template's labels."""
     return Task(
-        *(name, template, hub_path, hub_config, text_columns, answer_column),
-        candidates=partial(_labels, tuple(template.labels)),
-        correct=partial(_label, answer_column),
+        *(name, template, hub_path, hub_config, answer_column),
+        partial(_labels, tuple(template.labels)),
+        partial(_label, answer_column),
         train_as_classification=True,
     )
 
 
 def generation(
-    name: str,
-    template: Template,
-    hub_path: str,
-    text_columns: tuple[str, ...],
-    answer_column: str,
-    answer_field: str,
+    name: str, template: Template, hub_path: str, answer_column: str, answer_field: str
 ) -> Task:
     """Return a task of free text; the gold answers lie in a field of the answer column."""
     correct = partial(_gold_answers, answer_column, answer_field)
-    return Task(name, template, hub_path, None, text_columns, answer_column, None, correct)
+    return Task(name, template, hub_path, None, answer_column, None, correct)
 
 
 def _labels(labels: tuple[Any, ...], row: Row) -> tuple[Any, ...]:
@@ -280,53 +279,29 @@ def _distinct_texts(values: Any, column: str) -> tuple[str, ...]:
 
 
 _SUPER_GLUE = "aps/super_glue"
-_PAIR = ("premise", "hypothesis")
 
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        classification("SST2", templates.SST2, "nyu-mll/glue", "sst2", ("sentence",)),
-        classification("RTE", templates.RTE, _SUPER_GLUE, "rte", _PAIR),
-        classification("CB", templates.CB, _SUPER_GLUE, "cb", _PAIR),
-        classification(
-            "BoolQ", templates.BoolQ, "google/boolq", None, ("passage", "question"), "answer"
-        ),
-        classification(
-            *("WSC", templates.WSC, _SUPER_GLUE, "wsc.fixed"),
-            ("text", "span1_text", "span2_text"),
-        ),
-        classification(
-            "WIC", templates.WIC, _SUPER_GLUE, "wic", ("word", "sentence1", "sentence2")
-        ),
-        classification(
-            *("MultiRC", templates.MultiRC, _SUPER_GLUE, "multirc"),
-            ("paragraph", "question", "answer"),
+        classification("SST2", templates.SST2, "nyu-mll/glue", "sst2"),
+        classification("RTE", templates.RTE, _SUPER_GLUE, "rte"),
+        classification("CB", templates.CB, _SUPER_GLUE, "cb"),
+        classification("BoolQ", templates.BoolQ, "google/boolq", None, "answer"),
+        classification("WSC", templates.WSC, _SUPER_GLUE, "wsc.fixed"),
+        classification("WIC", templates.WIC, _SUPER_GLUE, "wic"),
+        classification("MultiRC", templates.MultiRC, _SUPER_GLUE, "multirc"),
+        Task(
+            *("Copa", templates.Copa, _SUPER_GLUE, "copa", "label", _choices, _choice),
+            more_text_columns=("choice1", "choice2"),
         ),
         Task(
-            *("Copa", templates.Copa, _SUPER_GLUE, "copa"),
-            ("premise", "choice1", "choice2", "question"),
-            "label",
-            candidates=_choices,
-            correct=_choice,
-        ),
-        Task(
-            *("ReCoRD", templates.ReCoRD, _SUPER_GLUE, "record"),
-            ("passage", "query"),
-            "answers",
-            candidates=_entities,
-            correct=_right_entities,
+            *("ReCoRD", templates.ReCoRD, _SUPER_GLUE, "record", "answers"),
+            *(_entities, _right_entities),
+            more_text_columns=("query",),
             option_columns=("entities",),
         ),
-        generation(
-            *("SQuAD", templates.SQuAD, "rajpurkar/squad"),
-            ("title", "context", "question"),
-            *("answers", "text"),
-        ),
-        generation(
-            *("DROP", templates.DROP, "ucinlp/drop"),
-            ("passage", "question"),
-            *("answers_spans", "spans"),
-        ),
+        generation("SQuAD", templates.SQuAD, "rajpurkar/squad", "answers", "text"),
+        generation("DROP", templates.DROP, "ucinlp/drop", "answers_spans", "spans"),
     )
 }
 

@@ -6,6 +6,7 @@ spell each one out.
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,11 @@ class Template:
     clean: Mapping[str, Callable[[str], str]] = field(default_factory=dict)
     content_free: str = ""
     before_content_free_option: str = ""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that the prompt is made of."""
+        return tuple(name for _, name, _, _ in string.Formatter().parse(self.text) if name)
 
     def prompt(self, row: Row) -> str:
         """Return the text before the option."""

@@ -129,7 +129,6 @@ def _own_task(
         template=templates.OWN_CHOICE if chosen else templates.OWN_ANSWER,
         hub_path=None,
         hub_config=None,
-        text_columns=("prompt",),
         option_columns=("options",) if chosen else (),
         answer_column="answer" if has_answers else None,
         candidates=_options if chosen else None,
