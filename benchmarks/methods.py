@@ -35,7 +35,7 @@ import torch
 from fzoo import FZOO
 from torch import Tensor, nn
 
-from hizoo import HiZOO
+from hizoo import HiZOO, Layers
 from language_model.adapters import add_lora, add_prefix
 from language_model.encoding import EncodedExample, Encoder
 from language_model.head import freeze_all_but_head, untie_head
@@ -50,7 +50,6 @@ from task_data.loading import load_samples
 from task_data.sampling import sample_train_dev
 from tasks import get_task
 from utils import write_json
-from zeroth_order.layerwise import LayerwiseWeights
 
 BUNDLED, SAMPLES = ROOT / "data" / "tiny-opt", ROOT / "data" / "samples"
 TRAIN, DEV, BATCH = 1000, 200, 16
@@ -118,15 +117,14 @@ def make_step(model: nn.Module, settings: dict[str, Any], seed: int) -> tuple[St
     if kind == "fzoo":
         fzoo = FZOO(trained, lr=lr, eps=settings.get("eps", 1e-3), seed=seed)
         return lambda loss: (fzoo.step(loss), 1 + fzoo.directions), fzoo
-    layers = LayerwiseWeights(model) if trained[0].dtype.itemsize < 4 else None
+    layers = Layers(model) if trained[0].dtype.itemsize < 4 else None
     optimizer = HiZOO(
         trained,
-        lr=lr,
+        lr="auto" if kind == "curvature" else lr,
         eps=settings.get("eps", 1e-3),
         hessian_smooth=settings.get("alpha", 0.0),
         hessian=settings.get("hessian", "full"),
         num_samples=int(settings.get("n", 1)),
-        step_size="curvature" if kind == "curvature" else "fixed",
         curvature_every=int(settings.get("every", 1)),
         curvature_eps=settings.get("curvature_eps"),
         layers=layers,

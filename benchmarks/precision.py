@@ -29,7 +29,7 @@ from matplotlib import pyplot
 from step import TextbookHiZOO
 from torch import Tensor, nn
 
-from hizoo import HiZOO
+from hizoo import HiZOO, Layers
 from language_model.encoding import EncodedExample, Encoder
 from language_model.loading import load_config_and_tokenizer, load_model
 from language_model.objectives import classification_loss
@@ -38,7 +38,6 @@ from language_model.prediction import predict
 from task_data.loading import load_samples
 from task_data.sampling import permutation_subset, sample_train_dev
 from tasks import Sample, get_task
-from zeroth_order.layerwise import LayerwiseWeights
 
 MODEL, SAMPLES = str(ROOT / "data" / "tiny-opt"), str(ROOT / "data" / "samples")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -58,7 +57,7 @@ def textbook_step(model: nn.Module, lr: float, eps: float, seed: int) -> Step:
 def hizoo_step(model: nn.Module, lr: float, eps: float, seed: int, compile: bool = False) -> Step:
     """HiZOO as run.py uses it: layer by layer where the weights are half precision."""
     half = next(model.parameters()).element_size() < 4
-    layers = LayerwiseWeights(model) if half else None
+    layers = Layers(model) if half else None
     parameters = model.parameters()
     return HiZOO(parameters, lr, eps, SMOOTHING, layers=layers, seed=seed, compile=compile).step
 

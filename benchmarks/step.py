@@ -5,11 +5,10 @@
 
 The first is OPT-125m's shape with 16 examples of 16 tokens on the CPU: SST-2's training texts, most
 of them phrases, with the prompt. Weights are random.
-A step's bare forward passes are three, MeZO's two; one is timed before every step. "draw" only
-draws the numbers of a pass, with the same tiles and threads; "torch's draw" fills the
-same tiles with torch's generator, on the CPU one core's work. "by example" gives every example of
-the batch a direction of its own. "textbook" is the step as it is
-usually written: whole-parameter noise drawn four times, and a new tensor for every operation.
+A step's bare forward passes are three, MeZO's two; one is timed before every step. "noise" makes
+the noise of a pass, with the same chunks and threads; "torch's noise" fills the same chunks with
+torch's generator, on the CPU one core's work. "textbook" is the step as it is usually written:
+whole-parameter noise drawn four times, and a new tensor for every operation.
 """
 
 from __future__ import annotations
@@ -32,9 +31,11 @@ import torch
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
 
-from example_directions import ExampleDirections
-from hizoo import HiZOO, Random, Tile, cut_into_packets, drawn, run, write
-from zeroth_order.layerwise import LayerwiseWeights
+from hizoo import HiZOO, Layers
+from zeroth_order.chunks import bundles
+from zeroth_order.kernels import Pieces, write
+from zeroth_order.noise import Noise, drawn
+from zeroth_order.weights import GroupStep, run
 
 SHAPES = {
     "tiny": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 64},
@@ -123,25 +124,27 @@ def resident(status: Path, field: str) -> int:
     return int(line.split()[1])
 
 
-def draw_tile(target: Tile, noise: Random) -> None:
-    """Write u into a tile, in its dtype."""
+def write_noise(target: Pieces, noise: Noise) -> None:
+    """Write u into a chunk, in its dtype."""
     write(target, drawn(noise, target))
 
 
-def draw_only(optimizer: HiZOO, target: Tensor) -> None:
-    """Draw the numbers of one pass, as a step does, into memory that is written over."""
-    for packet in cut_into_packets(optimizer._slots):
-        for (slot, tile), noise in zip(packet, optimizer._noise(packet, 0), strict=True):
-            numbers = target[: slot.parameter.numel()]
-            run(draw_tile, slot)(slot.view(numbers, tile), noise)
+def make_noise(optimizer: HiZOO, target: Tensor) -> None:
+    """Make the noise of one pass, as a step does, in memory that is written over."""
+    weights = optimizer.weights
+    for chunk, noise in weights.chunks_with_noise(weights.parameters, 0):
+        pieces = chunk.view(target[: chunk.of.parameter.numel()])
+        if chunk.of.copies:
+            pieces = [piece.to(torch.float32) for piece in pieces]
+        run(write_noise, chunk.of)(pieces, noise)
 
 
-def draw_with_torch(optimizer: HiZOO, target: Tensor) -> None:
+def make_noise_with_torch(optimizer: HiZOO, target: Tensor) -> None:
     """Draw as many numbers with torch's generator, into the same memory."""
-    for packet in cut_into_packets(optimizer._slots):
-        for slot, tile in packet:
-            for block in slot.view(target[: slot.parameter.numel()], tile):
-                block.view(target.dtype).normal_()
+    for bundle in bundles(optimizer.weights.parameters):
+        for chunk in bundle:
+            for piece in chunk.view(target[: chunk.of.parameter.numel()]):
+                piece.normal_()
 
 
 class TextbookHiZOO:
@@ -222,11 +225,8 @@ def measure(arguments: argparse.Namespace, dtype_name: str) -> list[dict[str, An
     tokens = torch.randint(4, 50000, (arguments.batch, arguments.tokens), device=device)
 
     @torch.no_grad()
-    def losses() -> Tensor:
-        return model(tokens, logits_to_keep=1).logits[:, -1, :2].float().mean(dim=1)
-
     def forward() -> Tensor:
-        return losses().mean()
+        return model(tokens, logits_to_keep=1).logits[:, -1, :2].float().mean()
 
     in_place = dtype == torch.float32
     kinds: dict[str, dict[str, Any]] = {
@@ -239,23 +239,11 @@ def measure(arguments: argparse.Namespace, dtype_name: str) -> list[dict[str, An
             parameters,
             lr=1e-9,
             eps=1e-3,
-            layers=None if in_place else LayerwiseWeights(model),
+            layers=None if in_place else Layers(model),
             compile=False if arguments.not_compiled else None,
             **settings,
         )
         for name, settings in kinds.items()
-    }
-    by_example = {
-        f"{name} by example": HiZOO(
-            parameters,
-            lr=1e-9,
-            eps=1e-3,
-            directions=ExampleDirections(model),
-            compile=False if arguments.not_compiled else None,
-            **settings,
-        )
-        for name, settings in kinds.items()
-        if name != "HiZOO-L"
     }
     first = first_step_memory(optimizers["HiZOO"], forward, device)
     textbook = TextbookHiZOO(parameters, 1e-3, 1e-6, 1e-9)
@@ -263,20 +251,20 @@ def measure(arguments: argparse.Namespace, dtype_name: str) -> list[dict[str, An
     scratch = torch.empty(largest, dtype=dtype, device=device)
     timed = [
         Timed("forward", forward),
-        Timed("draw", functools.partial(draw_only, optimizers["HiZOO"], scratch)),
-        Timed("torch's draw", functools.partial(draw_with_torch, optimizers["HiZOO"], scratch)),
+        Timed("noise", functools.partial(make_noise, optimizers["HiZOO"], scratch)),
+        Timed(
+            "torch's noise", functools.partial(make_noise_with_torch, optimizers["HiZOO"], scratch)
+        ),
     ]
     for name, optimizer in optimizers.items():
+        optimizer.step(forward)
         if in_place:
-            move = functools.partial(optimizer._move_to, (0, 1))
-            timed.append(Timed(f"{name}: one shift", move, optimizer.restore))
+            shift = functools.partial(optimizer.loss_along, lambda: 0.0, 1e-3)
+            timed.append(Timed(f"{name}: one shift", shift, optimizer.restore))
         timed += [
             Timed(f"{name}: update", functools.partial(update_only, optimizer)),
             Timed(f"{name}: whole step", functools.partial(optimizer.step, forward)),
         ]
-    for name, optimizer in by_example.items():
-        step = functools.partial(optimizer.step, losses)
-        timed.append(Timed(f"{name}: whole step", step))
     timed.append(Timed("textbook HiZOO: whole step", functools.partial(textbook.step, forward)))
     # In turns, so that a machine that slows down slows all of them; the first round warms up.
     forward_pass = timed[0]
@@ -294,23 +282,19 @@ def measure(arguments: argparse.Namespace, dtype_name: str) -> list[dict[str, An
         is_step = one.is_step
         row = {"what": one.what, "dtype": dtype_name, "seconds": seconds[one.what]}
         row["added_mib"] = added_memory(one.call, device) if is_step else None
-        row["over_draw"] = seconds[one.what] / seconds["draw"]
+        row["over_noise"] = seconds[one.what] / seconds["noise"]
         if is_step:
-            shared = one.what.replace(" by example", "")
-            row["over_shared"] = seconds[one.what] / seconds[shared]
             row["textbook_over_this"] = seconds["textbook HiZOO: whole step"] / seconds[one.what]
             passes = 2 if one.what.startswith("MeZO") else 3
             row["over_passes"] = seconds[one.what] / passes / seconds["forward"]
         rows.append(row)
         nanoseconds = f"{row['seconds'] / count * 1e9:7.2f} ns/weight"
-        ratio = f"{row['over_draw']:6.2f} x draw"
+        ratio = f"{row['over_noise']:6.2f} x noise"
         memory = "" if row["added_mib"] is None else f"{row['added_mib']:6.0f} MiB"
         against = ""
         if is_step:
             against = f"{row['over_passes']:.2f} x its passes, "
             against += f"textbook / this {row['textbook_over_this']:.2f}"
-        if "by example" in one.what:
-            against += f", this / shared {row['over_shared']:.2f}"
         print(
             f"{dtype_name:9s} {one.what:28s} {row['seconds']:7.3f} s {nanoseconds} {ratio} "
             f"{memory} {against}",
@@ -328,10 +312,6 @@ def first_step_memory(optimizer: HiZOO, closure: Callable[[], Any], device: str)
     torch.compile's own memory in this process is part of it; a C++ compiler has another process.
     """
     closure()
-    optimizer._start_hessians()
-    for state in optimizer.state.values():
-        for tensor in state.values():
-            tensor.zero_()  # until it is written to, it takes no memory
     forward = added_memory(closure, device)
     step = added_memory(lambda: optimizer.step(closure), device, warm_up=False)
     return None if step is None or forward is None else step - forward
@@ -339,19 +319,9 @@ def first_step_memory(optimizer: HiZOO, closure: Callable[[], Any], device: str)
 
 def update_only(optimizer: HiZOO) -> None:
     """Update θ and h as at the end of a step, with the noise of the coming step."""
-    optimizer._prepare()
-    if optimizer.hessian == "lowrank":
-        for slot in optimizer._slots:
-            state = optimizer.state[slot.parameter]
-            if "hessian_rows" in state:
-                optimizer._moments[slot.parameter, 0] = (
-                    state["hessian_rows"],
-                    state["hessian_columns"],
-                )
     if optimizer.layers is None:
-        optimizer._point = (0, -1)
-    optimizer._apply([[1e-12, 1e-12]])
-    optimizer._forget_estimates()
+        optimizer.weights.shift = (0, -1.0)
+    optimizer.weights.update([GroupStep([1e-12], [1e-12], 1e-9)])
 
 
 def main() -> None:

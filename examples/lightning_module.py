@@ -3,7 +3,7 @@
     pip install lightning
     python -m examples.lightning_module
 
-It needs transformers and hizoo (``pip install .``, or hizoo.py and layerwise.py beside your file).
+It needs transformers and hizoo (``pip install .``, or hizoo.py and zeroth_order/ beside your file).
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
-from hizoo import HiZOO
-from zeroth_order.layerwise import LayerwiseWeights
+from hizoo import HiZOO, Layers
 
 MODEL = "data/tiny-opt"
 REVIEWS = Path("data/samples/sst2/train.jsonl")
@@ -36,7 +35,7 @@ class ReviewModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> HiZOO:
         """Return the optimizer; ``layers`` keeps half-precision weights from drifting."""
-        return HiZOO(self.parameters(), lr=5e-4, hessian_smooth=1e-5, layers=LayerwiseWeights(self))
+        return HiZOO(self.parameters(), lr=5e-4, hessian_smooth=1e-5, layers=Layers(self))
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> None:
         """Do a whole step: three forward passes and the update."""

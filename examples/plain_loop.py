@@ -3,7 +3,7 @@
     python -m examples.plain_loop                                 # the bundled model
     python -m examples.plain_loop facebook/opt-1.3b --lr 1e-6     # one from the Hub
 
-It needs transformers and hizoo (``pip install .``, or hizoo.py and layerwise.py beside your file).
+It needs transformers and hizoo (``pip install .``, or hizoo.py and zeroth_order/ beside your file).
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
-from hizoo import HiZOO
-from zeroth_order.layerwise import LayerwiseWeights
+from hizoo import HiZOO, Layers
 
 REVIEWS = Path("data/samples/sst2/train.jsonl")
 ANSWERS = (" terrible", " great")
@@ -47,7 +46,7 @@ def main() -> None:
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     model.eval()  # The losses of a step must differ by the perturbation alone, not by dropout.
     # With ``layers`` half-precision weights do not drift; float32 does without.
-    layers = LayerwiseWeights(model)
+    layers = Layers(model)
     optimizer = HiZOO(model.parameters(), lr=arguments.lr, hessian_smooth=1e-5, layers=layers)
     for epoch in range(1, 4):
         losses = [optimizer.step(lambda: model(**batch.to(model.device)).loss) for batch in batches]

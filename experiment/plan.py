@@ -16,11 +16,11 @@ from transformers.trainer_utils import IntervalStrategy
 
 from experiment.options import DataOptions, ModelOptions, Options, TrainedWeights, TrainingOptions
 from experiment.preparation import Prepared, choose_trained_weights
-from hizoo import RARELY
 from language_model.encoding import Encoder
 from language_model.loading import load_config_and_tokenizer
 from task_data.sampling import ExampleSet
 from tasks import Sample
+from zeroth_order import step_rule
 from zeroth_order.config import AUTO
 
 # Samples whose lengths stand for those of all.
@@ -131,9 +131,9 @@ def training_passes(training: TrainingOptions, data: DataOptions) -> tuple[int, 
     of_c = 1 + 2 * directions * own_scale
     measured = 0
     if grows or config.lr == AUTO:
-        every = config.curvature_every or (1 if grows and not own_scale else RARELY)
+        every = config.curvature_every or (1 if grows and not own_scale else step_rule.RARELY)
         # Each of the first steps measures c, and then every so many-th.
-        measured = sum(n for step, n in enumerate(batches) if step < every or step % every == 0)
+        measured = sum(n for step, n in enumerate(batches) if step_rule.is_measured(step, every))
     # The first loss is taken twice.
     return 2 * directions * sum(batches) + of_c * measured + 1, 0
 

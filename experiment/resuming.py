@@ -24,8 +24,9 @@ from training.checkpoints import (
 )
 from training.journal import FILE, Journal, read_journal
 from training.processes import from_first_process
-from training.recording import ANOTHER_FOLDER, NOISE, Recording, Replay
+from training.recording import ANOTHER_FOLDER, Recording, Replay
 from utils import InputError
+from zeroth_order import noise
 
 logger = logging.getLogger(__name__)
 JOURNAL_OF_BEFORE = "journal.bin"
@@ -144,7 +145,10 @@ def find_replay(
         is_done = has_result and journal.steps >= header.max_steps
         if is_done or header.settings != {**identity.of_checkpoint, **identity.length}:
             return Replay()
-    belongs = header.noise == NOISE and header.settings == header.settings | identity.of_checkpoint
+    belongs = (
+        header.noise == noise.VERSION
+        and header.settings == header.settings | identity.of_checkpoint
+    )
     if not belongs:
         if checkpoint is None:
             check_settings(journal.path, header.settings, identity.of_checkpoint)

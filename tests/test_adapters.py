@@ -22,7 +22,7 @@ from tiny_models import (
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hizoo import HiZOO
+from hizoo import HiZOO, Layers
 from language_model import objectives, packing, scoring
 from language_model.adapters import (
     add_lora,
@@ -35,7 +35,6 @@ from language_model.generation import GenerationSettings, generate
 from language_model.shared_tokens import can_share_prompt
 from tasks import get_task
 from utils import InputError
-from zeroth_order.layerwise import LayerwiseWeights
 
 TOKENS = torch.tensor([17, 40, 233, 68, 91])
 ADAPTERS: dict[str, Callable[[PreTrainedModel], PeftModel]] = {
@@ -283,7 +282,7 @@ def test_layer_by_layer_is_in_place(kind: str) -> None:
         model = adapted("opt", kind)
         examples = [encoder("SST2").options(sample) for sample in samples_of("SST2")[1][:4]]
         batch = packing.collate(examples)
-        layers = LayerwiseWeights(model) if layerwise else None
+        layers = Layers(model) if layerwise else None
         optimizer = HiZOO(trained(model).values(), lr=1e-3, eps=1e-2, layers=layers)
         for _ in range(3):
             optimizer.step(lambda m=model, b=batch: objectives.classification_loss(m, b))

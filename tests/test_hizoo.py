@@ -13,9 +13,18 @@ import torch
 from oracle_hizoo import OracleHiZOO, read_noise
 from torch import Tensor, nn
 
-import hizoo
-from hizoo import HiZOO
-from zeroth_order.layerwise import LayerwiseWeights
+from hizoo import HiZOO, Layers
+from zeroth_order import chunks, kernels
+from zeroth_order.curvature import start as start_hessian
+from zeroth_order.noise import (
+    chunk_key,
+    counters,
+    hashed,
+    mix_seed,
+    rounding_bits,
+    standard_normals,
+)
+from zeroth_order.rounding import rounded_stochastically
 
 SHAPES = [(37, 19), (50,), (3, 4, 5), (), (1, 700)]
 # With some seeds a second difference of the losses is so small that few of its digits are left.
@@ -23,9 +32,9 @@ SEED = 8
 
 
 @pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small tiles and packets, so that small parameters are cut in every possible way."""
-    monkeypatch.setattr(hizoo, "CACHED_TILE_ELEMENTS", 64)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small chunks and bundles, so that small parameters are cut in every possible way."""
+    monkeypatch.setattr(chunks, "CACHED_CHUNK", 64)
 
 
 def make_parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
@@ -34,11 +43,11 @@ def make_parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
 
 
 @functools.cache
-def oracle_noise(step: int, draw: int) -> list[Tensor]:
+def oracle_noise(step: int, direction: int) -> list[Tensor]:
     """u of ``make_parameters`` with ``SEED``: the same whatever else an optimizer is told."""
     optimizer = HiZOO(make_parameters(), seed=SEED)
     optimizer.param_groups[0]["step"] = step
-    return read_noise(optimizer, draw)
+    return read_noise(optimizer, direction)
 
 
 def make_loss(batch: int = 0):
@@ -64,10 +73,10 @@ def largest_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("hessian", ["full", "lowrank"])
-@pytest.mark.parametrize("smooth", [0.0, 1e-6, 1e-2])
+@pytest.mark.parametrize("smooth", [0.0, 1e-2])
 @pytest.mark.parametrize(
     "decay, groups, batches, samples",
-    [(0.0, 1, 1, 1), (0.1, 2, 1, 1), (0.1, 2, 3, 1), (0.1, 2, 2, 3)],
+    [(0.0, 1, 1, 1), (0.1, 2, 3, 1), (0.1, 2, 2, 3)],
 )
 def test_steps_follow_the_oracle(
     dtype, hessian, smooth, decay, groups, batches, samples, monkeypatch
@@ -75,7 +84,7 @@ def test_steps_follow_the_oracle(
     if hessian == "lowrank" and smooth == 0:
         return  # the same as full: no curvature at all
     # Several tiles of each large parameter: rows of a matrix in several, the last one shorter.
-    monkeypatch.setattr(hizoo, "CACHED_TILE_ELEMENTS", 256)
+    monkeypatch.setattr(chunks, "CACHED_CHUNK", 256)
     parameters = make_parameters(dtype)
     first, rest = parameters[:2], parameters[2:]
     if groups == 2:
@@ -101,7 +110,7 @@ def test_steps_follow_the_oracle(
     losses = [make_loss(batch) for batch in range(batches)]
     start = [parameter.detach().clone() for parameter in parameters]
     for step in range(20):
-        oracle.step(losses, [oracle_noise(step, draw) for draw in range(samples)])
+        oracle.step(losses, [oracle_noise(step, direction) for direction in range(samples)])
         for loss in losses:
             optimizer.estimate(lambda loss=loss: loss(parameters))
         optimizer.step()
@@ -139,10 +148,17 @@ def model_loss(model: nn.Module, batch: int = 0) -> Tensor:
 
 MODES = [
     {"dtype": dtype, "hessian": hessian, "layerwise": layerwise, "num_samples": samples}
-    for dtype in (torch.float32, torch.float16, torch.bfloat16)
-    for hessian in ("full", "lowrank", "mezo")
-    for layerwise in (False, True)
-    for samples in (1, 2)
+    for dtype, hessian, layerwise, samples in (
+        (torch.float32, "full", False, 1),
+        (torch.float32, "lowrank", False, 2),
+        (torch.float32, "mezo", True, 2),
+        (torch.float16, "full", True, 1),
+        (torch.float16, "lowrank", False, 1),
+        (torch.float16, "mezo", False, 2),
+        (torch.bfloat16, "full", False, 2),
+        (torch.bfloat16, "lowrank", True, 2),
+        (torch.bfloat16, "mezo", True, 1),
+    )
 ]
 
 
@@ -153,7 +169,7 @@ def make_optimizer(model: nn.Module, mode: dict, **settings) -> HiZOO:
         hessian="full" if mezo else mode["hessian"],
         hessian_smooth=0.0 if mezo else 1e-3,
         num_samples=mode["num_samples"],
-        layers=LayerwiseWeights(model) if mode["layerwise"] else None,
+        layers=Layers(model) if mode["layerwise"] else None,
         **{"lr": 1e-3, **settings},
     )
 
@@ -196,15 +212,15 @@ def test_losses_are_those_of_the_perturbed_weights(mode) -> None:
         seen.append(loss.item())
         return loss
 
-    noise = [read_noise(optimizer, draw) for draw in range(mode["num_samples"])]
+    noise = [read_noise(optimizer, direction) for direction in range(mode["num_samples"])]
     optimizer.estimate(closure)
     optimizer.restore()
     expected = [] if mode["hessian"] == "mezo" else [model_loss(model).item()]
-    for of_draw in noise:
+    for of_direction in noise:
         for sign in (1, -1):
             shifted = quadratic_model(mode["dtype"])
             for own, other, u in zip(
-                model.parameters(), shifted.parameters(), of_draw, strict=True
+                model.parameters(), shifted.parameters(), of_direction, strict=True
             ):
                 h = 1 + whole_hessian_offset(optimizer, own)
                 other.data = (own.detach().double() + sign * 1e-3 * u / h**0.5).to(own.dtype)
@@ -234,7 +250,7 @@ def test_learning_rate_zero_leaves_the_model_untouched(dtype) -> None:
 def hashed_numbers(stream: int, parameter: int, count: int) -> Tensor:
     """The first random numbers of a parameter, int32, as they are before they become u."""
     index = torch.arange(count, dtype=torch.int32)
-    return hizoo.hashed(hizoo.counters(hizoo.tile_key(stream, parameter, 0), index))
+    return hashed(counters(chunk_key(stream, parameter, 0), index))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -253,8 +269,8 @@ def test_small_updates_of_half_precision_are_right_on_average(dtype) -> None:
     numbers = torch.cat([torch.full((count,), start, dtype=dtype) for start, _ in kinds])
     change = torch.cat([torch.full((count,), 1e-3 * unit) for _, unit in kinds])
     for step in range(10_000):
-        bits = torch.cat(hizoo.rounding_bits(hashed_numbers(step, 0, len(numbers) // 2)))
-        numbers.copy_(hizoo.rounded_stochastically(numbers.float(), change, bits, dtype))
+        bits = torch.cat(rounding_bits(hashed_numbers(step, 0, len(numbers) // 2)))
+        numbers.copy_(rounded_stochastically(numbers.float(), change, bits, dtype))
     for moved, (start, unit) in zip(numbers.double().split(count), kinds, strict=True):
         units = (moved - start) / unit
         assert units.mean().item() == pytest.approx(10, abs=0.5)
@@ -270,10 +286,10 @@ def squared_noise(step: int) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("smooth", [1e-10, 1e-8, 1e-6, 1e-4, 1e-2])
+@pytest.mark.parametrize("smooth", [1e-10, 1e-6, 1e-2])
 def test_hessian_moves_by_what_the_oracle_accumulates(dtype, smooth, monkeypatch) -> None:
     """α c h u² is added for α = 1e-10 too, where h in half precision would stand still."""
-    monkeypatch.setattr(hizoo, "CACHED_TILE_ELEMENTS", 4096)
+    monkeypatch.setattr(chunks, "CACHED_CHUNK", 4096)
     parameter = nn.Parameter(torch.zeros(1000, dtype=dtype))
     optimizer = HiZOO([parameter], lr=0.0, eps=1e-3, hessian_smooth=smooth)
     curvature, hessian = 1.5, torch.ones(1000, dtype=torch.float64)
@@ -302,8 +318,8 @@ def test_low_rank_hessian_is_under_one_percent_of_opt_13b() -> None:
     weights = h = 0
     for shape in shapes:
         parameter = nn.Parameter(torch.empty(shape, device="meta", dtype=torch.float16))
-        slot = hizoo.Slot.cut(parameter, {}, 0, True, False)
-        state = hizoo.LowRankHessian.start(slot, torch.bfloat16)
+        trained = chunks.TrainedParameter.cut(parameter, {}, 0, True, False, torch.bfloat16)
+        state = start_hessian(trained, low_rank=True)
         weights += parameter.numel() * parameter.element_size()
         h += sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     vectors = layers * (9 * hidden + 4 * hidden) * 2
@@ -376,24 +392,24 @@ def test_noise_is_a_function_of_seed_step_parameter_and_index_alone(monkeypatch)
 
 def noise_of(seed: int, parameter: int, pairs: int) -> Tensor:
     """u of a vector of twice as many numbers as ``pairs``, in float64."""
-    bits = hashed_numbers(hizoo.mix_seed(seed, 0, 0), parameter, pairs)
-    return torch.cat(hizoo.standard_normals(bits)).double()
+    bits = hashed_numbers(mix_seed(seed, 0, 0), parameter, pairs)
+    return torch.cat(standard_normals(bits)).double()
 
 
 @pytest.mark.parametrize("shape", [(1000,), (999,), (7, 30), (8, 31), (1, 500), (2, 3, 50), ()])
 @pytest.mark.parametrize("elements", [60, 1 << 17])
-def test_noise_does_not_depend_on_tiles(shape, elements, monkeypatch) -> None:
-    """Nor on a part's place in a parameter; the oracle draws all of it at once."""
-    monkeypatch.setattr(hizoo, "CACHED_TILE_ELEMENTS", elements)
+def test_noise_does_not_depend_on_chunks(shape, elements, monkeypatch) -> None:
+    """The oracle makes all of it at once."""
+    monkeypatch.setattr(chunks, "CACHED_CHUNK", elements)
     optimizer = HiZOO([nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(shape))], lr=0.0)
-    whole = torch.empty(shape)
-    slot = optimizer._slots[1]
-    covered = torch.zeros(shape)
-    for _, tile, noise in optimizer._tiles_with_noise([slot], 0):
-        for block, u in zip(slot.view(whole, tile), noise, strict=True):
-            block.copy_(u)
-        for block in slot.view(covered, tile):
-            block.add_(1)
+    optimizer.step(lambda: 0.0)
+    whole, covered = torch.empty(shape), torch.zeros(shape)
+    parameter = optimizer.weights.parameters[1]
+    for chunk, u in optimizer.weights.chunks_with_noise([parameter], 0):
+        for piece, numbers in zip(chunk.view(whole), u, strict=True):
+            piece.copy_(numbers.view(piece.shape))
+        for piece in chunk.view(covered):
+            piece.add_(1)
     assert torch.equal(covered, torch.ones(shape))
     torch.testing.assert_close(whole.double(), read_noise(optimizer)[1], rtol=1e-6, atol=1e-6)
 
@@ -407,7 +423,7 @@ def test_noise_is_box_and_mullers_of_the_hashed_numbers() -> None:
     angle = np.pi / 2 * (signed + 0.5) / 1024
     sign = 1 - 2 * ((unsigned >> 20) & 1)
     expected = radius * np.sin(angle), radius * sign * np.cos(angle)
-    for found, numbers in zip(hizoo.standard_normals(bits), expected, strict=True):
+    for found, numbers in zip(standard_normals(bits), expected, strict=True):
         np.testing.assert_allclose(found.numpy(), numbers, rtol=5e-6, atol=2e-6)
 
 
@@ -461,13 +477,13 @@ def test_the_numbers_of_a_pair_are_independent(function) -> None:
 def test_bits_of_the_hash_are_fair_and_depend_on_every_bit() -> None:
     count = 1 << 16
     base = torch.arange(count, dtype=torch.int32) * 40503
-    hashed = hizoo.hashed(base.clone())
+    mixed = hashed(base.clone())
     for bit in range(32):
-        changed = hizoo.hashed(base ^ (1 << bit if bit < 31 else -(1 << 31))) ^ hashed
+        changed = hashed(base ^ (1 << bit if bit < 31 else -(1 << 31))) ^ mixed
         for other in range(32):
             flipped = ((changed >> other) & 1).double().mean().item()
             assert flipped == pytest.approx(0.5, abs=0.02), (bit, other)
-        assert ((hashed >> bit) & 1).double().mean().item() == pytest.approx(0.5, abs=0.01)
+        assert ((mixed >> bit) & 1).double().mean().item() == pytest.approx(0.5, abs=0.01)
 
 
 COMPILED_KINDS = [
@@ -481,10 +497,10 @@ COMPILED_KINDS = [
 @pytest.mark.parametrize("dtype, hessian, samples", COMPILED_KINDS, ids=str)
 def test_compiled_kernels_do_the_same(dtype, hessian, samples, monkeypatch) -> None:
     """With the same losses, up to rounding."""
-    if hizoo.why_not_compiled(torch.device("cpu")):
+    if kernels.why_not_compiled(torch.device("cpu")):
         pytest.skip("torch.compile needs a C++ compiler")
     # Large parameters in a few tiles, where nothing is compiled.
-    monkeypatch.setattr(hizoo, "CACHED_TILE_ELEMENTS", 1 << 15)
+    monkeypatch.setattr(chunks, "CACHED_CHUNK", 1 << 15)
     results = []
     for compiles in (False, True):
         parameters = [
@@ -507,7 +523,11 @@ def test_compiled_kernels_do_the_same(dtype, hessian, samples, monkeypatch) -> N
             # The first step takes its last loss twice.
             losses = itertools.chain(values, values[-1:])
             optimizer.step(lambda losses=losses: next(losses))
-        assert [slot.compiles for slot in optimizer._slots] == [compiles, compiles, False]
+        assert [trained.compiles for trained in optimizer.weights.parameters] == [
+            compiles,
+            compiles,
+            False,
+        ]
         results.append([p.detach().double() for p in parameters])
         results[-1] += [h.double() for state in optimizer.state.values() for h in state.values()]
     for plain, compiled in zip(*results, strict=True):
@@ -521,58 +541,8 @@ def test_compiled_kernels_do_the_same(dtype, hessian, samples, monkeypatch) -> N
             assert (difference > 0).double().mean() < 5e-3
 
 
-@pytest.mark.parametrize("kind", ["mezo", "full", "lowrank", "example"])
-def test_tiles_in_words_hold_the_same_bits(kind) -> None:
-    """Words are how compiled kernels see bfloat16 on a CPU: two numbers in one of int32."""
-    generator = torch.Generator().manual_seed(2)
-    weights = torch.randn(30, 44, generator=generator).to(torch.bfloat16)
-    weights[0, :5] = torch.tensor([0.0, -0.0, 1e-39, -3e38, 1.9921875])
-    offsets = torch.rand(30, 44, generator=generator).sub(0.3).to(torch.bfloat16)
-    rows, columns = torch.rand(30, 1, generator=generator), torch.rand(44, generator=generator)
-    step = torch.randn(30, 44, generator=generator).mul(1e-2)
-    key = torch.tensor([123_457, 99], dtype=torch.int32)
-    noise, rounding = (hizoo.Draw(k, None, (0, 1)) for k in (key, key + 1))
-    found = []
-    for in_words in (True, False):
-        parts = 2 if in_words else 1
-
-        def tile(numbers: Tensor, in_words: bool = in_words) -> list[Tensor]:
-            numbers = numbers.clone()
-            return [*(numbers.view(torch.int32) if in_words else numbers).chunk(2)]
-
-        hessian = {"full": tile(offsets), "example": tile(offsets)}.get(kind)
-        if kind == "lowrank":
-            of_parts = columns.view(-1, parts).t()
-            hessian = tuple(block * part for block in rows.chunk(2) for part in of_parts)
-        coefficients = hizoo.Coefficients(
-            steps=[
-                [
-                    block[:, part::parts] if kind == "example" else 1e-2
-                    for block in step.chunk(2)
-                    for part in range(parts)
-                ]
-            ],
-            back=None,
-            growths=[1e-2] if kind in ("full", "example") else None,
-            smooth=1e-2,
-            decay=-1e-3,
-        )
-        source, target = tile(weights), tile(weights)
-        squares = hizoo.shift_tile(target, source, hessian, noise, 1e-2, kind != "mezo")
-        direction = hizoo.direction_tile(source, hessian, noise, 1e-2)
-        hizoo.update_tile(source, hessian, None, [noise], coefficients, rounding)
-        tiles = [*target, *direction, *source]
-        tiles += hessian if isinstance(hessian, list) else []
-        found.append([one.view(torch.bfloat16).view(torch.int16) for one in tiles])
-        if squares is not None:
-            blocks = torch.stack(squares).view(2, parts, 15, -1)
-            found[-1].append(blocks.movedim(1, -1).reshape(30, 44))
-    for of_words, of_numbers in zip(*found, strict=True):
-        assert torch.equal(of_words, of_numbers)
-
-
 def test_without_a_compiler_the_step_runs_all_the_same(monkeypatch) -> None:
-    monkeypatch.setattr(hizoo, "why_not_compiled", lambda device: "no C++ compiler found")
+    monkeypatch.setattr(kernels, "why_not_compiled", lambda device: "no C++ compiler found")
     model = quadratic_model(torch.float32)
     optimizer = HiZOO(model.parameters(), lr=1e-3, compile=True)
     with pytest.warns(UserWarning, match="torch.compile fails here: no C\\+\\+ compiler found"):
@@ -585,8 +555,10 @@ def test_without_a_compiler_the_step_runs_all_the_same(monkeypatch) -> None:
 
 def test_only_large_models_are_compiled(monkeypatch) -> None:
     asked = []
-    monkeypatch.setattr(hizoo, "why_not_compiled", lambda device: asked.append(device) or "not now")
-    monkeypatch.setattr(hizoo, "COMPILE_FROM_ELEMENTS", 200)
+    monkeypatch.setattr(
+        kernels, "why_not_compiled", lambda device: asked.append(device) or "not now"
+    )
+    monkeypatch.setattr(kernels, "COMPILE_FROM", 200)
     small = nn.Linear(10, 10)
     HiZOO(small.parameters()).step(lambda: small(torch.ones(10)).sum())
     assert not asked
@@ -602,7 +574,8 @@ def test_only_large_models_are_compiled(monkeypatch) -> None:
         ({"lr": -1.0}, "lr must be at least 0 and finite, not -1.0"),
         ({"lr": math.nan}, "lr must be at least 0"),
         ({"eps": 0}, "eps must be larger than 0"),
-        ({"eps": math.inf}, "eps must be at least 0 and finite"),
+        ({"eps": math.inf}, "eps must be larger than 0 and finite"),
+        ({"hessian_dtype": "int8"}, "hessian_dtype must be one of float32, bfloat16, float16"),
         ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
         ({"hessian_smooth": 1.0}, r"hessian_smooth must be in \[0, 1\), not 1.0"),
         ({"hessian_smooth": -1e-3}, "hessian_smooth must be in"),
@@ -620,7 +593,7 @@ def test_parameters_that_do_not_fit_are_refused() -> None:
         HiZOO([nn.Parameter(torch.zeros(3, 4).t())])
     model = quadratic_model(torch.float32)
     with pytest.raises(ValueError, match="layers must hold exactly the parameters"):
-        HiZOO([model[0].weight], layers=LayerwiseWeights(model))
+        HiZOO([model[0].weight], layers=Layers(model))
     with pytest.raises(RuntimeError, match="needs a closure"):
         HiZOO(model.parameters()).step()
 
@@ -641,7 +614,7 @@ def test_closure_runs_twice_for_mezo_and_three_times_for_hizoo() -> None:
 
 
 def test_weight_decay_of_float16_does_not_underflow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hizoo, "CACHED_TILE_ELEMENTS", 4096)
+    monkeypatch.setattr(chunks, "CACHED_CHUNK", 4096)
     parameter = nn.Parameter(torch.full((3000,), 0.02, dtype=torch.float16))
     # The others are there since a perturbation that changes hardly a weight is refused.
     parameters = [parameter, nn.Parameter(torch.full((60,), 1e-5, dtype=torch.float16))]
@@ -684,7 +657,7 @@ def test_changes_into_a_higher_last_place_are_right_on_average(value, change) ->
     tile = torch.full((1 << 16,), value, dtype=torch.bfloat16)
     bits = hashed_numbers(1, 2, len(tile))
     changes = torch.full((1 << 16,), change)
-    tile.copy_(hizoo.rounded_stochastically(tile.float(), changes, bits, tile.dtype))
+    tile.copy_(rounded_stochastically(tile.float(), changes, bits, tile.dtype))
     assert tile.double().mean().item() == pytest.approx(value + change, abs=1e-4)
 
 

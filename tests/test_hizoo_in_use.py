@@ -18,65 +18,66 @@ from test_hizoo import (
     make_parameters,
     model_loss,
     quadratic_model,
-    small_tiles,  # noqa: F401 - a fixture for every test here too
+    small_chunks,  # noqa: F401 - a fixture for every test here too
 )
 from tiny_models import TINY_OPT
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-import hizoo
-from hizoo import HiZOO
-from zeroth_order.layerwise import LayerwiseWeights
+from hizoo import HiZOO, Layers
+from zeroth_order import kernels
 
 
 @pytest.mark.parametrize("hessian", ["full", "lowrank"])
-@pytest.mark.parametrize("failing_tile", [0, 1, 7, 20])
-def test_a_shift_that_fails_in_the_middle_is_taken_back(failing_tile, hessian, monkeypatch) -> None:
+@pytest.mark.parametrize("failing_chunk", [0, 1, 7, 20])
+def test_a_shift_that_fails_in_the_middle_is_taken_back(
+    failing_chunk, hessian, monkeypatch
+) -> None:
     parameters = make_parameters(torch.float64)
     before = [parameter.detach().clone() for parameter in parameters]
     optimizer = HiZOO(parameters, eps=0.1, hessian_smooth=1e-2, hessian=hessian)
-    shift, tiles = hizoo.shift_tile, itertools.count()
+    perturb, calls = kernels.perturb, itertools.count()
 
     def fails_once(*arguments):
-        if next(tiles) == failing_tile:
+        if next(calls) == failing_chunk:
             raise KeyboardInterrupt
-        return shift(*arguments)
+        return perturb(*arguments)
 
-    monkeypatch.setattr(hizoo, "shift_tile", fails_once)
+    monkeypatch.setattr(kernels, "perturb", fails_once)
     with pytest.raises(KeyboardInterrupt):
         optimizer.estimate(lambda: make_loss()(parameters))
-    assert next(tiles) > failing_tile
+    assert next(calls) > failing_chunk
     assert largest_difference(parameters, before) < 1e-15
-    assert not optimizer._moments and not optimizer._estimates
+    assert not optimizer._estimates
     # What comes then is what comes without the exception.
     other = HiZOO(make_parameters(torch.float64), eps=0.1, hessian_smooth=1e-2, hessian=hessian)
     for one in (optimizer, other):
-        own = [slot.parameter for slot in one._slots]
+        own = one.param_groups[0]["params"]
         one.step(lambda own=own: make_loss()(own))
-    assert largest_difference(parameters, [slot.parameter for slot in other._slots]) < 1e-12
+    assert largest_difference(parameters, other.param_groups[0]["params"]) < 1e-12
 
 
 @pytest.mark.parametrize("hessian", ["full", "lowrank"])
-@pytest.mark.parametrize("function", ["shift_tile", "update_tile"])
+@pytest.mark.parametrize("function", ["perturb", "update"])
 def test_an_interrupt_waits_until_every_weight_is_written(function, hessian, monkeypatch) -> None:
     parameters = make_parameters(torch.float64)
     before = [parameter.detach().clone() for parameter in parameters]
     settings = {"lr": 1e-3, "eps": 0.1, "hessian_smooth": 1e-2, "hessian": hessian}
     optimizer = HiZOO(parameters, **settings)
-    real, tiles = getattr(hizoo, function), itertools.count()
+    real, calls = getattr(kernels, function), itertools.count()
 
     def interrupted_after_it_has_written(*arguments):
         written = real(*arguments)
-        if next(tiles) == 7:
+        if next(calls) == 7:
             signal.raise_signal(signal.SIGINT)
         return written
 
     with monkeypatch.context() as patched:
-        patched.setattr(hizoo, function, interrupted_after_it_has_written)
+        patched.setattr(kernels, function, interrupted_after_it_has_written)
         with pytest.raises(KeyboardInterrupt):
             optimizer.step(lambda: make_loss()(parameters))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if function == "shift_tile":
+    if function == "perturb":
         assert largest_difference(parameters, before) < 1e-15
         optimizer.step(lambda: make_loss()(parameters))
     other = make_parameters(torch.float64)
@@ -88,20 +89,20 @@ def test_an_interrupt_waits_until_every_weight_is_written(function, hessian, mon
 @pytest.mark.parametrize("hessian", ["full", "lowrank"])
 @pytest.mark.parametrize("failing_sum", [0, 1, 20, 21, 22])
 def test_an_update_that_fails_leaves_no_weight_shifted(failing_sum, hessian, monkeypatch) -> None:
-    """Before a tile's shift is taken back, and after it; the others are whole or as they were."""
+    """Before a chunk's shift is taken back, and after it; the others are whole or as they were."""
     parameters, whole = make_parameters(torch.float64), make_parameters(torch.float64)
     before = [parameter.detach().clone() for parameter in parameters]
     settings = {"lr": 1e-3, "eps": 0.1, "hessian_smooth": 1e-2, "hessian": hessian}
     HiZOO(whole, **settings).step(lambda: make_loss()(whole))
     optimizer = HiZOO(parameters, **settings)
-    weighted_sum, sums = hizoo.weighted_sum, itertools.count()
+    weighted_sum, sums = kernels.weighted_sum, itertools.count()
 
     def fails_once(*arguments):
         if next(sums) == failing_sum:
             raise torch.OutOfMemoryError("no room")
         return weighted_sum(*arguments)
 
-    monkeypatch.setattr(hizoo, "weighted_sum", fails_once)
+    monkeypatch.setattr(kernels, "weighted_sum", fails_once)
     with pytest.raises(torch.OutOfMemoryError):
         optimizer.step(lambda: make_loss()(parameters))
     moved = 0
@@ -129,7 +130,7 @@ def test_frozen_parameters_are_left_alone() -> None:
     frozen.requires_grad_(True)
     optimizer.step(lambda: model_loss(model))
     assert not torch.equal(frozen, before) and frozen in optimizer.state
-    assert len(noise) == 4 and optimizer._slots[0].number == 0
+    assert len(noise) == 4 and optimizer.weights.parameters[0].number == 0
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="nothing to train"):
         optimizer.step(lambda: model_loss(model))
@@ -165,7 +166,7 @@ def test_dtypes_that_cannot_be_trained_are_refused() -> None:
 
 def test_a_copy_steps_itself_after_a_scheduler_was_made() -> None:
     model = quadratic_model(torch.float32)
-    layers = LayerwiseWeights(model)
+    layers = Layers(model)
     optimizer = HiZOO(model.parameters(), lr=1e-3, hessian_smooth=1e-2, layers=layers)
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     optimizer.step(lambda: model_loss(model))
@@ -183,7 +184,7 @@ def test_a_copy_steps_itself_after_a_scheduler_was_made() -> None:
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_autocast_around_a_step_sees_the_perturbation(layerwise) -> None:
     model = quadratic_model(torch.float32)
-    layers = LayerwiseWeights(model) if layerwise else None
+    layers = Layers(model) if layerwise else None
     # A direction along which the loss changes by far more than bfloat16 rounds.
     settings = {"lr": 0.0, "eps": 1e-2, "hessian_smooth": 0.0, "layers": layers, "seed": 2}
     expected = HiZOO(model.parameters(), **settings)
@@ -249,7 +250,7 @@ def test_half_precision_in_place_takes_no_shift_that_it_cannot_return() -> None:
     model = quadratic_model(torch.bfloat16)
     with pytest.raises(ValueError, match="would destroy the weights"):
         HiZOO(model.parameters(), eps=10.0).check_perturbation_scale()
-    layers = LayerwiseWeights(model)
+    layers = Layers(model)
     HiZOO(model.parameters(), eps=10.0, layers=layers).check_perturbation_scale()
 
 

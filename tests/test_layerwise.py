@@ -10,9 +10,8 @@ from tiny_models import FAMILIES, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BartConfig
 
-import hizoo
-from hizoo import HiZOO
-from zeroth_order.layerwise import LayerwiseWeights, OnlyInPlace
+from hizoo import HiZOO, Layers, OnlyInPlace
+from zeroth_order import weights
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOKENS = torch.tensor([[2, 9, 17, 30, 5, 8], [2, 11, 40, 7, 21, 3]])
@@ -38,7 +37,7 @@ def test_every_family_runs_with_exactly_the_perturbed_weights(family, dtype) -> 
     shifted = copy.deepcopy(model)
     before = bits_of(model)
     settings = {"lr": 0.0, "eps": 1e-2, "hessian_smooth": 0.0, "seed": 4}
-    optimizer = HiZOO(model.parameters(), layers=LayerwiseWeights(model), **settings)
+    optimizer = HiZOO(model.parameters(), layers=Layers(model), **settings)
     seen = []
     optimizer.estimate(lambda: seen.append(loss_of(model)) or seen[-1])
     assert_bits_equal(model, before)
@@ -48,8 +47,8 @@ def test_every_family_runs_with_exactly_the_perturbed_weights(family, dtype) -> 
     # Before the first step two losses tell whether the model allows it; its last is taken twice.
     for sign, loss in zip((1, -1, -1), seen[2:], strict=True):
         shifted.load_state_dict(before)
-        reference._point = None
-        reference._move_to((0, sign))
+        reference.weights = None
+        reference.loss_along(lambda: 0.0, sign * 1e-2)
         exact = 0.0 if dtype != torch.float32 else 1e-6
         assert loss_of(shifted) == pytest.approx(loss, rel=exact, abs=0)
     assert seen[2] != seen[3]
@@ -60,7 +59,7 @@ def test_every_family_runs_with_exactly_the_perturbed_weights(family, dtype) -> 
 def test_tied_weights_get_the_same_noise_wherever_they_are_used() -> None:
     model = tiny_model("opt")
     assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
-    layers = LayerwiseWeights(model)
+    layers = Layers(model)
     seen = []
     for part in (model.model.decoder.embed_tokens, model.lm_head):
         part.register_forward_hook(lambda part, *_: seen.append(part.weight.detach().clone()))
@@ -78,10 +77,12 @@ def test_tied_weights_get_the_same_noise_wherever_they_are_used() -> None:
 def test_generation_draws_no_noise_for_every_token(monkeypatch) -> None:
     model = tiny_model("llama", tie_word_embeddings=False).to(torch.bfloat16)
     before = bits_of(model)
-    optimizer = HiZOO(model.parameters(), hessian_smooth=0.0, layers=LayerwiseWeights(model))
+    optimizer = HiZOO(model.parameters(), hessian_smooth=0.0, layers=Layers(model))
     drawn = []
-    draw = hizoo.standard_normals
-    monkeypatch.setattr(hizoo, "standard_normals", lambda bits: (drawn.append(None), draw(bits))[1])
+    draw = weights.standard_normals
+    monkeypatch.setattr(
+        weights, "standard_normals", lambda bits: (drawn.append(None), draw(bits))[1]
+    )
 
     def generated(count: int) -> list[torch.Tensor]:
         drawn.clear()
@@ -118,7 +119,7 @@ def test_a_parameter_whose_module_does_not_run_is_an_error() -> None:
 
     model = Unused()
     before = bits_of(model)
-    optimizer = HiZOO(model.parameters(), layers=LayerwiseWeights(model))
+    optimizer = HiZOO(model.parameters(), layers=Layers(model))
     with pytest.raises(RuntimeError, match=r"does not depend on forgotten\.weight: freeze"):
         optimizer.step(lambda: model(torch.ones(2, 3)).sum())
     assert_bits_equal(model, before)
@@ -127,7 +128,7 @@ def test_a_parameter_whose_module_does_not_run_is_an_error() -> None:
 def test_an_exception_inside_a_module_brings_the_weights_back() -> None:
     model = tiny_model("opt")
     before = bits_of(model)
-    optimizer = HiZOO(model.parameters(), layers=LayerwiseWeights(model))
+    optimizer = HiZOO(model.parameters(), layers=Layers(model))
 
     def fail(*_) -> None:
         raise MemoryError("inside")
@@ -144,7 +145,7 @@ def test_an_exception_inside_a_module_brings_the_weights_back() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_scratch_is_the_largest_module_and_a_tied_embedding(tied) -> None:
     model = tiny_model("opt", tie_word_embeddings=tied)
-    layers = LayerwiseWeights(model)
+    layers = Layers(model)
     optimizer = HiZOO(model.parameters(), layers=layers)
     for _ in range(3):
         optimizer.step(lambda: loss_of(model))
@@ -161,7 +162,7 @@ def test_frozen_weights_are_left_alone() -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("layers.1" in name)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    layers = LayerwiseWeights(model)
+    layers = Layers(model)
     before = bits_of(model)
     HiZOO(trained, lr=1e-2, layers=layers).step(lambda: loss_of(model))
     changed = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
@@ -189,7 +190,7 @@ def test_check_finds_weights_that_another_module_reads(dtype) -> None:
         (tiny_model("lfm2").to(dtype), None),
     ):
         before = bits_of(model)
-        layers = LayerwiseWeights(model)
+        layers = Layers(model)
 
         def loss(model=model, inputs=inputs) -> float:
             return loss_of(model) if inputs is None else model(inputs).sum()
@@ -202,7 +203,7 @@ def test_check_finds_weights_that_another_module_reads(dtype) -> None:
                         layers.check(objective)
                     assert_bits_equal(model, before)
         with pytest.raises(OnlyInPlace, match="another one's weights"):
-            HiZOO(model.parameters(), layers=LayerwiseWeights(model)).step(loss)
+            HiZOO(model.parameters(), layers=Layers(model)).step(loss)
         assert_bits_equal(model, before)
 
 
@@ -211,7 +212,7 @@ def test_check_passes_where_every_module_reads_its_own(family) -> None:
     model = tiny_model(family).to(torch.bfloat16)
     before = bits_of(model)
     with torch.no_grad():
-        assert LayerwiseWeights(model).check(lambda: loss_of(model)) == []
+        assert Layers(model).check(lambda: loss_of(model)) == []
     assert_bits_equal(model, before)
 
 
@@ -220,7 +221,7 @@ def test_check_names_weights_that_no_text_passes_through() -> None:
     heads = {"encoder_layers": 1, "decoder_attention_heads": 2, "encoder_attention_heads": 2}
     config = BartConfig(**shape, **heads, is_decoder=True)
     model = AutoModelForCausalLM.from_config(config).eval()
-    layers = LayerwiseWeights(model)
+    layers = Layers(model)
     tokens = torch.tensor([[1, 5, 9, 4]])
 
     def loss() -> float:
@@ -247,12 +248,12 @@ class RoutesToOneExpert(nn.Module):
 
 def test_experts_without_a_token_are_no_weights_that_nothing_reads() -> None:
     model = RoutesToOneExpert()
-    layers = LayerwiseWeights(model)
+    layers = Layers(model)
     with torch.no_grad():
         unused = layers.check(lambda: model(torch.ones(2, 3), 1).sum())
     assert unused == ["forgotten.weight", "forgotten.bias"]
     model.forgotten.requires_grad_(False)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = HiZOO(trained, layers=LayerwiseWeights(model))
+    optimizer = HiZOO(trained, layers=Layers(model))
     for expert in (0, 2):
         optimizer.step(lambda expert=expert: model(torch.ones(2, 3), expert).sum())

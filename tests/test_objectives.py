@@ -10,14 +10,13 @@ from test_scoring import draw, log_probabilities, model_of, samples_of
 from tiny_models import newline_writing_model, tiny_model, tiny_tokenizer
 from torch import Tensor
 
-from hizoo import HiZOO
+from hizoo import HiZOO, Layers
 from language_model import objectives, packing
 from language_model.encoding import Encoder
 from language_model.generation import GenerationSettings, generate
 from language_model.prediction import predict
 from metrics import mean_exact_match, mean_f1
 from tasks import get_task
-from zeroth_order.layerwise import LayerwiseWeights
 
 
 def encoder(task: str) -> Encoder:
@@ -124,7 +123,7 @@ def test_generation_inside_a_layerwise_loss(
         draw_noise(self, draw, scale, outputs)
 
     monkeypatch.setattr(HiZOO, "_perturb", count)
-    layers = LayerwiseWeights(model)
+    layers = Layers(model)
     assert layers.check(closure) == []
     texts.clear()
     optimizer = HiZOO(parameters, lr=0.0, eps=0.5, hessian_smooth=0.0, layers=layers)

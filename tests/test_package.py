@@ -15,23 +15,20 @@ import pytest
 import torch
 from running import ROOT
 
-MODULES = {"hizoo", "layerwise", "example_directions"}
+PACKAGE = {"hizoo", "zeroth_order"}
 # In the wheel's process: what a step gives, and which modules it has loaded.
 USE = """
 import json, sys
 sys.path[:] = [path for path in sys.path if not path.endswith("site-packages")] + sys.argv[1:]
 import torch
-import example_directions, hizoo, layerwise
-from hizoo import HiZOO
-from example_directions import ExampleDirections
-from zeroth_order.layerwise import LayerwiseWeights
+import hizoo, zeroth_order
+from hizoo import HiZOO, Layers
 model = torch.nn.Linear(3, 1)
-optimizer = HiZOO(model.parameters(), lr=1e-2, layers=LayerwiseWeights(model))
+optimizer = HiZOO(model.parameters(), lr=1e-2, layers=Layers(model))
 losses = [optimizer.step(lambda: model(torch.ones(2, 3)).square().mean()) for _ in range(50)]
-optimizer = HiZOO(model.parameters(), lr=1e-2, directions=ExampleDirections(model))
-optimizer.step(lambda: model(torch.ones(2, 3)).square().mean(1))
-files = [module.__file__ for module in (hizoo, layerwise, example_directions)]
-print(json.dumps({"losses": losses, "files": files, "modules": list(sys.modules)}))
+files = [module.__file__ for module in (hizoo, zeroth_order)]
+found = {"losses": losses, "files": files, "version": hizoo.__version__, "all": hizoo.__all__}
+print(json.dumps(found | {"modules": list(sys.modules)}))
 """
 
 
@@ -65,9 +62,11 @@ def test_the_wheel_holds_the_optimizer_alone_and_requires_torch_alone(wheel: Pat
         metadata = email.message_from_bytes(archive.read(metadata_name))
         (licence,) = (name for name in names if name.endswith("LICENSE"))
         assert archive.read(licence) == (ROOT / "LICENSE").read_bytes()
-        for module in MODULES:
-            assert archive.read(f"{module}.py") == (ROOT / f"{module}.py").read_bytes()
-    assert {name for name in names if ".dist-info/" not in name} == {f"{m}.py" for m in MODULES}
+        own = {name for name in names if ".dist-info/" not in name}
+        for name in own:
+            assert archive.read(name) == (ROOT / name).read_bytes()
+    expected = [ROOT / "hizoo.py", *(ROOT / "zeroth_order").glob("*.py")]
+    assert own == {str(path.relative_to(ROOT)) for path in expected}
     (requirement,) = metadata.get_all("Requires-Dist")
     assert requirement.startswith("torch")
     assert metadata["Name"] == "hizoo" and metadata["License-Expression"] == "MIT"
@@ -88,14 +87,15 @@ def test_the_installed_wheel_needs_nothing_else_of_the_project(wheel: Path, tmp_
     )
     assert process.returncode == 0, process.stderr
     found = json.loads(process.stdout)
-    assert found["files"] == [
-        str(target / f"{name}.py") for name in ("hizoo", "layerwise", "example_directions")
-    ]
+    assert found["files"] == [str(target / "hizoo.py"), str(target / "zeroth_order/__init__.py")]
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        assert found["version"] == tomllib.load(file)["project"]["version"]
+    assert set(found["all"]) >= {"HiZOO", "HiZOOConfig", "Layers"}
     assert found["losses"][-1] < 0.5 * found["losses"][0]
     loaded = {name.partition(".")[0] for name in found["modules"]}
     assert loaded.isdisjoint({"transformers", "accelerate", "peft", "datasets"})
     own = {path.stem for path in ROOT.glob("*.py")} | {p.parent.name for p in ROOT.glob("*/*.py")}
-    assert loaded & own == MODULES
+    assert loaded & own == PACKAGE
 
 
 @pytest.mark.parametrize("version", ["3.10.13", "3.11.0"])

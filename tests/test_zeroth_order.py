@@ -11,12 +11,12 @@ import torch
 from running import MODEL, assert_replays, assert_same_checkpoint, finish, log_of, training, weights
 from test_families import save_model
 
-import hizoo
 import run
 from language_model.loading import load_model
 from trainer import ZerothOrderTrainer
 from training.journal import read_journal
 from training.replaying import optimizer_of, play
+from zeroth_order import chunks
 
 MODES = {
     "bfloat16": {"load_bfloat16": True},
@@ -51,7 +51,7 @@ def optimizers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_every_mode_resumes_bit_for_bit(
     tmp_path: Path, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hizoo, "CACHED_TILE_ELEMENTS", 1 << 14)  # so that the model is cut
+    monkeypatch.setattr(chunks, "CACHED_CHUNK", 1 << 14)  # so that the model is cut
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     few = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2}
     finish(training(whole, **few, **arguments))
@@ -134,7 +134,7 @@ def test_hessian_arguments_reach_the_optimizer(tmp_path: Path, optimizers: list[
     finish(training(tmp_path / "3", hessian="lowrank", zo_num_samples=2, **once))
     names = {name for state in optimizers[-1].state.values() for name in state}
     assert names == {"hessian_rows", "hessian_columns", "hessian_minus_one"}
-    assert optimizers[-1].num_samples == 2
+    assert optimizers[-1].config.num_samples == 2
 
 
 def test_log_shows_the_optimizers_scalars(tmp_path: Path) -> None:

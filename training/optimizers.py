@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
 
-from hizoo import LEAST_PART, HiZOO, running_mean
+from hizoo import HiZOO, HiZOOConfig, Layers, OnlyInPlace
 from training.journal import Group
 from utils import InputError
-from zeroth_order.config import AUTO, HiZOOConfig
-from zeroth_order.layerwise import LayerwiseWeights, OnlyInPlace
 
 
 def trained_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -47,7 +43,7 @@ def make_optimizer(
     model: nn.Module,
     groups: Sequence[Group],
     config: HiZOOConfig,
-    layers: LayerwiseWeights | None,
+    layers: Layers | None,
 ) -> HiZOO:
     """Return the optimizer of a model's trained weights.
 
@@ -64,14 +60,7 @@ def make_optimizer(
         {"params": [parameters[name] for name in g.parameters], "weight_decay": g.weight_decay}
         for g in groups
     ]
-    settings = asdict(config)
-    if config.lr == AUTO:
-        settings |= {"lr": 0.1, "step_size": "curvature"}
-    if config.hessian_dtype:
-        settings["hessian_dtype"] = getattr(torch, config.hessian_dtype)
-    optimizer = HiZOO(param_groups, layers=layers, **settings)
-    optimizer.config = config
-    return optimizer
+    return HiZOO(param_groups, config, layers=layers)
 
 
 def groups_in(optimizer: HiZOO, model: nn.Module) -> tuple[Group, ...]:
@@ -83,25 +72,10 @@ def groups_in(optimizer: HiZOO, model: nn.Module) -> tuple[Group, ...]:
     )
 
 
-def numbers_of(optimizer: HiZOO) -> tuple[float, float | None, float]:
-    """Return g, c and η of the step that the optimizer is about to take."""
-    group = optimizer.param_groups[0]
-    gradients, curvatures = optimizer._scalars_of(group, optimizer._mean_differences())
-    c = sum(curvatures) if optimizer._measured else None
-    if optimizer.step_size == "fixed":
-        return sum(gradients), c, float(group["lr"])
-    changed = dict(group)
-    if c is not None and math.isfinite(c):
-        changed["measured_steps"] += 1
-        mean = running_mean(group["mean_curvature"], c, changed["measured_steps"])
-        changed["mean_curvature"] = max(mean, LEAST_PART * c)
-    return sum(gradients), c, optimizer.learning_rate(changed)
-
-
 @torch.no_grad()
 def choose_layers(
     model: nn.Module, perturbation: str, loss: Callable[[], Tensor], warn: Callable[[str], None]
-) -> LayerwiseWeights | None:
+) -> Layers | None:
     """Return what perturbs one module at a time, None to perturb in place.
 
     The loss of a batch shows whether the model allows it, before any weight has changed. Weights
@@ -119,7 +93,7 @@ def choose_layers(
     half_precision = any(p.element_size() < 4 for p in trained_weights(model).values())
     if perturbation == "inplace" or (perturbation == "auto" and not half_precision):
         return None
-    layers = LayerwiseWeights(model)
+    layers = Layers(model)
     try:
         unused = layers.check(loss)
     except OnlyInPlace as error:
@@ -137,8 +111,8 @@ def choose_layers(
     return checked_layers(model)
 
 
-def checked_layers(model: nn.Module) -> LayerwiseWeights:
+def checked_layers(model: nn.Module) -> Layers:
     """Return what perturbs one module at a time, where a check has shown that it works."""
-    layers = LayerwiseWeights(model)
+    layers = Layers(model)
     layers.checked = True
     return layers

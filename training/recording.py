@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerState
 
-from hizoo import HiZOO, mix_seed
+from hizoo import HiZOO
 from training.journal import (
     VERSION,
     Checksum,
@@ -28,16 +28,15 @@ from training.journal import (
     Scales,
     Step,
 )
-from training.optimizers import groups_in, numbers_of, trained_weights
+from training.optimizers import groups_in, trained_weights
 from training.processes import check_agreement
 from utils import InputError
+from zeroth_order import noise
 
 logger = logging.getLogger(__name__)
 Closure = Callable[[], Any]
 SomeRow = TypeVar("SomeRow", bound=Row)
 
-# Version of the noise u.
-NOISE = 3
 # Numbers that a checksum takes at a time.
 PIECE = 1 << 20
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -61,7 +60,7 @@ def checksum_of(tensors: Iterable[Tensor]) -> str:
             bits.mul_((index * ODD).bitwise_or_(1))
             # High bits would stay high.
             total += bits.bitwise_xor_(bits >> 32).mul_(ODD).sum()
-        checksum = mix_seed(checksum, int(total))
+        checksum = noise.mix_seed(checksum, int(total))
     return f"{checksum:016x}"
 
 
@@ -182,7 +181,7 @@ class Recording:
                 group["lr"] = self._recorded.lr
             return
         group = optimizer.param_groups[0]
-        g, c, eta = numbers_of(optimizer)
+        g, c, eta = optimizer.pending()
         self.write(
             Step(
                 self._step,

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from hizoo import LARGEST_NOISE, HiZOO
+from hizoo import HiZOO
 from training.journal import Checksum, Header, Journal, Row, Scales, Step
 from training.optimizers import checked_layers, described, make_optimizer, trained_weights
-from training.recording import NOISE, checksum_of_trained, replayed
+from training.recording import checksum_of_trained, replayed
 from utils import InputError
+from zeroth_order import noise
 
 # Shifts of the weights in place that a forward pass takes, at most: there, and to the next one.
 SHIFTS_OF_A_PASS = 2
@@ -52,8 +53,10 @@ def optimizer_of(header: Header, model: nn.Module, compile: bool | None) -> HiZO
     Raises:
         InputError: the model has other parameters, or the noise is another version's.
     """
-    if header.noise != NOISE:
-        raise InputError(f"the journal's noise has version {header.noise}, this program's {NOISE}")
+    if header.noise != noise.VERSION:
+        raise InputError(
+            f"the journal's noise has version {header.noise}, this program's {noise.VERSION}"
+        )
     trained = {name: text for group in header.groups for name, text in group.parameters.items()}
     parameters = dict(model.named_parameters())
     for name, text in trained.items():
@@ -167,7 +170,7 @@ def rounding_of(optimizer: HiZOO, steps: int, passes: int) -> float:
     additions = steps + (SHIFTS_OF_A_PASS * passes if in_place else 0)
     rounding = 0.0
     for group in optimizer.param_groups:
-        moved = LARGEST_NOISE * group["eps"]
+        moved = noise.LARGEST * group["eps"]
         for parameter in group["params"]:
             if parameter.numel():
                 largest = float(parameter.detach().abs().max()) + moved * in_place

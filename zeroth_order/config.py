@@ -45,6 +45,10 @@ class HiZOOConfig:
     compile: bool | None = None
 
     def __post_init__(self) -> None:
+        if self.hessian_dtype is not None:
+            # A torch.dtype is kept by its name.
+            name = str(self.hessian_dtype).removeprefix("torch.")
+            object.__setattr__(self, "hessian_dtype", name)
         if self.lr != AUTO:
             check_at_least_0("lr", self.lr)
         check_at_least_0("weight_decay", self.weight_decay)

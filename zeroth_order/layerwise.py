@@ -1,7 +1,6 @@
-"""Running a model's modules with other weights, and giving their own back, bit for bit.
+"""Weights that stay as they are, bit for bit: each module runs with perturbed copies of its own.
 
-HiZOO (hizoo.py) uses it for half precision, where shifting weights in place and back does not
-return: they drift by rounding. Torch only.
+For half precision, where a shift that is taken back leaves rounding errors, which add up.
 """
 
 from __future__ import annotations
@@ -17,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Weights = dict[nn.Parameter, Tensor]
+from zeroth_order.weights import Weights
+
+Copies = dict[nn.Parameter, Tensor]
 # Bytes: a module's weights lie in one piece of scratch, each as a tensor of its own would.
 ALIGNMENT = 64
 
@@ -26,7 +27,7 @@ class OnlyInPlace(RuntimeError):
     """Weights of a model are read where their module does not run: shift them in place."""
 
 
-class LayerwiseWeights:
+class Layers:
     """Lets each module of a model run with other weights than its own, kept in scratch memory.
 
     As a module's forward begins, its trainable weights are written into scratch memory and swapped
@@ -56,7 +57,7 @@ class LayerwiseWeights:
 
     @contextlib.contextmanager
     def replaced(
-        self, write: Callable[[Weights], None], alone: bool = False
+        self, write: Callable[[Copies], None], alone: bool = False
     ) -> Iterator[set[nn.Parameter]]:
         """Evaluate with the weights that ``write`` puts into the tensors it is given.
 
@@ -70,7 +71,7 @@ class LayerwiseWeights:
             idle = {p: data.new_full((), torch.nan).expand(data.shape) for p, data in own.items()}
         running: set[nn.Parameter] = set()
         reached: set[nn.Parameter] = set()
-        kept: Weights = {}
+        kept: Copies = {}
         for device in {vector.device for vector in self.vectors}:
             kept |= self._written([v for v in self.vectors if v.device == device], write)
         depth: Counter[nn.Parameter] = Counter()
@@ -123,7 +124,7 @@ class LayerwiseWeights:
         """
         own = {parameter: parameter.data for parameter in self.uses}
 
-        def write(weights: Weights) -> None:
+        def write(weights: Copies) -> None:
             for parameter, scratch in weights.items():
                 scratch.copy_(own[parameter])
 
@@ -157,14 +158,14 @@ class LayerwiseWeights:
             found.append(math.isnan(float(loss())))
         return sum(found)
 
-    def _written(self, parameters: list[nn.Parameter], write: Callable[[Weights], None]) -> Weights:
+    def _written(self, parameters: list[nn.Parameter], write: Callable[[Copies], None]) -> Copies:
         """Scratch for parameters that lie together, with the weights that ``write`` puts there."""
         weights = self._borrow(parameters)
         if weights:
             write(weights)
         return weights
 
-    def _borrow(self, parameters: list[nn.Parameter]) -> Weights:
+    def _borrow(self, parameters: list[nn.Parameter]) -> Copies:
         """Scratch for a module's parameters, in the smallest free piece that is large enough."""
         if not parameters:
             return {}
@@ -185,12 +186,12 @@ class LayerwiseWeights:
             start += size
         return weights
 
-    def _give_back(self, weights: Weights) -> None:
+    def _give_back(self, weights: Copies) -> None:
         pieces = [tensor.untyped_storage() for tensor in weights.values()]
         self.free += {piece.data_ptr(): piece for piece in pieces}.values()
 
 
-def give(weights: Weights) -> None:
+def give(weights: Copies) -> None:
     """Let parameters hold these weights."""
     for parameter, weight in weights.items():
         parameter.data = weight
@@ -199,3 +200,43 @@ def give(weights: Weights) -> None:
 def kind_of(name: str) -> str:
     """Return a weight's name without the numbers of its layer and its expert."""
     return re.sub(r"\d+", "*", name)
+
+
+class LayerwiseWeights(Weights):
+    """Runs each module with a perturbed copy of its weights: exact in every dtype.
+
+    Args:
+        layers: of the model that the closure runs.
+        *args: of ``Weights``, likewise keyword arguments.
+    """
+
+    def __init__(self, layers: Layers, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.layers = layers
+
+    def prepare(self, closure: Callable[[], Any]) -> None:
+        """Try once whether the closure's model can be perturbed module by module.
+
+        Raises:
+            OnlyInPlace: it cannot.
+            RuntimeError: the loss does not depend on a weight.
+        """
+        if not self.layers.checked and (unused := self.layers.check(closure)):
+            raise RuntimeError(
+                f"the loss does not depend on {unused[0]}: freeze it before Layers(model), with "
+                "requires_grad_(False)"
+            )
+        super().prepare(closure)
+
+    def loss_at(self, closure: Callable[[], Any], direction: int, sign: float) -> float:
+        """Return the loss at θ + ``sign`` μ u/√h, with the weights themselves at θ."""
+        if not sign:
+            return float(closure())
+
+        def write(copies: Copies) -> None:
+            parameters = [self.trained[parameter] for parameter in copies]
+            for chunk, noise in self.chunks_with_noise(parameters, direction):
+                self.perturb_chunk(chunk, noise, sign, copies[chunk.of.parameter])
+
+        with self.layers.replaced(write):
+            return float(closure())

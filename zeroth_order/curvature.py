@@ -1,0 +1,106 @@
+"""h, the diagonal curvature of one parameter: an entry for each weight, or low-rank (HiZOO-L)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zeroth_order.chunks import Chunk, TrainedParameter
+from zeroth_order.noise import compute_dtype
+
+# What the optimizer's state of a parameter holds.
+OFFSET, ROWS, COLUMNS = "hessian_minus_one", "hessian_rows", "hessian_columns"
+State = dict[str, Any]
+
+
+def is_low_rank(parameter: Tensor, state: State, hessian: str) -> bool:
+    """Return whether a parameter's h is, or would be, low-rank; that of a vector never is."""
+    return ROWS in state or (hessian == "lowrank" and parameter.dim() > 1 and parameter.numel() > 0)
+
+
+def dtype_of_hessian(parameter: Tensor, state: State, wanted: str | None) -> torch.dtype:
+    """Return the dtype that a parameter's full h has, or would have."""
+    if OFFSET in state:
+        return state[OFFSET].dtype
+    if wanted is not None:
+        return getattr(torch, wanted)
+    return torch.bfloat16 if parameter.dtype == torch.float16 else parameter.dtype
+
+
+def start(trained: TrainedParameter, low_rank: bool) -> State:
+    """Return the state of h = 1.
+
+    A full h is kept as h - 1: it changes by as little as α = 1e-10 a step, and near 1 float32 would
+    swallow changes below 6e-8, bfloat16 those below 4e-3. Near 0 their digits are finer. A low-rank
+    h is a float64 vector for the rows and one for the columns.
+    """
+    parameter = trained.parameter
+    if not low_rank:
+        return {OFFSET: torch.zeros_like(parameter, dtype=trained.hessian_dtype)}
+    one = torch.ones((), dtype=torch.float64, device=parameter.device)
+    rows, *columns = parameter.shape
+    return {ROWS: one.repeat(rows), COLUMNS: one.repeat(math.prod(columns))}
+
+
+def hessian_of_chunk(chunk: Chunk, state: State) -> list[Tensor] | tuple[Tensor, ...] | None:
+    """Return h of a chunk as ``kernels`` takes it; None where h is 1.
+
+    A low-rank h is h_ij = r_i k_j / mean(r) (Adafactor, arXiv 1804.04235, section 3). It is
+    multiplied out here, outside of compiled kernels: torch.compile would cut those in two.
+    """
+    if OFFSET in state:
+        return chunk.view(state[OFFSET])
+    if ROWS not in state:
+        return None
+    dtype = compute_dtype(chunk.of.parameter.dtype)
+    rows, columns = state[ROWS], state[COLUMNS].to(dtype)
+    factors = (rows / rows.mean()).to(dtype).unsqueeze(1)
+    return tuple(factors[piece] * columns for piece in chunk.rows())
+
+
+class RowAndColumnMeans:
+    """The means of h u² over the columns and over the rows of a matrix, summed chunk by chunk."""
+
+    def __init__(self, state: State) -> None:
+        self.rows = torch.zeros_like(state[ROWS])
+        self.columns = torch.zeros_like(state[COLUMNS])
+
+    def add(self, chunk: Chunk, squares: Sequence[Tensor]) -> None:
+        """Add h u² of a chunk's pieces."""
+        for rows, square in zip(chunk.rows(), squares, strict=True):
+            self.rows[rows] += square.sum(1) / len(self.columns)
+            self.columns += square.sum(0) / len(self.rows)
+
+
+def averaged(
+    state: State, smooth: float, curvatures: Sequence[float], means: Sequence[RowAndColumnMeans]
+) -> State:
+    """Return a low-rank h after a step with smoothing α, from each direction's c and means."""
+    rows, columns = (1 - smooth) * state[ROWS], (1 - smooth) * state[COLUMNS]
+    for curvature, of_direction in zip(curvatures, means, strict=True):
+        rows += smooth * curvature * of_direction.rows
+        columns += smooth * curvature * of_direction.columns
+    return {ROWS: rows, COLUMNS: columns}
+
+
+def mean_and_max(states: Iterable[State]) -> tuple[float, float]:
+    """Return the mean and the maximum of h over all parameters that have one; (1, 1) for none."""
+    total, count, largest = 0.0, 0, 1.0
+    for state in states:
+        if ROWS in state:
+            rows, columns = state[ROWS], state[COLUMNS]
+            size, mean = rows.numel() * columns.numel(), columns.mean().item()
+            maximum = ((rows / rows.mean()).max() * columns.max()).item()
+        elif OFFSET in state and state[OFFSET].numel():
+            offset = state[OFFSET]
+            size, mean = offset.numel(), 1 + offset.mean(dtype=torch.float32).item()
+            maximum = 1 + offset.max().item()
+        else:
+            continue
+        largest = max(largest, maximum) if count else maximum
+        total, count = total + mean * size, count + size
+    return (total / count, largest) if count else (1.0, 1.0)

@@ -1,0 +1,72 @@
+"""Stochastic rounding of updates to half precision: right on average, however small the change."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# The bits that bfloat16 keeps of a float32.
+UPPER_HALF = -(1 << 16)
+
+
+def is_half(dtype: torch.dtype) -> bool:
+    """Return whether a dtype is a half-precision one."""
+    return dtype.itemsize < 4
+
+
+def added(value: Tensor, change: Tensor, bits: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return ``value`` + ``change`` as numbers that ``dtype`` can hold."""
+    if is_half(dtype):
+        return rounded_stochastically(value, change, bits, dtype)
+    return value + change.to(value.dtype)
+
+
+def rounded_stochastically(
+    value: Tensor, change: Tensor, bits: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Return ``value`` + ``change`` in float32, rounded to ``dtype``, right on average.
+
+    A change far below one unit in the last place is neither lost nor biased, for normal and
+    subnormal numbers; a change of 0 moves nothing.
+
+    Args:
+        value: float32 numbers that ``dtype`` can hold.
+        change: float32.
+        bits: random, int32; the upper ones count most.
+        dtype: bfloat16 or float16.
+    """
+    if dtype == torch.bfloat16:
+        return rounded_to_bfloat16(value, change, bits)
+    return rounded_to_units(value, change, bits, dtype)
+
+
+def rounded_to_bfloat16(value: Tensor, change: Tensor, bits: Tensor) -> Tensor:
+    """Round by adding random bits below bfloat16's last one to float32's, and cutting them off.
+
+    The sum in float32, whose last place is 2**-16 units, rounds at random too: half a last place
+    at most is added to it before.
+    """
+    power = (value.view(torch.int32) & 0x7F800000).view(torch.float32)
+    below = (bits & 0xFFFF).to(torch.float32).sub_(0x7FFF + 0.5).mul_(2**-39)
+    total = value + below.mul_(power).add_(change)
+    total = torch.where(change == 0, value, total)
+    pattern = total.view(torch.int32) + ((bits >> 16) & 0xFFFF)
+    return (pattern & UPPER_HALF).view(torch.float32)
+
+
+def rounded_to_units(value: Tensor, change: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round by moving ``value`` by whole units in the last place of the larger, old or new.
+
+    That is ``change`` in those units, rounded up with the probability of its fraction.
+    """
+    information = torch.finfo(dtype)
+    total = value + change
+    largest = torch.maximum(value.abs(), total.abs())
+    power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)
+    unit = power.clamp(min=information.smallest_normal).mul_(information.eps)
+    # Where the last place of the sum is a higher one, the sum itself is rounded to it.
+    outgrown = value.abs() < power
+    value = torch.where(outgrown, 0.0, value)
+    fraction = ((bits >> 8) & 0xFFFFFF).to(torch.float32).mul_(2**-24)
+    moves = fraction.add_(torch.where(outgrown, total, change).div_(unit)).floor_()
+    return moves.mul_(unit).add_(value)
