@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from language_model.generation import GenerationSettings, generate
 from language_model.prediction import predict
 from metrics import mean_exact_match, mean_f1
 from tasks import get_task
+from zeroth_order.layerwise import LayerwiseWeights
 
 
 def encoder(task: str) -> Encoder:
@@ -116,13 +118,13 @@ def test_generation_inside_a_layerwise_loss(
         return torch.tensor(0.0)
 
     drawn: list[int] = []
-    draw_noise = HiZOO._perturb
+    chunks_with_noise = LayerwiseWeights.chunks_with_noise
 
-    def count(self: HiZOO, draw: int, scale: int, outputs: dict | None = None) -> None:
-        drawn.append(len(outputs) if outputs else 0)
-        draw_noise(self, draw, scale, outputs)
+    def count(self: LayerwiseWeights, parameters: list, direction: int) -> Any:
+        drawn.append(len(parameters))
+        return chunks_with_noise(self, parameters, direction)
 
-    monkeypatch.setattr(HiZOO, "_perturb", count)
+    monkeypatch.setattr(LayerwiseWeights, "chunks_with_noise", count)
     layers = Layers(model)
     assert layers.check(closure) == []
     texts.clear()
@@ -135,6 +137,6 @@ def test_generation_inside_a_layerwise_loss(
     for number, sign in enumerate((1, -1)):
         moved = newline_writing_model("llama").to(dtype)
         other = HiZOO(moved.parameters(), lr=0.0, eps=0.5, hessian_smooth=0.0)
-        other._move_to((0, sign))
+        other.loss_along(lambda: 0.0, sign * 0.5)
         assert generate(moved, tokenizer, prompts, settings, 4, None) == texts[number]
     assert texts[0] != texts[1]
