@@ -233,7 +233,7 @@ class Recording:
         if state.is_world_process_zero:
             header = Header(
                 version=VERSION,
-                noise=NOISE,
+                noise=noise.VERSION,
                 step=state.global_step,
                 max_steps=state.max_steps,
                 start=start,
