@@ -132,7 +132,6 @@ def test_every_kind_of_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     [
         (None, {}, "--apply_chat_template: the tokenizer of "),
         (NO_SYSTEM, {"system_prompt": "Hello"}, "refuses it (no system here); leave it out"),
-        (TEMPLATE, {"apply_chat_template": None, "system_prompt": "Hello"}, "there is no conversa"),
         ("{{ messages[9].x.y }}", {}, "--apply_chat_template: the chat template of"),
     ],
 )

@@ -151,13 +151,11 @@ def test_bad_columns(tmp_path: Path, columns: Columns, said: str) -> None:
     ("arguments", "said"),
     [
         ({"text_column": "review", "prompt_template": "{review}"}, "exclude each other"),
-        ({"task_name": "SST2", "data_dir": SAMPLES, "validation_file": None}, "a task has its col"),
-        ({"predict_file": "reviews.csv"}, "give --predictions_file, where the answers go"),
+        ({"predict_file": "reviews.csv"}, "give --predictions_file, for the answers"),
         (
             {"trainer": "zo", "num_train": 2, "predict_file": "a", "predictions_file": "b"},
-            "a model that is trained",
+            "train with --save_model first",
         ),
-        ({"merge_adapter": True}, "nothing is trained with --trainer none"),
         ({"label_column": None}, "column 'answer' is missing"),
     ],
 )

@@ -233,16 +233,10 @@ def test_a_function_that_fails_in_training_ends_it(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"trainer": "regular"}, "a reward has no gradient for --trainer regular"),
+        ({"trainer": "regular"}, "it has no gradient for --trainer regular"),
         ({"non_diff": True}, "--reward and --non_diff exclude each other"),
-        (
-            {"reward": None, "reward_samples": 2, "max_new_tokens": None},
-            "no reward is trained on; give --reward",
-        ),
         ({"reward_samples": 0}, "--reward_samples 0: must be at least 1"),
         ({"num_beams": 2, "reward_samples": 2}, "--num_beams 2: --reward_samples 2 draws"),
-        ({"temperature": 0.7}, "--temperature 0.7: the likeliest text is taken"),
-        ({"only_train_option": "False"}, "--reward have objectives of their own"),
     ],
 )
 def test_what_does_not_go_with_a_reward(
