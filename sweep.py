@@ -93,13 +93,13 @@ class Sweep:
         files = dataclasses.replace(options.files, result_option="--output_dir")
         return bool(earlier_result(files, options.identity)) and not is_wanted_again(files)
 
-    def outcomes(self, run: Run) -> list[Outcome]:
+    def outcomes(self, run: Run, has_result: bool = True) -> list[Outcome]:
         """Return the results of a run, with the grid's arguments as its settings."""
         path, settings = self.arguments[run.name].result_path, dict(run.given)
         task = self.arguments[run.name].task.name
         missing = Outcome.of(path, {"task": task, "settings": settings}, is_finished=False)
-        found = read_outcomes(path) or [missing]
-        return [dataclasses.replace(each, settings=settings) for each in found]
+        found = read_outcomes(path) if has_result else []
+        return [dataclasses.replace(each, settings=settings) for each in found or [missing]]
 
     def entries(self) -> dict[str, dict[str, Any]]:
         """Return what the sweep's record says of each run."""
@@ -174,7 +174,9 @@ def closing_lines(sweep: Sweep, jobs: Sequence[Job]) -> Iterator[str]:
     for job in jobs:
         if job.state in ("failed", "interrupted"):
             yield f"{job.state}: {job.name}: {job.said} ({job.log})"
-    outcomes = [each for run in sweep.runs for each in sweep.outcomes(run)]
+    outcomes = []
+    for run, job in zip(sweep.runs, jobs, strict=True):
+        outcomes += sweep.outcomes(run, has_result=job.state == "finished")
     runs = {sweep.arguments[run.name].result_path: run for run in sweep.runs}
     several = len({each.task for each in outcomes}) > 1
     for task, chosen, words in best(name_data(outcomes)):
