@@ -43,8 +43,8 @@ def initialise_sharded(self, *arguments, fsdp_plugin=None, **settings):
         self.distributed_type = DistributedType.FSDP
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
-def train_and_note(self, **arguments):
-    train(self, **arguments)
+def train_and_note(self, *arguments, **named):
+    train(self, *arguments, **named)
     name = f"rank{os.environ['RANK']}"
     with open(name + ".json", "w") as file:
         json.dump(self.state.log_history, file)
