@@ -6,7 +6,7 @@ import inspect
 import math
 
 import torch
-from transformers import PreTrainedConfig, Trainer
+from transformers import Trainer
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
@@ -44,23 +44,6 @@ def check(arguments: Arguments) -> None:
         _check_optimizer(arguments)
         if arguments.fp16 and not torch.accelerator.is_available():
             raise InputError("--fp16 needs a GPU: leave it out on this machine, or give --bf16")
-
-
-def check_sizes(arguments: Arguments, config: PreTrainedConfig) -> None:
-    """Refuse what is larger than the model, once its configuration is known.
-
-    Raises:
-        InputError: names the argument and the largest value that makes sense.
-    """
-    sizes = config.get_text_config()
-    for name, largest, what in (
-        ("lora_r", getattr(sizes, "hidden_size", None), "the model's hidden size"),
-        ("num_beams", getattr(sizes, "vocab_size", None), "the tokens of the vocabulary"),
-        ("top_k", getattr(sizes, "vocab_size", None), "the tokens of the vocabulary"),
-    ):
-        value = getattr(arguments, name)
-        if largest and value is not None and value > largest:
-            raise InputError(f"--{name} {value}: must be at most {largest}, {what}")
 
 
 def steps_of_run(arguments: Arguments) -> int:

@@ -31,6 +31,8 @@ from training.replaying import return_to
 from training.scales import ChooseScales
 from utils import Diverged, Interrupted
 
+Model = PreTrainedModel | PeftModel
+
 
 @dataclass
 class Experiment:
@@ -50,37 +52,48 @@ class Experiment:
 
     def run(self, examples: ExampleSet, folder: Path) -> tuple[dict[str, Any], list[dict]]:
         """Evaluate, or train and evaluate; returns the results and the rows of predictions."""
-        evaluation, task = self.options.evaluation, self.prepared.encoder.task
-        model = load_pretrained(self.options.model)
+        evaluation, encoder = self.options.evaluation, self.prepared.encoder
+        evaluated = (examples.evaluation, examples.demonstrations)
         result: dict[str, Any] = {"train_set_seed": examples.seed}
+        model = load_pretrained(self.options.model)
         if self.options.training:
-            model = self.train(model, examples, folder, result)
+            pretrained, weights = model, self.options.weights
+            model = choose_trained_weights(model, weights, encoder.tokenizer, say)
+            start = find_start(self.options, folder, model, self.has_result)
+            for line in start.lines():
+                say(line)
+            if evaluation.eval_before_training:
+                kind = "metric_before_training"
+                result[kind], _ = self.evaluate(kind, pretrained, *evaluated)
+            if weights.mode == "linear_probing":
+                result |= self.fit_head(model, examples, folder)
+            else:
+                result |= self.train(model, examples, folder, start)
             if evaluation.no_eval:
                 return result, []
-            if examples.dev:
-                shown: list[list[Sample]] = [[]] * len(examples.dev)
-                result["dev_metric"], _ = self.evaluate(model, examples.dev, shown, "dev_metric")
-        result["metric"], predictions = self.evaluate(
-            model, examples.evaluation, examples.demonstrations, "metric"
-        )
+            if dev := examples.dev:
+                result["dev_metric"], _ = self.evaluate("dev_metric", model, dev, [[]] * len(dev))
+        result["metric"], predictions = self.evaluate("metric", model, *evaluated)
         if evaluation.verbose:
-            for line in example_lines(self.prepared.encoder, examples, predictions):
+            for line in example_lines(encoder, examples, predictions):
                 say(line)
-        return result, prediction_rows(task, examples.evaluation, predictions)
+        return result, prediction_rows(encoder.task, examples.evaluation, predictions)
 
     def evaluate(
-        self,
-        model: PreTrainedModel | PeftModel,
-        samples: list[Sample],
-        demonstrations: list[list[Sample]],
-        kind: str,
+        self, kind: str, model: Model, samples: list[Sample], shown: list[list[Sample]]
     ) -> tuple[dict[str, float], list[Prediction]]:
-        """Return the task's metrics and every prediction; ``kind`` is that of the metrics."""
+        """Return the task's metrics and every prediction.
+
+        Args:
+            kind: of the metrics: ``metric``, ``dev_metric`` or ``metric_before_training``.
+            model: to be evaluated.
+            samples: the examples.
+            shown: for every example its demonstrations.
+        """
         options, encoder = self.options.evaluation, self.prepared.encoder
         name = metric_names(self.options)[kind]
         predictions = predict(
-            *(model, encoder, samples, demonstrations, options.batch_size),
-            options.calibration,
+            *(model, encoder, samples, shown, options.batch_size, options.calibration),
             generation=self.prepared.generation,
             progress=None if options.quiet else name,
         )
@@ -89,64 +102,30 @@ class Experiment:
         return metrics, predictions
 
     def train(
-        self,
-        pretrained: PreTrainedModel | PeftModel,
-        examples: ExampleSet,
-        folder: Path,
-        result: dict[str, Any],
-    ) -> PreTrainedModel | PeftModel:
-        """Train what the options choose of a model; returns it, and adds to ``result``."""
-        options = self.options
-        model = self._with_trained_weights(pretrained, loud=True)
-        start = find_start(options, folder, model, self.has_result)
-        for line in start.lines():
-            say(line)
-        if options.evaluation.eval_before_training:
-            result["metric_before_training"], _ = self.evaluate(
-                pretrained, examples.evaluation, examples.demonstrations, "metric_before_training"
-            )
-        trained = (p.numel() for p in model.parameters() if p.requires_grad)
-        result["trained_parameters"] = sum(trained)
-        if options.weights.mode == "linear_probing":
-            result |= self._fit_head(model, examples, folder)
-        else:
-            result |= self._train_in_steps(model, examples, folder, start)
-        return model
-
-    def _with_trained_weights(
-        self, model: PreTrainedModel | PeftModel, loud: bool
-    ) -> PreTrainedModel | PeftModel:
-        tokenizer, weights = self.prepared.encoder.tokenizer, self.options.weights
-        return choose_trained_weights(model, weights, tokenizer, *([say] if loud else []))
-
-    def _train_in_steps(
-        self,
-        model: PreTrainedModel | PeftModel,
-        examples: ExampleSet,
-        folder: Path,
-        start: Start,
+        self, model: Model, examples: ExampleSet, folder: Path, start: Start
     ) -> dict[str, Any]:
         """Train ``model`` in place; returns steps, seconds and losses."""
-        options, files = self.options, self.options.files
+        options, training, files = self.options, self.options.training, self.options.files
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         recording = recording_of(options, start)
         trainer = make_trainer(options, model, self.prepared, examples, folder, recording)
         interrupt, checkpoint = SaveOnInterrupt(), start.checkpoint
-        probe, autos = None, (options.training.auto_eps, options.training.auto_curvature_eps)
+        probe, autos = None, (training.auto_eps, training.auto_curvature_eps)
         if any(autos):
             probe = ChooseScales(trainer.loss_along, trainer.recording, *autos, folder)
             trainer.add_callback(probe)
         if files.overwrite and not checkpoint:
             trainer.add_callback(RemoveEarlierCheckpoints())
-        if options.training.save_on_interrupt:
+        if training.save_on_interrupt:
             trainer.add_callback(interrupt)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         self.chosen = chosen_by_optimizer(trainer.optimizer)
         # Metrics come from the model's own dtype, not from mixed precision.
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        self._check_the_end(trainer, interrupt.received, model, folder)
-        state, replays = trainer.state, options.training.replays_best
-        if replays and state.best_global_step:
-            self._go_back(model, folder, state.best_global_step)
+        self.check_end(trainer, interrupt.received, folder)
+        state = trainer.state
+        if training.replays_best and state.best_global_step:
+            self.return_to_best(model, folder, state.best_global_step)
         if files.save_model:
             save_trained(trainer, folder, files.merge_adapter)
             say(f"model: {folder}")
@@ -154,23 +133,18 @@ class Experiment:
         if best:
             say(f"checkpoint: {best}")
         return {
+            "trained_parameters": trained,
             "steps": state.global_step,
             "train_seconds": trainer.costs.seconds,
             **trainer.costs.passes(),
             "resumed_from": start.source,
             "checkpoint": str(best) if best else None,
-            **({"best_step": state.best_global_step} if replays else {}),
+            **({"best_step": state.best_global_step} if training.replays_best else {}),
             **({"probe": probe.found} if probe else {}),
             "history": history(state.log_history, options.data.task.metric_name),
         }
 
-    def _check_the_end(
-        self,
-        trainer: ObjectiveTrainer,
-        received: str | None,
-        model: PreTrainedModel | PeftModel,
-        folder: Path,
-    ) -> None:
+    def check_end(self, trainer: ObjectiveTrainer, received: str | None, folder: Path) -> None:
         """Raise what ended the training before its last step."""
         step = trainer.state.global_step
         place = f"stopped after step {step}, checkpoint in {last_checkpoint(folder)}"
@@ -178,20 +152,18 @@ class Experiment:
             raise Interrupted(f"{received}: {place}; the same command resumes there")
         if trainer.divergence.reason:
             from_the_start = step <= self.options.training.max_skipped_steps
-            advice = advice_for_losses(model, from_the_start)
+            advice = advice_for_losses(trainer.model, from_the_start)
             raise Diverged(f"{trainer.divergence.reason}: {place}; {advice}")
 
-    def _go_back(self, model: PreTrainedModel | PeftModel, folder: Path, step: int) -> None:
+    def return_to_best(self, model: Model, folder: Path, step: int) -> None:
         """Give ``model`` the weights of the best step, from its journal."""
-        began = self._with_trained_weights(load_pretrained(self.options.model), loud=False)
+        options, tokenizer = self.options, self.prepared.encoder.tokenizer
+        began = choose_trained_weights(load_pretrained(options.model), options.weights, tokenizer)
         journal = journal_of_first_process(folder / FILE)
-        compile = self.options.training.zeroth_order.config.compile
-        return_to(model, began, journal, step, compile)
+        return_to(model, began, journal, step, options.training.zeroth_order.config.compile)
         say(f"best step: {step}, by a replay of {journal.path}")
 
-    def _fit_head(
-        self, model: PreTrainedModel, examples: ExampleSet, folder: Path
-    ) -> dict[str, Any]:
+    def fit_head(self, model: Model, examples: ExampleSet, folder: Path) -> dict[str, Any]:
         """Fit the head of ``model`` by logistic regression; returns what it was fitted to."""
         started = time.perf_counter()
         encoder, options = self.prepared.encoder, self.options
