@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -105,46 +106,49 @@ def start(
     )
 
 
-# What processes that do several runs one after another begin and end with.
+# Two processes, as torchrun starts them, that do several runs one after another.
 BEFORE_RUNS = """
 import gc, json, os, sys
 gc.disable()  # while the libraries load
 import torch
 import run, trainer
-"""
-RUNS = """
 gc.freeze()
 gc.enable()
+second = os.fork()
+rank = "0" if second else "1"
+os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+"""
+RUNS = """
 for folder, line in json.loads(sys.argv[1]):
     os.chdir(folder)
-    if os.environ["RANK"] == "0":
+    if second:
         print(f"[{os.path.basename(folder)}]", flush=True)
     if code := run.main(line):
         sys.exit(code)
+if second:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(second, 0)[1]))
 """
 
 
-def launch_runs(
-    folder: Path,
-    launcher: Sequence[str],
-    patches: str,
-    lines: Sequence[tuple[Path, list[str]]],
+def launch_two_processes(
+    folder: Path, patches: str, lines: Sequence[tuple[Path, list[str]]]
 ) -> None:
-    """Do runs in one launch of processes: loading the libraries takes longer than all of them.
+    """Do runs in two processes, one after another: loading the libraries takes longer than all.
 
-    Each is done in the folder beside its arguments, which gets a ``printed.txt``. ``patches`` is
-    executed before them.
+    The second process is a fork of the first, so that they load once. Each run is done in the
+    folder beside its arguments, which gets a ``printed.txt``. ``patches`` is executed before them.
     """
     driver = folder / "driver.py"
     driver.write_text(BEFORE_RUNS + patches + RUNS)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     done = subprocess.run(
-        [
-            *(sys.executable, *launcher, str(driver)),
-            json.dumps([(str(where), line) for where, line in lines]),
-        ],
+        [sys.executable, str(driver), json.dumps([(str(where), line) for where, line in lines])],
         cwd=folder,
         env=os.environ
-        | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        | store,
         capture_output=True,
         text=True,
         timeout=300,

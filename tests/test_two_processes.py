@@ -15,8 +15,9 @@ from running import (
     command,
     finish,
     keep_steps,
-    launch_runs,
+    launch_two_processes,
     log_of,
+    start,
     training,
     weights,
 )
@@ -90,7 +91,7 @@ DIRECTIONS = ZEROTH_ORDER | {
     **{"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
 }
 # The shares of the eval examples differ, 5 and 4: in batches of 4, two forward passes and one.
-LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 SHARDED = (
     *("--num_train", "16", "--num_dev", "4", "--num_train_epochs", "1", "--learning_rate", "1e-4"),
     *("--logging_steps", "1", "--per_device_eval_batch_size", "4", "--num_eval", "9"),
@@ -118,7 +119,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("resumed", training(folders["resumed"], **ZEROTH_ORDER | half)),
         ("sharded", sharded),
     ]
-    launch_runs(folder, LAUNCHER, NOTING, [(folders[name], line) for name, line in runs])
+    launch_two_processes(folder, NOTING, [(folders[name], line) for name, line in runs])
     return folder
 
 
@@ -136,6 +137,16 @@ def test_two_processes_evaluate_as_one(two_processes: Path, tmp_path: Path, task
         assert together.pop("scores") == pytest.approx(alone.pop("scores"), abs=1e-5)
         assert together == alone
     assert len({row["id"] for row in rows[0]}) == 7
+
+
+@pytest.mark.slow
+def test_torchrun_starts_them(two_processes: Path, tmp_path: Path) -> None:
+    process = start(evaluation(tmp_path, "SST2"), tmp_path, *TORCHRUN)
+    printed, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert printed.count("result: ") == 1
+    rows = [(f / "SST2.jsonl").read_text() for f in (tmp_path, two_processes / "evaluation")]
+    assert rows[0] == rows[1]
 
 
 def test_two_processes_write_once(two_processes: Path) -> None:
