@@ -42,7 +42,6 @@ from experiment.results import (
     earlier_result,
     is_wanted_again,
     summarize,
-    used_settings,
     write_results,
 )
 from experiment.running import Experiment, say
@@ -61,15 +60,13 @@ def run_experiment(options: Options) -> None:
         return
     transformers.set_seed(options.weights.seed)
     experiment = Experiment(options, prepare(options), has_result=earlier is not None)
-    example_sets = experiment.prepared.example_sets
-    runs = zip(example_sets, options.files.folders, strict=True)
+    runs = zip(experiment.prepared.example_sets, options.files.folders, strict=True)
     results, predictions = zip(*(experiment.run(*each) for each in runs), strict=True)
     if process_index() == 0:
-        used = used_settings(example_sets[0], experiment.prepared.encoder.max_length)
-        seconds = time.perf_counter() - started
-        summary = summarize(options, results, used | experiment.chosen, seconds)
-        write_results(options.files, summary, predictions)
-        say("\n".join(closing_lines(options, summary)))
+        result = summarize(options, experiment.prepared, results, experiment.chosen)
+        result["seconds"] = round(time.perf_counter() - started, 3)
+        write_results(options.files, result, predictions)
+        say("\n".join(closing_lines(options, result)))
 
 
 def run_command_line(argv: Sequence[str]) -> None:

@@ -36,11 +36,9 @@ class ModelOptions:
 
     Attributes:
         name: Hub id, local directory or GGUF file.
-        dtype: of the weights.
         bits: of quantised weights, 8 or 4; None: not quantised.
         spread: over all GPUs of one process.
-        device: where a model goes that is not spread; None: nowhere, sharding moves each layer.
-        trust_remote_code: run Python code that comes with the model.
+        device: of a model that is not spread; None: sharding moves each layer itself.
     """
 
     name: str
@@ -53,12 +51,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class TrainedWeights:
-    """Which weights are trained; the names are those of the arguments.
-
-    Attributes:
-        mode: lora, prefix_tuning, head_tuning, linear_probing; None: all weights, or none.
-        seed: of an adapter's first numbers.
-    """
+    """Which weights are trained; ``mode`` is one of ``TUNING_MODES``, or None: all weights."""
 
     mode: str | None = None
     seed: int = 42
@@ -77,14 +70,13 @@ class TrainedWeights:
         Raises:
             InputError: a value is of another type.
         """
-        fields = {field.name: type(field.default) for field in dataclasses.fields(cls)[1:]}
-        given = {name: settings[name] for name in fields if settings.get(name) is not None}
+        kinds = {field.name: type(field.default) for field in dataclasses.fields(cls)[1:]}
+        given = {name: settings[name] for name in kinds if settings.get(name) is not None}
         for name, value in given.items():
-            if type(value) is not fields[name]:
-                raise InputError(f"{name} {value!r}: must be of type {fields[name].__name__}")
-        return cls(
-            next((mode for mode in TUNING_MODES if settings.get(mode) is True), None), **given
-        )
+            if type(value) is not kinds[name]:
+                raise InputError(f"{name} {value!r}: must be of type {kinds[name].__name__}")
+        mode = next((mode for mode in TUNING_MODES if settings.get(mode) is True), None)
+        return cls(mode, **given)
 
 
 @dataclass(frozen=True)
@@ -101,17 +93,11 @@ class Draw:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Which examples are read and drawn."""
+    """Which examples are read and drawn, how they become tokens, and how text is generated."""
 
     task: Task
     data_dir: str | None
     draw: Draw
-
-
-@dataclass(frozen=True)
-class TextOptions:
-    """How samples become tokens, and how text is generated."""
-
     max_length: int | None
     apply_chat_template: bool
     system_prompt: str | None
@@ -132,7 +118,7 @@ class EvaluationOptions:
 
 @dataclass(frozen=True)
 class ZerothOrderOptions:
-    """How zo trains; the attributes are those of ``ZerothOrderTrainer``."""
+    """How zo trains: the arguments of ``ZerothOrderTrainer``."""
 
     config: HiZOOConfig
     smoothing: SmoothingSchedule
@@ -147,8 +133,7 @@ class TrainingOptions:
     Attributes:
         own: the Trainer's own arguments.
         zeroth_order: how zo trains; None: ``--trainer regular``.
-        auto_eps: whether a probe chooses μ.
-        auto_curvature_eps: whether it chooses the curvature's.
+        measured: whether a probe chooses μ of g, and μ of c.
         steps: of a run with as many examples as were asked for.
         examples_of_a_batch: in all processes together.
         replays_best: whether the best model comes from the journal, without checkpoints.
@@ -156,8 +141,7 @@ class TrainingOptions:
 
     own: TrainingArguments
     zeroth_order: ZerothOrderOptions | None
-    auto_eps: bool
-    auto_curvature_eps: bool
+    measured: tuple[bool, bool]
     steps: int
     examples_of_a_batch: int
     train_as_classification: bool
@@ -179,7 +163,6 @@ class Files:
 
     Attributes:
         folders: of each set's checkpoints, journal and model.
-        result: the result JSON.
         predictions: each set's rows; empty: not written.
         result_option: the argument that gives the result another name.
         resume_from: a checkpoint, "true" or "false"; None: the newest, if any.
@@ -201,9 +184,8 @@ class Identity:
 
     Attributes:
         experiment: hash of all that changes the result, but its length.
-        trainer: none, regular or zo.
         settings: of the result.
-        of_checkpoint: what decides the course of the training.
+        of_checkpoint: settings that decide the course of the training.
         length: ``max_steps`` or ``num_train_epochs``; empty without steps.
     """
 
@@ -221,7 +203,6 @@ class Options:
     model: ModelOptions
     weights: TrainedWeights
     data: DataOptions
-    texts: TextOptions
     evaluation: EvaluationOptions
     training: TrainingOptions | None
     files: Files
@@ -244,8 +225,7 @@ def options_of(arguments: Arguments) -> Options:
             arguments.trust_remote_code,
         ),
         weights=TrainedWeights.of(vars(arguments)),
-        data=_taken(DataOptions, arguments, draw=draw),
-        texts=_taken(TextOptions, arguments, generation=generation),
+        data=_taken(DataOptions, arguments, draw=draw, generation=generation),
         evaluation=_taken(
             EvaluationOptions, arguments, batch_size=arguments.per_device_eval_batch_size
         ),
@@ -268,24 +248,23 @@ def _taken(kind: type, arguments: Arguments, **others: Any) -> Any:
 
 
 def _training_options(arguments: Arguments) -> TrainingOptions:
-    is_zo = arguments.trainer == "zo"
     ours = {field.name for field in dataclasses.fields(Arguments)} | {"task"}
     ours -= {field.name for field in dataclasses.fields(TrainingArguments)}
     own = object.__new__(TrainingArguments)
     vars(own).update({n: value for n, value in vars(arguments).items() if n not in ours})
-    zeroth_order = is_zo and ZerothOrderOptions(
-        optimizer_config(arguments),
-        smoothing(arguments),
-        arguments.zo_perturbation,
-        arguments.zo_parallel,
-    )
+    zeroth_order, measured = None, (False, False)
+    if arguments.trainer == "zo":
+        config, schedule = optimizer_config(arguments), smoothing(arguments)
+        ways = (arguments.zo_perturbation, arguments.zo_parallel)
+        zeroth_order = ZerothOrderOptions(config, schedule, *ways)
+        eps = arguments.zo_eps
+        measured = (eps == AUTO, (arguments.curvature_eps or eps) == AUTO)
     return _taken(
         TrainingOptions,
         arguments,
         own=own,
-        zeroth_order=zeroth_order or None,
-        auto_eps=is_zo and arguments.zo_eps == AUTO,
-        auto_curvature_eps=is_zo and (arguments.curvature_eps or arguments.zo_eps) == AUTO,
+        zeroth_order=zeroth_order,
+        measured=measured,
         steps=steps_of_run(arguments),
         examples_of_a_batch=examples_of_a_batch(arguments),
     )

@@ -34,7 +34,7 @@ def predict_rows(options: Options, file: str) -> None:
         )
     transformers.set_seed(options.weights.seed)
     data, evaluation = options.data, options.evaluation
-    encoder = prepare_encoder(options.model, options.weights, options.texts, data)
+    encoder = prepare_encoder(options.model, options.weights, data)
     questions = read_samples(data.task, own_file("--predict_file", file), with_answers=False)
     shown = _demonstrations(data, questions)
     with locked("--predictions_file", path):
@@ -43,7 +43,7 @@ def predict_rows(options: Options, file: str) -> None:
             *(
                 evaluation.batch_size,
                 evaluation.calibration,
-                options.texts.generation,
+                data.generation,
             ),
             progress=None if evaluation.quiet else "prediction",
         )

@@ -12,7 +12,7 @@ import transformers
 from peft import PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from experiment.options import DataOptions, ModelOptions, Options, TextOptions, TrainedWeights
+from experiment.options import DataOptions, ModelOptions, Options, TrainedWeights
 from language_model.adapters import add_lora, add_prefix, random_tokens, without_adapter
 from language_model.chat import Chat
 from language_model.encoding import Encoder
@@ -27,16 +27,9 @@ from utils import InputError
 
 @dataclass(frozen=True)
 class Prepared:
-    """What all runs of an experiment share.
-
-    Attributes:
-        encoder: the task, the tokenizer, and how the two make tokens.
-        generation: how text is generated.
-        example_sets: the examples of each run.
-    """
+    """What all runs of an experiment share: how samples become tokens, and each run's examples."""
 
     encoder: Encoder
-    generation: GenerationSettings
     example_sets: list[ExampleSet]
 
 
@@ -47,35 +40,38 @@ def prepare(options: Options) -> Prepared:
         InputError: the model, the data or a number does not fit.
     """
     data = options.data
-    encoder = prepare_encoder(options.model, options.weights, options.texts, data)
+    encoder = prepare_encoder(options.model, options.weights, data)
     train, validation = load_samples(data.task, data.data_dir)
-    examples = draw_example_sets(train, validation, **vars(data.draw))
-    return Prepared(encoder, options.texts.generation, examples)
+    return Prepared(encoder, draw_example_sets(train, validation, **vars(data.draw)))
 
 
-def prepare_encoder(
-    model: ModelOptions, weights: TrainedWeights, texts: TextOptions, data: DataOptions
-) -> Encoder:
+def prepare_encoder(model: ModelOptions, weights: TrainedWeights, data: DataOptions) -> Encoder:
     """Load the tokenizer, and return how it makes tokens of samples.
 
     Raises:
         InputError: the model or a number does not fit.
     """
     config, tokenizer = load_config_and_tokenizer(model.name, model.trust_remote_code)
-    _check_sizes(config, weights, texts.generation)
-    adapter = SavedAdapter.find(model.name)
-    if adapter and not data.draw.in_context:
-        _check_trained_further(weights, adapter)
+    generation = data.generation
+    _check_sizes(config, weights, generation)
     num_prefix = weights.num_prefix if weights.mode == "prefix_tuning" else 0
-    max_length = _room_for_texts(
-        texts.max_length, config, adapter.num_prefix if adapter else num_prefix
-    )
-    chat = Chat(tokenizer, texts.system_prompt) if texts.apply_chat_template else None
+    if adapter := SavedAdapter.find(model.name):
+        num_prefix = adapter.num_prefix
+        if not data.draw.in_context:
+            _check_trained_further(weights, adapter)
+    # A prefix takes positions of its own before every text.
+    max_length = choose_max_length(data.max_length, config) - num_prefix
+    if max_length < 2:
+        raise InputError(
+            f"--num_prefix {num_prefix} leaves no room for a text in --max_length "
+            f"{max_length + num_prefix}"
+        )
+    chat = Chat(tokenizer, data.system_prompt) if data.apply_chat_template else None
     if chat:
         chat.check(model.name)
     if data.task.generation:
-        check_generation(texts.generation, tokenizer, max_length)
-    return Encoder(data.task, tokenizer, max_length, texts.generation.max_new_tokens, chat)
+        check_generation(generation, tokenizer, max_length)
+    return Encoder(data.task, tokenizer, max_length, generation.max_new_tokens, chat)
 
 
 def _check_sizes(
@@ -109,30 +105,14 @@ def _check_trained_further(weights: TrainedWeights, adapter: SavedAdapter) -> No
             )
 
 
-def _room_for_texts(requested: int | None, config: PreTrainedConfig, num_prefix: int) -> int:
-    """Return the tokens that a text may have; a prefix takes positions of its own before it."""
-    max_length = choose_max_length(requested, config) - num_prefix
-    if max_length < 2:
-        raise InputError(
-            f"--num_prefix {num_prefix} leaves no room for a text in --max_length "
-            f"{max_length + num_prefix}"
-        )
-    return max_length
-
-
 def load_pretrained(options: ModelOptions) -> PreTrainedModel | PeftModel:
     """Load the model anew: each run starts from the pre-trained weights, or from a saved adapter.
 
     Raises:
         InputError: there is no such model, or it does not fit the options.
     """
-    model = load_model(
-        options.name,
-        options.dtype,
-        options.bits,
-        options.spread,
-        options.trust_remote_code,
-    )
+    o = options
+    model = load_model(o.name, o.dtype, o.bits, o.spread, o.trust_remote_code)
     if options.device and getattr(model, "hf_device_map", None) is None:
         model.to(options.device)
     return model

@@ -7,7 +7,6 @@ another one does not write over it.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.metadata
 import json
 import math
@@ -20,9 +19,9 @@ from typing import Any
 from command_line.arguments import Arguments, plain_value
 from command_line.settings import NOT_OF_THE_RESULT
 from experiment.options import Files, Identity, Options
+from experiment.preparation import Prepared
 from experiment.provenance import provenance
 from language_model.prediction import Prediction
-from task_data.sampling import ExampleSet
 from tasks import Sample, Task
 from utils import InputError, write_json, write_json_lines
 
@@ -39,29 +38,22 @@ USED = ("num_train", "num_dev", "num_eval", "max_length", "hessian_dtype", "zo_p
 def prediction_rows(
     task: Task, samples: Sequence[Sample], predictions: Sequence[Prediction]
 ) -> list[dict[str, Any]]:
-    """Return the rows of ``--predictions_file``: option index or text, and whether it is right.
-
-    With a reward each text's own stands there too.
-    """
-    answers = dataclasses.replace(task, reward=None)
+    """Return the rows of ``--predictions_file``: option index or text, and whether it is right."""
+    answers = [prediction.answer for prediction in predictions]
+    rewards = task.rewards(answers, samples) if task.reward else []
+    scored = dataclasses.replace(task, reward=None)
     rows: list[dict[str, Any]] = []
-    for sample, prediction in zip(samples, predictions, strict=True):
+    for number, (sample, prediction) in enumerate(zip(samples, predictions, strict=True)):
         answer, scores = prediction.answer, prediction.scores
-        right = None
+        row = {"id": sample.id, "prediction": answer, "correct": None, "scores": None}
+        if scores is not None:
+            row |= {"prediction": sample.candidates.index(answer), "scores": list(scores)}
         if task.answer_column:
-            metrics = answers.score([answer], [sample])
-            right = (metrics["em"] if task.generation else metrics["accuracy"]) == 1.0
-        rows.append(
-            {
-                "id": sample.id,
-                "prediction": answer if scores is None else sample.candidates.index(answer),
-                "correct": right,
-                "scores": None if scores is None else list(scores),
-            }
-        )
-    if task.reward:
-        values = task.rewards([prediction.answer for prediction in predictions], samples)
-        rows = [row | {"reward": value} for row, value in zip(rows, values, strict=True)]
+            metrics = scored.score([answer], [sample])
+            row["correct"] = metrics["em" if task.generation else "accuracy"] == 1.0
+        if rewards:
+            row["reward"] = rewards[number]
+        rows.append(row)
     return rows
 
 
@@ -90,35 +82,35 @@ def history(
 
 
 def summarize(
-    options: Options, runs: Sequence[dict[str, Any]], used: Mapping[str, Any], seconds: float
+    options: Options, prepared: Prepared, runs: Sequence[dict[str, Any]], chosen: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the content of the result JSON: one run as it is, several with their mean.
 
     Args:
         options: of all runs.
+        prepared: the tokens and examples that were used.
         runs: the result of each.
-        used: settings as they came to be.
-        seconds: of all runs together.
+        chosen: values of settings that were "auto".
     """
-    outcome = runs[0] if len(runs) == 1 else {**over_sets(runs), "runs": runs}
+    examples = prepared.example_sets[0]
+    shown = len(examples.demonstrations[0]) if examples.demonstrations else 0
+    used = {
+        "num_train": len(examples.train) or shown,
+        "num_dev": len(examples.dev),
+        "num_eval": len(examples.evaluation),
+        "max_length": prepared.encoder.max_length,
+    }
     return {
         "task": options.data.task.name,
         "model": options.model.name,
         "trainer": options.identity.trainer,
         "experiment": options.identity.experiment,
-        **outcome,
-        "seconds": round(seconds, 3),
+        **(runs[0] if len(runs) == 1 else {**over_sets(runs), "runs": runs}),
         **provenance(options.model.device),
-        "settings": {**options.identity.settings, **used},
-        "versions": versions(),
+        "settings": {**options.identity.settings, **used, **chosen},
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in VERSIONS},
     }
-
-
-@functools.cache
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries that a result depends on."""
-    libraries = {name: importlib.metadata.version(name) for name in VERSIONS}
-    return {"python": platform.python_version(), **libraries}
 
 
 def over_sets(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -131,17 +123,6 @@ def over_sets(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
             name: statistics.stdev(numbers) for name, numbers in values.items()
         }
     return outcome
-
-
-def used_settings(examples: ExampleSet, max_length: int) -> dict[str, int]:
-    """Return how many examples there really were, and tokens of a text at most."""
-    shown = len(examples.demonstrations[0]) if examples.demonstrations else 0
-    return {
-        "num_train": len(examples.train) or shown,
-        "num_dev": len(examples.dev),
-        "num_eval": len(examples.evaluation),
-        "max_length": max_length,
-    }
 
 
 def write_results(

@@ -94,7 +94,7 @@ class Experiment:
         name = metric_names(self.options)[kind]
         predictions = predict(
             *(model, encoder, samples, shown, options.batch_size, options.calibration),
-            generation=self.prepared.generation,
+            generation=self.options.data.generation,
             progress=None if options.quiet else name,
         )
         metrics = encoder.task.score([prediction.answer for prediction in predictions], samples)
@@ -110,9 +110,9 @@ class Experiment:
         recording = recording_of(options, start)
         trainer = make_trainer(options, model, self.prepared, examples, folder, recording)
         interrupt, checkpoint = SaveOnInterrupt(), start.checkpoint
-        probe, autos = None, (training.auto_eps, training.auto_curvature_eps)
-        if any(autos):
-            probe = ChooseScales(trainer.loss_along, trainer.recording, *autos, folder)
+        probe = None
+        if any(training.measured):
+            probe = ChooseScales(trainer.loss_along, trainer.recording, *training.measured, folder)
             trainer.add_callback(probe)
         if files.overwrite and not checkpoint:
             trainer.add_callback(RemoveEarlierCheckpoints())

@@ -13,12 +13,11 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from experiment.options import Options, TrainingOptions
+from experiment.options import Options
 from experiment.preparation import Prepared
 from hizoo import HiZOO
 from language_model.adapters import save_merged
 from language_model.encoding import Encoder
-from language_model.generation import GenerationSettings
 from language_model.objectives import (
     NegativeTextMetric,
     Objective,
@@ -48,31 +47,26 @@ class Training(NamedTuple):
 
 
 def choose_objective(
-    options: TrainingOptions, model: PreTrainedModel | PeftModel, prepared: Prepared
+    options: Options, model: PreTrainedModel | PeftModel, encoder: Encoder
 ) -> Training:
     """Return what training minimises."""
-    encoder, generation = prepared.encoder, prepared.generation
+    training, task, generation = options.training, encoder.task, options.data.generation
     packed = functools.partial(collate, share_prompt=can_share_prompt(model, encoder.max_length))
-    if options.train_as_classification:
+    if training.train_as_classification:
         return Training(classification_loss, encoder.options, packed)
-    if encoder.task.reward or (options.non_diff and encoder.task.generation):
-        return _text_objective(options, encoder, generation)
-    if options.non_diff:
+    if not task.reward and not training.non_diff:
+        only_option = training.only_train_option
+        encode = functools.partial(encoder.correct_option, only_option=only_option)
+        return Training(language_model_loss, encode, packed)
+    if not task.generation:
         return Training(negative_accuracy, encoder.options, packed)
-    encode = functools.partial(encoder.correct_option, only_option=options.only_train_option)
-    return Training(language_model_loss, encode, packed)
-
-
-def _text_objective(
-    options: TrainingOptions, encoder: Encoder, generation: GenerationSettings
-) -> Training:
-    """Return the metric of generated texts; several texts of a prompt are sampled."""
-    metric, count = options.non_diff_metric or "f1", 1
-    if encoder.task.reward:
-        metric, count = "reward", options.reward_samples
+    metric, count = training.non_diff_metric or "f1", 1
+    if task.reward:
+        # Several texts of a prompt are sampled.
+        metric, count = "reward", training.reward_samples
         generation = replace(generation, sampling=generation.sampling or count > 1)
     objective = NegativeTextMetric(
-        encoder.task, metric, encoder.tokenizer, generation, count, options.own.seed
+        task, metric, encoder.tokenizer, generation, count, training.own.seed
     )
     return Training(
         objective, lambda sample: PromptExample(encoder.prompt(sample), sample), collate_prompts
@@ -93,7 +87,7 @@ def make_trainer(
         InputError: the model, the machine and the options do not go together.
     """
     training, identity = options.training, options.identity
-    chosen = choose_objective(training, model, prepared)
+    chosen = choose_objective(options, model, prepared.encoder)
     own = copy.copy(training.own)
     own.output_dir = str(output_dir)
     shared = {
@@ -126,7 +120,7 @@ def dev_metric(
     def measure(model: PreTrainedModel) -> dict[str, float]:
         predictions = predict(
             *(model, prepared.encoder, dev, [()] * len(dev), evaluation.batch_size),
-            generation=prepared.generation,
+            generation=options.data.generation,
             progress=None if evaluation.quiet else f"dev {task.metric_name}",
         )
         return task.score([prediction.answer for prediction in predictions], dev)
