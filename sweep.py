@@ -6,11 +6,18 @@ python sweep.py --learning_rate 1e-6 1e-7 --seed 0 1 2 -- ARGUMENTS OF run.py
 
 from __future__ import annotations
 
+import signal
+import sys
+
+from sweeps.reading import begin, read_command_line
+
+if __name__ == "__main__":
+    # What is wrong is said before torch and transformers are imported, which takes seconds.
+    begin(sys.argv[1:])
+
 import dataclasses
 import os
 import shlex
-import signal
-import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,7 +35,6 @@ from experiment.preparation import Prepared, prepare
 from experiment.results import USED, earlier_result, is_wanted_again
 from language_model.loading import leave_out_loading_bars
 from sweeps.grid import Grid, Run, words_of
-from sweeps.reading import make_parser, read_command_line
 from sweeps.results import (
     MISSING,
     SEEDS,
@@ -71,11 +77,14 @@ class Sweep:
                 settle_dtype(arguments)
             except InputError as error:
                 raise InputError(f"{run.name}: {error}") from error
+        for line in dict.fromkeys(each.warning for each in self.arguments.values()):
+            if line:
+                print(line, file=sys.stderr)
 
     def words(self, run: Run) -> tuple[str, ...]:
         """Return a run's whole command line."""
         places = {"result_file": f"{self.folder / run.name}.json"}
-        if run.given.get("trainer", "none") != "none":  # only training writes checkpoints
+        if run.values.trainer != "none":  # only training writes checkpoints
             places["output_dir"] = str(self.folder / run.name)
         return (*run.words, *words_of(places))
 
@@ -95,7 +104,7 @@ class Sweep:
 
     def outcomes(self, run: Run, has_result: bool = True) -> list[Outcome]:
         """Return the results of a run, with the grid's arguments as its settings."""
-        path, settings = self.arguments[run.name].result_path, dict(run.given)
+        path, settings = self.arguments[run.name].result_path, run.values.given
         task = self.arguments[run.name].task.name
         missing = Outcome.of(path, {"task": task, "settings": settings}, is_finished=False)
         found = read_outcomes(path) if has_result else []
@@ -125,7 +134,9 @@ def print_plans(sweep: Sweep, jobs: int) -> None:
     rows, left = [], []
     for run in sweep.runs:
         options = options_of(sweep.arguments[run.name])
-        samples = repr({n: v for n, v in run.given.items() if n not in WITHOUT_EFFECT_ON_SAMPLES})
+        samples = repr(
+            {n: v for n, v in run.values.given.items() if n not in WITHOUT_EFFECT_ON_SAMPLES}
+        )
         if samples not in prepared:
             prepared[samples] = prepare(options)
         plan = make_plan(options, prepared[samples])
@@ -211,9 +222,6 @@ def sweep_command_line(argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command line; returns the exit code (``sweeps.reading.DESCRIPTION``)."""
-    if not argv:
-        make_parser().print_help()
-        return 2
     leave_out_loading_bars()
     return exit_code(lambda: sweep_command_line(argv))
 

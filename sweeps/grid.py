@@ -19,16 +19,16 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from command_line.config_files import NOTHING, Entry, Loader, read_yaml, typed
-from command_line.reading import argument_name, explain_unknown, given_names, read_values
+from command_line.contradictions import check_values
+from command_line.reading import Values, argument_name, explain_unknown, given_names, read_values
 from utils import InputError
 
-# Values of arguments by name, as the user types them.
-Values = dict[str, str]
+# Arguments by name, as the user types them.
+Typed = dict[str, str]
 
 # The sweep sets these for every run.
 OF_THE_SWEEP = ("output_dir", "result_file", "tag", "predictions_file", "resume_from_checkpoint")
@@ -44,13 +44,13 @@ class Run:
         name: the stem of its files in the sweep's folder.
         choice: its values of the grid's lists.
         words: its command line without ``--output_dir`` and ``--result_file``.
-        given: the arguments in ``words``, parsed.
+        values: what ``words`` mean.
     """
 
     name: str
-    choice: Values
+    choice: Typed
     words: tuple[str, ...]
-    given: Mapping[str, Any]
+    values: Values
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class Grid:
         further: words that end every command line.
     """
 
-    fixed: Values
-    axes: dict[str, list[Values]]
+    fixed: Typed
+    axes: dict[str, list[Typed]]
     further: tuple[str, ...] = ()
 
     def runs(self) -> list[Run]:
@@ -82,15 +82,16 @@ class Grid:
             name = name_of(choice)
             words = (*words_of(self.fixed | choice), *self.further)
             try:
-                given = read_values(words).given
+                values = read_values(words)
+                check_values(values)
             except InputError as error:
                 raise InputError(f"{name}: {error}") from error
-            # Parsed values are compared: 1e-4 and 0.0001 are the same run.
-            if any(run.given == given for run in runs):
+            # 1e-4 and 0.0001 are the same run.
+            if any(run.values.given == values.given for run in runs):
                 raise InputError(f"the grid has the same run twice: {' '.join(words_of(choice))}")
             if any(run.name == name for run in runs):
                 name = name_of(choice, hashed=True)
-            runs.append(Run(name, choice, words, given))
+            runs.append(Run(name, choice, words, values))
         return runs
 
 
@@ -129,13 +130,13 @@ def read_grid(
     return Grid(fixed, axes | typed_lists, tuple(further))
 
 
-def words_of(values: Values) -> tuple[str, ...]:
+def words_of(values: Typed) -> tuple[str, ...]:
     """Return arguments as words of a command line, without those that have no value."""
     given = {name: value for name, value in values.items() if value not in NOTHING}
     return tuple(word for name, value in given.items() for word in (f"--{name}", value))
 
 
-def name_of(choice: Values, hashed: bool = False) -> str:
+def name_of(choice: Typed, hashed: bool = False) -> str:
     """Return a file name for a choice; a long one or an ambiguous one ends in a hash."""
     name = ",".join(f"{name}={_for_a_file(value)}" for name, value in choice.items())
     if hashed or len(name) > LONGEST_NAME:
@@ -150,7 +151,7 @@ def _for_a_file(value: str) -> str:
     return re.sub(r"[^\w.+-]", "_", last, flags=re.ASCII).lstrip(".") or "none"
 
 
-def _names_in(choices: Iterable[Values]) -> list[str]:
+def _names_in(choices: Iterable[Typed]) -> list[str]:
     return list(dict.fromkeys(name for choice in choices for name in choice))
 
 
@@ -172,8 +173,8 @@ def _entry(name: str, words: Sequence[str]) -> Entry:
 
 def _sort(entries: Mapping[str, Entry]) -> Grid:
     """Part entries into arguments of every run and lists of choices."""
-    fixed: Values = {}
-    axes: dict[str, list[Values]] = {}
+    fixed: Typed = {}
+    axes: dict[str, list[Typed]] = {}
     for key, (place, value) in entries.items():
         values = value if isinstance(value, list) else [value]
         if not values:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from sweeps.grid import Grid, read_grid
-from utils import InputError, OneLineParser
+from utils import InputError, OneLineParser, exit_code
 
 USAGE = "python sweep.py [GRID.yaml] [--NAME VALUES…]… [OPTIONS] [-- ARGUMENTS OF run.py]"
 DESCRIPTION = """\
@@ -87,3 +88,16 @@ def read_command_line(argv: Sequence[str]) -> tuple[argparse.Namespace, Grid]:
         name = Path(files[0]).stem if files else f"sweep-{content[:8]}"
         options.output_dir = Path("result") / name
     return options, read_grid(Path(files[0]) if files else None, lists, further)
+
+
+def begin(argv: Sequence[str]) -> None:
+    """Refuse a command line that makes no sense before torch is imported, and print the help.
+
+    Raises:
+        SystemExit: it makes no sense, or only help is wanted.
+    """
+    if not argv:
+        make_parser().print_help()
+        sys.exit(2)
+    if code := exit_code(lambda: int(not read_command_line(argv)[1].runs())):
+        sys.exit(code)

@@ -11,7 +11,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from command_line.settings import NOT_OF_THE_RESULT
+from command_line.declarations import NOTHING
+from command_line.reading import DECLARED
 from utils import InputError, write_json
 
 # In a sweep's folder: the settings and the command line of each run.
@@ -20,8 +21,10 @@ RECORD = "sweep.json"
 SEEDS = ("seed", "data_seed", "train_set_seed")
 # Runs of one task that differ in these solve different problems.
 DATA = ("data_dir", "train_file", "validation_file", "reward")
-# Of all places, only the model is a setting.
-NO_SETTING = {*NOT_OF_THE_RESULT, *SEEDS, "num_train_sets"} - {"model_name"}
+# Arguments that tell no settings apart. Of all places, only the model is a setting.
+NO_SETTING = {name for name, each in DECLARED.items() if each.decides == NOTHING}
+NO_SETTING |= {*SEEDS, "num_train_sets"}
+NO_SETTING -= {"model_name"}
 METRICS = ("metric", "dev_metric", "metric_before_training")
 NUMBERS = (
     *("forward_passes", "backward_passes", "steps", "trained_parameters"),

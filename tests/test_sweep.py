@@ -35,6 +35,7 @@ task_name: SST2
 model_name: {model}
 data_dir: {data}
 trainer: zo
+num_train: 12
 learning_rate: [1e-3, 1e-4]
 method:
   - {{hessian_smooth_type: constant0}}
@@ -126,8 +127,11 @@ def test_the_command_line_alone_and_over_a_file(tmp_path: Path) -> None:
     assert all(line.count("--seed") == 1 for line in words)
     assert [("--lora_r" in line, "--sfc" in line) for line in words] == [(1, 0), (0, 0)] * 2
     # The values of an argument may begin with a brace.
-    runs = read_grid(None, {"prompt_template": ["{review} It was", "{review}"]}, []).runs()
-    assert [run.given["prompt_template"] for run in runs] == ["{review} It was", "{review}"]
+    (tmp_path / "films.csv").write_text("review,stars\nFine.,2\nDull.,1\n")
+    rows = ["--validation_file", str(tmp_path / "films.csv"), "--label_column", "stars"]
+    templates = {"prompt_template": ["{review} It was", "{review}"]}
+    runs = read_grid(None, templates, [*rows, "--model_name", str(MODEL)]).runs()
+    assert [run.values.given["prompt_template"] for run in runs] == ["{review} It was", "{review}"]
 
 
 def test_values_are_what_they_say_and_names_are_fit_for_files() -> None:
@@ -135,7 +139,7 @@ def test_values_are_what_they_say_and_names_are_fit_for_files() -> None:
         "model_name": ["facebook/opt-13b", "other/opt-13b", "a/b c:d"],
         "eval-strategy": ["no"],
     }
-    runs = read_grid(None, lists, []).runs()
+    runs = read_grid(None, lists, ["--task_name", "SST2", "--data_dir", str(SAMPLES)]).runs()
     assert [run.choice["eval_strategy"] for run in runs] == ["no"] * 3
     assert runs[2].name == "model_name=b_c_d,eval_strategy=no"
     assert len({run.name for run in runs}) == 3 and all("/" not in run.name for run in runs)
