@@ -80,7 +80,7 @@ def warning(values: Any, unmet: dict[str, Effect]) -> str | None:
     reasons: dict[str, list[str]] = {}
     for name, effect in unmet.items():
         if name in values.given_by_user and asks_for_something(values, name):
-            reasons.setdefault(effect.otherwise.format(values=values), []).append(f"--{name}")
+            reasons.setdefault(_reason(effect, values), []).append(f"--{name}")
     shown = [f"{', '.join(names)} ({reason})" for reason, names in reasons.items()]
     shown += values.ignored
     return f"warning: no effect here: {', '.join(shown)}" if shown else None
@@ -114,7 +114,12 @@ def _refused(values: Any) -> list[str]:
         effect = _unmet(values, name) if name in values.given else None
         if effect and effect.refused and asks_for_something(values, name):
             reasons.setdefault(effect.otherwise, []).append(show_argument(values, name))
-    return [f"{', '.join(shown)}: {reason}" for reason, shown in reasons.items()]
+    return [f"{', '.join(shown)}: {reason}; leave it out" for reason, shown in reasons.items()]
+
+
+def _reason(effect: Effect, values: Any) -> str:
+    of_task = "{task}" in effect.otherwise
+    return effect.otherwise.format(task=values.task.name) if of_task else effect.otherwise
 
 
 def _is_given(values: Any, name: str) -> bool:

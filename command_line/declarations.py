@@ -24,17 +24,15 @@ class Effect:
     """A condition under which an argument has an effect.
 
     Attributes:
-        where: the condition in words, for docs/arguments.md.
+        otherwise: why there is no effect where it is not met; ``{task}`` is the task's name.
         holds: whether it is met; takes the values of a command line.
-        otherwise: why there is no effect where it is not met; ``{values}`` is the command line.
         inside: a wider condition, which has to be met as well.
         refused: ignoring the argument would give another result than the user asked for, so the
             run is refused.
     """
 
-    where: str
-    holds: Callable[[Any], object]
     otherwise: str
+    holds: Callable[[Any], object]
     inside: Effect | None = None
     refused: bool = False
 
@@ -42,6 +40,9 @@ class Effect:
         """Return the widest condition that is not met, None if all are."""
         outer = self.inside.unmet(values) if self.inside else None
         return outer or (None if self.holds(values) else self)
+
+
+OF_THE_GROUP = Effect("", bool)
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class Declaration:
         fraction: below 1 it is a fraction of the run's steps, otherwise a whole number of them.
         words: texts that may stand in place of a number.
         choices: all values there are.
-        effect: where it has one; None: in every run.
-        decides: ``TRAINING``, ``RESULT`` or ``NOTHING``.
+        effect: where it has one; None: in every run; ``OF_THE_GROUP``: the group's ``_effect``.
+        decides: ``TRAINING``, ``RESULT`` or ``NOTHING``; empty: the group's ``_decides``.
         name, kind, default: those of the dataclass field, filled in by ``declared``.
     """
 
@@ -69,8 +70,8 @@ class Declaration:
     fraction: bool = False
     words: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
-    effect: Effect | None = None
-    decides: str = TRAINING
+    effect: Effect | None = OF_THE_GROUP
+    decides: str = ""
     name: str = ""
     kind: type = str
     default: Any = None
@@ -153,4 +154,6 @@ def declared(group: type) -> Iterator[Declaration]:
             kind=str if get_origin(kind) is Literal else kind,
             choices=choices,
             default=field.default,
+            effect=group._effect if found.effect is OF_THE_GROUP else found.effect,
+            decides=found.decides or group._decides,
         )

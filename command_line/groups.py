@@ -5,121 +5,106 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from command_line.declarations import NOTHING, RESULT, argument
-from command_line.effects import (
-    CALIBRATION,
-    CONVERSATION,
-    DEV_EXAMPLES,
-    END,
-    EVALUATION,
-    GENERATES,
-    OWN_COLUMNS,
-    OWN_FILES,
-    PREDICTION,
-    REWARD,
-    REWARD_OBJECTIVE,
-    SAMPLES,
-    SETS,
-    TRAINED,
-)
+from command_line import effects as when
+from command_line.declarations import NOTHING, RESULT, TRAINING, argument
 
 
 @dataclass
 class TaskAndData:
     """Task and data."""
 
+    _effect, _decides = None, NOTHING
+
     task_name: str | None = argument(
         None,
-        "Task, in any case: SST2, RTE, CB, BoolQ, WSC, WIC, MultiRC, Copa, ReCoRD, SQuAD or DROP. "
-        "Excludes --train_file and --validation_file.",
-        decides=NOTHING,
+        "Task, in any case: SST2, RTE, CB, BoolQ, WSC, WIC, MultiRC, Copa, ReCoRD, SQuAD or DROP.",
     )
     data_dir: str | None = argument(
         None,
         "Folder with <task>/train.jsonl and validation.jsonl (or .parquet) in the Hub's columns. "
-        "Default: the data sets are loaded from the Hub. Excludes --train_file and "
-        "--validation_file.",
-        decides=NOTHING,
+        "Default: the Hub.",
     )
     train_file: str | None = argument(
         None,
-        "Your own training examples (or demonstrations): JSON Lines, CSV or Parquet with prompt, "
-        "answer and, to choose from, options. Excludes --task_name and --data_dir.",
-        decides=NOTHING,
+        "Your own training examples or demonstrations: JSON Lines, CSV or Parquet with prompt, "
+        "answer and, to choose from, options.",
     )
     validation_file: str | None = argument(
         None,
         "Your own examples to report on, in the columns of --train_file. Default: a tenth of "
-        "--train_file is held out. Excludes --task_name and --data_dir.",
-        decides=NOTHING,
+        "--train_file is held out.",
     )
     text_column: str | None = argument(
         None,
-        "Column of your own files that is the prompt. Default: prompt. Excludes --prompt_template.",
-        effect=OWN_COLUMNS,
+        "Column of your own files that is the prompt. Default: prompt.",
+        effect=when.OWN_COLUMNS,
+        decides=TRAINING,
     )
     label_column: str | None = argument(
         None,
-        "Column of your own files that is the class; its different values in the first file are "
-        "the options. Default: the columns options and answer.",
-        effect=OWN_COLUMNS,
+        "Column of your own files with classes; its different values in the first file are the "
+        "options. Default: the columns options and answer.",
+        effect=when.OWN_COLUMNS,
+        decides=TRAINING,
     )
     prompt_template: str | None = argument(
         None,
         "Prompt made of columns of your own files, as in '{title}: {review}\\nIt was'. Default: "
-        "the column prompt. Excludes --text_column.",
-        effect=OWN_COLUMNS,
+        "the column prompt.",
+        effect=when.OWN_COLUMNS,
+        decides=TRAINING,
     )
     predict_file: str | None = argument(
         None,
-        "Rows without an answer, in the columns of --train_file or of the task: what the model "
-        "says to each goes into --predictions_file. For --trainer none. Default: none.",
-        effect=PREDICTION,
-        decides=NOTHING,
+        "Rows without an answer, in the columns of --train_file or of the task; the model's "
+        "answers go to --predictions_file. Default: none.",
+        effect=when.PREDICTION,
     )
     metric: Literal["accuracy", "f1", "em"] | None = argument(
         None,
         "First metric of your own examples: accuracy for options, f1 or em (exact match) for "
         "generated answers. Default: accuracy, or f1.",
-        effect=OWN_FILES,
+        effect=when.OWN_FILES,
         decides=RESULT,
     )
     num_train: int = argument(
         0,
-        "Training examples; with --trainer none the demonstrations before each text. 0: "
-        "zero-shot. MeZO and HiZOO papers: 1000 to train on, 32 demonstrations.",
+        "Training examples; with --trainer none the demonstrations before each text. MeZO and "
+        "HiZOO papers: 1000 to train on, 32 demonstrations.",
         at_least=0,
+        decides=TRAINING,
     )
     num_dev: int | None = argument(
         None,
-        "Dev examples, drawn from the training split together with --num_train, for the dev loss "
-        "and the dev metric of a training run. Default: none. MeZO and HiZOO papers: 500.",
+        "Dev examples for dev loss and dev metric, drawn from the training split together with "
+        "--num_train. Default: none. MeZO and HiZOO papers: 500.",
         at_least=0,
-        effect=DEV_EXAMPLES,
+        effect=when.DEV_EXAMPLES,
+        decides=TRAINING,
     )
     num_eval: int | None = argument(
         None,
-        "Examples drawn from the validation split to report on. Default: all of them. MeZO and "
-        "HiZOO papers: 1000.",
+        "Examples of the validation split to report on. Default: all. MeZO and HiZOO papers: 1000.",
         "--num_test",
         at_least=1,
-        effect=EVALUATION,
+        effect=when.EVALUATION,
         decides=RESULT,
     )
     num_train_sets: int | None = argument(
         None,
-        "Number of training (demonstration) sets, drawn with seeds 0, 1, …; each is a run of its "
-        "own. Default: one run. Excludes --train_set_seed.",
+        "Training (demonstration) sets, drawn with seeds 0, 1, …; each is a run of its own. "
+        "Default: one.",
         at_least=1,
-        effect=SETS,
+        effect=when.SETS,
         decides=RESULT,
     )
     train_set_seed: int | None = argument(
         None,
         "Seed of one training (demonstration) set and of the eval draw. Default: training uses 0; "
-        "in context every eval example gets demonstrations of its own. Excludes --num_train_sets.",
+        "in context every eval example gets demonstrations of its own.",
         at_least=0,
         below=2**32,
+        decides=TRAINING,
     )
 
 
@@ -127,36 +112,28 @@ class TaskAndData:
 class Model:
     """Model."""
 
+    _effect, _decides = None, TRAINING
+
     model_name: str | None = argument(
         None, "Causal language model: Hub id, local directory or GGUF file.", decides=NOTHING
     )
-    load_float16: bool = argument(
-        False,
-        "Load the weights in float16. Default: float32. Excludes --load_bfloat16 and "
-        "--load_saved_dtype.",
-    )
+    load_float16: bool = argument(False, "Load the weights in float16. Default: float32.")
     load_bfloat16: bool = argument(
         False,
-        "Load the weights in bfloat16. Default: float32. With --trainer zo take --zo_eps 1e-2: "
-        "losses are rounded by as much as 1e-3 changes them. Excludes "
-        "--load_float16 and --load_saved_dtype.",
+        "Load the weights in bfloat16. With --trainer zo take --zo_eps 1e-2: losses are rounded "
+        "by as much as 1e-3 changes them. Default: float32.",
     )
     load_saved_dtype: bool = argument(
         False,
-        "On a GPU, load the weights in the half precision that the model was saved in: float16, or "
-        "bfloat16 where the GPU has it. Otherwise, and on a CPU, in float32. Excludes "
-        "--load_float16, --load_bfloat16, --load_int8 and --load_int4.",
+        "On a GPU, load the weights in the half precision that the model was saved in: float16, "
+        "or bfloat16 where the GPU has it. Otherwise float32.",
         decides=RESULT,
     )
     load_int8: bool = argument(
         False,
-        "Load 8-bit weights with bitsandbytes, for --trainer none or adapters (--lora, "
-        "--prefix_tuning). Needs a CUDA GPU. Excludes --load_int4 and --load_saved_dtype.",
+        "Load 8-bit weights with bitsandbytes, for --trainer none or adapters. Needs a CUDA GPU.",
     )
-    load_int4: bool = argument(
-        False,
-        "As --load_int8, with 4-bit weights (NF4). Excludes --load_int8 and --load_saved_dtype.",
-    )
+    load_int4: bool = argument(False, "As --load_int8, with 4-bit weights (NF4).")
     max_length: int | None = argument(
         None,
         "Tokens of a text at most; longer ones are cut on the left. Default: 2048, or the model's "
@@ -165,13 +142,13 @@ class Model:
     )
     apply_chat_template: bool = argument(
         False,
-        "Put prompts, demonstrations and answers through the tokenizer's chat template, as turns "
-        "of user and assistant, for scoring, generation and training. For instruct models.",
+        "Put prompts, demonstrations and answers through the tokenizer's chat template, for "
+        "scoring, generation and training. For instruct models.",
     )
     system_prompt: str | None = argument(
         None,
-        "What the system says first, with --apply_chat_template. Default: what the template says.",
-        effect=CONVERSATION,
+        "What the system says first. Default: what the chat template says.",
+        effect=when.CONVERSATION,
     )
     no_auto_device: bool = argument(
         False,
@@ -189,18 +166,15 @@ class Model:
 class InContextLearning:
     """In-context learning. Both need --trainer none, and exclude each other."""
 
+    _effect, _decides = when.CALIBRATION, RESULT
+
     sfc: bool = argument(
         False,
-        "Calibrate scores with a content-free prompt (surface form competition, arXiv 2104.08315). "
-        "Not for SQuAD and DROP. Excludes --icl_sfc.",
-        effect=CALIBRATION,
-        decides=RESULT,
+        "Calibrate scores with a content-free prompt (surface form competition, arXiv "
+        "2104.08315). Not for SQuAD and DROP.",
     )
     icl_sfc: bool = argument(
-        False,
-        "As --sfc, with the demonstrations before the content-free prompt. Excludes --sfc.",
-        effect=CALIBRATION,
-        decides=RESULT,
+        False, "As --sfc, with the demonstrations before the content-free prompt."
     )
 
 
@@ -208,21 +182,21 @@ class InContextLearning:
 class Rewards:
     """Rewards. For SQuAD, DROP and your own examples without options."""
 
+    _effect, _decides = when.REWARD_OBJECTIVE, TRAINING
+
     reward: str | None = argument(
         None,
-        "FILE.py:function, which says how good generated texts are: it gets lists of prompts, "
-        "texts and rows (dictionaries), and returns a number for each. Its mean is the first "
-        "metric, and with --trainer zo the objective, maximised. The file's code is run. Default: "
-        "none.",
-        effect=REWARD,
+        "FILE.py:function: takes lists of prompts, texts and rows (dictionaries), returns a "
+        "number for each. Its mean is the first metric, and the objective of --trainer zo. The "
+        "file's code is run. Default: none.",
+        effect=when.REWARD,
         decides=NOTHING,
     )
     reward_samples: int = argument(
         1,
-        "Texts of a prompt in a step; above 1 they are drawn at random (--temperature, --top_p), "
-        "with the same random numbers for both sides of a direction.",
+        "Texts of a prompt in a step; above 1 they are drawn at random, with the same random "
+        "numbers for both sides of a direction.",
         at_least=1,
-        effect=REWARD_OBJECTIVE,
     )
 
 
@@ -230,61 +204,50 @@ class Rewards:
 class EvaluationAndResults:
     """Evaluation and results."""
 
+    _effect, _decides = None, NOTHING
+
     eval_before_training: bool = argument(
         False,
         "Report the metric on the eval examples before training too (zero-shot).",
-        effect=TRAINED,
+        effect=when.TRAINED,
         decides=RESULT,
     )
     no_eval: bool = argument(
-        False, "Do not evaluate after training.", effect=TRAINED, decides=RESULT
+        False, "Do not evaluate after training.", effect=when.TRAINED, decides=RESULT
     )
     result_file: str | None = argument(
-        None, "JSON file for metrics and settings. Default: result/<tag>.json.", decides=NOTHING
+        None, "JSON file for metrics and settings. Default: result/<tag>.json."
     )
     predictions_file: str | None = argument(
         None,
         "JSON Lines file with id, prediction, correct and scores of every eval example. Default: "
-        "not written.",
-        effect=END,
-        decides=NOTHING,
+        "none.",
+        effect=when.END,
     )
     overwrite_output_dir: bool = argument(
         False,
-        "Make the result anew where there is one: delete the checkpoints in output_dir and start "
-        "again. What the very same settings began there and did not finish goes on all the same. "
-        "Default: go on from the newest checkpoint; compute nothing where the result is there.",
-        decides=NOTHING,
+        "Make the result anew: delete the checkpoints in output_dir and start again. Default: "
+        "resume from the newest checkpoint; compute nothing where the result is there.",
     )
     config: str | None = argument(
         None,
         "YAML file of arguments, as in learning_rate: 1e-6. Those of the command line win. "
         "Default: none.",
-        decides=NOTHING,
     )
-    show_config: bool = argument(
-        False,
-        "Print the arguments as such a file, with the other settings as comments, and do nothing.",
-        decides=NOTHING,
-    )
+    show_config: bool = argument(False, "Print the arguments as such a file, and do nothing.")
     dry_run: bool = argument(
         False,
-        "Load and check everything but the weights, print steps, forward passes, memory and time "
-        "that the run will take, and do nothing.",
-        decides=NOTHING,
+        "Check everything but the weights, print steps, forward passes, memory and time, and do "
+        "nothing.",
     )
     tag: str | None = argument(
-        None,
-        "Name of the run, of its result file and output_dir. Default: made of the settings.",
-        decides=NOTHING,
+        None, "Name of the run, of its result file and output_dir. Default: made of the settings."
     )
     quiet: bool = argument(
-        False,
-        "Show neither bars nor lines of steps: the metrics and the places of files alone.",
-        decides=NOTHING,
+        False, "Show neither bars nor lines of steps: only the metrics and the places of files."
     )
     verbose: bool = argument(
-        False, "Show the first prompts, their options and scores.", effect=END, decides=NOTHING
+        False, "Show the first prompts, their options and scores.", effect=when.END
     )
 
 
@@ -292,48 +255,30 @@ class EvaluationAndResults:
 class Generation:
     """Generation. For SQuAD, DROP and your own examples without options."""
 
-    sampling: bool = argument(
-        False,
-        "Sample the generated text. Default: greedy, or beams.",
-        effect=GENERATES,
-        decides=RESULT,
-    )
+    _effect, _decides = when.GENERATES, RESULT
+
+    sampling: bool = argument(False, "Sample the generated text. Default: greedy, or beams.")
     temperature: float = argument(
-        1.0,
-        "With --sampling, divides the logits; 1 leaves them.",
-        above=0,
-        effect=SAMPLES,
-        decides=RESULT,
+        1.0, "With --sampling, divides the logits; 1 leaves them.", above=0, effect=when.SAMPLES
     )
     num_beams: int = argument(
-        1,
-        "Beams of the search, at most the vocabulary's tokens; 1: none.",
-        at_least=1,
-        effect=GENERATES,
-        decides=RESULT,
+        1, "Beams of the search, at most the vocabulary's tokens; 1: none.", at_least=1
     )
     top_k: int | None = argument(
         None,
         "With --sampling, draw from the k likeliest tokens. Default: from all.",
         at_least=1,
-        effect=SAMPLES,
-        decides=RESULT,
+        effect=when.SAMPLES,
     )
     top_p: float = argument(
         0.95,
-        "With --sampling, draw from the likeliest tokens that have this much probability together "
-        "(MeZO: 0.95); 1: from all.",
+        "With --sampling, draw from the likeliest tokens of this probability together (MeZO: "
+        "0.95); 1: from all.",
         above=0,
         at_most=1,
-        effect=SAMPLES,
-        decides=RESULT,
+        effect=when.SAMPLES,
     )
-    max_new_tokens: int = argument(
-        50, "Tokens generated at most (MeZO: 50).", at_least=1, effect=GENERATES, decides=RESULT
-    )
+    max_new_tokens: int = argument(50, "Tokens generated at most (MeZO: 50).", at_least=1)
     eos_token: str = argument(
-        "\\n",
-        "Text whose last token ends the generation; \\n is a newline (MeZO: newline).",
-        effect=GENERATES,
-        decides=RESULT,
+        "\\n", "Text whose last token ends the generation; \\n is a newline (MeZO: newline)."
     )

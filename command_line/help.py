@@ -7,6 +7,7 @@ import shutil
 import textwrap
 from collections.abc import Iterator
 
+from command_line.contradictions import EXCLUDE_EACH_OTHER
 from command_line.declarations import Declaration, declared
 from command_line.reading import GROUPS
 from command_line.trainer_arguments import OTHERS
@@ -41,7 +42,7 @@ def help_text(everything: bool = False) -> str:
         title, _, remark = group.__doc__.partition(".")
         lines += ["", f"{title}:", *([f"  {remark.strip()}", ""] if remark.strip() else [])]
         for each in declared(group):
-            lines += _explained(_shown_name(each), _with_default(each.help, each.default))
+            lines += _explained(_shown_name(each), _with_default(explanation(each), each.default))
     if everything:
         from transformers import TrainingArguments  # takes seconds
 
@@ -59,6 +60,13 @@ def _shown_name(declaration: Declaration) -> str:
         return f"{names} {{{','.join(declaration.choices)}}}"
     value = "[True|False]" if declaration.kind is bool else declaration.name.upper()
     return f"{names} {value}"
+
+
+def explanation(declaration: Declaration) -> str:
+    """Return the help of an argument, with what it excludes."""
+    pairs = [pair for pair in EXCLUDE_EACH_OTHER if declaration.name in pair]
+    others = [f"--{name}" for pair in pairs for name in pair if name != declaration.name]
+    return f"{declaration.help} Excludes {', '.join(others)}." if others else declaration.help
 
 
 def _with_default(text: str, default: object) -> str:

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from command_line.declarations import Declaration, declared
+from command_line.help import explanation
 from command_line.reading import DECLARED, GROUPS
 from command_line.trainer_arguments import IGNORED, NOT_OFFERED, OTHERS
 
@@ -23,9 +24,9 @@ Made from the code by `python docs/make_arguments.py`. `python run.py --help` pr
 
 - A flag is on with `--flag` or `--flag True`, off with `--flag False`. Of an argument that is given
   twice the last value counts. Names may be written with dashes.
-- "Only with" says where an argument has an effect. Elsewhere it is left out, and one line names all
-  of these: `warning: no effect here: --top_k (SST2 has options)`. "Refused elsewhere" marks those
-  that would give another result than was asked for if they were left out.
+- "No effect" says where an argument has none. There it is left out, and one line names all of
+  these: `warning: no effect here: --top_k (SST2 has options)`. "Refused" marks those without which
+  the result would be another than the one that was asked for.
 - Everything that is wrong with a command line is said at once, with exit code 2.
 - "—": not given.
 """
@@ -44,7 +45,7 @@ def make_page() -> str:
 
 `--help_all` and the documentation of transformers explain these arguments of `TrainingArguments`:
 
-{table(("arguments", "only with"), grouped(others))}
+{table(("arguments", "no effect"), grouped(others))}
 These change nothing and are accepted, as published command lines have them:
 
 {table(("arguments", "why"), grouped(IGNORED))}
@@ -60,16 +61,18 @@ def argument_table(declarations: Iterable[Declaration]) -> str:
     for each in declarations:
         names = ", ".join(f"`{option}`" for option in (f"--{each.name}", *each.aliases))
         choices = ", ".join(f"`{choice}`" for choice in each.choices)
-        rows.append((names, shown_default(each), choices, marked(each.help), where(each)))
-    return table(("argument", "default", "choices", "meaning", "only with"), rows)
+        rows.append((names, shown_default(each), choices, marked(explanation(each)), where(each)))
+    return table(("argument", "default", "choices", "meaning", "no effect"), rows)
 
 
 def where(declaration: Declaration) -> str:
-    """Return where an argument has an effect."""
-    effect = declaration.effect
-    if effect is None:
-        return "every run"
-    return f"{effect.where}; refused elsewhere" if effect.refused else effect.where
+    """Return where an argument has no effect."""
+    effect, reasons = declaration.effect, []
+    refused = effect is not None and effect.refused
+    while effect:
+        reasons.insert(0, marked(effect.otherwise.format(task="the task")))
+        effect = effect.inside
+    return "; ".join(reasons) + (" (refused)" if refused else "") if reasons else "—"
 
 
 def grouped(texts: Mapping[str, str]) -> list[tuple[str, str]]:

@@ -32,7 +32,7 @@ WITHOUT_EFFECT: dict[str, tuple[dict[str, Any], str]] = {
     "sets of nothing": ({"num_train_sets": 2}, "--num_train_sets (there are no demonstrations)"),
     "h of backpropagation": (
         REGULAR | {"hessian": "lowrank", "zo_eps": 1e-3},
-        "--hessian, --zo_eps (for --trainer zo)",
+        "--hessian, --zo_eps (without --trainer zo)",
     ),
     "recomputation for HiZOO": (
         ZO | {"gradient_checkpointing": True, "torch_compile": True},
@@ -40,11 +40,11 @@ WITHOUT_EFFECT: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a low-rank h that stays 1": (
         ZO | {"hessian_smooth_type": "constant0", "hessian": "lowrank"},
-        "--hessian (h stays 1 with --hessian_smooth_type constant0)",
+        "--hessian (h stays 1 with a smoothing of 0)",
     ),
     "the dtype of a low-rank h": (
         ZO | {"hessian": "lowrank", "hessian_dtype": "float32"},
-        "--hessian_dtype (--hessian lowrank is float64)",
+        "--hessian_dtype (without --hessian full)",
     ),
     "generation from options": (
         {"num_beams": 2, "top_k": 5, "max_new_tokens": 5},
@@ -52,7 +52,7 @@ WITHOUT_EFFECT: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "temperature without sampling": (
         {"task_name": "SQuAD", "temperature": 0.7},
-        "--temperature (for --sampling)",
+        "--temperature (without --sampling)",
     ),
     "generation without evaluation": (
         NO_EVAL | {"task_name": "SQuAD", "max_new_tokens": 5},
@@ -60,7 +60,7 @@ WITHOUT_EFFECT: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "steps of other strategies": (
         ZO | {"save_strategy": "epoch", "save_steps": 2, "eval_steps": 2},
-        "--save_steps (for --save_strategy steps), --eval_steps (for --eval_strategy steps)",
+        "--save_steps (without --save_strategy steps), --eval_steps (without --eval_strategy steps)",
     ),
     "a limit of nothing": (
         ZO | {"save_strategy": "no", "save_total_limit": 1, "metric_for_best_model": "loss"},
@@ -76,7 +76,10 @@ WITHOUT_EFFECT: dict[str, tuple[dict[str, Any], str]] = {
         ZO | {"train_as_classification": True, "only_train_option": False},
         "--only_train_option (for the language-model loss)",
     ),
-    "epochs beside steps": (ZO | {"num_train_epochs": 2}, "--num_train_epochs (--max_steps 4 dec"),
+    "epochs beside steps": (
+        ZO | {"num_train_epochs": 2},
+        "--num_train_epochs (--max_steps decides)",
+    ),
     "the wrong seed": (
         {"num_train": 4, "seed": 1},
         "--seed (demonstrations are drawn by --train_set_seed)",
@@ -84,9 +87,9 @@ WITHOUT_EFFECT: dict[str, tuple[dict[str, Any], str]] = {
     "steps of a probe": (PROBING | {"max_steps": 4}, "--max_steps (--linear_probing has no steps)"),
     "ways to train": (
         ZO | {"lora": True, "num_prefix": 4, "lp_early_stopping": True},
-        "--num_prefix (for --prefix_tuning), --lp_early_stopping (for --linear_probing)",
+        "--num_prefix (without --prefix_tuning), --lp_early_stopping (without --linear_probing)",
     ),
-    "metric of a task": ({"metric": "f1"}, "--metric (for --train_file and --validation_file)"),
+    "metric of a task": ({"metric": "f1"}, "--metric (a task has its metrics)"),
     "a secret": (ZO | {"hub_token": "hf_secret"}, "--hub_token (nothing goes to the Hub)"),
     "of published commands": (
         ZO | {"do_train": True, "logging_dir": "x", "group_by_length": "False"},
