@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -37,43 +36,10 @@ def check_parameter(parameter: Tensor) -> None:
         raise ValueError(f"{shown} not contiguous")
 
 
-@dataclass
-class Effect:
-    """What a shift by μ u does to weights.
-
-    Attributes:
-        changed: weights that it changes for certain, of those that are not 0.
-        nonzero: weights that are not 0. The others take any shift (LoRA's second matrix starts so).
-        weights: all of them.
-        norm: of the weights.
-        remainder: what taking the shift back leaves, at most.
-    """
-
-    changed: int = 0
-    nonzero: int = 0
-    weights: int = 0
-    norm: float = 0.0
-    remainder: float = 0.0
-
-    def add(self, parameter: Tensor, eps: float, in_place: bool) -> None:
-        """Count a parameter that is shifted with scale μ ``eps``."""
-        dtype = parameter.dtype
-        limits, shift = torch.finfo(dtype), LARGEST * eps
-        # Half a unit in a number's last place is at least a quarter of it times its dtype's eps.
-        largest_changed = 4 * shift / limits.eps
-        rounding = torch.finfo(dtype if in_place else compute_dtype(dtype)).eps / 2
-        remainder = shift * rounding if shift < limits.max else math.inf
-        self.remainder = max(self.remainder, remainder)
-        for values in parameter.detach().view(-1).split(READ_AT_ONCE):
-            self.nonzero += int(values.count_nonzero())
-            self.changed += int((values.ne(0) & values.abs().lt(largest_changed)).sum())
-            self.weights += values.numel()
-            norm = torch.linalg.vector_norm(values, dtype=compute_dtype(dtype))
-            self.norm = math.hypot(self.norm, float(norm))
-
-
 def check_perturbation_scale(scales: Iterable[tuple[Tensor, float]], in_place: bool) -> None:
     """Check that a shift by μ u changes weights, and that shifting back restores them.
+
+    Weights that are 0 take any shift (LoRA's second matrix starts so) and do not count.
 
     Args:
         scales: parameters with their μ.
@@ -82,21 +48,31 @@ def check_perturbation_scale(scales: Iterable[tuple[Tensor, float]], in_place: b
     Raises:
         ValueError: μ is too small, or too large.
     """
-    effect, eps = Effect(), 0.0
-    for parameter, of_parameter in scales:
-        effect.add(parameter, of_parameter, in_place)
-        eps = max(eps, of_parameter)
-    size = effect.norm / math.sqrt(effect.weights) if effect.weights else 0.0
-    if effect.changed < CHANGED_WEIGHTS * effect.nonzero:
+    changed = nonzero = weights = 0
+    norm, remainder, largest_eps = 0.0, 0.0, 0.0
+    for parameter, eps in scales:
+        shift, compute = LARGEST * eps, compute_dtype(parameter.dtype)
+        limits = torch.finfo(parameter.dtype)
+        # Half a unit in a number's last place is at least a quarter of it times its dtype's eps.
+        largest_changed = 4 * shift / limits.eps
+        for values in parameter.detach().view(-1).split(READ_AT_ONCE):
+            nonzero += int(values.count_nonzero())
+            changed += int((values.ne(0) & values.abs().lt(largest_changed)).sum())
+            weights += values.numel()
+            norm = math.hypot(norm, float(torch.linalg.vector_norm(values, dtype=compute)))
+        rounding = torch.finfo(parameter.dtype if in_place else compute).eps / 2
+        remainder = max(remainder, shift * rounding if shift < limits.max else math.inf)
+        largest_eps = max(largest_eps, eps)
+    size = norm / math.sqrt(max(1, weights))
+    if changed < CHANGED_WEIGHTS * nonzero:
         raise ValueError(
-            f"eps {eps!r} is below the precision of the weights, it changes {effect.changed:,} of "
-            f"{effect.nonzero:,}; give a larger one"
+            f"eps {largest_eps!r} is below the precision of the weights, it changes {changed:,} of "
+            f"{nonzero:,}; give a larger one"
         )
-    if effect.remainder > LARGEST_REMAINDER * size > 0 or effect.remainder == math.inf:
+    if remainder > LARGEST_REMAINDER * size > 0 or remainder == math.inf:
         raise ValueError(
-            f"eps {eps!r} would destroy the weights: taking such a shift back leaves "
-            f"{effect.remainder:.2g} of it, their root mean square is {size:.2g}; give a smaller "
-            "one"
+            f"eps {largest_eps!r} would destroy the weights: taking such a shift back leaves "
+            f"{remainder:.2g} of it, their root mean square is {size:.2g}; give a smaller one"
         )
 
 
