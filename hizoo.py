@@ -89,8 +89,8 @@ class HiZOO(torch.optim.Optimizer):
 
     Attributes:
         config: the settings it was made with.
-        projected_gradient: g of the last step (first group's μ; mean over the directions).
-        curvature: c of the last step that measured it, 0 without curvature.
+        projected_gradient, curvature: the last g and c that were measured, for the first group's μ.
+        losses: of the last ``estimate``, in the order of its forward passes.
         shares: None, or where several processes take some of a step's directions each: an object
             whose ``owns(perturbation)`` says whether this one runs the forward pass, and whose
             ``exchanged(losses)`` returns those of all, given its own and NaN for the others'.
@@ -169,7 +169,7 @@ class HiZOO(torch.optim.Optimizer):
         if measures:
             second = [losses[d, ratio] + losses[d, -ratio] - 2 * center for d in directions]
         self._estimates.append((1.0 if weight is None else float(weight), [first, second]))
-        self._measured = measures
+        self._measured, self.losses = measures, [*losses.values()]
         return center
 
     @torch.no_grad()

@@ -68,6 +68,7 @@ class ZerothOrderTrainer(ObjectiveTrainer):
         # The Trainer makes them as training begins, and asks callbacks for their state before.
         self._tr_loss, self._globalstep_last_logged = torch.zeros(()), 0
         self.exchange = Exchange(self.args.device)
+        self.shares: SharedDirections | None = None
         self.shares_directions = parallel == "directions" and self.args.world_size > 1
         self._logged = (0, 0)  # bytes that were exchanged, and steps
         self.args.learning_rate = CURVATURE_PART if config.lr == AUTO else config.lr
@@ -88,12 +89,7 @@ class ZerothOrderTrainer(ObjectiveTrainer):
             groups = groups_of(self.model, decaying, self.config.weight_decay)
             self.optimizer = make_optimizer(self.model, groups, self.config, layers)
             if self.shares_directions:
-                self.optimizer.shares = SharedDirections(
-                    self.config.num_samples,
-                    self.exchange,
-                    lambda: self.recording.is_replaying,
-                    self.recording.note,
-                )
+                self.shares = SharedDirections(self.config.num_samples, self.exchange)
             try:
                 self.optimizer.check_perturbation_scale()
             except ValueError as error:
@@ -169,14 +165,16 @@ class ZerothOrderTrainer(ObjectiveTrainer):
                 loss = self.compute_loss(self.model, inputs)
             return self._sum_of_parts(loss * weight) / weight_of_all
 
-        watched = self.recording.watched(batch_loss, float(weight_of_all), self.shares_directions)
+        closure = self.recording.of_batch(batch_loss)
 
         def counted_loss() -> Any:
             # Passes whose losses come from the journal were passes of this run, too.
             self.costs.forward_passes += 1
-            return watched()
+            return closure()
 
+        self.optimizer.shares = self.shares if recorded is None else None
         loss = self.optimizer.estimate(counted_loss, float(weight_of_all))
+        self.recording.note(self.optimizer.losses, float(weight_of_all))
         loss = torch.tensor(loss, device=self.args.device) * weight_of_all / num_items_in_batch
         self._loss_of_step += loss
         return loss

@@ -18,11 +18,12 @@ from language_model.manifest import damage
 from language_model.saved_adapters import sums_of_weights
 from training.callbacks import run_state
 from training.checkpoints import (
-    check_checkpoint,
+    ANOTHER,
     last_whole_checkpoint,
     read_trainer_state,
 )
 from training.journal import FILE, Journal, read_journal
+from training.optimizers import shapes_of
 from training.processes import from_first_process
 from training.recording import ANOTHER_FOLDER, Recording, Replay
 from utils import InputError
@@ -127,7 +128,7 @@ def find_checkpoint(
         if is_done or settings != {**identity.of_checkpoint, **identity.length}:
             return None
     check_settings(checkpoint, settings, identity.of_checkpoint)
-    check_checkpoint(checkpoint, model)
+    check_model(checkpoint, model)
     check_length(checkpoint, state["global_step"], identity.length)
     return checkpoint
 
@@ -184,6 +185,24 @@ def check_settings(place: Path, saved: Mapping[str, Any], settings: Mapping[str,
             raise InputError(
                 f"{place} comes from a run with --{name} {then}, not {settings[name]}: "
                 f"{ANOTHER_FOLDER}"
+            )
+
+
+def check_model(checkpoint: Path, model: PreTrainedModel | PeftModel) -> None:
+    """Refuse a checkpoint that transformers would load in part: of another model, or stateless.
+
+    Raises:
+        InputError: it is one.
+    """
+    if not any(checkpoint.glob("optimizer*")) or not (checkpoint / "scheduler.pt").is_file():
+        raise InputError(f"{checkpoint} has no state of an optimizer and a scheduler; {ANOTHER}")
+    saved, here = run_state(read_trainer_state(checkpoint)).get("parameters", {}), shapes_of(model)
+    for name in sorted(saved.keys() | here.keys()):
+        if saved.get(name) != here.get(name):
+            raise InputError(
+                f"{checkpoint} is a checkpoint of another model: {name} is "
+                f"{saved.get(name, 'missing')} there and {here.get(name, 'missing')} in this "
+                f"model; {ANOTHER}"
             )
 
 

@@ -18,9 +18,7 @@ from peft import (
     PeftModelForCausalLM,
     PrefixTuningConfig,
     get_peft_model,
-    get_peft_model_state_dict,
 )
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -245,13 +243,6 @@ def prefix_length(model: nn.Module) -> int:
     """Return how many tokens of prefix-tuning come before every text."""
     tuned = isinstance(model, PrefixTunedModel)
     return model.active_peft_config.num_virtual_tokens if tuned else 0
-
-
-def adapter_file(model: PeftModel) -> tuple[str, dict[str, Tensor]]:
-    """Return the file of a checkpoint that a run resumes from, and the tensors that it holds."""
-    if isinstance(model, PrefixTunedModel) and model.active_peft_config.prefix_projection:
-        return PROMPT_ENCODER_FILE, model.prompt_encoder[model.active_adapter].state_dict()
-    return SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict(model)
 
 
 def without_adapter(model: nn.Module) -> PreTrainedModel:

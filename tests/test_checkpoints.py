@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from running import (
-    MODEL,
     assert_same_checkpoint,
     contents,
     finish,
@@ -24,20 +23,16 @@ from running import (
     training,
     weights,
 )
-from transformers import AutoConfig, AutoModelForCausalLM
+from tiny_models import tiny_model, tiny_tokenizer
 
 import run
-from language_model.loading import load_model
 from language_model.manifest import MANIFEST, damage, write_manifest
 from training.checkpoints import (
     UNFINISHED,
-    check_checkpoint,
     checkpoints,
     last_whole_checkpoint,
-    saved_shapes,
 )
 from training.objective_trainer import ObjectiveTrainer
-from utils import InputError
 
 
 def make_checkpoint(folder: Path, state: str | None = "{}") -> Path:
@@ -54,42 +49,6 @@ def test_checkpoints_are_ordered_by_step(tmp_path: Path) -> None:
     names = [folder.name for folder in checkpoints(tmp_path)]
     assert names == ["checkpoint-3", "checkpoint-20", "checkpoint-100"]
     assert checkpoints(tmp_path / "nowhere") == []
-
-
-def as_checkpoint(folder: Path) -> Path:
-    shutil.copytree(MODEL, folder)
-    for name in ("optimizer.pt", "scheduler.pt"):
-        (folder / name).touch()
-    return folder
-
-
-def test_checkpoint_of_the_model_itself(tmp_path: Path) -> None:
-    model = load_model(str(MODEL), torch.float32)
-    check_checkpoint(as_checkpoint(tmp_path / "checkpoint-1"), model)
-
-
-def test_checkpoint_in_several_files(tmp_path: Path) -> None:
-    model = load_model(str(MODEL), torch.float32)
-    model.save_pretrained(tmp_path, max_shard_size="1MB")
-    assert (tmp_path / "model.safetensors.index.json").is_file()
-    for name in ("optimizer.pt", "scheduler.pt"):
-        (tmp_path / name).touch()
-    check_checkpoint(tmp_path, model)
-    (tmp_path / "scheduler.pt").unlink()
-    with pytest.raises(InputError, match="has no state of an optimizer and a scheduler"):
-        check_checkpoint(tmp_path, model)
-    next(tmp_path.glob("model-*.safetensors")).unlink()
-    with pytest.raises(InputError, match=r"model-.* cannot be read"):
-        saved_shapes(tmp_path)
-
-
-@pytest.mark.parametrize("layers", [2, 4])
-def test_checkpoint_with_fewer_or_more_layers(tmp_path: Path, layers: int) -> None:
-    config = AutoConfig.from_pretrained(MODEL)
-    config.num_hidden_layers = layers
-    model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(InputError, match="is a checkpoint of another model"):
-        check_checkpoint(as_checkpoint(tmp_path / "checkpoint-1"), model)
 
 
 # ------------------------------------------------------------------------------- damaged files
@@ -164,6 +123,27 @@ def assert_refused(argv: list[str], capsys: pytest.CaptureFixture[str], *parts: 
     assert run.main(argv) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and all(part in line for part in parts), line
+
+
+def test_checkpoint_of_another_model_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the same name, and with another number of layers."""
+    for layers in (2, 3):
+        folder = tmp_path / str(layers) / "model"
+        tiny_model("opt", num_hidden_layers=layers).save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+    finish(short_training(tmp_path, model_name=tmp_path / "2/model"))
+    (tmp_path / "result.json").unlink()
+    argv = short_training(tmp_path, model_name=tmp_path / "3/model", max_steps=3)
+    words = ("is a checkpoint of another model: model.decoder.layers.2.", "is missing there")
+    assert_refused(argv, capsys, *words)
+    checkpoint = tmp_path / "out/checkpoint-2"
+    (checkpoint / "scheduler.pt").unlink()
+    (checkpoint / MANIFEST).unlink()
+    write_manifest(checkpoint)
+    argv = short_training(tmp_path, model_name=tmp_path / "2/model", max_steps=3)
+    assert_refused(argv, capsys, "has no state of an optimizer and a scheduler")
 
 
 def test_named_checkpoint_that_is_not_whole_is_refused(

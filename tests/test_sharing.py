@@ -39,24 +39,17 @@ def test_every_example_is_one_process_s(
 def test_every_point_is_one_process_s(monkeypatch: pytest.MonkeyPatch) -> None:
     points = [None, *((draw, sign) for draw in range(5) for sign in (1.0, -1.0))]
     losses = {point: 0.1 + number for number, point in enumerate(points)}
-    told: list[list[float]] = []
     sums = []
     for process in range(2):
         act_as(process, 2, monkeypatch)
         exchange = Exchange(torch.device("cpu"))
         monkeypatch.setattr(exchange, "sum", lambda tensor: sums.append(tensor) or tensor)
-        shared = SharedDirections(5, exchange, lambda: False, told.append)
+        shared = SharedDirections(5, exchange)
         own = {p: loss if shared.owns(p) else math.nan for p, loss in losses.items()}
         assert 4 <= sum(map(math.isfinite, own.values())) <= 7
         shared.exchanged(own)
     assert sum(sums).tolist() == [*losses.values()]
     assert (sums[0] * sums[1]).count_nonzero() == 0
-
-
-def test_known_losses_are_not_exchanged() -> None:
-    shared = SharedDirections(1, None, lambda: True, None)
-    assert shared.owns(None) and shared.owns((0, 1.0))
-    assert shared.exchanged({None: 0.5}) == {None: 0.5}
 
 
 def test_processes_with_other_weights_stop(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,22 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
-from peft import PeftModel
-from safetensors import SafetensorError, safe_open
-from transformers import (
-    PreTrainedModel,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from safetensors import SafetensorError
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from language_model.adapters import adapter_file
 from language_model.manifest import damage, flush, write_manifest
-from language_model.weight_names import saved_names, tied_weights
 from training.processes import from_first_process
-from utils import InputError, NotWritten, first_line, write_json
+from utils import NotWritten, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +26,7 @@ logger = logging.getLogger(__name__)
 UNFINISHED = ".unfinished"
 STATE = "trainer_state.json"
 # Counts changes of what a checkpoint holds, of the noise u among it.
-CHECKPOINT_VERSION = 2
+CHECKPOINT_VERSION = 3
 ANOTHER = "give another one, or --overwrite_output_dir to start anew"
 
 
@@ -179,55 +170,3 @@ def best_checkpoint(resumed: Path, step: int | None) -> str | None:
         logger.warning("the best checkpoint, %s, is gone", best)
         return None
     return str(best)
-
-
-def check_checkpoint(checkpoint: Path, model: PreTrainedModel | PeftModel) -> None:
-    """Check that a checkpoint can be loaded into a model: the states' files, and the weights.
-
-    transformers would resume without a missing state or weight.
-
-    Raises:
-        InputError: it is no checkpoint of a training run, or one of another model.
-    """
-    if not any(checkpoint.glob("optimizer*")) or not (checkpoint / "scheduler.pt").is_file():
-        raise InputError(f"{checkpoint} has no state of an optimizer and a scheduler; {ANOTHER}")
-    if isinstance(model, PeftModel):
-        file, tensors = adapter_file(model)
-        shapes, unsaved = shapes_in(checkpoint / file), set()
-    else:
-        tensors, shapes = saved_names(model), saved_shapes(checkpoint)
-        # Weights that are tied to others are not saved a second time.
-        unsaved = tensors.keys() & tied_weights(model)
-    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    for name in sorted(shapes.keys() | expected.keys() - unsaved):
-        if expected.get(name) != shapes.get(name):
-            raise InputError(
-                f"{checkpoint} is a checkpoint of another model: {name} is "
-                f"{shapes.get(name, 'missing')} there and {expected.get(name, 'missing')} in this "
-                f"model; {ANOTHER}"
-            )
-
-
-def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of the tensors in a checkpoint's safetensors files."""
-    index = folder / "model.safetensors.index.json"
-    files = {"model.safetensors"}
-    if index.is_file():
-        files = set(json.loads(index.read_text())["weight_map"].values())
-    return {name: shape for file in files for name, shape in shapes_in(folder / file).items()}
-
-
-def shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of the tensors in a safetensors file.
-
-    Raises:
-        InputError: it is missing or damaged.
-    """
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return {
-                name: tuple(tensors.get_slice(name).get_shape())
-                for name in tensors.keys()  # noqa: SIM118 - safe_open is no mapping
-            }
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{file} cannot be read ({first_line(error)}); {ANOTHER}") from error

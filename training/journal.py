@@ -53,8 +53,7 @@ class Header:
         groups: of the trained weights.
         layerwise: whether one module was perturbed at a time.
         optimizer: its settings.
-        model: name, dtype and bits of the model that the run loaded, and SHA-256 of its files.
-        tuning: the settings that decide which weights are trained.
+        model: its name, and the SHA-256 of its files.
         settings: all that decides the course of the run, for comparison only.
         versions: of the libraries.
     """
@@ -69,7 +68,6 @@ class Header:
     layerwise: bool
     optimizer: HiZOOConfig
     model: dict[str, Any] = field(default_factory=dict)
-    tuning: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 

@@ -7,7 +7,7 @@ batches are those of one process, whatever the number of processes.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -72,34 +72,22 @@ class SharedDirections:
     Args:
         directions: of a step.
         exchange: with the other processes.
-        knows_all: whether the losses come from the journal, without any forward pass.
-        note: called with the losses of a batch, in the order of the forward passes.
     """
 
-    def __init__(
-        self,
-        directions: int,
-        exchange: Exchange,
-        knows_all: Callable[[], bool],
-        note: Callable[[Sequence[float]], None],
-    ) -> None:
+    def __init__(self, directions: int, exchange: Exchange) -> None:
         self.directions, self.exchange = directions, exchange
-        self.knows_all, self.note = knows_all, note
 
     def owns(self, shift: Shift) -> bool:
         """Whether this process runs the forward pass at a shift."""
         state = PartialState()
         # A process with fewer directions than others, if there is one, takes θ.
         direction = self.directions if shift is None else shift[0]
-        return self.knows_all() or direction % state.num_processes == state.process_index
+        return direction % state.num_processes == state.process_index
 
     def exchanged(self, losses: dict[Shift, float]) -> dict[Shift, float]:
         """Return the losses of all processes, bit for bit as they were computed."""
-        if self.knows_all():
-            return losses
         own = [float(loss) if self.owns(shift) else 0.0 for shift, loss in losses.items()]
         of_all = self.exchange.sum(torch.tensor(own, dtype=torch.float64)).tolist()
-        self.note(of_all)
         return dict(zip(losses, of_all, strict=True))
 
 

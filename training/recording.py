@@ -111,8 +111,8 @@ class Recording:
 
     Args:
         path: of the journal.
-        header: fields of ``Header`` that the trainer does not know: ``model``, ``tuning``,
-            ``settings`` and ``versions``.
+        header: fields of ``Header`` that the trainer does not know: ``model``, ``settings`` and
+            ``versions``.
         replay: what is in the journal already.
         check_every: steps between two checksums of the weights.
     """
@@ -130,7 +130,7 @@ class Recording:
         self.file: JournalFile | None = None
         self._step = -1
         self._recorded: Step | None = None
-        self._losses: list[list[float]] = []
+        self._losses: list[tuple[float, ...]] = []
         self._weights: list[float] = []
 
     # ---- a step
@@ -142,37 +142,16 @@ class Recording:
             self._recorded = self.replay.take(Step, step)
         return self._recorded
 
-    @property
-    def is_replaying(self) -> bool:
-        """Whether the journal has the step that is done now."""
-        return self._recorded is not None
-
-    def note(self, losses: Sequence[float]) -> None:
-        """Take the losses of the batch that is done now, of other processes too."""
-        self._losses[-1][:] = losses
-
-    def watched(self, closure: Closure, weight: float, is_told: bool = False) -> Closure:
-        """Return a closure for one batch of the step: it notes the losses, or takes them back.
-
-        Args:
-            closure: computes a loss.
-            weight: of the batch beside others of the step.
-            is_told: whether ``note`` is called with all losses instead.
-        """
-        losses: list[float] = []
-        self._losses.append(losses)
-        self._weights.append(weight)
-        if self._recorded is not None:
-            return replayed(self._recorded.losses[len(self._losses) - 1])
-        if is_told:
+    def of_batch(self, closure: Closure) -> Closure:
+        """Return what computes the losses of the step's next batch, or takes them back."""
+        if self._recorded is None:
             return closure
+        return replayed(self._recorded.losses[len(self._losses)])
 
-        def noted() -> Any:
-            loss = closure()
-            losses.append(float(loss))
-            return loss
-
-        return noted
+    def note(self, losses: Sequence[float], weight: float) -> None:
+        """Take the losses of a batch, and what it counts beside others of the step."""
+        self._losses.append(tuple(losses))
+        self._weights.append(weight)
 
     def write_step(self, optimizer: HiZOO) -> None:
         """Write the step, just before the update; a replayed one takes its η from there."""
@@ -187,7 +166,7 @@ class Recording:
                 self._step,
                 lr=float(group["lr"]),
                 alpha=float(group["hessian_smooth"]),
-                losses=tuple(map(tuple, self._losses)),
+                losses=tuple(self._losses),
                 weights=tuple(self._weights),
                 g=g,
                 c=c,
@@ -280,7 +259,7 @@ class Recording:
 def replayed(losses: Sequence[float]) -> Closure:
     """Return a closure that returns one recorded loss at each call.
 
-    The optimizer's first step takes its last loss a second time.
+    The first step of a run calls it once more than it has losses.
     """
     values = iter(losses)
     return lambda: next(values, losses[-1])
