@@ -130,6 +130,8 @@ def make_step(model: nn.Module, settings: dict[str, Any], seed: int) -> tuple[St
         layers=layers,
         seed=seed,
     )
+    for group in optimizer.param_groups:
+        group["lr"] = lr  # k, with lr="auto"
 
     def step(loss: Loss) -> tuple[float, int]:
         passes = 0

@@ -41,12 +41,12 @@ def test_step(measured: Callable[..., Any]) -> None:
     rows = measured("step.py", *small)
     for dtype, shifts in (("float32", 3), ("bfloat16", 0)):
         names = [row["what"] for row in rows if row["dtype"] == dtype]
-        assert names[:3] == ["forward", "draw", "torch's draw"]
+        assert names[:3] == ["forward", "noise", "torch's noise"]
         assert sum(name.endswith("one shift") for name in names) == shifts
         assert sum(name.endswith("update") for name in names) == 3
-        assert sum(name.endswith("whole step") for name in names) == 6
+        assert sum(name.endswith("whole step") for name in names) == 4
         assert names[-1] == "HiZOO: first step"
-    assert all(row["seconds"] > 0 and row["over_draw"] > 0 for row in rows if "seconds" in row)
+    assert all(row["seconds"] > 0 and row["over_noise"] > 0 for row in rows if "seconds" in row)
     ratios = [row["textbook_over_this"] for row in rows if row["what"].startswith("textbook")]
     assert ratios == [1, 1]
 
