@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -229,7 +230,7 @@ class ZerothOrderTrainer(ObjectiveTrainer):
         super()._begin(saved)
         if saved:
             total, steps = saved["since_log"]
-            self._tr_loss += total
+            self._tr_loss += math.nan if total is None else total  # JSON has no NaN
             self._globalstep_last_logged = self.state.global_step - steps
         if self.optimizer is not None:  # a finished run has none
             self.recording.begin(self.model, self.optimizer, self.state)
