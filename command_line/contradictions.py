@@ -5,6 +5,7 @@ Neither torch nor transformers is imported here.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -135,75 +136,59 @@ def _exclusions(values: Any) -> Iterator[str]:
 
 def _files(values: Any) -> Iterator[str]:
     """Refuse to write over a file that another argument names."""
-    names = ("train_file", "validation_file", "predict_file", "config")
-    names = (*names, "predictions_file", "result_file")
+    written = ("predictions_file", "result_file")
+    names = ("train_file", "validation_file", "predict_file", "config", *written)
     files = {name: Path(getattr(values, name)) for name in names if getattr(values, name)}
-    for written in ("predictions_file", "result_file"):
-        for name, file in files.items():
-            if name != written and written in files and file.resolve() == files[written].resolve():
-                yield f"--{written} {file} is --{name} too: give another name"
+    for name, other in itertools.combinations(files, 2):
+        if other in written and files[name].resolve() == files[other].resolve():
+            yield f"--{other} {files[other]} is --{name} too: give another name"
     if values.predict_file and not values.predictions_file:
         yield f"--predict_file {values.predict_file}: give --predictions_file, for the answers"
 
 
 def _problems_of_task(values: Any, task: Task) -> Iterator[str]:
+    """Yield what the task cannot do."""
+    trained = values.trainer != "none"
     from_messages = isinstance(task, OwnTask) and task.own_columns.from_messages
     if from_messages and not values.apply_chat_template:
-        yield f"{task.first_file} has messages: add --apply_chat_template, with an instruct model"
+        yield f"{task.first_file} has messages: add --apply_chat_template"
     if task.generation and not values.eos_token:
         yield "--eos_token '': give the text that ends an answer, as in \\n"
     if values.calibration and task.generation:
-        yield (
-            f"--{values.calibration}: the answers of {task.name} are generated, there are no "
-            "options to calibrate; leave it out"
-        )
-    if values.train_as_classification and task.generation and values.trainer != "none":
+        yield f"--{values.calibration}: {task.name} has no options to calibrate; leave it out"
+    if values.train_as_classification and task.generation and trained:
         yield f"--train_as_classification: {task.name} has no options; leave it out"
-    if task.reward and not task.answer_column and values.trainer == "none" and values.num_train:
+    if task.reward and not task.answer_column and not trained and values.num_train:
         yield f"--num_train {values.num_train}: the rows have no answers to demonstrate"
     fitting = ("f1", "em") if task.generation else ("accuracy",)
     if values.non_diff_metric and values.non_diff_metric not in fitting:
-        answers = "are generated" if task.generation else "are chosen from options"
-        yield (
-            f"--non_diff_metric {values.non_diff_metric}: the answers of {task.name} {answers}; "
-            f"give {' or '.join(fitting)}"
-        )
+        kind = "texts" if task.generation else "options"
+        given = f"--non_diff_metric {values.non_diff_metric}"
+        yield f"{given}: the answers of {task.name} are {kind}; give {' or '.join(fitting)}"
     metric = values.metric_for_best_model
-    names = ("loss", *task.metric_names)
-    if metric and values.trainer != "none" and metric.removeprefix("eval_") not in names:
-        yield (
-            f"--metric_for_best_model {metric}: the dev set has loss and, of {task.name}, "
-            f"{' and '.join(names[1:])}; give one of these"
-        )
+    if metric and trained and metric.removeprefix("eval_") not in ("loss", *task.metric_names):
+        measured = f"of {task.name}, {' and '.join(task.metric_names)}"
+        yield f"--metric_for_best_model {metric}: the dev set has loss and, {measured}; give one"
 
 
 def _problems_of_weights(values: Any) -> Iterator[str]:
     """Yield what cannot be trained, or saved."""
     if values.linear_probing and values.trainer == "zo":
-        yield (
-            "--linear_probing fits by logistic regression, not with --trainer zo: use --trainer "
-            "regular"
-        )
+        yield "--linear_probing is a logistic regression: use --trainer regular"
     quantised = next((name for name in ("load_int8", "load_int4") if getattr(values, name)), None)
-    adapted = values.lora or values.prefix_tuning
-    if quantised and values.trainer != "none" and not adapted:
-        yield (
-            f"--{quantised}: quantised weights cannot be trained themselves; add --lora or "
-            "--prefix_tuning, or use --load_float16"
-        )
+    if quantised and values.trainer != "none" and not (values.lora or values.prefix_tuning):
+        yield f"--{quantised}: quantised weights are not trained; add --lora or --prefix_tuning"
     if quantised and values.untie_emb:
         yield f"--untie_emb: the head of --{quantised} is quantised; leave it out"
     if quantised and values.merge_adapter:
         yield "--merge_adapter: quantised weights take no matrices; leave it out"
-    if values.prefix_tuning:
+    for name in ("activation_checkpointing", "gradient_checkpointing"):
         # Layers are computed again without the keys and values of the prefix.
-        for name in ("activation_checkpointing", "gradient_checkpointing"):
-            if getattr(values, name) and name in values.given:
-                yield f"--{name}: it leaves the prefix of --prefix_tuning out; leave it out"
-    if values.fsdp and values.trainer == "regular":
-        for name in ("linear_probing", "prefix_tuning", "eval_before_training"):
-            if getattr(values, name):
-                yield f"--{name}: it needs whole weights, which --fsdp shards; leave it out"
+        if values.prefix_tuning and getattr(values, name) and name in values.given:
+            yield f"--{name}: it leaves the prefix of --prefix_tuning out; leave it out"
+    for name in ("linear_probing", "prefix_tuning", "eval_before_training"):
+        if values.fsdp and values.trainer == "regular" and getattr(values, name):
+            yield f"--{name}: it needs whole weights, which --fsdp shards; leave it out"
 
 
 def _problems_of_steps(values: Any) -> Iterator[str]:
@@ -211,25 +196,17 @@ def _problems_of_steps(values: Any) -> Iterator[str]:
     for name in values.probed:
         if values.trainer != "zo" and has_effect(values, name):
             yield f"--{name} auto is found by forward passes, for --trainer zo: give a number"
-    if values.reward and values.num_beams > 1 and values.reward_samples > 1:
-        yield (
-            f"--num_beams {values.num_beams}: --reward_samples {values.reward_samples} draws "
-            "texts at random; leave one out"
-        )
+    samples = values.reward_samples
+    if values.reward and values.num_beams > 1 and samples > 1:
+        yield f"--num_beams {values.num_beams}: --reward_samples {samples} draws texts at random"
     if values.non_diff and values.sampling:
         yield "--sampling: the loss of --non_diff would change with every draw; leave it out"
     if values.zo_parallel == "directions" and values.trainer == "zo" and values.zo_num_samples < 2:
         yield "--zo_parallel directions: there is one direction only; give --zo_num_samples"
-    if not values.num_dev:
-        if values.eval_strategy != "no":
-            yield (
-                f"--eval_strategy {getattr(values.eval_strategy, 'value', values.eval_strategy)} "
-                "needs dev examples: give --num_dev, or --eval_strategy no"
-            )
-        if values.eval_on_start:
-            yield "--eval_on_start needs dev examples: give --num_dev, or leave it out"
-    if values.replays_best and values.eval_strategy == "no":
-        yield "--load_best_model_at_end needs dev losses: give --eval_strategy steps or epoch"
+    evaluation = getattr(values.eval_strategy, "value", values.eval_strategy)
+    if not values.num_dev and (evaluation != "no" or values.eval_on_start):
+        shown = f"eval_strategy {evaluation}" if evaluation != "no" else "eval_on_start"
+        yield f"--{shown} needs dev examples: give --num_dev, or leave it out"
     metric = values.metric_for_best_model
     if values.save_strategy == "best" and metric is None:
         yield "--save_strategy best needs --metric_for_best_model: give loss, or a task's metric"
@@ -237,37 +214,26 @@ def _problems_of_steps(values: Any) -> Iterator[str]:
     if values.greater_is_better is not None and values.greater_is_better == is_loss:
         best = "loss is the lowest" if is_loss else f"{metric} is the highest"
         yield f"--greater_is_better: the best dev {best}; leave it out"
-    if values.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
-        yield (
-            f"--train_sampling_strategy {values.train_sampling_strategy}: the batches are packed; "
-            "give random or sequential"
-        )
-    wanted = values.resume_from_checkpoint
-    if wanted and wanted.lower() not in ("true", "false"):
+    sampling = values.train_sampling_strategy
+    if sampling in ("group_by_length", "batch_rebalance"):
+        yield f"--train_sampling_strategy {sampling}: batches are packed; give random or sequential"
+    resumed = f"--resume_from_checkpoint {values.resume_from_checkpoint}"
+    if str(values.resume_from_checkpoint).lower() not in ("none", "true", "false"):
         if values.num_train_sets:
-            yield (
-                f"--resume_from_checkpoint {wanted} is of one training set, --num_train_sets runs "
-                "several: leave it out, and each resumes from its own"
-            )
+            yield f"{resumed} is of one set: leave it out, and each of --num_train_sets resumes"
         if values.overwrite_output_dir:
-            yield (
-                f"--overwrite_output_dir deletes checkpoints, --resume_from_checkpoint {wanted} "
-                "needs one: give one of them"
-            )
+            yield f"{resumed} and --overwrite_output_dir, which deletes checkpoints: give one"
     yield from _problems_of_schedule(values)
 
 
 def _problems_of_schedule(values: Any) -> Iterator[str]:
     """Yield steps beyond the end of the run, where --max_steps tells it."""
     steps, warmup = values.max_steps, values.warmup_steps
-    decays = values.decay_step and has_effect(values, "decay_step")
-    if 0 < steps < warmup:
-        yield f"--warmup_steps {warmup:g}: must be at most the run's {steps} steps (--max_steps)"
-    if decays and 0 < steps <= values.decay_step:
-        yield (
-            f"--decay_step {values.decay_step}: must be below the run's {steps} steps (--max_steps)"
-        )
-    if decays and warmup > values.decay_step:
-        yield f"--warmup_steps {warmup:g}: must be at most --decay_step {values.decay_step}"
-    if decays and values.lr_scheduler_kwargs:
+    decay = values.decay_step if has_effect(values, "decay_step") else 0
+    for name, step in (("warmup_steps", warmup), ("decay_step", decay)):
+        if step > (steps if name == "warmup_steps" else steps - 1) > 0:
+            yield f"--{name} {step:g}: the run has {steps} steps (--max_steps)"
+    if decay and warmup > decay:
+        yield f"--warmup_steps {warmup:g}: must be at most --decay_step {decay}"
+    if decay and values.lr_scheduler_kwargs:
         yield "--lr_scheduler_kwargs: it has no effect with --decay_step; give one"

@@ -73,6 +73,11 @@ DEV_LOSSES = Effect("no dev loss is computed", measures_dev_losses, STEPS)
 EVAL_STEPS = is_("eval_strategy", "steps", STEPS)
 SAVES = Effect("no checkpoint is saved", lambda v: v.save_strategy != "no", STEPS)
 SAVE_STEPS = is_("save_strategy", "steps", STEPS)
+BEST_MODEL = Effect(
+    "no dev loss is computed",
+    lambda v: v.eval_strategy != "no" or v.save_strategy != "no",
+    STEPS,
+)
 BEST = Effect(
     "no best model is looked for",
     lambda v: (

@@ -98,6 +98,7 @@ class MostUsed:
         False,
         "Report and keep the checkpoint of the lowest dev loss, or of the best "
         "--metric_for_best_model; with --trainer zo and --save_strategy no it is replayed.",
+        effect=when.BEST_MODEL,
         decides=RESULT,
     )
     metric_for_best_model: str | None = argument(

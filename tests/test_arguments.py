@@ -63,10 +63,6 @@ BAD_TRAINING: dict[str, tuple[dict[str, Any], list[str]]] = {
         DEV_LOSSES | {"save_strategy": "best"},
         ["--save_strategy best", "--metric_for_best_model: give loss"],
     ),
-    "best without dev losses": (
-        {"save_strategy": "no", "load_best_model_at_end": True},
-        ["--load_best_model_at_end needs dev losses"],
-    ),
     "strategies that do not match": (
         {"load_best_model_at_end": True, "num_dev": 4, "eval_strategy": "epoch"},
         ["--load_best_model_at_end", "Save strategy"],
@@ -82,7 +78,7 @@ BAD_TRAINING: dict[str, tuple[dict[str, Any], list[str]]] = {
     "cut batches": ({"accelerator_config": '{"dispatch_batches": true}'}, ["--accelerator_config"]),
     "one file twice": (
         {"predictions_file": "same.json", "result_file": "same.json", "no_eval": None},
-        ["--predictions_file same.json is --result_file too"],
+        ["--result_file same.json is --predictions_file too"],
     ),
     "a schedule without its number": (
         {"lr_scheduler_type": "cosine_with_min_lr"},

@@ -60,12 +60,16 @@ WITHOUT_EFFECT: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "steps of other strategies": (
         ZO | {"save_strategy": "epoch", "save_steps": 2, "eval_steps": 2},
-        "--save_steps (without --save_strategy steps), --eval_steps (without --eval_strategy steps)",
+        "--save_steps (without --save_strategy steps), --eval_steps (without --eval_strat",
     ),
     "a limit of nothing": (
         ZO | {"save_strategy": "no", "save_total_limit": 1, "metric_for_best_model": "loss"},
         "--save_total_limit (no checkpoint is saved), "
         "--metric_for_best_model (no best model is looked for)",
+    ),
+    "the best of nothing": (
+        ZO | {"save_strategy": "no", "load_best_model_at_end": True},
+        "--load_best_model_at_end (no dev loss is computed)",
     ),
     "a run without evaluation": (
         NO_EVAL | {"predictions_file": "p.jsonl", "num_eval": 5, "per_device_eval_batch_size": 4},
