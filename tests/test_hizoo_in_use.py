@@ -29,7 +29,7 @@ from zeroth_order import kernels
 
 
 @pytest.mark.parametrize("hessian", ["full", "lowrank"])
-@pytest.mark.parametrize("failing_chunk", [0, 1, 7, 20])
+@pytest.mark.parametrize("failing_chunk", [0, 7, 20])
 def test_a_shift_that_fails_in_the_middle_is_taken_back(
     failing_chunk, hessian, monkeypatch
 ) -> None:
@@ -87,7 +87,7 @@ def test_an_interrupt_waits_until_every_weight_is_written(function, hessian, mon
 
 
 @pytest.mark.parametrize("hessian", ["full", "lowrank"])
-@pytest.mark.parametrize("failing_sum", [0, 1, 20, 21, 22])
+@pytest.mark.parametrize("failing_sum", [0, 20, 21])
 def test_an_update_that_fails_leaves_no_weight_shifted(failing_sum, hessian, monkeypatch) -> None:
     """Before a chunk's shift is taken back, and after it; the others are whole or as they were."""
     parameters, whole = make_parameters(torch.float64), make_parameters(torch.float64)

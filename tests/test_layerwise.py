@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from tiny_models import FAMILIES, tiny_model
+from tiny_models import of_families, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BartConfig
 
@@ -31,7 +31,7 @@ def assert_bits_equal(model: nn.Module, before: dict[str, torch.Tensor]) -> None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@of_families
 def test_every_family_runs_with_exactly_the_perturbed_weights(family, dtype) -> None:
     model = tiny_model(family).to(dtype)
     shifted = copy.deepcopy(model)
@@ -207,7 +207,7 @@ def test_check_finds_weights_that_another_module_reads(dtype) -> None:
         assert_bits_equal(model, before)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@of_families
 def test_check_passes_where_every_module_reads_its_own(family) -> None:
     model = tiny_model(family).to(torch.bfloat16)
     before = bits_of(model)
