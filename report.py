@@ -15,7 +15,6 @@ from sweeps.results import (
     RECORD,
     Outcome,
     name_data,
-    read_json,
     read_outcomes,
     read_record,
     unfinished,

@@ -147,6 +147,15 @@ def write_text_atomically(path: Path, text: str) -> None:
             temporary.unlink()
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file; an empty dictionary if it holds no JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write ``value`` as indented JSON, atomically; NaN and infinity become null."""
     text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
 import math
 import platform
 import statistics
@@ -23,7 +22,7 @@ from experiment.preparation import Prepared
 from experiment.provenance import provenance
 from language_model.prediction import Prediction
 from tasks import Sample, Task
-from utils import InputError, write_json, write_json_lines
+from utils import InputError, read_json, write_json, write_json_lines
 
 VERSIONS = ("torch", "transformers", "accelerate", "peft", "numpy")
 KINDS_OF_METRICS = ("metric_before_training", "dev_metric", "metric")
@@ -136,11 +135,8 @@ def write_results(
 
 def read_result(path: Path) -> dict[str, Any]:
     """Return the content of a result JSON, nothing if the file is none."""
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return result if isinstance(result, dict) and isinstance(result.get("settings"), dict) else {}
+    result = read_json(path)
+    return result if isinstance(result.get("settings"), dict) else {}
 
 
 def earlier_result(files: Files, identity: Identity) -> dict[str, Any] | None:

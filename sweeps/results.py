@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 
 from command_line.declarations import NOTHING
 from command_line.reading import DECLARED
-from utils import InputError, write_json
+from utils import InputError, read_json, write_json
 
 # In a sweep's folder: the settings and the command line of each run.
 RECORD = "sweep.json"
@@ -78,14 +77,6 @@ class Outcome:
     def values(self, names: Sequence[str]) -> tuple[str, ...]:
         """Return its values of some settings, as text."""
         return tuple(shown(self.settings.get(name)) for name in names)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the content of a JSON file; an empty dictionary if it is no JSON object."""
-    try:
-        return _mapping(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError):
-        return {}
 
 
 def read_outcomes(path: Path) -> list[Outcome]:

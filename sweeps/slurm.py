@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sweeps.running import INTERRUPTED, SCRIPT, Job, start
-from utils import InputError, one_line, write_json
+from utils import InputError, one_line, read_json, write_json
 
 if TYPE_CHECKING:
     import submitit
@@ -72,8 +71,10 @@ class JobArray:
         os.environ["PYTHONPATH"] = os.pathsep.join(paths)
         try:
             executor = make_executor(folder.resolve() / FOLDER, parameters)
-            numbers = json.loads(file.read_text()) if file.is_file() else {}
-            earlier = {n: executor.job_class(executor.folder, i) for n, i in numbers.items()}
+            earlier = {
+                name: executor.job_class(executor.folder, number)
+                for name, number in read_json(file).items()
+            }
             self.submitted = {
                 n: job for n, job in earlier.items() if not job.state.startswith(ENDED)
             }
