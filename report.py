@@ -20,7 +20,14 @@ from sweeps.results import (
     unfinished,
 )
 from sweeps.tables import COLUMNS, FORMATS, FORMS, make_table
-from utils import InputError, OneLineParser, check_writable, exit_code, write_text_atomically
+from utils import (
+    InputError,
+    OneLineParser,
+    check_writable,
+    exit_code,
+    read_json,
+    write_text_atomically,
+)
 
 # These folders hold JSON files that are no results.
 WITHOUT_RESULTS = ("checkpoint-", "slurm")
