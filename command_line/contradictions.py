@@ -27,6 +27,7 @@ EXCLUDE_EACH_OTHER = (
     ("reward", "non_diff"),
     ("train_as_classification", "non_diff"),
     ("text_column", "prompt_template"),
+    ("label_column", "answer_column"),
     ("predict_file", "num_train_sets"),
     ("task_name", "train_file"),
     ("task_name", "validation_file"),

@@ -47,6 +47,12 @@ class TaskAndData:
         effect=when.OWN_COLUMNS,
         decides=TRAINING,
     )
+    answer_column: str | None = argument(
+        None,
+        "Column of your own files with answers to generate. Default: answer.",
+        effect=when.OWN_COLUMNS,
+        decides=TRAINING,
+    )
     prompt_template: str | None = argument(
         None,
         "Prompt made of columns of your own files, as in '{title}: {review}\\nIt was'. Default: "

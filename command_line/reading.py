@@ -68,7 +68,7 @@ class Meaning:
             self.validation_file or (None if self.task_name else self.predict_file),
             self.metric,
             self.reward,
-            Columns(self.text_column, self.label_column, self.prompt_template),
+            Columns(self.text_column, self.label_column, self.prompt_template, self.answer_column),
         )
 
     @property

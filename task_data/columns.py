@@ -32,6 +32,7 @@ class Columns:
         label: the column of the classes, whose different values are the options; None: ``options``
             and ``answer``.
         template: the prompt, with columns in braces; None: the text as it is.
+        answer: the column of generated answers; None: ``answer``.
         labels: the options, as the first file's label column has them (``looked_up``).
         by_number: the label column may hold a label's number in place of its text.
         from_messages: rows are conversations, whose last turn is the answer.
@@ -40,6 +41,7 @@ class Columns:
     text: str | None = None
     label: str | None = None
     template: str | None = None
+    answer: str | None = None
     labels: tuple[str, ...] = ()
     by_number: bool = False
     from_messages: bool = False
@@ -54,7 +56,7 @@ class Columns:
         Raises:
             InputError: a column is not there, or its values are no classes.
         """
-        if not (self.text or self.label or self.template):
+        if not (self.text or self.label or self.template or self.answer):
             found = any(column in row for column in CONVERSATIONS)
             return replace(self, from_messages=found and "prompt" not in row)
         with errors_name(file):
@@ -80,6 +82,8 @@ class Columns:
             arranged["prompt"] = _FIELD.sub(lambda field: str(_value(row[field[1]])), template)
         elif self.text:
             arranged["prompt"] = row[self.text]
+        if self.answer in row:
+            arranged["answer"] = row[self.answer]
         if self.labels:
             arranged["options"] = list(self.labels)
             if self.label in row:
@@ -92,6 +96,7 @@ class Columns:
         named = {
             "--text_column": [self.text] if self.text else [],
             "--label_column": [self.label] if self.label and with_label else [],
+            "--answer_column": [self.answer] if self.answer and with_label else [],
             "--prompt_template": _FIELD.findall(self.template or ""),
         }
         for option, names in named.items():

@@ -41,7 +41,9 @@ class OwnTask(Task):
         is_csv = path.suffix.lower() == ".csv"
         for place, row in read_rows(path):
             with errors_name(place):
-                arranged = self.own_columns.arranged(_with_a_list(row) if is_csv else row)
+                arranged = self.own_columns.arranged(row)
+                if is_csv and not self.own_columns.labels:
+                    arranged = _with_a_list(arranged)
                 if "prompt" in arranged:
                     _check_text(arranged["prompt"], "prompt")
             yield place, arranged
@@ -58,7 +60,8 @@ class OwnTask(Task):
             super().check_columns(row, needed)
         except InputError as error:
             raise InputError(
-                f"{error}; --text_column (or --prompt_template) and --label_column name other ones"
+                f"{error}; other columns are named with --text_column or --prompt_template, and "
+                "with --label_column (classes) or --answer_column (generated answers)"
             ) from error
 
     def kept(self, row: Row, needed: Iterable[str]) -> Row:
@@ -123,7 +126,7 @@ def _own_task(
             f"--metric {metric}: the answers in {first} are {kind}; give {' or '.join(fitting)}"
         )
     # A reward needs no answers.
-    has_answers = not has_reward or "answer" in row or columns.from_messages
+    has_answers = not has_reward or "answer" in columns.arranged(row)
     return OwnTask(
         name=first.stem,
         template=templates.OWN_CHOICE if chosen else templates.OWN_ANSWER,

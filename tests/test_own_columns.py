@@ -128,6 +128,24 @@ def test_class_labels_of_parquet_have_names(tmp_path: Path) -> None:
         labels_of(file)
 
 
+def test_a_column_of_generated_answers(tmp_path: Path) -> None:
+    rows = [{"instruction": "Name one.", "input": "A town.", "output": "Paris"}]
+    alpaca = Columns(template="{instruction} {input}", answer="output")
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "rows.csv").write_text(
+        "instruction,input,output\nName one.,A town.,\"['Paris']\"\n"
+    )
+    for name in ("rows.json", "rows.csv"):
+        task = choose_task(None, None, str(tmp_path / name), None, None, alpaca)
+        _, (sample,) = load_samples(task, None)
+        assert (task.prompt(sample), sample.correct) == ("Name one. A town.", ("Paris",))
+    (tmp_path / "new.csv").write_text("instruction,input\nName one.,A sea.\n")
+    (question,) = read_samples(task, tmp_path / "new.csv", with_answers=False)
+    assert task.prompt(question) == "Name one. A sea." and question.correct == ()
+    with pytest.raises(InputError, match="--answer_column: no column 'out'"):
+        choose_task(None, None, str(tmp_path / "rows.csv"), None, None, Columns(answer="out"))
+
+
 BAD_COLUMNS = {
     "text": (
         Columns(text="revue"),
