@@ -109,7 +109,7 @@ def generate(
     Raises:
         NotFinite: a token would be chosen from logits that are not finite.
     """
-    ends = end_tokens(model, tokenizer, settings.eos_token)
+    ends = end_tokens(model, tokenizer)
     pad = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else (*ends, 0)[0]
     # New tokens count: a sliding window would see the padding between shared and own tokens.
     longest = max(map(len, prompts)) + settings.max_new_tokens
@@ -160,12 +160,10 @@ def generate(
     return texts
 
 
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the tokens that end an answer: model's, tokenizer's, and ``text`` if it is one."""
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that end an answer: the model's and the tokenizer's."""
     own = without_adapter(model).generation_config.eos_token_id
-    own = own if isinstance(own, list) else [own]
-    of_text = tokenizer.encode(text, add_special_tokens=False)
-    tokens = (*(of_text if len(of_text) == 1 else ()), *own, tokenizer.eos_token_id)
+    tokens = (*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id)
     return [token for token in dict.fromkeys(tokens) if token is not None]
 
 
