@@ -8,11 +8,10 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from experiment.options import Files
-from language_model.batches import process_index
+from training.processes import from_first_process
 from utils import InputError, check_writable
 
 
@@ -27,15 +26,18 @@ def locked_places(files: Files, has_checkpoints: bool) -> Iterator[None]:
     places += [("--result_file", files.result, False)]
     places += [("--predictions_file", path, False) for path in files.predictions]
     with contextlib.ExitStack() as stack:
-        refusals = []
-        for place in places if process_index() == 0 else ():
-            try:
-                stack.enter_context(locked(*place))
-            except InputError as error:
-                refusals.append(str(error))
-        (refusals,) = broadcast_object_list([refusals])
-        if refusals:
-            raise InputError("; ".join(refusals))
+
+        def lock() -> None:
+            refusals = []
+            for place in places:
+                try:
+                    stack.enter_context(locked(*place))
+                except InputError as error:
+                    refusals.append(str(error))
+            if refusals:
+                raise InputError("; ".join(refusals))
+
+        from_first_process(lock)
         yield
 
 

@@ -195,6 +195,11 @@ class Identity:
     of_checkpoint: Mapping[str, Any]
     length: Mapping[str, float]
 
+    @property
+    def of_run(self) -> dict[str, Any]:
+        """The settings that decide the course of the training, and its length."""
+        return {**self.of_checkpoint, **self.length}
+
 
 @dataclass(frozen=True)
 class Options:

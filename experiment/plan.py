@@ -36,13 +36,9 @@ class Plan:
     """What a run takes.
 
     Attributes:
-        steps: of training; 0: nothing is trained in steps.
         forward_passes: of training, one for each batch and process; without a probe's.
-        backward_passes: of training.
-        evaluation_passes: forward passes of dev losses and metrics, of one batch each.
-        parameters: of the model.
-        trained_parameters: of them, or of an adapter.
-        memory: bytes of the weights, and of what the optimizer keeps for those that are trained.
+        evaluation_passes: of dev losses and metrics, one for each batch.
+        memory: bytes of the weights and of the optimizer's state.
         seconds: an estimate for this machine, without loading.
     """
 

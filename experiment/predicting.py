@@ -40,11 +40,7 @@ def predict_rows(options: Options, file: str) -> None:
     with locked("--predictions_file", path):
         predictions = predict(
             *(load_pretrained(options.model), encoder, questions, shown),
-            *(
-                evaluation.batch_size,
-                evaluation.calibration,
-                data.generation,
-            ),
+            *(evaluation.batch_size, evaluation.calibration, data.generation),
             progress=None if evaluation.quiet else "prediction",
         )
         if process_index() == 0:

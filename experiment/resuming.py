@@ -125,7 +125,7 @@ def find_checkpoint(
     settings = run_state(state).get("settings", {})
     if options.files.overwrite and not wanted:
         is_done = has_result and state["global_step"] >= state["max_steps"]
-        if is_done or settings != {**identity.of_checkpoint, **identity.length}:
+        if is_done or settings != identity.of_run:
             return None
     check_settings(checkpoint, settings, identity.of_checkpoint)
     check_model(checkpoint, model)
@@ -144,7 +144,7 @@ def find_replay(
     header, identity = journal.header, options.identity
     if options.files.overwrite and not checkpoint:
         is_done = has_result and journal.steps >= header.max_steps
-        if is_done or header.settings != {**identity.of_checkpoint, **identity.length}:
+        if is_done or header.settings != identity.of_run:
             return Replay()
     belongs = (
         header.noise == noise.VERSION
@@ -222,7 +222,7 @@ def recording_of(options: Options, start: Start) -> Recording | None:
         model, identity = options.model, options.identity
         header = {
             "model": {"name": model.name, "sha256": sums_of_weights(model.name)},
-            "settings": {**identity.of_checkpoint, **identity.length},
+            "settings": identity.of_run,
             "versions": {"torch": torch.__version__},
         }
     return Recording(start.journal, header, start.replay, options.training.check_every)
@@ -234,17 +234,10 @@ def journal_of_first_process(path: Path) -> Journal | None:
     Raises:
         InputError: in all processes, where it cannot be read.
     """
-
-    def read() -> Journal | str | None:
-        try:
-            return read_journal(path)
-        except InputError as error:
-            return str(error)
-
-    found = from_first_process(read)
-    if isinstance(found, str):
-        raise InputError(f"{found}; give another --output_dir, or remove it")
-    return found
+    try:
+        return from_first_process(lambda: read_journal(path))
+    except InputError as error:
+        raise InputError(f"{error}; give another --output_dir, or remove it") from error
 
 
 def warn(line: str) -> None:

@@ -86,7 +86,7 @@ def make_trainer(
     Raises:
         InputError: the model, the machine and the options do not go together.
     """
-    training, identity = options.training, options.identity
+    training = options.training
     chosen = choose_objective(options, model, prepared.encoder)
     own = copy.copy(training.own)
     own.output_dir = str(output_dir)
@@ -102,7 +102,7 @@ def make_trainer(
         "max_skipped_steps": training.max_skipped_steps,
         "dev_metric": dev_metric(options, prepared, examples.dev),
         "quiet": options.evaluation.quiet,
-        "settings": {**identity.of_checkpoint, **identity.length},
+        "settings": options.identity.of_run,
     }
     if training.zeroth_order:
         return ZerothOrderTrainer(**vars(training.zeroth_order), recording=recording, **shared)

@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from utils import Disagreement
+from utils import Disagreement, InputError
 
 Value = TypeVar("Value")
 # Where a loss is taken: a direction and a multiple of μ; None: at θ.
@@ -45,9 +45,17 @@ def see_every_batch(loader: DataLoader) -> DataLoader:
 
 
 def from_first_process(compute: Callable[[], Value]) -> Value:
-    """Return in every process what the first one computes, which must not raise."""
-    values = [compute() if PartialState().is_main_process else None]
-    return broadcast_object_list(values)[0]
+    """Return in every process what the first one computes, or raise its ``InputError``."""
+    value, refusal = None, None
+    if PartialState().is_main_process:
+        try:
+            value = compute()
+        except InputError as error:
+            refusal = str(error)
+    value, refusal = broadcast_object_list([value, refusal])
+    if refusal is not None:
+        raise InputError(refusal)
+    return value
 
 
 class Exchange:
