@@ -6,17 +6,19 @@ python sweep.py --learning_rate 1e-6 1e-7 --seed 0 1 2 -- ARGUMENTS OF run.py
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 
 from sweeps.reading import begin, read_command_line
 
 if __name__ == "__main__":
-    # What is wrong is said before torch and transformers are imported, which takes seconds.
+    # Before torch is imported, which takes seconds: Ctrl-C ends without a traceback, and what is
+    # wrong is said.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     begin(sys.argv[1:])
 
 import dataclasses
-import os
 import shlex
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -227,10 +229,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def raise_interrupt(*_: Any) -> None:
-    """Let SIGTERM end a sweep as Ctrl-C does."""
+    """End the sweep; SIGTERM does what Ctrl-C does."""
     raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, raise_interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, raise_interrupt)
     sys.exit(main(sys.argv[1:]))
