@@ -12,12 +12,12 @@ from typing import Any
 
 from command_line.declarations import OFF, Effect
 from command_line.reading import DECLARED, OWN, TUNING_MODES, raise_problems, show_argument
+from command_line.scripts import WEIGHTS
 from task_data.own_tasks import OwnTask
 from tasks import Task
 from utils import InputError
 from zeroth_order.smoothing import SmoothingSchedule
 
-WEIGHTS = ("load_float16", "load_bfloat16", "load_int8", "load_int4")
 EXCLUDE_EACH_OTHER = (
     ("load_float16", "load_bfloat16"),
     ("load_int8", "load_int4"),

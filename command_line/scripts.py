@@ -17,38 +17,66 @@ from utils import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLED_MODEL, BUNDLED_DATA = ROOT / "data" / "tiny-opt", ROOT / "data" / "samples"
-SHARED = {
-    **{"MODEL": "model_name", "DATA_DIR": "data_dir", "TASK": "task_name"},
-    **{"TRAIN": "num_train", "EVAL": "num_eval", "SEED": "train_set_seed"},
-}
-OF_TRAINING = SHARED | {
-    **{"BS": "per_device_train_batch_size", "LR": "learning_rate", "DEV": "num_dev", "MODE": ""},
-}
-OF_FINETUNE = OF_TRAINING | {"EPOCH": "num_train_epochs", "NUM_GPU": ""}
 # The variables of each script, and the arguments that they set.
 VARIABLES: dict[str, dict[str, str]] = {
-    "HiZOO.sh": OF_TRAINING
+    "icl.sh": {
+        **{"MODEL": "model_name", "DATA_DIR": "data_dir", "TASK": "task_name"},
+        **{"TRAIN": "num_train", "EVAL": "num_eval", "SEED": "train_set_seed"},
+    }
+}
+_TRAINING = VARIABLES["icl.sh"] | {
+    **{"BS": "per_device_train_batch_size", "LR": "learning_rate", "DEV": "num_dev", "MODE": ""}
+}
+VARIABLES["finetune.sh"] = _TRAINING | {"EPOCH": "num_train_epochs", "NUM_GPU": ""}
+VARIABLES["finetune_fsdp.sh"] = VARIABLES["finetune.sh"]
+VARIABLES["HiZOO.sh"] = _TRAINING | {
+    **{"EPS": "zo_eps", "HESSIAN_SMOOTH_TYPE": "hessian_smooth_type", "STEPS": "max_steps"},
+    **{"DIRECTIONS": "zo_num_samples", "EVAL_STEPS": "eval_steps", "WARMUP_STEP": "warmup_steps"},
+    **{"DECAY_STEP": "decay_step", "ZO_LR_SCHEDULER_TYPE": "lr_scheduler_type"},
+    "WEIGHT_DECAY": "weight_decay",
+}
+# What each script gives to run.py, unless a variable or the user says something else.
+_EXAMPLES = {"num_train": 1000, "num_dev": 500, "num_eval": 1000, "seed": 0, "train_set_seed": 0}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "icl.sh": {"trainer": "none", "num_train": 32, "num_eval": 1000, "load_saved_dtype": True},
+    "HiZOO.sh": _EXAMPLES
     | {
-        **{"EPS": "zo_eps", "HESSIAN_SMOOTH_TYPE": "hessian_smooth_type", "STEPS": "max_steps"},
-        **{"DIRECTIONS": "zo_num_samples", "EVAL_STEPS": "eval_steps"},
-        **{"WARMUP_STEP": "warmup_steps", "DECAY_STEP": "decay_step"},
-        **{"ZO_LR_SCHEDULER_TYPE": "lr_scheduler_type", "WEIGHT_DECAY": "weight_decay"},
+        **{"trainer": "zo", "per_device_train_batch_size": 16, "max_steps": 20000},
+        **{"hessian_smooth_type": "constant1e-8", "zo_num_samples": 1, "eval_strategy": "steps"},
+        **{"eval_steps": 2000, "save_total_limit": 1, "load_saved_dtype": True},
     },
-    "finetune.sh": OF_FINETUNE,
-    "finetune_fsdp.sh": OF_FINETUNE,
-    "icl.sh": SHARED,
+    "finetune.sh": _EXAMPLES
+    | {
+        **{"trainer": "regular", "per_device_train_batch_size": 8, "num_train_epochs": 5},
+        **{"lr_scheduler_type": "linear", "eval_strategy": "epoch", "save_total_limit": 1},
+    },
 }
-MODES = {"ft": "", "prefix": "prefix_tuning", "lora": "lora"}
+DEFAULTS["finetune_fsdp.sh"] = DEFAULTS["finetune.sh"] | {"fsdp": True}
+# The bundled model has a thousandth of the parameters and learns in far fewer steps.
+_SHOWN = {"num_dev": 200, "per_device_eval_batch_size": 64, "eval_before_training": True}
+BUNDLED: dict[str, dict[str, Any]] = {
+    "HiZOO.sh": _SHOWN
+    | {
+        **{"learning_rate": "auto", "hessian_smooth_type": "constant1e-5", "zo_num_samples": 2},
+        **{"max_steps": 150, "eval_steps": 50},
+    },
+    "finetune.sh": _SHOWN,
+    # Before training nothing is sharded yet, nor whole.
+    "finetune_fsdp.sh": _SHOWN | {"eval_before_training": False},
+    "icl.sh": {},
+}
 # The middle of the MeZO paper's grids: prefixes and LoRA matrices take larger steps than weights.
-LEARNING_RATES = {
-    "HiZOO.sh": {"ft": "1e-6", "prefix": "1e-2", "lora": "1e-4"},
-    "finetune.sh": {"ft": "1e-5", "prefix": "1e-2", "lora": "1e-4"},
+MODES: dict[str, dict[str, Any]] = {
+    "ft": {"learning_rate": "1e-6", "zo_eps": "1e-3"},
+    "prefix": {"prefix_tuning": True, "learning_rate": "1e-2", "zo_eps": "1e-1"},
+    "lora": {"lora": True, "learning_rate": "1e-4", "zo_eps": "1e-2"},
 }
-SCALES = {"ft": "1e-3", "prefix": "1e-1", "lora": "1e-2"}
+RATE_OF_ADAMW = "1e-5"
 # CB and Copa have fewer than 500 training examples.
 FEW_DEV = {"cb": 100, "copa": 100}
 # Published runs train these with the language-model loss; SQuAD and DROP have no options.
 WITHOUT_CLASSES = ("copa", "record")
+WEIGHTS = ("load_float16", "load_bfloat16", "load_int8", "load_int4")
 
 
 def choose_defaults(
@@ -66,13 +94,18 @@ def choose_defaults(
     """
     if script not in VARIABLES:
         raise InputError(f"--script {script}: choose from {', '.join(VARIABLES)}")
-    set_ones = {name: environment[name] for name in VARIABLES[script] if environment.get(name)}
-    chosen = _Choice(script, set_ones, user).words(environment)
-    labels = {
-        argument: f"{name}={set_ones[name]}"
-        for name, argument in VARIABLES[script].items()
-        if name in set_ones
-    }
+    found = {name: environment[name] for name in VARIABLES[script] if environment.get(name)}
+    named = {VARIABLES[script][name]: name for name in found if VARIABLES[script][name]}
+    values = {argument: found[name] for argument, name in named.items()}
+    _refuse(script, found, user)
+    chosen = _defaults(script, found.get("MODE"), values | user) | values
+    if _is_bundled(chosen["model_name"]):
+        chosen["model_name"] = str(BUNDLED_MODEL)
+    _follow(chosen, user)
+    if script != "icl.sh":
+        chosen["seed"] = found.get("SEED", 0)
+        _share(script, chosen, environment, user)
+    labels = {argument: f"{name}={found[name]}" for argument, name in named.items()}
     return {
         name: (str(word), labels.get(name, f"--{name} {word}"))
         for name, word in chosen.items()
@@ -80,167 +113,125 @@ def choose_defaults(
     }
 
 
-class _Choice:
-    """What one script chooses beside the variables that are set and the user's arguments."""
+def _refuse(script: str, found: Mapping[str, str], user: Mapping[str, Any]) -> None:
+    """Refuse what a script cannot do."""
+    trainer, trains = user.get("trainer"), script != "icl.sh"
+    if trains and trainer == "none":
+        raise InputError(f"--trainer none: {script} trains; bash icl.sh evaluates")
+    if not trains and trainer not in (None, "none"):
+        raise InputError(f"--trainer {trainer}: icl.sh trains nothing; HiZOO.sh and finetune.sh do")
+    if found.get("MODE", "ft") not in MODES:
+        raise InputError(f"MODE={found['MODE']}: give {', '.join(MODES)}")
+    data = " ".join(f"{name}={found[name]}" for name in ("TASK", "DATA_DIR") if name in found)
+    if data and _own_file(user):
+        raise InputError(f"{data} and --train_file, --validation_file exclude each other: give one")
 
-    def __init__(self, script: str, variables: dict[str, str], user: Mapping[str, Any]) -> None:
-        self.script, self.set, self.user = script, variables, user
-        self.trains = script != "icl.sh"
-        self.backward = script.startswith("finetune")
-        self.model = user.get("model_name") or variables.get("MODEL") or str(BUNDLED_MODEL)
-        path = Path(self.model)
-        self.is_bundled = path.exists() and path.resolve() == BUNDLED_MODEL
-        if self.is_bundled:
-            self.model = str(BUNDLED_MODEL)
-        self.own_file = user.get("train_file") or user.get("validation_file")
 
-    def words(self, environment: Mapping[str, str]) -> dict[str, Any]:
-        self._refuse()
-        named = VARIABLES[self.script].items()
-        words: dict[str, Any] = {}
-        if self.trains:
-            examples = self._examples()
-            words |= self._training() | examples | self._course(examples["num_dev"])
-            words |= self._objective()
-        elif self.own_file and "train_file" not in self.user:
-            words["num_train"] = 0
-        else:
-            words["num_train"] = 32
-        words |= {"num_eval": 1000, "trainer": self._trainer()}
-        if not self.backward and not self._gives("load_float16 load_bfloat16 load_int8 load_int4"):
-            words["load_saved_dtype"] = True
-        if not self.own_file:
-            words |= {"task_name": "SST2"} | ({"data_dir": BUNDLED_DATA} if self.is_bundled else {})
-        words |= {name: self.set[each] for each, name in named if name and each in self.set}
-        words["model_name"] = self.model
-        if "num_train_sets" in self.user:
-            words.pop("train_set_seed", None)
-        if "num_train_epochs" in self.user:
-            words.pop("max_steps", None)
-        steps = self.user.get("eval_steps") or self.user.get("save_steps")
-        steps = steps or words.get("eval_steps")
-        if steps:
-            words |= {"eval_steps": steps, "save_steps": steps}
-        if self.trains:
-            words["seed"] = self.set.get("SEED", "0")
-            words["per_device_train_batch_size"] = self._share(
-                words["per_device_train_batch_size"], environment
-            )
-        return words
+def _own_file(said: Mapping[str, Any]) -> str | None:
+    return said.get("train_file") or said.get("validation_file")
 
-    def _trainer(self) -> str:
-        return "none" if not self.trains else "regular" if self.backward else "zo"
 
-    def _gives(self, names: str) -> bool:
-        return any(name in self.user for name in names.split())
+def _is_bundled(model: str) -> bool:
+    return Path(model).exists() and Path(model).resolve() == BUNDLED_MODEL
 
-    def _refuse(self) -> None:
-        """Refuse what a script cannot do."""
-        trainer = self.user.get("trainer")
-        if self.trains and trainer == "none":
-            raise InputError(f"--trainer none: {self.script} trains; bash icl.sh evaluates")
-        if not self.trains and trainer not in (None, "none"):
-            raise InputError(
-                f"--trainer {trainer}: icl.sh trains nothing; HiZOO.sh and finetune.sh do"
-            )
-        mode = self.set.get("MODE", "ft")
-        if mode not in MODES:
-            raise InputError(f"MODE={mode}: give {', '.join(MODES)}")
-        data = [f"{name}={self.set[name]}" for name in ("TASK", "DATA_DIR") if name in self.set]
-        if self.own_file and data:
-            raise InputError(
-                f"{' '.join(data)} and --train_file, --validation_file exclude each other: give one"
-            )
 
-    @property
-    def mode(self) -> str:
-        """``ft``, ``prefix`` or ``lora``: the variable, or what the user's flags say."""
-        typed = [mode for mode, flag in MODES.items() if flag and self.user.get(flag)]
-        return self.set.get("MODE") or next(iter(typed), "ft")
+def _defaults(script: str, mode: str | None, said: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a script's defaults beside what is said by variables and by the user."""
+    chosen = {"model_name": str(BUNDLED_MODEL)} | DEFAULTS[script]
+    bundled = _is_bundled(said.get("model_name", chosen["model_name"]))
+    if not _own_file(said):
+        chosen |= {"task_name": "SST2"} | ({"data_dir": BUNDLED_DATA} if bundled else {})
+    elif script == "icl.sh" and "train_file" not in said:
+        chosen["num_train"] = 0
+    if any(name in said for name in WEIGHTS):
+        chosen.pop("load_saved_dtype", None)
+    if script == "icl.sh":
+        return chosen
+    typed = "lora" if said.get("lora") else "prefix" if said.get("prefix_tuning") else "ft"
+    chosen |= MODES[mode or typed]
+    if script != "HiZOO.sh":
+        del chosen["zo_eps"]
+        chosen |= {"learning_rate": RATE_OF_ADAMW} if (mode or typed) == "ft" else {}
+        chosen |= _precision(said)
+    chosen |= BUNDLED[script] if bundled else {}
+    if "fsdp" in said:
+        chosen.pop("eval_before_training", None)
+    return chosen | _examples(said, chosen["num_dev"]) | _objective(said)
 
-    def _training(self) -> dict[str, Any]:
-        words: dict[str, Any] = {"train_set_seed": self.set.get("SEED", "0"), "save_total_limit": 1}
-        if self.mode != "ft":
-            words[MODES[self.mode]] = True
-        if self.is_bundled:
-            words["per_device_eval_batch_size"] = 64
-            # Before training nothing is sharded yet, nor whole.
-            if "fsdp" not in self.user and self.script != "finetune_fsdp.sh":
-                words["eval_before_training"] = True
-        if self.backward:
-            words |= {"learning_rate": LEARNING_RATES["finetune.sh"][self.mode]}
-            words |= {"num_train_epochs": 5, "lr_scheduler_type": "linear"}
-            words |= {"per_device_train_batch_size": 8} | self._precision()
-            return words | ({"fsdp": True} if self.script == "finetune_fsdp.sh" else {})
-        words |= {"learning_rate": LEARNING_RATES["HiZOO.sh"][self.mode]}
-        words |= {"per_device_train_batch_size": 16, "hessian_smooth_type": "constant1e-8"}
-        words |= {"zo_eps": SCALES[self.mode], "zo_num_samples": 1, "max_steps": 20000}
-        if self.is_bundled:
-            # It has a thousandth of the parameters and learns in far fewer steps.
-            words |= {"learning_rate": "auto", "hessian_smooth_type": "constant1e-5"}
-            words |= {"zo_num_samples": 2, "max_steps": 150}
-        return words
 
-    def _precision(self) -> dict[str, Any]:
-        """Choose mixed precision: AdamW on float16 weights would lose most updates."""
-        names = "fp16 bf16 use_cpu load_float16 load_bfloat16 load_int8 load_int4"
-        found = [] if self._gives(names) else gpus("compute_cap")
-        if not found:
-            return {}
-        # float16 overflows in models that were trained in bfloat16, which newer GPUs have.
-        return {"bf16" if all(float(each) >= 8 for each in found) else "fp16": True}
+def _precision(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Choose mixed precision: AdamW on float16 weights would lose most updates."""
+    given = any(name in said for name in ("fp16", "bf16", "use_cpu", *WEIGHTS))
+    found = [] if given else gpus("compute_cap")
+    if not found:
+        return {}
+    # float16 overflows in models that were trained in bfloat16, which newer GPUs have.
+    return {"bf16" if all(float(each) >= 8 for each in found) else "fp16": True}
 
-    def _course(self, dev: int) -> dict[str, Any]:
-        """Choose dev losses and checkpoints with them, of which the best counts."""
-        dev = self.user.get("num_dev", self.set.get("DEV", dev))
-        by = "epoch" if self.backward else "steps"
-        evaluation = self.user.get("eval_strategy") or ("no" if dev in (0, "0") else by)
-        saving = self.user.get("save_strategy") or (by if evaluation == "no" else evaluation)
-        words: dict[str, Any] = {"eval_strategy": evaluation, "save_strategy": saving}
-        if not self.backward:
-            words["eval_steps"] = 50 if self.is_bundled else 2000
+
+def _examples(said: Mapping[str, Any], dev: int) -> dict[str, Any]:
+    """Choose fewer examples where there are few."""
+    if not _own_file(said):
+        return {"num_dev": FEW_DEV.get(str(said.get("task_name")).lower(), dev)}
+    try:
+        rows = sum(1 for _ in read_rows(Path(said["train_file"])))
+    except (KeyError, InputError):
+        return {}  # the file's own error comes later
+    rows -= 0 if said.get("validation_file") else max(1, rows // 10)  # held out to report on
+    dev = min(dev, rows // 5)
+    return {"num_train": min(1000, rows - dev), "num_dev": dev}
+
+
+def _objective(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Choose classification wherever there are options, but for Copa and ReCoRD."""
+    if any(name in said for name in ("non_diff", "only_train_option", "reward")):
+        return {}
+    name = None if _own_file(said) else said.get("task_name", "SST2")
+    columns = (said.get(each) for each in ("text_column", "label_column", "prompt_template"))
+    files = (said.get("train_file"), said.get("validation_file"), said.get("metric"))
+    try:
+        task = choose_task(name, *files, columns=Columns(*columns))
+    except InputError:
+        return {}  # it is said later
+    classes = not task.generation and str(name).lower() not in WITHOUT_CLASSES
+    return {"train_as_classification": True} if classes else {}
+
+
+def _follow(chosen: dict[str, Any], user: Mapping[str, Any]) -> None:
+    """Let defaults follow what the user types: seeds, lengths, dev losses and checkpoints."""
+    if "num_train_sets" in user:
+        chosen.pop("train_set_seed", None)
+    if "num_train_epochs" in user:
+        chosen.pop("max_steps", None)
+    steps = user.get("eval_steps") or user.get("save_steps") or chosen.get("eval_steps")
+    if steps:
+        chosen |= {"eval_steps": steps, "save_steps": steps}
+    if "eval_strategy" in chosen:
+        by = chosen["eval_strategy"]
+        if str((chosen | user)["num_dev"]) == "0":
+            chosen["eval_strategy"] = "no"
+        evaluation = user.get("eval_strategy", chosen["eval_strategy"])
+        chosen["save_strategy"] = by if evaluation == "no" else evaluation
+        saving = user.get("save_strategy", chosen["save_strategy"])
+        # The best checkpoint counts where dev losses and checkpoints come together.
         if evaluation != "no" and saving in (evaluation, "best"):
-            words["load_best_model_at_end"] = True
-        return words
+            chosen["load_best_model_at_end"] = True
 
-    def _examples(self) -> dict[str, Any]:
-        task = str(self.user.get("task_name") or self.set.get("TASK", "")).lower()
-        dev = FEW_DEV.get(task, 200 if self.is_bundled else 500)
-        if not self.own_file:
-            return {"num_train": 1000, "num_dev": dev}
-        try:
-            # A fifth of a file with few rows, at most, is dev.
-            rows = sum(1 for _ in read_rows(Path(self.user["train_file"])))
-        except (KeyError, InputError):
-            return {"num_train": 1000, "num_dev": dev}  # the file's own error comes later
-        dev = min(dev, rows // 5)
-        return {"num_train": min(1000, rows - dev), "num_dev": dev}
 
-    def _objective(self) -> dict[str, Any]:
-        """Choose classification wherever there are options, but for Copa and ReCoRD."""
-        if self._gives("non_diff only_train_option reward"):
-            return {}
-        user = self.user
-        name = None if self.own_file else user.get("task_name") or self.set.get("TASK", "SST2")
-        columns = (user.get(each) for each in ("text_column", "label_column", "prompt_template"))
-        files = (user.get("train_file"), user.get("validation_file"), user.get("metric"))
-        try:
-            task = choose_task(name, *files, columns=Columns(*columns))
-        except InputError:
-            return {}  # it is said later
-        classes = not task.generation and str(name).lower() not in WITHOUT_CLASSES
-        return {"train_as_classification": True} if classes else {}
-
-    def _share(self, examples: str, environment: Mapping[str, str]) -> Any:
-        """Return the examples of a process: those of a step are shared by all."""
-        number, processes = str(examples), environment.get("WORLD_SIZE") or "1"
-        if self.backward:  # processes are to be started, or have been
-            processes = environment.get("NUM_GPU") or processes
-        if self.user.get("zo_parallel") == "directions" or not (number + processes).isdecimal():
-            return examples
-        if int(number) % int(processes):
-            raise InputError(f"BS={examples}: give a multiple of the {processes} processes")
-        return int(number) // int(processes)
+def _share(
+    script: str, chosen: dict[str, Any], environment: Mapping[str, str], user: Mapping[str, Any]
+) -> None:
+    """Give each process its share of the examples of a step."""
+    examples = str(chosen["per_device_train_batch_size"])
+    processes = environment.get("WORLD_SIZE") or "1"
+    if script != "HiZOO.sh":  # processes are to be started, or have been
+        processes = environment.get("NUM_GPU") or processes
+    numbers = examples.isdecimal() and processes.isdecimal() and int(processes)
+    if user.get("zo_parallel") == "directions" or not numbers:
+        return
+    if int(examples) % int(processes):
+        raise InputError(f"BS={examples}: give a multiple of the {processes} processes")
+    chosen["per_device_train_batch_size"] = int(examples) // int(processes)
 
 
 def processes_of(script: str, environment: Mapping[str, str], user: Mapping[str, Any]) -> int:

@@ -227,6 +227,8 @@ def test_own_files(tmp_path: Path) -> None:
         assert (values.eval_strategy, values.load_best_model_at_end) == ("no", False)
         assert values_of("icl.sh", own).num_train == 32
         assert values_of("icl.sh", own[1:]).num_train == 0
+        held_out = values_of("HiZOO.sh", [own[0], *more])  # a tenth of the rows to report on
+        assert (held_out.num_train, held_out.num_dev) == (15, 3)
 
 
 def test_what_makes_no_sense_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +241,7 @@ def test_what_makes_no_sense_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         ("HiZOO.sh", "", {"BS": "1.5"}, "BS=1.5: must be a whole number"),
         ("HiZOO.sh", "", {"BS": "a[$(touch x)]"}, r"BS=a\[\$\(touch x\)\]: must be a whole number"),
         ("HiZOO.sh", "", {"BS": "5", "WORLD_SIZE": "2"}, "BS=5: give a multiple of the 2 proc"),
-        ("HiZOO.sh", "", {"LR": "fast", "STEPS": "0"}, "(?s)LR=fast: must be a number.*STEPS=0: "),
+        ("HiZOO.sh", "", {"LR": "fast", "STEPS": "0"}, "(?s)STEPS=0: .*LR=fast: must be a number"),
         ("icl.sh", "--trainer=zo", {}, "--trainer zo: icl.sh trains nothing"),
         ("finetune.sh", "--fsdp full_shard", {"MODE": "prefix"}, "--prefix_tuning: it needs whole"),
         ("finetune.sh", "", {"NUM_GPU": "3"}, "BS=8: give a multiple of the 3 processes"),
@@ -247,6 +249,7 @@ def test_what_makes_no_sense_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     ):
         with pytest.raises(InputError, match=message):
             values_of(script, line, **variables)
+    assert values_of("finetune.sh", NUM_GPU="0").per_device_train_batch_size == 8
     for variables, message in (
         ({"NUM_GPU": "two"}, "NUM_GPU=two: give the number"),
         ({"NUM_GPU": "0"}, "NUM_GPU=0: give the number"),
