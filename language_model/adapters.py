@@ -77,10 +77,10 @@ def without_future_warnings() -> Iterator[None]:
 
 
 class PrefixTunedModel(PeftModelForCausalLM):
-    """A causal language model behind a trained prefix: keys and values in every layer.
+    """A causal language model with a trained prefix: keys and values in every layer.
 
     Unlike peft's model, it takes 4-D attention masks and position ids, which describe the text
-    alone: position 0 is that of the first token behind the prefix. A caller's ``past_key_values``
+    alone: position 0 is that of the first token after the prefix. A caller's ``past_key_values``
     must begin with the prefix. Checkpoints also hold the network that makes the prefix, if there
     is one: peft's own file has the finished prefix only.
     """
@@ -170,7 +170,7 @@ def add_prefix(
     try:
         activations = keys_and_values(model, torch.zeros(1).long() if tokens is None else tokens)
         ((heads, head_size),) = {
-            (part.shape[1], part.shape[3]) for layer in activations for part in layer
+            (tensor.shape[1], tensor.shape[3]) for layer in activations for tensor in layer
         }
     except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError(
@@ -212,8 +212,8 @@ def keys_and_values(
 def start_from(encoder: nn.Module, activations: KeysAndValues) -> None:
     """Set peft's prefix encoder so that the prefix is ``activations``."""
     # (tokens, heads, head size) of keys, then of values, layer by layer.
-    parts = [part[0].transpose(0, 1) for layer in activations for part in layer]
-    target = torch.stack(parts, dim=1).flatten(1)
+    tensors = [tensor[0].transpose(0, 1) for layer in activations for tensor in layer]
+    target = torch.stack(tensors, dim=1).flatten(1)
     if not encoder.prefix_projection:
         encoder.embedding.weight.copy_(target)
         return
@@ -225,7 +225,7 @@ def start_from(encoder: nn.Module, activations: KeysAndValues) -> None:
 
 
 def random_tokens(tokenizer: PreTrainedTokenizerBase, number: int, seed: int) -> Tensor:
-    """Return tokens of the vocabulary, (number,), none of them special, drawn from a seed."""
+    """Return tokens of the vocabulary, (number,), none of them special, sampled with a seed."""
     special = set(tokenizer.all_special_ids)
     ordinary = [token for token in range(len(tokenizer)) if token not in special]
     generator = torch.Generator().manual_seed(seed)

@@ -72,7 +72,7 @@ class Encoder:
         candidates: Sequence[Any] | None = None,
         content_free: bool = False,
     ) -> EncodedExample:
-        """Encode every candidate behind the prompt, or behind the content-free prompt of SFC."""
+        """Encode the prompt, or the content-free prompt of SFC, with every candidate."""
         task = self.task
         prompt_of = task.content_free_prompt if content_free else task.prompt
         option_of = task.content_free_option if content_free else task.option

@@ -1,4 +1,4 @@
-"""Text that a model generates behind prompts."""
+"""Text that a model generates after prompts."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def generate(
     batch_size: int,
     progress: str | None,
 ) -> list[str]:
-    """Return the text that the model writes behind every prompt, without spaces at its ends.
+    """Return the text that the model writes after every prompt, stripped.
 
     A text ends before the first end token or end text.
 
@@ -126,7 +126,7 @@ def generate(
     def write(indices: list[int]) -> None:
         rows = [prompts[index][len(prefix.tokens) :] for index in indices]
         length = max(map(len, rows))
-        # Padding stands between the shared tokens, which the model has read, and the row's own.
+        # Padding goes between the shared tokens, which the model has read, and the row's own.
         tokens = [[*cached, *[pad] * (length - len(row)), *row] for row in rows]
         mask = [[1] * len(cached) + [0] * (length - len(row)) + [1] * len(row) for row in rows]
         shown = torch.tensor(mask, device=model.device)
@@ -154,7 +154,7 @@ def generate(
     if why_not_attention_alone(model) or (
         prefix.virtual_tokens and not fits_window(model, longest)
     ):
-        # Padding, and in RWKV other rows, change a text; a window counts padding behind the prefix.
+        # Padding, and in RWKV other rows, change a text; a window counts padding after the prefix.
         batch_size = 1
     run_in_batches(write, len(prompts), lambda i: len(prompts[i]), batch_size, progress)
     return texts

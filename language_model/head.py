@@ -129,7 +129,7 @@ def fit_head(
     Every scored token of an answer is a row: the hidden state that predicts it, and the token as
     its class. The fitted coefficients become the head's rows of these tokens (and the entries of
     its bias, if it has one): the softmax over their logits is the classifier's probability. A tied
-    head is untied. Where a model scales or caps its logits behind the head (Cohere, Gemma 2), the
+    head is untied. Where a model scales or caps its logits after the head (Cohere, Gemma 2), the
     order of the fitted tokens is the classifier's, the probabilities are not.
 
     C is 1, scikit-learn's default. MeZO's code chooses it by cross-validation, which needs each

@@ -62,7 +62,7 @@ def by_example(of_options: Tensor, batch: dict[str, Tensor], missing: float) -> 
 
 @dataclass(frozen=True)
 class PromptExample:
-    """Tokens of a prompt, and the sample that the text generated behind it is compared with."""
+    """Tokens of a prompt, and the sample that the text generated after it is compared with."""
 
     prompt: tuple[int, ...]
     sample: Sample
@@ -102,7 +102,7 @@ class NegativeTextMetric:
     step: int | None = None
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """Generate texts behind every prompt of the batch; NaN if logits or a reward are."""
+        """Generate texts after every prompt of the batch; NaN if logits or a reward are."""
         prompts = [prompt for prompt in batch["prompts"] for _ in range(self.samples)]
         samples = [sample for sample in batch["samples"] for _ in range(self.samples)]
         try:

@@ -1,6 +1,6 @@
 """Encoded examples to batches: each distinct token once, in rows that hold little padding.
 
-An example becomes one sequence: the tokens that all its options share, once, and behind them a
+An example becomes one sequence: the tokens that all its options share, once, and after them a
 branch for each option's own tokens. An attention mask lets a branch see the shared tokens and
 itself, and position ids continue from the shared tokens, so that every log-probability is the one
 that the option gets when it is scored alone. Several short sequences share a row in the same way.
@@ -22,7 +22,7 @@ from language_model.encoding import EncodedExample, EncodedOption
 # A row of several sequences holds at least so many tokens, where there are enough, and at most
 # twice as many: attention looks at the whole row, which costs next to nothing up to there.
 ROW_TOKENS = 128
-# Sequences share rows if fewer than this part of the tokens and their padding are left.
+# Sequences share rows if that leaves less than this fraction of the tokens and their padding.
 LITTLE_SAVED = 0.95
 
 
@@ -42,10 +42,10 @@ class PackedSequence:
     branches: tuple[int, ...]
     reads: tuple[tuple[int, int, int], ...]
 
-    def behind(self, prefix: int) -> PackedSequence:
+    def after(self, prefix: int) -> PackedSequence:
         """Return what follows the first ``prefix`` tokens, none of which predicts a target."""
         reads = tuple((option, index - prefix, target) for option, index, target in self.reads)
-        rest = (part[prefix:] for part in (self.tokens, self.positions, self.branches))
+        rest = (each[prefix:] for each in (self.tokens, self.positions, self.branches))
         return PackedSequence(*rest, reads)
 
 
@@ -128,17 +128,17 @@ def collate(
     }
 
 
-def collate_behind(
+def collate_after(
     prefix: int, examples: Sequence[EncodedExample], virtual_tokens: int = 0
 ) -> dict[str, Tensor]:
     """Put what follows the first ``prefix`` tokens of every example into one row, without padding.
 
     Returns:
         As ``collate``, without what is correct, for examples that all begin with the same
-        ``prefix`` tokens, which the model has cached behind ``virtual_tokens`` of prefix-tuning.
+        ``prefix`` tokens, which the model has cached after ``virtual_tokens`` of prefix-tuning.
         ``attention_mask`` is (1, 1, length, virtual_tokens + prefix + length).
     """
-    sequences = [sequence.behind(prefix) for sequence in _pack_all(examples)]
+    sequences = [sequence.after(prefix) for sequence in _pack_all(examples)]
     batch, branches, owners = _lay_out(sequences, [list(range(len(sequences)))])
     batch["position_ids"] += virtual_tokens
     visible = visible_keys(branches, owners)
@@ -167,7 +167,7 @@ def _lay_out(
     pad_token: int = 0,
     pad_left: bool = True,
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Write each row's sequences one behind the other.
+    """Write each row's sequences one after the other.
 
     Returns:
         The batch without its mask; the branch and the sequence of every token, (rows, length), -1
@@ -187,7 +187,7 @@ def _lay_out(
         for number in numbers:
             reads += [(o, row, column + i, target) for o, i, target in sequences[number].reads]
             column += len(sequences[number].tokens)
-    # In the order of the options, whatever row they are in.
+    # In the order of the options, across rows.
     reads.sort(key=itemgetter(0))
     read_options, read_rows, read_columns, targets = torch.tensor(reads).unbind(1)
     batch = {

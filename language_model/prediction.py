@@ -44,7 +44,7 @@ def predict(
         samples: the examples.
         demonstrations: for every sample, the examples shown before it.
         batch_size: examples in a forward pass, at most.
-        calibration: "sfc", "icl_sfc" (content-free prompt behind the demonstrations too) or None.
+        calibration: "sfc", "icl_sfc" (content-free prompt after the demonstrations too) or None.
         generation: settings, for the tasks whose answer is generated.
         progress: label of the progress bar; None: no bar.
     """

@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from language_model.batches import run_in_batches
 from language_model.encoding import EncodedExample, EncodedOption
-from language_model.packing import collate, collate_behind, pack
+from language_model.packing import collate, collate_after, pack
 from language_model.precision import not_finite
 from language_model.shared_tokens import can_share_prompt, read_shared_prefix
 
@@ -26,7 +26,7 @@ def token_log_probabilities(
 ) -> Tensor:
     """Return the log-probability of every scored token of a batch, float32, (scored tokens,).
 
-    ``cache`` holds the keys and values of the tokens that the batch begins behind.
+    ``cache`` holds the keys and values of the tokens before the batch's.
     """
 
     def keep_predicting_positions(_: nn.Module, arguments: tuple[Tensor, ...]) -> Tensor:
@@ -103,7 +103,7 @@ def score_options(
     def score(indices: list[int]) -> None:
         chosen = [distinct[index] for index in indices]
         if prefix:
-            batch = collate_behind(len(prefix.tokens), chosen, prefix.virtual_tokens)
+            batch = collate_after(len(prefix.tokens), chosen, prefix.virtual_tokens)
         else:
             batch = collate(chosen, share_prompt=share)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}

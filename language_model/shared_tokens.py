@@ -57,7 +57,7 @@ def fits_window(model: PreTrainedModel, length: int) -> bool:
 def why_not_attention_alone(model: PreTrainedModel) -> str | None:
     """Return why mask and position ids alone do not decide what a token sees; None if they do.
 
-    Where they do not, padding on the left changes the text behind it.
+    Where they do not, padding on the left changes the text after it.
     """
     layers = set(getattr(_config(model), "layer_types", None) or ())
     other_layers = layers - {"full_attention", "sliding_attention"}
@@ -72,7 +72,7 @@ def why_not_attention_alone(model: PreTrainedModel) -> str | None:
 
 
 def first_position(model: PreTrainedModel) -> int:
-    """Return the position of a text's first token: 0, or behind the padding token (RoBERTa)."""
+    """Return the position of a text's first token: 0, or after the padding token (RoBERTa)."""
     for name, module in without_adapter(model).named_modules():
         padding = getattr(module, "padding_idx", None)
         if "position" in name and padding is not None:
@@ -124,7 +124,7 @@ class ReadPrefix:
         if room:
             cache.layer_class_to_replicate = functools.partial(LayerWithRoom, room)
         for number, layer in enumerate(self.layers):
-            cache.update(*(part.expand(rows, *part.shape[1:]) for part in layer), number)
+            cache.update(*(each.expand(rows, *each.shape[1:]) for each in layer), number)
         return cache
 
 

@@ -20,8 +20,10 @@ def saved_names(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
     transformers loads some families under other names than their files have (GPT-NeoX's head).
     """
-    state = model.state_dict(keep_vars=True)
-    without_values = {name: torch.empty_like(state[name], device="meta") for name in state}
+    without_values = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        for name, tensor in model.state_dict(keep_vars=True).items()
+    }
     return revert_weight_conversion(model, without_values)
 
 
