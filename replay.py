@@ -18,6 +18,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from command_line.optimizer import COMPILE
 from experiment.folders import locked
 from experiment.options import ModelOptions, TrainedWeights
 from experiment.preparation import choose_trained_weights, load_pretrained
@@ -39,45 +40,39 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--journal", type=Path, required=True, help="journal.jsonl of the run")
-    made.add_argument(
+    add = made.add_argument
+    add("--journal", type=Path, required=True, help="journal.jsonl of the run")
+    add(
         "--model_name",
         help="the model that the run began with (Hub id, local directory or GGUF file), or a "
         "checkpoint of the run. Default: the journal's",
     )
-    made.add_argument(
-        "--output_dir", type=Path, help="folder of the model; without it nothing is saved"
-    )
-    made.add_argument("--steps", type=int, help="how many steps of the run. Default: all")
-    made.add_argument(
+    add("--output_dir", type=Path, help="folder of the model; without it nothing is saved")
+    add("--steps", type=int, help="how many steps of the run. Default: all")
+    add(
         "--verify",
         action="store_true",
-        help="compare with the checksums of the weights that the run has left, every 1,000 steps "
-        "and at its end; exit code 1 if one differs",
+        help="compare with the run's checksums of the weights; exit code 1 if one differs",
     )
-    made.add_argument(
-        "--compile",
-        choices=("auto", "yes", "no"),
-        default="auto",
-        help="as --zo_compile of run.py. Default: auto",
-    )
-    made.add_argument("--use_cpu", action="store_true", help="do not use a GPU. Default: if any")
-    made.add_argument(
-        "--trust_remote_code", action="store_true", help="run code that comes with the model"
-    )
+    add("--compile", choices=[*COMPILE], default="auto", help="as --zo_compile of run.py")
+    add("--use_cpu", action="store_true", help="do not use a GPU. Default: if any")
+    add("--trust_remote_code", action="store_true", help="run code that comes with the model")
     return made
 
 
 def model_and_weights(
     header: Header, options: argparse.Namespace
 ) -> tuple[ModelOptions, TrainedWeights]:
-    """Return which model the run began with, and which of its weights were trained."""
+    """Return which model the run began with, and which of its weights were trained.
+
+    Of the header only values of known names and types are taken.
+    """
     settings = header.settings
     gpu = None if options.use_cpu else torch.accelerator.current_accelerator(check_available=True)
     model = ModelOptions(
         options.model_name or str(header.model.get("name")),
         choose_dtype(settings.get("load_float16") is True, settings.get("load_bfloat16") is True),
-        {settings.get("load_int4"): 4, settings.get("load_int8"): 8}.get(True),
+        next((bits for bits in (8, 4) if settings.get(f"load_int{bits}") is True), None),
         spread=not options.use_cpu,
         device=gpu or torch.device("cpu"),
         trust_remote_code=options.trust_remote_code,
@@ -119,8 +114,7 @@ def load_start(
         raise InputError(f"--model_name {folder} is damaged: {reason}; give another checkpoint")
     _, tokenizer = load_config_and_tokenizer(began.name, began.trust_remote_code)
     model = choose_trained_weights(load_pretrained(began), weights, tokenizer, print)
-    compile = {"auto": None, "yes": True, "no": False}[options.compile]
-    optimizer = optimizer_of(header, model, compile)
+    optimizer = optimizer_of(header, model, COMPILE[options.compile])
     if is_checkpoint:
         return model, tokenizer, optimizer, load_state(optimizer, folder)
     if header.step:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from hizoo import HiZOO
+from training.checkpoints import ANOTHER
 from training.journal import Evaluation
 from training.objective_trainer import ObjectiveTrainer
 from training.optimizers import choose_layers, groups_of, make_optimizer
@@ -26,6 +27,7 @@ from training.processes import (
 )
 from training.recording import Recording
 from utils import InputError
+from zeroth_order import noise
 from zeroth_order.config import AUTO, HiZOOConfig
 from zeroth_order.smoothing import SmoothingSchedule
 
@@ -223,12 +225,17 @@ class ZerothOrderTrainer(ObjectiveTrainer):
 
     def _run_state(self) -> dict[str, Any]:
         since_log = self.state.global_step - self._globalstep_last_logged
-        return super()._run_state() | {"since_log": [self._tr_loss.item(), since_log]}
+        return super()._run_state() | {
+            "since_log": [self._tr_loss.item(), since_log],
+            "noise": noise.VERSION,
+        }
 
     def _begin(self, saved: dict[str, Any] | None) -> None:
         """Begin; the first log entry includes the losses before a checkpoint."""
         super()._begin(saved)
         if saved:
+            if saved["noise"] != noise.VERSION:
+                raise InputError(f"{self._resumed_from} has another version's noise; {ANOTHER}")
             total, steps = saved["since_log"]
             self._tr_loss += math.nan if total is None else total  # JSON has no NaN
             self._globalstep_last_logged = self.state.global_step - steps

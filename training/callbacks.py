@@ -46,9 +46,7 @@ class RunState(TrainerCallback, ExportableState):
         """Return what the Trainer saves."""
         return {"args": {}, "attributes": self.save()}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Take back what the checkpoint has."""
         self.begin(run_state(vars(state)) if state.global_step else None)
 
@@ -74,14 +72,12 @@ class SaveOnInterrupt(TrainerCallback):
         self.received: str | None = None
         self._previous: dict[int, Any] = {}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Listen for the signals."""
         self._previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: Any, control: TrainerControl, **_: Any
     ) -> None:
         """Stop once a signal has arrived; processes that train together stop after one step."""
         if args.world_size > 1:
@@ -92,9 +88,7 @@ class SaveOnInterrupt(TrainerCallback):
         if self.received:
             save_and_stop(control)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Restore the signals' handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
@@ -127,15 +121,10 @@ class LogLines(TrainerCallback):
         self.objective = objective
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **_: Any
     ) -> None:
         """Show the training loss or the dev loss, whichever the entry has."""
-        if not state.is_world_process_zero or not logs:
+        if not state.is_world_process_zero:
             return
         name, text = self.objective.name, self.objective.text
         if "loss" in logs:
@@ -172,9 +161,7 @@ class LossProgress(LogLines, ProgressCallback):
         """Print a line above the bar."""
         tqdm.write(line)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Close the bar, if training had begun."""
         if self.training_bar is not None:
             super().on_train_end(args, state, control, **kwargs)

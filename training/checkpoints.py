@@ -13,7 +13,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from language_model.manifest import damage, flush, write_manifest
@@ -104,7 +104,7 @@ class RemoveEarlierCheckpoints(TrainerCallback):
     """Deletes an earlier run's checkpoints after the first step: bad input deletes nothing."""
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any
     ) -> None:
         """Delete the checkpoints there are before the first one of this run."""
         if state.global_step == 1 and state.is_world_process_zero:
