@@ -27,12 +27,9 @@ from training.processes import (
 )
 from training.recording import Recording
 from utils import InputError
-from zeroth_order import noise
+from zeroth_order import noise, step_rule
 from zeroth_order.config import AUTO, HiZOOConfig
 from zeroth_order.smoothing import SmoothingSchedule
-
-# k of --learning_rate auto.
-CURVATURE_PART = 0.1
 
 
 class ZerothOrderTrainer(ObjectiveTrainer):
@@ -71,10 +68,10 @@ class ZerothOrderTrainer(ObjectiveTrainer):
         # The Trainer makes them as training begins, and asks callbacks for their state before.
         self._tr_loss, self._globalstep_last_logged = torch.zeros(()), 0
         self.exchange = Exchange(self.args.device)
-        self.shares: SharedDirections | None = None
-        self.shares_directions = parallel == "directions" and self.args.world_size > 1
+        deals = parallel == "directions" and self.args.world_size > 1
+        self.shares = SharedDirections(config.num_samples, self.exchange) if deals else None
         self._logged = (0, 0)  # bytes that were exchanged, and steps
-        self.args.learning_rate = CURVATURE_PART if config.lr == AUTO else config.lr
+        self.args.learning_rate = step_rule.CURVATURE_PART if config.lr == AUTO else config.lr
         # There is no gradient that could be clipped.
         self.args.max_grad_norm = 0.0
 
@@ -91,8 +88,6 @@ class ZerothOrderTrainer(ObjectiveTrainer):
             decaying = self.get_decay_parameter_names(self.model)
             groups = groups_of(self.model, decaying, self.config.weight_decay)
             self.optimizer = make_optimizer(self.model, groups, self.config, layers)
-            if self.shares_directions:
-                self.shares = SharedDirections(self.config.num_samples, self.exchange)
             try:
                 self.optimizer.check_perturbation_scale()
             except ValueError as error:
@@ -108,14 +103,14 @@ class ZerothOrderTrainer(ObjectiveTrainer):
     @property
     def examples_of_a_batch(self) -> int:
         """The examples of a batch in all processes together."""
-        return self._train_batch_size * (1 if self.shares_directions else self.args.world_size)
+        return self._train_batch_size * (1 if self.shares else self.args.world_size)
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the batches of one process, as large as all processes' together, or parts."""
         if self.args.world_size == 1:
             return super().get_train_dataloader()
         collate = self.data_collator
-        if not self.shares_directions:
+        if self.shares is None:
             self.data_collator = functools.partial(own_part, collate)
         try:
             loader = self._get_dataloader(
@@ -141,7 +136,7 @@ class ZerothOrderTrainer(ObjectiveTrainer):
 
     def _sum_of_parts(self, tensor: Tensor) -> Tensor:
         """Return the sum over the processes' parts of the batch."""
-        return tensor if self.shares_directions else self.exchange.sum(tensor)
+        return tensor if self.shares else self.exchange.sum(tensor)
 
     def training_step(
         self,
