@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import resource
@@ -84,14 +85,15 @@ def empty(file: Path) -> None:
     os.truncate(file, 0)
 
 
-@pytest.mark.parametrize("harm", [flip_bit, zero_end, cut, empty, Path.unlink])
+HARMS = (flip_bit, zero_end, cut, empty, Path.unlink)
+
+
 def test_every_damage_to_every_file_is_noticed(
-    finished: Path, tmp_path: Path, harm: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for name in FILES:
-        folder = tmp_path / name
+    for number, (name, harm) in enumerate(itertools.product(FILES, HARMS)):
+        folder = tmp_path / str(number)
         shutil.copytree(finished / "out", folder)
-        assert last_whole_checkpoint(folder) == folder / "checkpoint-2"
         harm(folder / "checkpoint-2" / name)
         caplog.clear()
         assert last_whole_checkpoint(folder) == folder / "checkpoint-1"
@@ -168,7 +170,7 @@ class Executed:
         return os.mkdir, (str(self.folder),)
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth"])
 def test_pickle_that_torch_refuses_is_not_executed(
     finished: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -186,8 +188,7 @@ def test_pickle_that_torch_refuses_is_not_executed(
 # ------------------------------------------------------------------------------ renamed folders
 
 
-@pytest.mark.parametrize("old_stays", [False, True])
-@pytest.mark.parametrize("max_steps", [2, 3])
+@pytest.mark.parametrize(("old_stays", "max_steps"), [(True, 2), (False, 3)])
 def test_best_checkpoint_of_a_copied_folder(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

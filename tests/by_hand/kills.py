@@ -23,11 +23,10 @@ import torch
 from running import assert_same_tensors, log_of, training, weights
 
 import run
-from language_model.manifest import MANIFEST
-from training.checkpoints import checkpoints
+from training.checkpoints import UNFINISHED
 from training.journal import FILE, read_journal
 
-GOING_ON = r"resuming from (?:\S*checkpoint-(\d+))?(?:, and )?(?:(\d+) steps)?"
+RESUMING = r"resuming from (?:\S*checkpoint-(\d+))?(?:, and )?(?:(\d+) steps)?"
 
 
 def command(folder: Path, steps: int, processes: int) -> list[str]:
@@ -104,7 +103,7 @@ def main() -> None:
     argv, output = command(parted, steps, options.processes), options.folder / "1"
     kills = half_checkpoints = 0
     lost: list[int] = []
-    print("kill  steps in the journal  checkpoint being written  gone on with  lost")
+    print("kill  steps in the journal  checkpoint being written  resumed with  lost")
     known, half = 0, False
     while not (parted / "result.json").is_file():
         children = start(argv, output, options.processes)
@@ -119,9 +118,7 @@ def main() -> None:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(child, 0)
         text = output.read_text()
-        found = re.search(
-            r"resuming from (?:\S*checkpoint-(\d+))?(?:, and )?(?:(\d+) steps)?", text
-        )
+        found = re.search(RESUMING, text)
         if found or known == 0 or kills >= options.kills:
             resumed = sum(int(part or 0) for part in found.groups()) if found else 0
             if kills and (found or "step 1 of" in text):
@@ -130,8 +127,7 @@ def main() -> None:
         if kills < options.kills and not (parted / "result.json").is_file():
             kills += 1
         known = steps_of(parted)
-        last = checkpoints(parted / "out")[-1:]
-        half = bool(last) and not (last[0] / MANIFEST).is_file()
+        half = (parted / "out" / UNFINISHED).exists()
         half_checkpoints += half
     name = f"out/checkpoint-{steps}"
     assert_same_tensors(weights(whole / name), weights(parted / name))

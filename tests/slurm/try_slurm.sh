@@ -83,8 +83,8 @@ steps_in() { # FOLDER: how many steps its journal has
 import sys
 from pathlib import Path
 sys.path[:0] = [sys.argv[1]]
-from journal import read_journal
-found = read_journal(Path(sys.argv[2]) / "journal.bin")
+from training.journal import read_journal
+found = read_journal(Path(sys.argv[2]) / "journal.jsonl")
 print(found.steps if found else 0)' "$ROOT" "$1"
 }
 
