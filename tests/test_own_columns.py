@@ -16,6 +16,7 @@ import run
 from task_data.columns import Columns
 from task_data.loading import load_samples, read_samples
 from task_data.own_tasks import choose_task
+from tasks import get_task
 from utils import InputError
 
 REVIEWS = (
@@ -142,27 +143,20 @@ def test_a_column_of_generated_answers(tmp_path: Path) -> None:
     (tmp_path / "new.csv").write_text("instruction,input\nName one.,A sea.\n")
     (question,) = read_samples(task, tmp_path / "new.csv", with_answers=False)
     assert task.prompt(question) == "Name one. A sea." and question.correct == ()
-    with pytest.raises(InputError, match="--answer_column: no column 'out'"):
-        choose_task(None, None, str(tmp_path / "rows.csv"), None, None, Columns(answer="out"))
 
 
-BAD_COLUMNS = {
-    "text": (
-        Columns(text="revue"),
-        "rows.csv: --text_column: no column 'revue'; there are title, rev",
-    ),
-    "label": (Columns(label="label"), "--label_column: no column 'label'"),
-    "template": (Columns(template="{text}"), "--prompt_template: no column 'text'"),
-    "one class": (Columns("review", "same"), "--label_column same: .* has 1 different values"),
-}
-
-
-@pytest.mark.parametrize(("columns", "said"), BAD_COLUMNS.values(), ids=BAD_COLUMNS)
-def test_bad_columns(tmp_path: Path, columns: Columns, said: str) -> None:
+def test_bad_columns(tmp_path: Path) -> None:
     file = tmp_path / "rows.csv"
     file.write_text("title,review,same\nA,B,1\nC,D,1\n")
-    with pytest.raises(InputError, match=said):
-        choose_task(None, None, str(file), None, None, columns)
+    for columns, said in (
+        (Columns(text="revue"), "rows.csv: --text_column: no column 'revue'; there are title, rev"),
+        (Columns(label="label"), "--label_column: no column 'label'"),
+        (Columns(template="{text}"), "--prompt_template: no column 'text'"),
+        (Columns(answer="out"), "--answer_column: no column 'out'"),
+        (Columns("review", "same"), "--label_column same: .* has 1 different values"),
+    ):
+        with pytest.raises(InputError, match=said):
+            choose_task(None, None, str(file), None, None, columns)
 
 
 @pytest.mark.parametrize(
@@ -224,21 +218,18 @@ def test_conversations_of_sharegpt(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("messages", "said"),
-    [
+def test_bad_messages_are_told_by_their_line(tmp_path: Path) -> None:
+    for messages, said in (
         ([], "messages is []: expected a list of"),
         ([{"role": "user"}], "expected a list of"),
         ([{"role": "assistant", "content": "a"}], "the last turns have to be the user's"),
         ("text", "expected a list of"),
-    ],
-)
-def test_bad_messages_are_told_by_their_line(tmp_path: Path, messages: Any, said: str) -> None:
-    file = write(tmp_path / "rows.jsonl", [conversation("a", "b"), {"messages": messages}])
-    task = choose_task(None, None, str(file), None)
-    with pytest.raises(InputError) as refusal:
-        load_samples(task, None)
-    assert str(refusal.value).startswith(f"{file}:2: ") and said in str(refusal.value)
+    ):
+        file = write(tmp_path / "rows.jsonl", [conversation("a", "b"), {"messages": messages}])
+        task = choose_task(None, None, str(file), None)
+        with pytest.raises(InputError) as refusal:
+            load_samples(task, None)
+        assert str(refusal.value).startswith(f"{file}:2: ") and said in str(refusal.value)
 
 
 # ------------------------------------------------------------------------ rows without an answer
@@ -279,21 +270,10 @@ def test_answers_are_those_of_an_evaluation(tmp_path: Path, task: str) -> None:
         model["max_new_tokens"] = 3
     files = {"predictions_file": tmp_path / "a.jsonl", "result_file": tmp_path / "r.json"}
     finish(command(task, **model, **files))
-    bare = [
-        {
-            n: v
-            for n, v in row.items()
-            if n not in ("label", "answers") and (n, task) != ("answer", "BoolQ")
-        }
-        for row in rows
-    ]
-    questions = write(tmp_path / "bare.jsonl", bare)
-    assert (
-        run.main(
-            command(task, **model, predict_file=questions, predictions_file=tmp_path / "b.jsonl")
-        )
-        == 0
-    )
+    answer = get_task(task).answer_column
+    bare = [{name: value for name, value in row.items() if name != answer} for row in rows]
+    files = {"predict_file": write(tmp_path / "bare.jsonl", bare)}
+    assert run.main(command(task, **model, **files, predictions_file=tmp_path / "b.jsonl")) == 0
     evaluated = {row["id"]: row for row in read(tmp_path / "a.jsonl")}
     for row in read(tmp_path / "b.jsonl"):
         expected = evaluated[row["id"]]
