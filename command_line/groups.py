@@ -226,8 +226,8 @@ class EvaluationAndResults:
     )
     predictions_file: str | None = argument(
         None,
-        "JSON Lines file with id, prediction, correct and scores of every eval example. Default: "
-        "none.",
+        "JSON Lines file with the prediction, scores and correctness of every eval example. "
+        "Default: none.",
         effect=when.END,
     )
     overwrite_output_dir: bool = argument(

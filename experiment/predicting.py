@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import transformers
 
 from experiment.folders import locked
 from experiment.options import DataOptions, Options
 from experiment.preparation import load_pretrained, prepare_encoder
+from experiment.results import prediction_rows
 from language_model.batches import process_index
-from language_model.prediction import Prediction, predict
+from language_model.prediction import predict
 from task_data.files import own_file
 from task_data.loading import load_samples, read_samples
 from task_data.sampling import draw_example_sets
-from tasks import Sample, Task
+from tasks import Sample
 from utils import InputError, write_json_lines
 
 
@@ -44,7 +44,8 @@ def predict_rows(options: Options, file: str) -> None:
             progress=None if evaluation.quiet else "prediction",
         )
         if process_index() == 0:
-            write_json_lines(path, answer_rows(data.task, questions, predictions))
+            task = replace(data.task, reward=None)
+            write_json_lines(path, prediction_rows(task, questions, predictions))
             print(f"predictions: {path} ({len(questions)} rows)")
 
 
@@ -58,19 +59,3 @@ def _demonstrations(data: DataOptions, questions: Sequence[Sample]) -> list[list
     shown = zip(drawn.evaluation, drawn.demonstrations, strict=True)
     by_id = {sample.id: demonstrations for sample, demonstrations in shown}
     return [by_id[question.id] for question in questions]
-
-
-def answer_rows(
-    task: Task, questions: Sequence[Sample], predictions: Sequence[Prediction]
-) -> list[dict[str, Any]]:
-    """Return a row for each question: the option's text or the generated one, and all scores."""
-    rows = []
-    for question, prediction in zip(questions, predictions, strict=True):
-        row: dict[str, Any] = {"id": question.id, "prediction": prediction.answer}
-        if prediction.scores is not None:
-            options = [task.option(question, choice).strip() for choice in question.candidates]
-            chosen = question.candidates.index(prediction.answer)
-            row |= {"prediction": options[chosen], "options": options}
-            row["scores"] = list(prediction.scores)
-        rows.append(row)
-    return rows

@@ -37,22 +37,25 @@ USED = ("num_train", "num_dev", "num_eval", "max_length", "hessian_dtype", "zo_p
 def prediction_rows(
     task: Task, samples: Sequence[Sample], predictions: Sequence[Prediction]
 ) -> list[dict[str, Any]]:
-    """Return the rows of ``--predictions_file``: option index or text, and whether it is right."""
+    """Return the rows of ``--predictions_file``.
+
+    Each has the chosen option's text and all scores, or the generated text. Where answers are
+    known, it has whether it is right; with a reward, its own.
+    """
     answers = [prediction.answer for prediction in predictions]
-    rewards = task.rewards(answers, samples) if task.reward else []
+    rewards = task.rewards(answers, samples) if task.reward else [None] * len(answers)
     scored = dataclasses.replace(task, reward=None)
-    rows: list[dict[str, Any]] = []
-    for number, (sample, prediction) in enumerate(zip(samples, predictions, strict=True)):
-        answer, scores = prediction.answer, prediction.scores
-        row = {"id": sample.id, "prediction": answer, "correct": None, "scores": None}
-        if scores is not None:
-            row |= {"prediction": sample.candidates.index(answer), "scores": list(scores)}
-        if task.answer_column:
-            metrics = scored.score([answer], [sample])
+    rows = []
+    for sample, prediction, reward in zip(samples, predictions, rewards, strict=True):
+        row: dict[str, Any] = {"id": sample.id, "prediction": prediction.answer}
+        if prediction.scores is not None:
+            options = [task.option(sample, each).strip() for each in sample.candidates]
+            chosen = options[sample.candidates.index(prediction.answer)]
+            row |= {"prediction": chosen, "options": options, "scores": list(prediction.scores)}
+        if sample.correct:
+            metrics = scored.score([prediction.answer], [sample])
             row["correct"] = metrics["em" if task.generation else "accuracy"] == 1.0
-        if rewards:
-            row["reward"] = rewards[number]
-        rows.append(row)
+        rows.append(row if reward is None else row | {"reward": reward})
     return rows
 
 

@@ -66,13 +66,12 @@ def test_zero_shot_result_and_rows(
     assert result["model"] == str(MODEL)
     rows = rows_of(tmp_path)
     assert [row["id"] for row in rows] == permutation(500, 20, seed=0)
-    assert all(list(row) == ["id", "prediction", "correct", "scores"] for row in rows)
-    for row in rows:
-        assert row["prediction"] == int(row["scores"][1] > row["scores"][0])
+    assert all(list(row) == ["id", "prediction", "options", "scores", "correct"] for row in rows)
     gold = validation_column("label")
-    assert [row["correct"] for row in rows] == [
-        row["prediction"] == gold[row["id"]] for row in rows
-    ]
+    for row in rows:
+        assert row["options"] == ["terrible", "great"]
+        assert row["prediction"] == row["options"][row["scores"][1] > row["scores"][0]]
+        assert row["correct"] == (row["prediction"] == row["options"][gold[row["id"]]])
     accuracy = sum(row["correct"] for row in rows) / 20
     assert result["metric"] == {"accuracy": pytest.approx(accuracy)}
     assert shown_demonstrations == [[[]] * 20]
@@ -147,7 +146,7 @@ def test_generation_rows_and_f1(
 ) -> None:
     result = finish(evaluation(tmp_path, task, max_new_tokens=8, verbose=True))
     rows = rows_of(tmp_path)
-    assert all(isinstance(row["prediction"], str) and row["scores"] is None for row in rows)
+    assert all(isinstance(row["prediction"], str) and "scores" not in row for row in rows)
     _, samples = load_samples(tasks.get_task(task), str(SAMPLES))
     drawn = [samples[index] for index in permutation(200, 6, seed=0)]
     expected = tasks.get_task(task).score([row["prediction"] for row in rows], drawn)
