@@ -245,7 +245,7 @@ def test_what_makes_no_sense_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         ("icl.sh", "--trainer=zo", {}, "--trainer zo: icl.sh trains nothing"),
         ("finetune.sh", "--fsdp full_shard", {"MODE": "prefix"}, "--prefix_tuning: it needs whole"),
         ("finetune.sh", "", {"NUM_GPU": "3"}, "BS=8: give a multiple of the 3 processes"),
-        ("nothing.sh", "", {}, "--script nothing.sh: choose from HiZOO.sh"),
+        ("nothing.sh", "", {}, "--script nothing.sh: choose from icl.sh"),
     ):
         with pytest.raises(InputError, match=message):
             values_of(script, line, **variables)
