@@ -23,10 +23,12 @@ from command_line.groups import (
     Model,
     Rewards,
     TaskAndData,
+    TrainedWeights,
+    Training,
+    ZerothOrder,
 )
 from command_line.reading import OWN, Meaning, Values, read_values
 from command_line.trainer_arguments import OTHERS, MostUsed
-from command_line.training_groups import TrainedWeights, Training, ZerothOrder
 from utils import InputError, one_line
 
 

@@ -50,7 +50,6 @@ class Declaration:
     """An argument.
 
     Attributes:
-        help: its text in ``--help`` and docs/arguments.md.
         aliases: other names, with their dashes.
         at_least, above, at_most, below: bounds of a number.
         fraction: below 1 it is a fraction of the run's steps, otherwise a whole number of them.
@@ -61,7 +60,6 @@ class Declaration:
         name, kind, default: those of the dataclass field, filled in by ``declared``.
     """
 
-    help: str = ""
     aliases: tuple[str, ...] = ()
     at_least: float | None = None
     above: float | None = None
@@ -132,9 +130,12 @@ class Declaration:
         return None
 
 
-def argument(default: Any, help_text: str, *aliases: str, **declared: Any) -> Any:
-    """Return a field of a group of arguments; ``declared`` are fields of ``Declaration``."""
-    declaration = Declaration(help=help_text, aliases=aliases, **declared)
+def argument(default: Any, *aliases: str, **declared: Any) -> Any:
+    """Return a field of a group of arguments; ``declared`` are fields of ``Declaration``.
+
+    The text below the field is its help (``help.help_texts``).
+    """
+    declaration = Declaration(aliases=aliases, **declared)
     return dataclasses.field(default=default, metadata={"declared": declaration})
 
 

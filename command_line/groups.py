@@ -1,4 +1,4 @@
-"""The arguments of run.py about tasks, models, evaluation and results."""
+"""The arguments of run.py beside the Trainer's. The text below each is its help."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from command_line import effects as when
-from command_line.declarations import NOTHING, RESULT, TRAINING, argument
+from command_line.declarations import AUTO, NOTHING, RESULT, TRAINING, argument
+
+SCHEDULES = (
+    *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant"),
+    *("constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "cosine_with_min_lr"),
+    *("cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy"),
+)
 
 
 @dataclass
@@ -15,103 +21,51 @@ class TaskAndData:
 
     _effect, _decides = None, NOTHING
 
-    task_name: str | None = argument(
-        None,
-        "Task, in any case: SST2, RTE, CB, BoolQ, WSC, WIC, MultiRC, Copa, ReCoRD, SQuAD or DROP.",
-    )
-    data_dir: str | None = argument(
-        None,
-        "Folder with <task>/train.jsonl and validation.jsonl (or .parquet) in the Hub's columns. "
-        "Default: the Hub.",
-    )
-    train_file: str | None = argument(
-        None,
-        "Your own training examples or demonstrations: JSON Lines, CSV or Parquet with prompt, "
-        "answer and, to choose from, options.",
-    )
-    validation_file: str | None = argument(
-        None,
-        "Your own examples to report on, in the columns of --train_file. Default: a tenth of "
-        "--train_file is held out.",
-    )
-    text_column: str | None = argument(
-        None,
-        "Column of your own files that is the prompt. Default: prompt.",
-        effect=when.OWN_COLUMNS,
-        decides=TRAINING,
-    )
-    label_column: str | None = argument(
-        None,
-        "Column of your own files with classes; its different values in the first file are the "
-        "options. Default: the columns options and answer.",
-        effect=when.OWN_COLUMNS,
-        decides=TRAINING,
-    )
-    answer_column: str | None = argument(
-        None,
-        "Column of your own files with answers to generate. Default: answer.",
-        effect=when.OWN_COLUMNS,
-        decides=TRAINING,
-    )
-    prompt_template: str | None = argument(
-        None,
-        "Prompt made of columns of your own files, as in '{title}: {review}\\nIt was'. Default: "
-        "the column prompt.",
-        effect=when.OWN_COLUMNS,
-        decides=TRAINING,
-    )
-    predict_file: str | None = argument(
-        None,
-        "Rows without an answer, in the columns of --train_file or of the task; the model's "
-        "answers go to --predictions_file. Default: none.",
-        effect=when.PREDICTION,
-    )
+    task_name: str | None = argument(None)
+    """Task, in any case: SST2, RTE, CB, BoolQ, WSC, WIC, MultiRC, Copa, ReCoRD, SQuAD or DROP."""
+    data_dir: str | None = argument(None)
+    """Folder with <task>/train.jsonl and validation.jsonl (or .parquet) in the Hub's columns.
+    Default: the Hub."""
+    train_file: str | None = argument(None)
+    """Your own training examples or demonstrations: JSON Lines, CSV or Parquet with prompt, answer
+    and, to choose from, options."""
+    validation_file: str | None = argument(None)
+    """Your own examples to report on, in the columns of --train_file. Default: a tenth of
+    --train_file is held out."""
+    text_column: str | None = argument(None, effect=when.OWN_COLUMNS, decides=TRAINING)
+    """Column of your own files that is the prompt. Default: prompt."""
+    label_column: str | None = argument(None, effect=when.OWN_COLUMNS, decides=TRAINING)
+    """Column of your own files with classes; its different values in the first file are the
+    options. Default: the columns options and answer."""
+    answer_column: str | None = argument(None, effect=when.OWN_COLUMNS, decides=TRAINING)
+    """Column of your own files with answers to generate. Default: answer."""
+    prompt_template: str | None = argument(None, effect=when.OWN_COLUMNS, decides=TRAINING)
+    """Prompt made of columns of your own files, as in '{title}: {review}\\nIt was'. Default: the
+    column prompt."""
+    predict_file: str | None = argument(None, effect=when.PREDICTION)
+    """Rows without an answer, in the columns of --train_file or of the task; the model's answers go
+    to --predictions_file. Default: none."""
     metric: Literal["accuracy", "f1", "em"] | None = argument(
-        None,
-        "First metric of your own examples: accuracy for options, f1 or em (exact match) for "
-        "generated answers. Default: accuracy, or f1.",
-        effect=when.OWN_FILES,
-        decides=RESULT,
+        None, effect=when.OWN_FILES, decides=RESULT
     )
-    num_train: int = argument(
-        0,
-        "Training examples; with --trainer none the demonstrations before each text. MeZO and "
-        "HiZOO papers: 1000 to train on, 32 demonstrations.",
-        at_least=0,
-        decides=TRAINING,
-    )
-    num_dev: int | None = argument(
-        None,
-        "Dev examples for dev loss and dev metric, drawn from the training split together with "
-        "--num_train. Default: none. MeZO and HiZOO papers: 500.",
-        at_least=0,
-        effect=when.DEV_EXAMPLES,
-        decides=TRAINING,
-    )
+    """First metric of your own examples: accuracy for options, f1 or em (exact match) for generated
+    answers. Default: accuracy, or f1."""
+    num_train: int = argument(0, at_least=0, decides=TRAINING)
+    """Training examples; with --trainer none the demonstrations before each text. MeZO and HiZOO
+    papers: 1000 to train on, 32 demonstrations."""
+    num_dev: int | None = argument(None, at_least=0, effect=when.DEV_EXAMPLES, decides=TRAINING)
+    """Dev examples for dev loss and dev metric, drawn from the training split together with
+    --num_train. Default: none. MeZO and HiZOO papers: 500."""
     num_eval: int | None = argument(
-        None,
-        "Examples of the validation split to report on. Default: all. MeZO and HiZOO papers: 1000.",
-        "--num_test",
-        at_least=1,
-        effect=when.EVALUATION,
-        decides=RESULT,
+        None, "--num_test", at_least=1, effect=when.EVALUATION, decides=RESULT
     )
-    num_train_sets: int | None = argument(
-        None,
-        "Training (demonstration) sets, drawn with seeds 0, 1, …; each is a run of its own. "
-        "Default: one.",
-        at_least=1,
-        effect=when.SETS,
-        decides=RESULT,
-    )
-    train_set_seed: int | None = argument(
-        None,
-        "Seed of one training (demonstration) set and of the eval draw. Default: training uses 0; "
-        "in context every eval example gets demonstrations of its own.",
-        at_least=0,
-        below=2**32,
-        decides=TRAINING,
-    )
+    """Examples of the validation split to report on. Default: all. MeZO and HiZOO papers: 1000."""
+    num_train_sets: int | None = argument(None, at_least=1, effect=when.SETS, decides=RESULT)
+    """Training (demonstration) sets, drawn with seeds 0, 1, …; each is a run of its own. Default:
+    one."""
+    train_set_seed: int | None = argument(None, at_least=0, below=2**32, decides=TRAINING)
+    """Seed of one training (demonstration) set and of the eval draw. Default: training uses 0; in
+    context every eval example gets demonstrations of its own."""
 
 
 @dataclass
@@ -120,52 +74,32 @@ class Model:
 
     _effect, _decides = None, TRAINING
 
-    model_name: str | None = argument(
-        None, "Causal language model: Hub id, local directory or GGUF file.", decides=NOTHING
-    )
-    load_float16: bool = argument(False, "Load the weights in float16. Default: float32.")
-    load_bfloat16: bool = argument(
-        False,
-        "Load the weights in bfloat16. With --trainer zo take --zo_eps 1e-2: losses are rounded "
-        "by as much as 1e-3 changes them. Default: float32.",
-    )
-    load_saved_dtype: bool = argument(
-        False,
-        "On a GPU, load the weights in the half precision that the model was saved in: float16, "
-        "or bfloat16 where the GPU has it. Otherwise float32.",
-        decides=RESULT,
-    )
-    load_int8: bool = argument(
-        False,
-        "Load 8-bit weights with bitsandbytes, for --trainer none or adapters. Needs a CUDA GPU.",
-    )
-    load_int4: bool = argument(False, "As --load_int8, with 4-bit weights (NF4).")
-    max_length: int | None = argument(
-        None,
-        "Tokens of a text at most; longer ones are cut on the left. Default: 2048, or the model's "
-        "positions if they are fewer.",
-        at_least=1,
-    )
-    apply_chat_template: bool = argument(
-        False,
-        "Put prompts, demonstrations and answers through the tokenizer's chat template, for "
-        "scoring, generation and training. For instruct models.",
-    )
-    system_prompt: str | None = argument(
-        None,
-        "What the system says first. Default: what the chat template says.",
-        effect=when.CONVERSATION,
-    )
-    no_auto_device: bool = argument(
-        False,
-        "Do not spread the model over the GPUs (accelerate's device_map auto).",
-        decides=NOTHING,
-    )
-    trust_remote_code: bool = argument(
-        False,
-        "Run Python code that comes with the model. Only for sources that you trust.",
-        decides=NOTHING,
-    )
+    model_name: str | None = argument(None, decides=NOTHING)
+    """Causal language model: Hub id, local directory or GGUF file."""
+    load_float16: bool = argument(False)
+    """Load the weights in float16. Default: float32."""
+    load_bfloat16: bool = argument(False)
+    """Load the weights in bfloat16. With --trainer zo take --zo_eps 1e-2: losses are rounded by as
+    much as 1e-3 changes them. Default: float32."""
+    load_saved_dtype: bool = argument(False, decides=RESULT)
+    """On a GPU, load the weights in the half precision that the model was saved in: float16, or
+    bfloat16 where the GPU has it. Otherwise float32."""
+    load_int8: bool = argument(False)
+    """Load 8-bit weights with bitsandbytes, for --trainer none or adapters. Needs a CUDA GPU."""
+    load_int4: bool = argument(False)
+    """As --load_int8, with 4-bit weights (NF4)."""
+    max_length: int | None = argument(None, at_least=1)
+    """Tokens of a text at most; longer ones are cut on the left. Default: 2048, or the model's
+    positions if they are fewer."""
+    apply_chat_template: bool = argument(False)
+    """Put prompts, demonstrations and answers through the tokenizer's chat template, for scoring,
+    generation and training. For instruct models."""
+    system_prompt: str | None = argument(None, effect=when.CONVERSATION)
+    """What the system says first. Default: what the chat template says."""
+    no_auto_device: bool = argument(False, decides=NOTHING)
+    """Do not spread the model over the GPUs (accelerate's device_map auto)."""
+    trust_remote_code: bool = argument(False, decides=NOTHING)
+    """Run Python code that comes with the model. Only for sources that you trust."""
 
 
 @dataclass
@@ -174,14 +108,11 @@ class InContextLearning:
 
     _effect, _decides = when.CALIBRATION, RESULT
 
-    sfc: bool = argument(
-        False,
-        "Calibrate scores with a content-free prompt (surface form competition, arXiv "
-        "2104.08315). Not for SQuAD and DROP.",
-    )
-    icl_sfc: bool = argument(
-        False, "As --sfc, with the demonstrations before the content-free prompt."
-    )
+    sfc: bool = argument(False)
+    """Calibrate scores with a content-free prompt (surface form competition, arXiv 2104.08315). Not
+    for SQuAD and DROP."""
+    icl_sfc: bool = argument(False)
+    """As --sfc, with the demonstrations before the content-free prompt."""
 
 
 @dataclass
@@ -190,20 +121,13 @@ class Rewards:
 
     _effect, _decides = when.REWARD_OBJECTIVE, TRAINING
 
-    reward: str | None = argument(
-        None,
-        "FILE.py:function: takes lists of prompts, texts and rows (dictionaries), returns a "
-        "number for each. Its mean is the first metric, and the objective of --trainer zo. The "
-        "file's code is run. Default: none.",
-        effect=when.REWARD,
-        decides=NOTHING,
-    )
-    reward_samples: int = argument(
-        1,
-        "Texts of a prompt in a step; above 1 they are drawn at random, with the same random "
-        "numbers for both sides of a direction.",
-        at_least=1,
-    )
+    reward: str | None = argument(None, effect=when.REWARD, decides=NOTHING)
+    """FILE.py:function: takes lists of prompts, texts and rows (dictionaries), returns a number for
+    each. Its mean is the first metric, and the objective of --trainer zo. The file's code is run.
+    Default: none."""
+    reward_samples: int = argument(1, at_least=1)
+    """Texts of a prompt in a step; above 1 they are drawn at random, with the same random numbers
+    for both sides of a direction."""
 
 
 @dataclass
@@ -212,49 +136,32 @@ class EvaluationAndResults:
 
     _effect, _decides = None, NOTHING
 
-    eval_before_training: bool = argument(
-        False,
-        "Report the metric on the eval examples before training too (zero-shot).",
-        effect=when.TRAINED,
-        decides=RESULT,
-    )
-    no_eval: bool = argument(
-        False, "Do not evaluate after training.", effect=when.TRAINED, decides=RESULT
-    )
-    result_file: str | None = argument(
-        None, "JSON file for metrics and settings. Default: result/<tag>.json."
-    )
-    predictions_file: str | None = argument(
-        None,
-        "JSON Lines file with the prediction, scores and correctness of every eval example. "
-        "Default: none.",
-        effect=when.END,
-    )
-    overwrite_output_dir: bool = argument(
-        False,
-        "Make the result anew: delete the checkpoints in output_dir and start again. Default: "
-        "resume from the newest checkpoint; compute nothing where the result is there.",
-    )
-    config: str | None = argument(
-        None,
-        "YAML file of arguments, as in learning_rate: 1e-6. Those of the command line win. "
-        "Default: none.",
-    )
-    show_config: bool = argument(False, "Print the arguments as such a file, and do nothing.")
-    dry_run: bool = argument(
-        False,
-        "Check everything but the weights, print steps, forward passes, memory and time, and do "
-        "nothing.",
-    )
-    tag: str | None = argument(
-        None, "Name of the run, of its result file and output_dir. Default: made of the settings."
-    )
-    quiet: bool = argument(
-        False, "Show neither bars nor lines of steps: only the metrics and the places of files."
-    )
-    verbose: bool = argument(
-        False, "Show the first prompts, their options and scores.", effect=when.END
-    )
+    eval_before_training: bool = argument(False, effect=when.TRAINED, decides=RESULT)
+    """Report the metric on the eval examples before training too (zero-shot)."""
+    no_eval: bool = argument(False, effect=when.TRAINED, decides=RESULT)
+    """Do not evaluate after training."""
+    result_file: str | None = argument(None)
+    """JSON file for metrics and settings. Default: result/<tag>.json."""
+    predictions_file: str | None = argument(None, effect=when.END)
+    """JSON Lines file with the prediction, scores and correctness of every eval example. Default:
+    none."""
+    overwrite_output_dir: bool = argument(False)
+    """Make the result anew: delete the checkpoints in output_dir and start again. Default: resume
+    from the newest checkpoint; compute nothing where the result is there."""
+    config: str | None = argument(None)
+    """YAML file of arguments, as in learning_rate: 1e-6. Those of the command line win. Default:
+    none."""
+    show_config: bool = argument(False)
+    """Print the arguments as such a file, and do nothing."""
+    dry_run: bool = argument(False)
+    """Check everything but the weights, print steps, forward passes, memory and time, and do
+    nothing."""
+    tag: str | None = argument(None)
+    """Name of the run, of its result file and output_dir. Default: made of the settings."""
+    quiet: bool = argument(False)
+    """Show neither bars nor lines of steps: only the metrics and the places of files."""
+    verbose: bool = argument(False, effect=when.END)
+    """Show the first prompts, their options and scores."""
 
 
 @dataclass
@@ -263,28 +170,153 @@ class Generation:
 
     _effect, _decides = when.GENERATES, RESULT
 
-    sampling: bool = argument(False, "Sample the generated text. Default: greedy, or beams.")
-    temperature: float = argument(
-        1.0, "With --sampling, divides the logits; 1 leaves them.", above=0, effect=when.SAMPLES
+    sampling: bool = argument(False)
+    """Sample the generated text. Default: greedy, or beams."""
+    temperature: float = argument(1.0, above=0, effect=when.SAMPLES)
+    """With --sampling, divides the logits; 1 leaves them."""
+    num_beams: int = argument(1, at_least=1)
+    """Beams of the search, at most the vocabulary's tokens; 1: none."""
+    top_k: int | None = argument(None, at_least=1, effect=when.SAMPLES)
+    """With --sampling, draw from the k likeliest tokens. Default: from all."""
+    top_p: float = argument(0.95, above=0, at_most=1, effect=when.SAMPLES)
+    """With --sampling, draw from the likeliest tokens of this probability together (MeZO: 0.95); 1:
+    from all."""
+    max_new_tokens: int = argument(50, at_least=1)
+    """Tokens generated at most (MeZO: 50)."""
+    eos_token: str = argument("\\n")
+    """Text whose last token ends the generation; \\n is a newline (MeZO: newline)."""
+
+
+@dataclass
+class TrainedWeights:
+    """What is trained. Default: all weights; the four other ways exclude one another."""
+
+    _effect, _decides = when.TRAINED, TRAINING
+
+    lora: bool = argument(False)
+    """Train LoRA matrices on the query and value projections (arXiv 2106.09685) and nothing
+    else."""
+    lora_r: int = argument(8, at_least=1, effect=when.LORA)
+    """Rank of the LoRA matrices, at most the model's hidden size (MeZO paper: 8)."""
+    lora_alpha: int = argument(16, at_least=1, effect=when.LORA)
+    """Scale of LoRA, divided by its rank (MeZO paper: 16)."""
+    prefix_tuning: bool = argument(False)
+    """Train keys and values that stand before every text in every layer (arXiv 2101.00190) and
+    nothing else."""
+    num_prefix: int = argument(5, at_least=1, effect=when.PREFIX)
+    """Tokens of the prefix; they count for --max_length (MeZO paper: 5)."""
+    no_reparam: bool = argument(True, effect=when.PREFIX)
+    """Train the prefix itself (MeZO paper); False: a two-layer network that makes it."""
+    prefix_init_by_real_act: bool = argument(True, effect=when.PREFIX)
+    """Start the prefix from the keys and values of random real tokens (MeZO paper); False: of
+    noise."""
+    head_tuning: bool = argument(False)
+    """Train the language-model head and nothing else. Tied input embeddings change with it unless
+    --untie_emb is given."""
+    untie_emb: bool = argument(False)
+    """Give the language-model head weights of its own, where it shares the embeddings'."""
+    linear_probing: bool = argument(False)
+    """Fit the head's rows of the answers' tokens by logistic regression (scikit-learn) on the
+    features before it; needs --trainer regular."""
+    lp_early_stopping: bool = argument(False, effect=when.PROBING)
+    """Stop the logistic regression at a tolerance of 1e-2 (not 1e-4), after 1000 iterations at most
+    (not 5000)."""
+
+
+@dataclass
+class Training:
+    """Training. What belongs to steps, gradients or checkpoints needs --trainer regular or zo."""
+
+    _effect, _decides = when.STEPS, TRAINING
+
+    trainer: Literal["none", "regular", "zo"] = argument("none", effect=None)
+    """none: zero-shot or in context. regular: backpropagation with --optim. zo: HiZOO (MeZO with
+    --hessian_smooth_type constant0), forward passes only."""
+    only_train_option: bool = argument(True, effect=when.LANGUAGE_MODEL_LOSS)
+    """Language-model loss on the correct option's tokens only (MeZO paper); False: on the prompt's
+    too."""
+    train_as_classification: bool = argument(False)
+    """Train with the cross-entropy over the options' mean log-probabilities. Not for SQuAD and
+    DROP; published runs leave it out for Copa and ReCoRD too."""
+    warmup_steps: float = argument(0, "--warmup_step", at_least=0, fraction=True)
+    """Steps over which the learning rate rises from 0; below 1: a fraction of the run."""
+    decay_step: int = argument(0, at_least=0, effect=when.DECAY)
+    """Step until which the learning rate stays constant before it decays to 0 at the end of the
+    run. 0: the scheduler's own course."""
+    lr_scheduler_type: str = argument("constant", "--zo_lr_scheduler_type", choices=SCHEDULES)
+    """Learning-rate schedule of transformers, per step; with warmup_steps constant means
+    constant_with_warmup."""
+    eval_strategy: str = argument(
+        "no", "--evaluation_strategy", choices=("no", "steps", "epoch"), decides=RESULT
     )
-    num_beams: int = argument(
-        1, "Beams of the search, at most the vocabulary's tokens; 1: none.", at_least=1
+    """When the dev loss is computed: no, steps (every --eval_steps) or epoch. Needs --num_dev."""
+    eval_metric: bool = argument(False, effect=when.DEV_LOSSES, decides=NOTHING)
+    """Measure the task's metrics on the dev set with every dev loss: as many forward passes again.
+    A metric as --metric_for_best_model does it anyway."""
+    logging_steps: float = argument(
+        10, above=0, fraction=True, effect=when.LOG_STEPS, decides=NOTHING
     )
-    top_k: int | None = argument(
-        None,
-        "With --sampling, draw from the k likeliest tokens. Default: from all.",
-        at_least=1,
-        effect=when.SAMPLES,
+    """Steps between two entries of the log; below 1: a fraction of the run."""
+    logging_nan_inf_filter: bool = argument(False, decides=NOTHING)
+    """Log a loss that is not finite as 0. Default: as it is."""
+    max_skipped_steps: int = argument(50, at_least=1, decides=RESULT)
+    """Steps in a row without a finite loss, after which the run stops with a checkpoint."""
+    save_on_interrupt: bool = argument(True, decides=NOTHING)
+    """On Ctrl-C, SIGTERM, SIGUSR1 or SIGUSR2 finish the step, save a checkpoint and stop; the same
+    command then resumes."""
+    save_model: bool = argument(False, effect=when.TRAINED, decides=NOTHING)
+    """Save the final model and tokenizer into output_dir."""
+    merge_adapter: bool = argument(False, effect=when.SAVED_LORA, decides=NOTHING)
+    """Save the model with the LoRA matrices added to its weights, without an adapter."""
+
+
+@dataclass
+class ZerothOrder:
+    """Zeroth order. All of it needs --trainer zo."""
+
+    _effect, _decides = when.FORWARD, TRAINING
+
+    zo_eps: float | str = argument(1e-3, above=0, words=(AUTO,))
+    """Perturbation scale μ in units of the weights (HiZOO and MeZO papers: 1e-3; 1e-1 for prefixes,
+    1e-2 for LoRA). auto: by the noise and the curvature of the loss."""
+    curvature_eps: float | str | None = argument(
+        None, above=0, words=(AUTO,), effect=when.CURVATURE
     )
-    top_p: float = argument(
-        0.95,
-        "With --sampling, draw from the likeliest tokens of this probability together (MeZO: "
-        "0.95); 1: from all.",
-        above=0,
-        at_most=1,
-        effect=when.SAMPLES,
+    """μ of the curvature c, where rounding wants a larger one than for g: two further forward
+    passes a direction. auto: by the noise of c. Default: that of --zo_eps."""
+    curvature_every: int | None = argument(None, at_least=1, effect=when.CURVATURE)
+    """Steps from one measurement of c to the next. Default: 1; 10 where c has a μ of its own, or
+    with --learning_rate auto and no smoothing."""
+    hessian_smooth_type: str = argument("constant1e-8")
+    """Smoothing α of the diagonal Hessian: constant<number>, or linear<number> and cosine<number>,
+    which fall to 0. constant0 is MeZO. HiZOO paper: 1e-10 to 1e-4."""
+    hessian: Literal["full", "lowrank"] = argument("full", effect=when.HESSIAN)
+    """full: an entry of h for each weight. lowrank: HiZOO-L, a row and a column vector for each
+    matrix (Adafactor's factorisation, arXiv 1804.04235)."""
+    hessian_dtype: Literal["auto", "float32", "bfloat16"] = argument(
+        "auto", effect=when.FULL_HESSIAN
     )
-    max_new_tokens: int = argument(50, "Tokens generated at most (MeZO: 50).", at_least=1)
-    eos_token: str = argument(
-        "\\n", "Text whose last token ends the generation; \\n is a newline (MeZO: newline)."
+    """dtype of the full h; auto: that of the weights, bfloat16 for float16."""
+    zo_perturbation: Literal["auto", "inplace", "layerwise"] = argument("auto")
+    """inplace: shift the weights and back, which rounds. layerwise: perturb one module at a time in
+    scratch memory. auto: layerwise for half precision."""
+    zo_num_samples: int = argument(1, at_least=1)
+    """Directions a step, averaged: n-SPSA (arXiv 2305.17333). n directions take 2n forward passes,
+    and one more for HiZOO."""
+    zo_compile: Literal["auto", "yes", "no"] = argument("auto", decides=RESULT)
+    """Whether torch.compile makes the step's kernels: 10 to 30 seconds in a first run, faster
+    steps. Needs a C++ compiler. auto: from 16 million trained weights on."""
+    zo_parallel: Literal["batch", "directions"] = argument("batch", decides=NOTHING)
+    """What several processes share. batch: each has --per_device_train_batch_size examples of it.
+    directions: each takes some of --zo_num_samples on the whole batch."""
+    check_every: int = argument(1000, at_least=1, decides=NOTHING)
+    """Steps between two checksums of the weights, in the journal; several processes stop if theirs
+    differ."""
+    non_diff: bool = argument(False, effect=when.WITHOUT_GRADIENT)
+    """Train on a metric without a gradient: minus the mean F1 of the generated text, or minus the
+    accuracy of options."""
+    non_diff_metric: Literal["f1", "em", "accuracy"] | None = argument(
+        None, effect=when.METRIC_OBJECTIVE
     )
+    """The metric of --non_diff: f1 or em (exact match) for generated text, accuracy for options.
+    Default: f1, or accuracy."""

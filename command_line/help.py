@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import functools
+import inspect
+import itertools
 import shutil
+import sys
 import textwrap
 from collections.abc import Iterator
 
@@ -62,11 +67,24 @@ def _shown_name(declaration: Declaration) -> str:
     return f"{names} {value}"
 
 
+@functools.cache
+def help_texts() -> dict[str, str]:
+    """Return the texts below the fields of the groups: Python itself does not keep them."""
+    texts = {}
+    for module in {sys.modules[group.__module__] for group in GROUPS}:
+        for group in ast.parse(inspect.getsource(module)).body:
+            for field, text in itertools.pairwise(getattr(group, "body", ())):
+                if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                    texts[field.target.id] = " ".join(ast.literal_eval(text.value).split())
+    return texts
+
+
 def explanation(declaration: Declaration) -> str:
     """Return the help of an argument, with what it excludes."""
+    text = help_texts()[declaration.name]
     pairs = [pair for pair in EXCLUDE_EACH_OTHER if declaration.name in pair]
     others = [f"--{name}" for pair in pairs for name in pair if name != declaration.name]
-    return f"{declaration.help} Excludes {', '.join(others)}." if others else declaration.help
+    return f"{text} Excludes {', '.join(others)}." if others else text
 
 
 def _with_default(text: str, default: object) -> str:

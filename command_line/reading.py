@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from command_line import groups, training_groups
+from command_line import groups
 from command_line.config_files import words_of_config
 from command_line.declarations import AUTO, FALSE, OFF, TRUE, Declaration, declared
 from command_line.scripts import choose_defaults
@@ -26,9 +26,9 @@ GROUPS = (
     groups.TaskAndData,
     groups.Model,
     groups.InContextLearning,
-    training_groups.TrainedWeights,
-    training_groups.Training,
-    training_groups.ZerothOrder,
+    groups.TrainedWeights,
+    groups.Training,
+    groups.ZerothOrder,
     groups.Rewards,
     groups.EvaluationAndResults,
     groups.Generation,

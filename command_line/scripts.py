@@ -187,7 +187,8 @@ def _objective(said: Mapping[str, Any]) -> dict[str, Any]:
     if any(name in said for name in ("non_diff", "only_train_option", "reward")):
         return {}
     name = None if _own_file(said) else said.get("task_name", "SST2")
-    columns = (said.get(each) for each in ("text_column", "label_column", "prompt_template"))
+    names = ("text_column", "label_column", "prompt_template", "answer_column")
+    columns = (said.get(each) for each in names)
     files = (said.get("train_file"), said.get("validation_file"), said.get("metric"))
     try:
         task = choose_task(name, *files, columns=Columns(*columns))

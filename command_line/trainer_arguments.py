@@ -27,103 +27,49 @@ class MostUsed:
 
     _effect, _decides = when.STEPS, TRAINING
 
-    output_dir: str | None = argument(
-        None,
-        "Folder of the checkpoints and of the saved model. Default: result/<tag>.",
-        effect=when.TRAINED,
-        decides=NOTHING,
-    )
-    max_steps: int = argument(
-        -1, "Training steps. -1: as many as --num_train_epochs has.", at_least=-1
-    )
-    num_train_epochs: float = argument(
-        3.0,
-        "Passes over the training examples, where --max_steps is not given.",
-        above=0,
-        effect=when.EPOCHS,
-    )
-    per_device_train_batch_size: int = argument(
-        8, "Examples a step, in each process (MeZO and HiZOO papers: 16).", at_least=1
-    )
-    per_device_eval_batch_size: int = argument(
-        8,
-        "Examples that are scored together, in each process.",
-        at_least=1,
-        effect=when.SCORES,
-        decides=NOTHING,
-    )
-    gradient_accumulation_steps: int = argument(1, "Batches a step.", at_least=1)
-    learning_rate: float | str = argument(
-        5e-5,
-        "Learning rate η (MeZO and HiZOO papers, OPT-13B: 1e-6 or 1e-7; 1e-2 or 1e-3 for "
-        "prefixes, 1e-4 or 5e-5 for LoRA). auto, with --trainer zo: by the curvature measured "
-        "along the run.",
-        at_least=0,
-        words=(AUTO,),
-    )
-    weight_decay: float = argument(
-        0.0, "Decoupled weight decay λ; none for biases and layer norms.", at_least=0
-    )
+    output_dir: str | None = argument(None, effect=when.TRAINED, decides=NOTHING)
+    """Folder of the checkpoints and of the saved model. Default: result/<tag>."""
+    max_steps: int = argument(-1, at_least=-1)
+    """Training steps. -1: as many as --num_train_epochs has."""
+    num_train_epochs: float = argument(3.0, above=0, effect=when.EPOCHS)
+    """Passes over the training examples, where --max_steps is not given."""
+    per_device_train_batch_size: int = argument(8, at_least=1)
+    """Examples a step, in each process (MeZO and HiZOO papers: 16)."""
+    per_device_eval_batch_size: int = argument(8, at_least=1, effect=when.SCORES, decides=NOTHING)
+    """Examples that are scored together, in each process."""
+    gradient_accumulation_steps: int = argument(1, at_least=1)
+    """Batches a step."""
+    learning_rate: float | str = argument(5e-5, at_least=0, words=(AUTO,))
+    """Learning rate η (MeZO and HiZOO papers, OPT-13B: 1e-6 or 1e-7; 1e-2 or 1e-3 for prefixes,
+    1e-4 or 5e-5 for LoRA). auto, with --trainer zo: by the curvature measured along the run."""
+    weight_decay: float = argument(0.0, at_least=0)
+    """Decoupled weight decay λ; none for biases and layer norms."""
     eval_steps: float | None = argument(
-        None,
-        "Steps between dev losses, with --eval_strategy steps. Default: --logging_steps.",
-        above=0,
-        fraction=True,
-        effect=when.EVAL_STEPS,
-        decides=RESULT,
+        None, above=0, fraction=True, effect=when.EVAL_STEPS, decides=RESULT
     )
-    save_strategy: str = argument(
-        "steps",
-        "When checkpoints are saved: no, steps (every --save_steps), epoch or best.",
-        choices=("no", "steps", "epoch", "best"),
-        decides=RESULT,
-    )
+    """Steps between dev losses, with --eval_strategy steps. Default: --logging_steps."""
+    save_strategy: str = argument("steps", choices=("no", "steps", "epoch", "best"), decides=RESULT)
+    """When checkpoints are saved: no, steps (every --save_steps), epoch or best."""
     save_steps: float = argument(
-        500,
-        "Steps between checkpoints, with --save_strategy steps.",
-        above=0,
-        fraction=True,
-        effect=when.SAVE_STEPS,
-        decides=RESULT,
+        500, above=0, fraction=True, effect=when.SAVE_STEPS, decides=RESULT
     )
-    save_total_limit: int | None = argument(
-        None,
-        "Checkpoints that are kept: the newest, and with --load_best_model_at_end the best. "
-        "Default: all.",
-        at_least=1,
-        effect=when.SAVES,
-        decides=NOTHING,
-    )
-    load_best_model_at_end: bool = argument(
-        False,
-        "Report and keep the checkpoint of the lowest dev loss, or of the best "
-        "--metric_for_best_model; with --trainer zo and --save_strategy no it is replayed.",
-        effect=when.BEST_MODEL,
-        decides=RESULT,
-    )
-    metric_for_best_model: str | None = argument(
-        None,
-        "What the best checkpoint is best by, on the dev set: loss, accuracy, f1 or em. Default: "
-        "loss.",
-        effect=when.BEST,
-        decides=RESULT,
-    )
-    resume_from_checkpoint: str | None = argument(
-        None,
-        "Folder of a checkpoint to resume from. Default: the newest one in --output_dir.",
-        decides=NOTHING,
-    )
-    report_to: str = argument(
-        "none", "Where losses are reported: tensorboard, wandb, … or none.", decides=NOTHING
-    )
-    seed: int = argument(
-        42,
-        "Seed of the batches, the noise, an adapter's first weights and sampled text; "
-        "--train_set_seed draws the examples.",
-        at_least=0,
-        below=2**32,
-        effect=when.DRAWS,
-    )
+    """Steps between checkpoints, with --save_strategy steps."""
+    save_total_limit: int | None = argument(None, at_least=1, effect=when.SAVES, decides=NOTHING)
+    """Checkpoints that are kept: the newest, and with --load_best_model_at_end the best. Default:
+    all."""
+    load_best_model_at_end: bool = argument(False, effect=when.BEST_MODEL, decides=RESULT)
+    """Report and keep the checkpoint of the lowest dev loss, or of the best
+    --metric_for_best_model; with --trainer zo and --save_strategy no it is replayed."""
+    metric_for_best_model: str | None = argument(None, effect=when.BEST, decides=RESULT)
+    """What the best checkpoint is best by, on the dev set: loss, accuracy, f1 or em. Default:
+    loss."""
+    resume_from_checkpoint: str | None = argument(None, decides=NOTHING)
+    """Folder of a checkpoint to resume from. Default: the newest one in --output_dir."""
+    report_to: str = argument("none", decides=NOTHING)
+    """Where losses are reported: tensorboard, wandb, … or none."""
+    seed: int = argument(42, at_least=0, below=2**32, effect=when.DRAWS)
+    """Seed of the batches, the noise, an adapter's first weights and sampled text; --train_set_seed
+    draws the examples."""
 
 
 _ROWS: tuple[tuple[Effect | None, str, str], ...] = (

@@ -9,7 +9,7 @@ import pytest
 from running import ROOT
 
 from command_line.arguments import parse_arguments
-from command_line.help import help_text
+from command_line.help import help_text, help_texts
 from command_line.reading import DECLARED, GROUPS, OWN, SYNONYMS
 from command_line.starting import begin
 from command_line.trainer_arguments import IGNORED, NOT_OFFERED
@@ -39,9 +39,10 @@ def test_help_has_our_own_arguments_in_groups(capsys: pytest.CaptureFixture[str]
 
 def test_every_argument_of_ours_is_explained() -> None:
     for name, each in OWN.items():
-        assert len(each.help) > 14 and each.help.endswith("."), name
+        text = help_texts()[name]
+        assert len(text) > 14 and text.endswith("."), name
         if each.default is None and name not in ("model_name", "task_name", "train_file"):
-            assert "Default: " in each.help, name
+            assert "Default: " in text, name
     text = help_text()
     assert "Excludes --icl_sfc." in text and "Excludes --sfc." in text
 
