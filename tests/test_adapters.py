@@ -20,7 +20,7 @@ from tiny_models import (
     tiny_tokenizer,
 )
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hizoo import HiZOO, Layers
 from language_model import objectives, packing, scoring
@@ -28,6 +28,7 @@ from language_model.adapters import (
     add_lora,
     add_prefix,
     prefix_length,
+    save_merged,
     without_future_warnings,
 )
 from language_model.encoding import Encoder
@@ -129,6 +130,17 @@ def test_adapters_of_half_precision_models_are_float32(kind: str) -> None:
         model = adapted("llama", kind, tiny_model("llama").to(dtype))
         assert {p.dtype for p in trained(model).values()} == {torch.float32}
         assert objectives.classification_loss(model, packing.collate(examples)).isfinite()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_merged_model_is_saved_and_the_adapter_stays(family: str, tmp_path: Path) -> None:
+    model, text = adapted(family, "lora"), torch.tensor([[5, 9, 31, 7]])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save_merged(model, tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert merged.state_dict().keys() == tiny_model(family).state_dict().keys()
+    assert (merged(text).logits - model(input_ids=text).logits).abs().max() < 1e-4
 
 
 # ------------------------------------------------------------------------------ scores and losses
