@@ -111,12 +111,12 @@ def check_writable(option: str, path: Path, is_folder: bool = False) -> None:
         InputError: something else is in the place, or it cannot be written to.
     """
     folder = path if is_folder else path.parent
-    if not is_folder and path.is_dir():
-        raise InputError(f"{option} {path}: this is a folder; give the name of a file")
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not existing.is_dir():
-        raise InputError(f"{option} {path}: {existing} is a file, no folder; give another place")
     try:
+        if not is_folder and path.is_dir():
+            raise InputError(f"{option} {path}: this is a folder; give the name of a file")
+        existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        if not existing.is_dir():
+            raise InputError(f"{option} {path}: {existing} is a file; give another place")
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:

@@ -171,10 +171,11 @@ def earlier_result(files: Files, identity: Identity) -> dict[str, Any] | None:
 
 def _other_content(identity: Identity, result: Mapping[str, Any]) -> str:
     """Return what is in the place of this experiment's result, by a setting if one is known."""
-    if not result:
+    trainer = result.get("trainer")
+    if not trainer:
         return "no result of a run"
-    if result.get("trainer") != identity.trainer:
-        return f"of a run with --trainer {result.get('trainer')}, not {identity.trainer}"
+    if trainer != identity.trainer:
+        return f"of a run with --trainer {trainer}, not {identity.trainer}"
     # A setting that is not written down has its default.
     defaults = {field.name: plain_value(field.default) for field in dataclasses.fields(Arguments)}
     then, now = {**defaults, **result["settings"]}, {**defaults, **identity.settings}

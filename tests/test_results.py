@@ -104,7 +104,7 @@ def test_other_results_and_predictions_in_the_way(
     ):
         line = refusal(other, tmp_path, capsys)
         assert part in line and "give another --result_file, or --overwrite_output_dir" in line
-    for text in ("", "[]", '{"experiment": "1"}'):
+    for text in ("", "[]", '{"experiment": "1"}', '{"settings": {}}'):
         file.write_text(text)
         assert f"{file} is no result of a run: " in refusal(argv, tmp_path, capsys)
     finish([*argv, "--overwrite_output_dir"])

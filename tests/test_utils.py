@@ -68,12 +68,14 @@ def test_check_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     check_writable("--output_dir", tmp_path / "new" / "folder", is_folder=True)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"--result_file .*is a file, no folder"):
+    with pytest.raises(InputError, match=r"--result_file .*is a file; give another place"):
         check_writable("--result_file", tmp_path / "file" / "x.json")
-    with pytest.raises(InputError, match=r"--output_dir .*is a file, no folder"):
+    with pytest.raises(InputError, match=r"--output_dir .*is a file; give another place"):
         check_writable("--output_dir", tmp_path / "file", is_folder=True)
     with pytest.raises(InputError, match="this is a folder"):
         check_writable("--result_file", tmp_path)
+    with pytest.raises(InputError, match=r"cannot write there \(File name too long\)"):
+        check_writable("--result_file", tmp_path / ("x" * 300))
 
     def refuse(**arguments: object) -> None:
         raise PermissionError(13, "Permission denied")
