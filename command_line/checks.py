@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 
 import torch
@@ -11,7 +10,7 @@ from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
 )
-from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
+from transformers.optimization import get_scheduler
 from transformers.training_args import ParallelMode
 
 from command_line.arguments import Arguments
@@ -20,8 +19,6 @@ from command_line.declarations import AUTO
 from command_line.settings import examples_of_a_batch
 from utils import InputError, one_line
 
-# The parameters that every schedule of transformers gets from the Trainer.
-OF_EVERY_SCHEDULE = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
 # These optimizers choose among a model's modules, and there is none yet.
 CHOOSE_MODULES = ("galore", "apollo", "lomo", "adalomo")
 
@@ -72,7 +69,7 @@ def _check_batches(arguments: Arguments) -> None:
 
 
 def _check_schedule(arguments: Arguments) -> None:
-    """Refuse steps beyond the end of the run, and options that the scheduler does not have."""
+    """Refuse steps beyond the end of the run, and options that the schedule does not take."""
     steps = steps_of_run(arguments)
     warmup = arguments.get_warmup_steps(steps)
     name = arguments.lr_scheduler_type
@@ -88,14 +85,6 @@ def _check_schedule(arguments: Arguments) -> None:
         raise InputError(
             f"--metric_for_best_model {metric}: --lr_scheduler_type {name.value} waits for what "
             'falls; give loss, or --lr_scheduler_kwargs \'{"mode": "max"}\''
-        )
-    parameters = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[name]).parameters
-    known = [option for option in parameters if option not in OF_EVERY_SCHEDULE]
-    unknown = [] if "kwargs" in known else [each for each in options if each not in known]
-    if unknown:
-        raise InputError(
-            f"--lr_scheduler_kwargs {unknown[0]}: --lr_scheduler_type {name.value} takes "
-            f"{', '.join(known) or 'none'}"
         )
     # Some need options, and some values fail at their first use only.
     lr = 0.1 if arguments.learning_rate == AUTO else arguments.learning_rate

@@ -86,7 +86,7 @@ BAD_TRAINING: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "an option of another schedule": (
         {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": '{"cycles": 1}'},
-        ["--lr_scheduler_kwargs cycles", "--lr_scheduler_type cosine takes num_cycles"],
+        ["--lr_scheduler_type cosine", "'cycles'", "--lr_scheduler_kwargs"],
     ),
     "an end above the start": (
         {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": '{"lr_end": 1}'},
