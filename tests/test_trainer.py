@@ -314,15 +314,6 @@ def test_smoothing_schedules_by_hand() -> None:
         at = [schedule.at(step, 4) for step in range(5)]
         assert at == pytest.approx(values, rel=1e-5, abs=1e-15)
     for text in "", "1e-8", "constant", "constant-1", "constant1", "linearnan", "exp1e-8":
-        "",
-        "1e-8",
-        "constant",
-        "constant-1",
-        "constant1",
-        "linearnan",
-        "exp1e-8",
-        "cosinex",
-    ):
         with pytest.raises(ValueError, match="constant<number>, linear<number>, cosine<number>"):
             SmoothingSchedule.parse(text)
 
