@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -14,13 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 from running import MODEL, ROOT, SAMPLES, command, contents, finish, small_model, training
+from transformers import TrainingArguments
 
 import run
 import tasks
 from command_line.arguments import parse_arguments
 from command_line.settings import changed_settings
 from experiment import running
+from experiment.options import TrainedWeights, options_of
 from task_data.loading import load_samples
+from utils import InputError
 
 
 def evaluation(folder: Path, task: str = "SST2", **arguments: Any) -> list[str]:
@@ -244,3 +248,18 @@ def test_interrupt_while_the_libraries_load_ends_without_a_traceback(tmp_path: P
     assert process.stdout.readline() == "passive\n"
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60) == ("", "") and process.returncode == 130
+
+
+def test_options_are_frozen_and_typed(tmp_path: Path) -> None:
+    options = options_of(parse_arguments(training(tmp_path, lora=True, lora_r=4)))
+    assert (options.weights.mode, options.weights.lora_r) == ("lora", 4)
+    assert options.training.zeroth_order.config.eps == 1e-3
+    # The Trainer gets its own arguments, and nothing of ours.
+    own = options.training.own
+    assert type(own) is TrainingArguments and own.max_steps == 6
+    assert not {"task", "trainer", "zo_eps", "given"} & set(vars(own))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        options.weights.lora_r = 8
+    for settings in ({"untie_emb": "--trust_remote_code"}, {"lora": True, "lora_r": 8.0}):
+        with pytest.raises(InputError, match="must be of type"):
+            TrainedWeights.of(settings)
