@@ -21,7 +21,7 @@ from zeroth_order.rounding import is_half
 # Numbers of a chunk. Operations that run one by one on a CPU core want it in the cache, and so do
 # kernels on float32 copies. Other kernels want it so large that starting them (0.05 ms) is cheap.
 CACHED_CHUNK = 1 << 17
-COPIED_CHUNK = 1 << 19
+COPIED_CHUNK = 1 << 20
 COMPILED_CHUNK = 1 << 22
 GPU_CHUNK = 1 << 23
 # Smaller parameters run operation by operation: torch.compile makes kernels for one core if the

@@ -6,6 +6,7 @@ as they are and runs each module with perturbed copies.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -162,8 +163,9 @@ class Weights:
         hessian = curvature.hessian_of_chunk(chunk, self.states.get(trained.parameter, {}))
         (scale,) = scalars([scale * trained.group["eps"]], trained)
         if trained.copies:
-            values = [piece.to(torch.float32) for piece in source]
-            run(kernels.perturb, trained)(values, values, in_float32(hessian), noise, scale)
+            values = float32_copies(source, 0)
+            hessian = float32_copies(hessian, 2) if isinstance(hessian, list) else hessian
+            run(kernels.perturb, trained)(values, values, hessian, noise, scale)
             kernels.write(pieces, values)
         else:
             run(kernels.perturb, trained)(pieces, source, hessian, noise, scale)
@@ -187,7 +189,8 @@ class Weights:
             kernel = run(kernels.update, trained)
             kernel(pieces, hessian, noises, numbers, rounding, *dtypes)
             return
-        values, copied = [piece.to(torch.float32) for piece in pieces], in_float32(hessian)
+        values = float32_copies(pieces, 0)
+        copied = float32_copies(hessian, 2) if isinstance(hessian, list) else hessian
         run(kernels.update, trained)(values, copied, noises, numbers, rounding, *dtypes)
         kernels.write(pieces, values)
         if numbers.growths is not None:
@@ -266,6 +269,21 @@ def scalars(numbers: list[float], trained: TrainedParameter) -> list[kernels.Sca
     return [*torch.tensor(numbers, dtype=dtype).to(trained.parameter.device, non_blocking=True)]
 
 
-def in_float32(hessian: kernels.Hessian) -> kernels.Hessian:
-    """Return float32 copies of h - 1; a low-rank h is float32 already."""
-    return [h.to(torch.float32) for h in hessian] if isinstance(hessian, list) else hessian
+def float32_copies(pieces: kernels.Pieces, first: int) -> list[Tensor]:
+    """Return float32 copies of pieces, in scratch memory number ``first`` and the next."""
+    copies = [
+        scratch(number, piece.numel()).view(piece.shape)
+        for number, piece in enumerate(pieces, first)
+    ]
+    kernels.write(copies, pieces)
+    return copies
+
+
+def scratch(number: int, count: int) -> Tensor:
+    """Return the first numbers of a float32 buffer that is made once."""
+    return _buffer(number, max(0, count - 1).bit_length())[:count]
+
+
+@functools.lru_cache(maxsize=16)
+def _buffer(number: int, power: int) -> Tensor:
+    return torch.empty(1 << power)
