@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from running import refusal, training
+from running import refused_line, training
 
 import report
 import run
@@ -87,7 +87,7 @@ def test_columns_are_seeds_of_one_task(grid: Path, capsys: pytest.CaptureFixture
     table = cells(printed(capsys, *files, "--columns", "seed"))
     assert table[0] == ["learning_rate", "seed 0", "seed 1", "seed 2"]
     assert ["1e-3", "**0.9000**", "**0.9100**", "**0.9200**"] in table
-    said = refusal(report.main, [grid, "--columns", "seed"], capsys, grid)
+    said = refused_line([grid, "--columns", "seed"], capsys, grid, report.main)
     assert "result files of different tasks (CB, SST2) in one column: give --columns task" in said
 
 
@@ -234,7 +234,7 @@ def test_bad_input(
     bare = json.loads(written(tmp_path, "bare", 0.5).read_text())
     (tmp_path / "bare.json").write_text(json.dumps(bare | {"history": {}}))
     for argv, said in BAD_INPUT:
-        assert refusal(report.main, argv.split(), capsys, tmp_path).startswith(said)
+        assert refused_line(argv.split(), capsys, tmp_path, report.main).startswith(said)
 
 
 def test_curves_are_means_over_seeds_at_the_same_step(grid: Path) -> None:

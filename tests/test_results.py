@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import ROOT, command, contents, finish, small_model, training
+from running import ROOT, command, contents, finish, refused_line, small_model, training
 
 import run
 from command_line.arguments import parse_arguments
@@ -41,17 +41,6 @@ def run_again(
         patched.setattr(running, "load_pretrained", None)
         assert run.main(argv) == 0
     return capsys.readouterr().out
-
-
-def refusal(argv: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """Run bad input; return its one line."""
-    before = contents(folder)
-    capsys.readouterr()
-    assert run.main(argv) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and len(err.splitlines()) == 1
-    assert contents(folder) == before
-    return err
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["evaluation", "training"])
@@ -102,16 +91,16 @@ def test_other_results_and_predictions_in_the_way(
         ),
         (training(tmp_path, **SHORT), "with --trainer none, not zo: "),
     ):
-        line = refusal(other, tmp_path, capsys)
+        line = refused_line(other, capsys, tmp_path)
         assert part in line and "give another --result_file, or --overwrite_output_dir" in line
     for text in ("", "[]", '{"experiment": "1"}', '{"settings": {}}'):
         file.write_text(text)
-        assert f"{file} is no result of a run: " in refusal(argv, tmp_path, capsys)
+        assert f"{file} is no result of a run: " in refused_line(argv, capsys, tmp_path)
     finish([*argv, "--overwrite_output_dir"])
     rows = tmp_path / "rows.jsonl"
     rows.write_text("mine")
     more = command(result_file=tmp_path / "new.json", predictions_file=rows)
-    assert f"--predictions_file {rows}" in refusal(more, tmp_path, capsys)
+    assert f"--predictions_file {rows}" in refused_line(more, capsys, tmp_path)
     assert rows.read_text() == "mine"
 
 
@@ -120,7 +109,7 @@ def test_a_shorter_run_does_not_replace_a_longer_one(
 ) -> None:
     finish(training(tmp_path, **SHORT, save_strategy="no", save_steps=None))
     shorter = SHORT | {"max_steps": 1, "save_strategy": "no", "save_steps": None}
-    assert "--max_steps 2, not 1: " in refusal(training(tmp_path, **shorter), tmp_path, capsys)
+    assert "--max_steps 2, not 1: " in refused_line(training(tmp_path, **shorter), capsys, tmp_path)
     longer = finish(training(tmp_path, **shorter | {"max_steps": 3}))
     assert longer["steps"] == 3
 
@@ -185,7 +174,7 @@ def test_bad_input_during_preparation_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     too_small = training(tmp_path, **SHORT, zo_eps=1e-30)
-    assert "--zo_eps" in refusal(too_small, tmp_path, capsys)
+    assert "--zo_eps" in refused_line(too_small, capsys, tmp_path)
     finish(training(tmp_path, **SHORT, save_steps=2))
     (tmp_path / "result.json").unlink()
     written = contents(tmp_path / "out")
@@ -193,7 +182,7 @@ def test_bad_input_during_preparation_changes_nothing(
     assert run.main([*too_small, "--overwrite_output_dir"]) == 2
     assert contents(tmp_path / "out") == written
     refused = training(tmp_path, **SHORT, lora=True, lora_r=9999, output_dir=tmp_path / "new")
-    assert "--lora_r 9999" in refusal(refused, tmp_path, capsys)
+    assert "--lora_r 9999" in refused_line(refused, capsys, tmp_path)
 
 
 def test_places_in_use_are_refused_at_once(
@@ -204,7 +193,7 @@ def test_places_in_use_are_refused_at_once(
     with contextlib.ExitStack() as stack:
         for option, name in places.items():
             stack.enter_context(locked(f"--{option}", tmp_path / name, option == "output_dir"))
-        line = refusal(training(tmp_path, **SHORT, **more), tmp_path, capsys)
+        line = refused_line(training(tmp_path, **SHORT, **more), capsys, tmp_path)
         for option, name in places.items():
             assert f"--{option} {tmp_path / name} is used by process {os.getpid()} on " in line
     assert contents(tmp_path) == {}
@@ -269,7 +258,7 @@ def test_result_says_what_auto_came_to_be(
     assert (settings["zo_perturbation"], settings["hessian_dtype"]) == ("layerwise", dtype)
     # It is not what tells another experiment apart.
     other = training(tmp_path, **SHORT, zo_eps=1e-1, **arguments)
-    assert "--zo_eps 0.01, not 0.1: " in refusal(other, tmp_path, capsys)
+    assert "--zo_eps 0.01, not 0.1: " in refused_line(other, capsys, tmp_path)
 
 
 def test_mean_and_deviation_of_several_sets(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import MODEL, ROOT, SAMPLES, contents, refusal, small_model, training
+from running import MODEL, ROOT, SAMPLES, contents, refused_line, small_model, training
 
 import run
 import sweep
@@ -171,7 +171,7 @@ def test_bad_grids(
     monkeypatch.chdir(tmp_path)
     for name, (text, said) in BAD_GRIDS.items():
         (tmp_path / "grid.yaml").write_text(text)
-        line = refusal(sweep.main, ["grid.yaml", "--dry_run", "--", *DATA], capsys, tmp_path)
+        line = refused_line(["grid.yaml", "--dry_run", "--", *DATA], capsys, tmp_path, sweep.main)
         assert re.search(said, line), name
 
 
@@ -194,7 +194,7 @@ def test_bad_command_lines(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for argv, said in BAD_COMMAND_LINES:
-        assert refusal(sweep.main, argv, capsys, tmp_path).startswith(said)
+        assert refused_line(argv, capsys, tmp_path, sweep.main).startswith(said)
 
 
 def test_the_grids_that_come_with_it_are_run_py_s() -> None:
@@ -533,7 +533,5 @@ def test_without_slurm_one_line_says_so(
     pytest.importorskip("submitit")
     monkeypatch.setenv("PATH", str(tmp_path))
     argv = ["--seed", 0, "--output_dir", tmp_path / "s", "--slurm", "--time=1", "--", *short()]
-    assert sweep.main([str(word) for word in argv]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: --slurm --time=1: ") and err.endswith("use --jobs\n")
-    assert len(err.splitlines()) == 1
+    line = refused_line(argv, capsys, main=sweep.main)
+    assert line.startswith("--slurm --time=1: ") and line.endswith("use --jobs")

@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from running import MODEL, assert_replays, assert_same_checkpoint, finish, log_of, training, weights
+from running import (
+    MODEL,
+    assert_replays,
+    assert_same_checkpoint,
+    finish,
+    log_of,
+    refused_line,
+    training,
+    weights,
+)
 from test_families import save_model
 
 import run
@@ -190,7 +199,4 @@ def test_bad_values_are_refused(
     arguments: dict[str, Any],
     message: str,
 ) -> None:
-    assert run.main(training(tmp_path, **arguments)) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and message in line
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert message in refused_line(training(tmp_path, **arguments), capsys, tmp_path)
