@@ -190,7 +190,6 @@ def test_losses_that_are_not_finite_stop_the_run_with_a_checkpoint(
         ({"zo_perturbation": "sideways"}, "--zo_perturbation"),
         ({"zo_num_samples": 0}, "--zo_num_samples 0: must be at least 1"),
         ({"max_skipped_steps": 0}, "--max_skipped_steps 0: must be at least 1"),
-        ({"hessian": "lowrank", "hessian_dtype": "bfloat16"}, "--hessian_dtype bfloat16"),
     ],
 )
 def test_bad_values_are_refused(
