@@ -42,9 +42,6 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: int) -> PeftModel:
     """Add LoRA (Hu et al. 2021, arXiv 2106.09685) to the query and value projections.
 
     The second matrix starts at 0, so the model's predictions start unchanged.
-
-    Raises:
-        InputError: the model has no such projections.
     """
     layers = {
         name.rpartition(".")[2]: module
@@ -163,9 +160,6 @@ def add_prefix(
         num_tokens: length of the prefix.
         reparameterise: train a two-layer network that makes the prefix, not the prefix itself.
         tokens: (num_tokens,): the prefix starts from their keys and values; None: from noise.
-
-    Raises:
-        InputError: not every layer has keys and values of the same size for every token.
     """
     try:
         activations = keys_and_values(model, torch.zeros(1).long() if tokens is None else tokens)

@@ -33,11 +33,7 @@ class Chat:
     system_prompt: str | None = None
 
     def check(self, model_name: str) -> None:
-        """Check the template.
-
-        Raises:
-            InputError: the tokenizer has none, or it refuses the system prompt.
-        """
+        """Refuse a tokenizer without a template, or a template that refuses the system prompt."""
         if not self.tokenizer.chat_template:
             raise InputError(
                 f"--apply_chat_template: the tokenizer of {model_name} has no chat template; give "

@@ -75,11 +75,7 @@ class GenerationSettings:
 def check_generation(
     settings: GenerationSettings, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> None:
-    """Check that prompts of at most ``max_length`` tokens have room, and that answers can end.
-
-    Raises:
-        InputError: they have none, or cannot.
-    """
+    """Check that prompts of at most ``max_length`` tokens have room, and that answers can end."""
     if settings.max_new_tokens >= max_length:
         raise InputError(
             f"--max_new_tokens {settings.max_new_tokens} leaves no room for a prompt in a text of "

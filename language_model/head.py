@@ -49,11 +49,7 @@ class LinearProbe:
 
 
 def head_is_tied(model: PreTrainedModel) -> bool:
-    """Tell whether the head's weight is the input embeddings' weight: training one changes both.
-
-    Raises:
-        InputError: the model has no head with a weight of shape (vocabulary, hidden).
-    """
+    """Tell whether the head's weight is the input embeddings' weight: training one changes both."""
     return _head(model).weight is model.get_input_embeddings().weight
 
 
@@ -89,11 +85,7 @@ def untie_head(model: PreTrainedModel) -> None:
 
 
 def freeze_all_but_head(model: PreTrainedModel) -> None:
-    """Leave only the head to train: its weight, which may be the embeddings' too, and its bias.
-
-    Raises:
-        InputError: the model has no head with a weight of shape (vocabulary, hidden).
-    """
+    """Leave only the head to train: its weight, which may be the embeddings' too, and its bias."""
     head = _head(model)
     model.requires_grad_(False)
     head.requires_grad_(True)

@@ -1,4 +1,7 @@
-"""Loading a causal language model and its tokenizer: dtype, devices, and what may go wrong."""
+"""Loading a causal language model and its tokenizer: dtype, devices, and what may go wrong.
+
+What cannot be loaded raises ``InputError``, in one line.
+"""
 
 from __future__ import annotations
 
@@ -57,9 +60,6 @@ def load_model(
             several processes, the caller places it.
         trust_remote_code: run code that comes with the model.
 
-    Raises:
-        InputError: there is no such model, it is no causal language model, its files are damaged,
-            or they lack some of its weights.
     """
     adapter = SavedAdapter.find(name)
     base = adapter.base if adapter else name
@@ -77,7 +77,7 @@ def load_model(
     several_processes = int(os.environ.get("WORLD_SIZE", "1")) > 1
     spread = auto_device and torch.cuda.is_available() and not several_processes
     device_map = "auto" if spread else None
-    with _in_one_line(base, "no causal language model there"), _without_report():
+    with _in_one_line(base, "no causal language model there"):
         if gguf:
             model, found = gguf.load(dtype, device_map)
         else:
@@ -116,21 +116,6 @@ def _check_weights_are_there(
         )
 
 
-@contextlib.contextmanager
-def _without_report() -> Iterator[None]:
-    """Hide transformers' table of missing and unexpected weights."""
-    reporting = logging.getLogger("transformers.modeling_utils")
-
-    def is_no_report(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    reporting.addFilter(is_no_report)
-    try:
-        yield
-    finally:
-        reporting.removeFilter(is_no_report)
-
-
 def quantisation_of(bits: int | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     """Return bitsandbytes' settings for 8-bit or 4-bit (NF4) weights, None for others."""
     if bits == 4:
@@ -149,9 +134,6 @@ def load_config_and_tokenizer(
     """Load a model's configuration and tokenizer, without its weights.
 
     An adapter has its base model's, but may have a tokenizer of its own.
-
-    Raises:
-        InputError: as ``load_model``.
     """
     config = load_config(name, trust_remote_code)
     adapter = SavedAdapter.find(name)
@@ -178,11 +160,7 @@ def load_config_and_tokenizer(
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Load the configuration of a model, or of an adapter's base model.
-
-    Raises:
-        InputError: there is none, or it is damaged.
-    """
+    """Load the configuration of a model, or of an adapter's base model."""
     base = _base_of(name)
     gguf = GgufFile.find(base)
     if Path(base).is_dir() and not (Path(base) / "config.json").is_file():
@@ -208,9 +186,6 @@ def saved_dtype(name: str, trust_remote_code: bool = False) -> torch.dtype | Non
 
     Only the configuration is read, an adapter's base model's. Quantised weights of a GGUF file
     count as bfloat16.
-
-    Raises:
-        InputError: as ``load_config``.
     """
     config = load_config(name, trust_remote_code)
     if gguf := GgufFile.find(_base_of(name)):
@@ -219,11 +194,7 @@ def saved_dtype(name: str, trust_remote_code: bool = False) -> torch.dtype | Non
 
 
 def choose_max_length(requested: int | None, config: object) -> int:
-    """Return the longest text in tokens: as requested, or 2048, or all that the model can read.
-
-    Raises:
-        InputError: more than the model's positions are requested, or fewer than 2.
-    """
+    """Return the longest text in tokens: as requested, or 2048, or all that the model can read."""
     positions = getattr(config, "max_position_embeddings", None)
     rotary = getattr(config, "rope_parameters", None) or {}
     if rotary.get("rope_type") == "longrope":
@@ -271,7 +242,9 @@ def _in_one_line(name: str, what: str) -> Iterator[None]:
 
 
 def leave_out_loading_bars() -> None:
-    """Hide the bars of reading and writing weight files; downloads and our own bars stay."""
+    """Hide transformers' bars and tables of weight files; downloads and our own bars stay."""
+    reporting = logging.getLogger("transformers.modeling_utils")
+    reporting.addFilter(lambda record: "LOAD REPORT" not in record.getMessage())
     downloads_are_shown = not are_progress_bars_disabled()
     transformers.utils.logging.disable_progress_bar()
     if downloads_are_shown:

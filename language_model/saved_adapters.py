@@ -37,11 +37,7 @@ class SavedAdapter:
 
     @classmethod
     def find(cls, name: str) -> SavedAdapter | None:
-        """Return the adapter in the local folder ``name``; None if there is none.
-
-        Raises:
-            InputError: its configuration is damaged, or it is of another kind.
-        """
+        """Return the adapter in the local folder ``name``; None if there is none."""
         folder = Path(name)
         if not (folder / CONFIG_NAME).is_file():
             return None
@@ -96,11 +92,7 @@ class SavedAdapter:
         return getattr(self.config, "num_virtual_tokens", 0)
 
     def load(self, model: PreTrainedModel) -> PeftModel:
-        """Return ``model`` with the adapter, which may be trained further.
-
-        Raises:
-            InputError: the adapter's weights are damaged, or are another model's.
-        """
+        """Return ``model`` with the adapter, which may be trained further."""
         config = self.config
         config.inference_mode = False
         config.base_model_name_or_path = self.base
