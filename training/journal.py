@@ -158,7 +158,7 @@ def row_of(line: bytes) -> Header | Row | None:
             return None
         values = json.loads(text + b"}")
         return typed(KINDS[values.pop("kind")], values)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 
