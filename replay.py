@@ -29,9 +29,10 @@ from language_model.loading import (
     load_config_and_tokenizer,
 )
 from language_model.manifest import damage
-from training.journal import Header, Journal, Step, read_journal
+from training.journal import Journal, read_journal
 from training.recording import checksum_of_trained
 from training.replaying import Outcome, load_state, optimizer_of, play, rows_until
+from training.rows import Header, Step
 from utils import InputError, NotWritten, exit_code
 
 

@@ -15,7 +15,6 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from hizoo import HiZOO
 from training.checkpoints import ANOTHER
-from training.journal import Evaluation
 from training.objective_trainer import ObjectiveTrainer
 from training.optimizers import choose_layers, groups_of, make_optimizer
 from training.processes import (
@@ -26,6 +25,7 @@ from training.processes import (
     see_every_batch,
 )
 from training.recording import Recording
+from training.rows import Evaluation
 from utils import InputError
 from zeroth_order import noise, step_rule
 from zeroth_order.config import AUTO, HiZOOConfig

@@ -25,24 +25,21 @@ from running import (
 )
 
 import run
-from training.journal import (
-    FILE,
+from training.journal import FILE, Journal, JournalFile, read_journal
+from training.objective_trainer import ObjectiveTrainer
+from training.recording import Replay, checksum_of
+from training.rows import (
     VERSION,
     Checksum,
     Evaluation,
     Group,
     Header,
-    Journal,
-    JournalFile,
     Row,
     Scales,
     Step,
     line_of,
-    read_journal,
     row_of,
 )
-from training.objective_trainer import ObjectiveTrainer
-from training.recording import Replay, checksum_of
 from utils import InputError, NotWritten
 from zeroth_order.config import HiZOOConfig
 

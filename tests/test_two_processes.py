@@ -23,7 +23,8 @@ from running import (
 )
 from test_scripts import finish as finish_script
 
-from training.journal import FILE, Step, read_journal
+from training.journal import FILE, read_journal
+from training.rows import Step
 
 # One process of pytest-xdist runs all of this module.
 pytestmark = pytest.mark.xdist_group("two processes")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hizoo import HiZOO, HiZOOConfig, Layers, OnlyInPlace
-from training.journal import Group
+from training.rows import Group
 from utils import InputError
 
 

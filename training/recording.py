@@ -18,18 +18,10 @@ from torch import Tensor, nn
 from transformers import TrainerState
 
 from hizoo import HiZOO
-from training.journal import (
-    VERSION,
-    Checksum,
-    Evaluation,
-    Header,
-    JournalFile,
-    Row,
-    Scales,
-    Step,
-)
+from training.journal import JournalFile
 from training.optimizers import groups_in, trained_weights
 from training.processes import check_agreement
+from training.rows import VERSION, Checksum, Evaluation, Header, Row, Scales, Step
 from utils import InputError
 from zeroth_order import noise
 

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from hizoo import HiZOO
-from training.journal import Checksum, Header, Journal, Row, Scales, Step
+from training.journal import Journal
 from training.optimizers import checked_layers, described, make_optimizer, trained_weights
 from training.recording import checksum_of_trained, replayed
+from training.rows import Checksum, Header, Row, Scales, Step
 from utils import InputError
 from zeroth_order import noise
 
