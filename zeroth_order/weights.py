@@ -164,7 +164,7 @@ class Weights:
         (scale,) = scalars([scale * trained.group["eps"]], trained)
         if trained.copies:
             values = float32_copies(source, 0)
-            hessian = float32_copies(hessian, 2) if isinstance(hessian, list) else hessian
+            hessian = float32_copies(hessian, 2)
             run(kernels.perturb, trained)(values, values, hessian, noise, scale)
             kernels.write(pieces, values)
         else:
@@ -190,7 +190,7 @@ class Weights:
             kernel(pieces, hessian, noises, numbers, rounding, *dtypes)
             return
         values = float32_copies(pieces, 0)
-        copied = float32_copies(hessian, 2) if isinstance(hessian, list) else hessian
+        copied = float32_copies(hessian, 2)
         run(kernels.update, trained)(values, copied, noises, numbers, rounding, *dtypes)
         kernels.write(pieces, values)
         if numbers.growths is not None:
@@ -269,8 +269,13 @@ def scalars(numbers: list[float], trained: TrainedParameter) -> list[kernels.Sca
     return [*torch.tensor(numbers, dtype=dtype).to(trained.parameter.device, non_blocking=True)]
 
 
-def float32_copies(pieces: kernels.Pieces, first: int) -> list[Tensor]:
-    """Return float32 copies of pieces, in scratch memory number ``first`` and the next."""
+def float32_copies(pieces: kernels.Hessian, first: int) -> kernels.Hessian:
+    """Return float32 copies of pieces, in scratch memory number ``first`` and the next.
+
+    A low-rank h, a tuple, is in float32 already.
+    """
+    if not isinstance(pieces, list):
+        return pieces
     copies = [
         scratch(number, piece.numel()).view(piece.shape)
         for number, piece in enumerate(pieces, first)
