@@ -1,7 +1,8 @@
 """Accuracy, exact match and F1: pure functions over predictions and their acceptable answers.
 
-Every metric is a fraction between 0 and 1. Exact match and F1 are those of the SQuAD v1.1
-evaluation (Rajpurkar et al. 2016, arXiv 1606.05250, section 6.1).
+Every metric is a fraction between 0 and 1. Without examples, or without gold answers for each, it
+is a ValueError. Exact match and F1 are those of the SQuAD v1.1 evaluation (Rajpurkar et al. 2016,
+arXiv 1606.05250, section 6.1).
 """
 
 from __future__ import annotations
@@ -17,22 +18,14 @@ _DROP_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def mean(values: Sequence[float]) -> float:
-    """Return the arithmetic mean.
-
-    Raises:
-        ValueError: there is nothing to average.
-    """
+    """Return the arithmetic mean."""
     if not values:
         raise ValueError("no examples to score")
     return sum(values) / len(values)
 
 
 def accuracy(predictions: Sequence[Any], golds: Sequence[Collection[Any]]) -> float:
-    """Return the fraction of predictions that are among their example's acceptable answers.
-
-    Raises:
-        ValueError: no predictions, or not one collection of answers for each.
-    """
+    """Return the fraction of predictions that are among their example's acceptable answers."""
     pairs = zip(predictions, golds, strict=True)
     return mean([float(prediction in answers) for prediction, answers in pairs])
 
@@ -55,20 +48,17 @@ def f1(prediction: str, golds: Collection[str]) -> float:
 
     Tokens are the words left by ``normalize_answer``, counted as a multiset. Without a shared
     token the value is 0, as in SQuAD v1.1: also where normalisation leaves nothing of either side.
-
-    Raises:
-        ValueError: there is no gold answer.
     """
     return max(_token_f1(prediction, gold) for gold in golds)
 
 
 def mean_exact_match(predictions: Sequence[str], golds: Sequence[Collection[str]]) -> float:
-    """Return the mean of ``exact_match`` over examples; raises as ``accuracy`` does."""
+    """Return the mean of ``exact_match`` over examples."""
     return _mean_over_examples(exact_match, predictions, golds)
 
 
 def mean_f1(predictions: Sequence[str], golds: Sequence[Collection[str]]) -> float:
-    """Return the mean of ``f1`` over examples; raises as ``accuracy`` does."""
+    """Return the mean of ``f1`` over examples."""
     return _mean_over_examples(f1, predictions, golds)
 
 

@@ -102,12 +102,7 @@ class Task:
         return self.text_columns + self.option_columns + answer
 
     def sample(self, row: Row, index: int, with_answer: bool = True) -> Sample:
-        """Turn row number ``index`` (from 0) into a ``Sample``; without answer nothing is correct.
-
-        Raises:
-            InputError: a column is missing, a text is not text, or the label or the answers are
-                missing or unknown. The caller adds where the row stands.
-        """
+        """Turn row number ``index`` (from 0) into a ``Sample``; a question has no answer yet."""
         hidden = () if with_answer else (self.answer_column,)
         needed = [column for column in self.columns if column not in hidden]
         self.check_columns(row, needed)
@@ -165,21 +160,12 @@ class Task:
         return self.metric_names[0]
 
     def rewards(self, texts: Sequence[str], samples: Sequence[Sample]) -> list[float]:
-        """Return the reward of each sample's text.
-
-        Raises:
-            InputError: the reward's function fails.
-        """
+        """Return the reward of each sample's text."""
         prompts = [self.prompt(sample) for sample in samples]
         return self.reward(prompts, texts, [sample.row for sample in samples])
 
     def score(self, predictions: Sequence[Any], samples: Sequence[Sample]) -> dict[str, float]:
-        """Return ``metric_names`` with their values for one prediction (candidate or text) each.
-
-        Raises:
-            ValueError: no samples, or not as many as predictions.
-            InputError: the reward's function fails.
-        """
+        """Return ``metric_names`` with their values for one prediction (candidate or text) each."""
         golds = [sample.correct for sample in samples]
         functions: dict[str, Callable[[], float]] = {
             "reward": lambda: metrics.mean(self.rewards(predictions, samples)),
@@ -307,11 +293,7 @@ TASKS: dict[str, Task] = {
 
 
 def get_task(name: str) -> Task:
-    """Return the task of that name, in any case.
-
-    Raises:
-        InputError: there is none.
-    """
+    """Return the task of that name, in any case."""
     for known, task in TASKS.items():
         if known.lower() == name.lower():
             return task

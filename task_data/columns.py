@@ -47,15 +47,7 @@ class Columns:
     from_messages: bool = False
 
     def looked_up(self, file: Path, row: Row) -> Columns:
-        """Return the columns with what the first of the user's files says about them.
-
-        Args:
-            file: the first of the user's files.
-            row: its first one.
-
-        Raises:
-            InputError: a column is not there, or its values are no classes.
-        """
+        """Return the columns with what the first of the user's files, and its first row, say."""
         if not (self.text or self.label or self.template or self.answer):
             found = any(column in row for column in CONVERSATIONS)
             return replace(self, from_messages=found and "prompt" not in row)
@@ -67,11 +59,7 @@ class Columns:
         return replace(self, labels=names or _labels(file, self.label), by_number=bool(names))
 
     def arranged(self, row: Row) -> Row:
-        """Return a row with what it has of prompt, options and answer beside its own columns.
-
-        Raises:
-            InputError: a column is missing, or a value cannot be used.
-        """
+        """Return a row with what it has of prompt, options and answer beside its own columns."""
         if self.from_messages:
             return {**row, **_conversation(row)}
         self._check(row)

@@ -1,5 +1,7 @@
 """Rows of JSON Lines, CSV and Parquet files, each with the place that an error names.
 
+What is wrong in a file is an InputError, here and in all of task_data.
+
 Read with json, csv and pyarrow. ``datasets``, which wraps pandas and pyarrow, turns JSON texts that
 look like dates into dates, shifts the cells of a CSV row with a comma too many, fills up a row that
 is too short, and takes two seconds to start.
@@ -31,9 +33,6 @@ def read_rows(path: Path) -> Iterator[PlacedRow]:
     """Yield a file's rows, each with its place: ``path:line``, or ``path, row N``.
 
     The cells of a CSV file are texts.
-
-    Raises:
-        InputError: the file is malformed, or has no rows.
     """
     readers = {".parquet": _parquet_rows, ".csv": _csv_rows}
     rows = readers.get(path.suffix.lower(), _json_rows)(path)
@@ -59,11 +58,7 @@ def errors_name(place: object) -> Iterator[None]:
 
 
 def own_file(option: str, name: str) -> Path:
-    """Return a file of the user's own that can be read.
-
-    Raises:
-        InputError: it cannot, or its kind is not known.
-    """
+    """Return a file of the user's own that can be read."""
     if Path(name).suffix.lower() not in SUFFIXES:
         raise InputError(f"{option} {name}: give a file that ends in {', '.join(SUFFIXES)}")
     if not os.path.isfile(name) or not os.access(name, os.R_OK):

@@ -20,13 +20,9 @@ def load_samples(
 ) -> tuple[list[Sample], list[Sample]]:
     """Return all train and all validation samples; none of validation if they are not wanted.
 
-    They come from the user's own files (without one of training there are no train samples, without
-    one of validation a tenth of the others is held out), with ``data_dir`` from the files of
-    ``split_files``, or else from the Hub or its local cache, whose test splits have no labels and
-    are never used.
-
-    Raises:
-        InputError: files are missing, empty or malformed, or the Hub cannot be reached.
+    They come from ``split_files``, or else from the Hub or its local cache, whose test splits have
+    no labels and are never used. Without a validation file a tenth of the training file is held
+    out.
     """
     files = split_files(task, data_dir)
     if files is None:
@@ -51,15 +47,10 @@ def _held_out(samples: list[Sample], file: Path) -> tuple[list[Sample], list[Sam
 
 
 def split_files(task: Task, data_dir: str | None) -> tuple[Path | None, Path | None] | None:
-    """Return the files of the train and validation splits, None where the user has none.
-
-    None in place of both: the Hub's.
+    """Return the files of train and validation; None for one that the user lacks, or for the Hub.
 
     With ``data_dir`` they are ``DIR/<task>/train.jsonl`` and ``validation.jsonl`` (or ``.parquet``;
     ``.jsonl`` wins) in the Hub's schema; the folder's name may be in any case.
-
-    Raises:
-        InputError: they are missing.
     """
     if isinstance(task, OwnTask):
         return task.train_file, task.validation_file
@@ -87,11 +78,7 @@ def _split_file(folder: Path, split: str) -> Path:
 
 
 def read_samples(task: Task, path: Path, with_answers: bool = True) -> list[Sample]:
-    """Return the samples of a file in their order; without answers the rows need none.
-
-    Raises:
-        InputError: the file cannot be read, is empty or malformed, or a row cannot be used.
-    """
+    """Return the samples of a file in their order; without answers the rows need none."""
     rows = task.rows(path) if isinstance(task, OwnTask) else read_rows(path)
     return _samples(task, rows, with_answers)
 

@@ -33,11 +33,7 @@ class OwnTask(Task):
         return self.train_file or self.validation_file
 
     def rows(self, path: Path) -> Iterator[PlacedRow]:
-        """Yield the rows of a file, each with what it has of prompt, options and answer.
-
-        Raises:
-            InputError: the file, a row or its columns cannot be used.
-        """
+        """Yield the rows of a file, each with what it has of prompt, options and answer."""
         is_csv = path.suffix.lower() == ".csv"
         for place, row in read_rows(path):
             with errors_name(place):
@@ -84,10 +80,6 @@ def choose_task(
     """Return the named task, or that of the user's own files with their metric and columns.
 
     ``reward`` is ``FILE.py:function``, which says how good generated answers are.
-
-    Raises:
-        InputError: none is given, there is no such task, a file cannot be read, the metric or a
-            reward does not fit, or the reward's file does not import.
     """
     if train_file or validation_file:
         task = _own_task(train_file, validation_file, metric, bool(reward), columns or Columns())

@@ -27,11 +27,7 @@ class Reward:
 
     @classmethod
     def load(cls, text: str) -> Reward:
-        """Load ``FILE.py:function``; runs the file.
-
-        Raises:
-            InputError: there is no such file or function, or the file does not import.
-        """
+        """Load ``FILE.py:function``; runs the file."""
         path, _, name = text.rpartition(":")
         file = Path(path)
         if not path or not name.isidentifier():
@@ -47,11 +43,7 @@ class Reward:
     def __call__(
         self, prompts: Sequence[str], texts: Sequence[str], rows: Sequence[Mapping[str, Any]]
     ) -> list[float]:
-        """Return the reward of each text, which follows the prompt made of its row.
-
-        Raises:
-            InputError: the function raises, or returns anything but a finite number for each.
-        """
+        """Return the reward of each text, which follows the prompt made of its row."""
         try:
             returned = self.function(list(prompts), list(texts), [dict(row) for row in rows])
         except (Exception, SystemExit) as error:

@@ -48,9 +48,6 @@ def draw_example_sets(
     Each of ``num_train_sets`` runs has a set of its own, drawn with seeds 0, 1, …;
     ``train_set_seed`` draws one. With neither, the seed is 0, and ``in_context``, where the
     examples of ``train`` are shown and not trained on, each eval example has its own.
-
-    Raises:
-        InputError: a number does not fit the examples there are.
     """
     num_eval = len(validation) if num_eval is None else num_eval
     if num_train_sets is None and train_set_seed is None and in_context and num_train:
@@ -77,9 +74,6 @@ def with_a_correct_option(
 
     They are left out after the draw, so that a seed means the same rows. Evaluation keeps them:
     every answer to them is wrong.
-
-    Raises:
-        InputError: none is left to train on.
     """
     kept_train, kept_dev = ([s for s in part if s.has_correct_option] for part in (train, dev))
     if train and not kept_train:
@@ -97,11 +91,7 @@ def with_a_correct_option(
 
 
 def permutation_subset(samples: Sequence[Sample], k: int, seed: int) -> list[Sample]:
-    """Return k samples drawn without replacement as MeZO draws them; all of them if k is more.
-
-    Raises:
-        InputError: there is nothing to draw from.
-    """
+    """Return k samples drawn without replacement as MeZO draws them; all of them if k is more."""
     if k and not samples:
         raise _no_train_file(k)
     order = np.random.RandomState(seed).permutation(len(samples))[:k]
@@ -114,9 +104,6 @@ def sample_train_dev(
     """Return train and dev samples: one draw of num_train + num_dev, whose last num_dev are dev.
 
     Asking for more than there is warns: dev stays whole and train is shorter.
-
-    Raises:
-        InputError: dev would leave no training example, or there is nothing to draw from.
     """
     available = len(samples)
     if num_train and not samples:
