@@ -34,6 +34,18 @@ def take_slurm_variables(environment: MutableMapping[str, str]) -> None:
         environment.setdefault(name, value)
 
 
+def take_store_of_restart(environment: MutableMapping[str, str]) -> None:
+    """Let processes that torchrun has restarted meet at a new store.
+
+    torchrun's own still holds the addresses of the killed processes (PyTorch's issue 135712): two
+    or four processes on one machine never found one another again.
+    """
+    restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT") or 0)
+    if restarts and environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        environment["MASTER_PORT"] = str(int(environment["MASTER_PORT"]) + restarts)
+        environment["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+
+
 def first_host(nodes: str) -> str:
     """Return the first host of a list as Slurm writes it: ``node[07-09,12],other`` is node07."""
     match = re.match(r"([^\[,]*)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)", nodes)

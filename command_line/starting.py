@@ -15,7 +15,7 @@ from command_line.scripts import (
     processes_of,
     warnings_of_variables,
 )
-from command_line.slurm import take_slurm_variables
+from command_line.slurm import take_slurm_variables, take_store_of_restart
 from utils import exit_code
 
 
@@ -38,6 +38,7 @@ def begin(argv: Sequence[str]) -> None:
 def _begin(argv: list[str]) -> None:
     by_torchrun = "WORLD_SIZE" in os.environ  # its processes would warn a second time
     take_slurm_variables(os.environ)
+    take_store_of_restart(os.environ)
     values = read_values(argv)
     check_values(values)
     if argv[0] != "--script":
