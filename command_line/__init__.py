@@ -1,1 +1,7 @@
-"""What a user may type: arguments.py says what there is, checks.py what is refused."""
+"""What a user may type.
+
+groups.py and trainer_arguments.py declare the arguments (declarations.py: how; effects.py: where
+they have an effect); reading.py turns words into values; scripts.py adds a script's defaults;
+contradictions.py refuses and warns. These need neither torch nor transformers. arguments.py makes
+``Arguments`` of the values, checks.py refuses what only the libraries know, settings.py names a run.
+"""

@@ -14,7 +14,7 @@ AUTO = "auto"
 LARGEST = 2**31 - 1
 TRUE, FALSE = ("true", "yes", "y", "t", "1"), ("false", "no", "n", "f", "0")
 # Values that switch off what is off anyway.
-OFF = (None, False, 0, "", "0", "no", "none", "None", "False", "false")
+OFF = (None, False, 0, "", "0", "0.0", "no", "none", "None", "False", "false")
 # What an argument decides: the trained weights, the reported numbers alone, or neither.
 TRAINING, RESULT, NOTHING = "training", "result", "nothing"
 
@@ -55,6 +55,7 @@ class Declaration:
         fraction: below 1 it is a fraction of the run's steps, otherwise a whole number of them.
         words: texts that may stand in place of a number.
         choices: all values there are.
+        many: several words are a list of values.
         effect: where it has one; None: in every run; ``OF_THE_GROUP``: the group's ``_effect``.
         decides: ``TRAINING``, ``RESULT`` or ``NOTHING``; empty: the group's ``_decides``.
         name, kind, default: those of the dataclass field, filled in by ``declared``.
@@ -68,6 +69,7 @@ class Declaration:
     fraction: bool = False
     words: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
+    many: bool = False
     effect: Effect | None = OF_THE_GROUP
     decides: str = ""
     name: str = ""
@@ -82,6 +84,8 @@ class Declaration:
         """
         if not words and self.kind is bool:
             return True
+        if self.many and len(words) > 1:
+            return list(words)
         if len(words) != 1:
             raise ValueError("give one value")
         (word,) = words

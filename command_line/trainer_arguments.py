@@ -65,7 +65,7 @@ class MostUsed:
     loss."""
     resume_from_checkpoint: str | None = argument(None, decides=NOTHING)
     """Folder of a checkpoint to resume from. Default: the newest one in --output_dir."""
-    report_to: str = argument("none", decides=NOTHING)
+    report_to: str = argument("none", many=True, decides=NOTHING)
     """Where losses are reported: tensorboard, wandb, … or none."""
     seed: int = argument(42, at_least=0, below=2**32, effect=when.DRAWS)
     """Seed of the batches, the noise, an adapter's first weights and sampled text; --train_set_seed

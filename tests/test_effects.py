@@ -243,6 +243,7 @@ def test_own_values_are_typed() -> None:
     read = OWN["zo_eps"].read
     assert read(["auto"]) == "auto" and read(["1e-3"]) == 1e-3 and not math.isnan(read(["2"]))
     assert OWN["trainer"].read(["Zo"]) == "zo"
+    assert OWN["report_to"].read(["wandb", "tensorboard"]) == ["wandb", "tensorboard"]
     for name, words in (("lora", ["maybe"]), ("tag", []), ("tag", ["a", "b"]), ("zo_eps", ["x"])):
         with pytest.raises(ValueError, match=r"must be|give one value"):
             OWN[name].read(words)
