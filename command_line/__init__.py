@@ -3,5 +3,6 @@
 groups.py and trainer_arguments.py declare the arguments (declarations.py: how; effects.py: where
 they have an effect); reading.py turns words into values; scripts.py adds a script's defaults;
 contradictions.py refuses and warns. These need neither torch nor transformers. arguments.py makes
-``Arguments`` of the values, checks.py refuses what only the libraries know, settings.py names a run.
+``Arguments`` of the values, checks.py refuses what only the libraries know, and settings.py names
+a run.
 """
