@@ -71,12 +71,17 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def speaks_for_all() -> bool:
+    """Whether this process is the first of those that torchrun or srun has started, or alone."""
+    return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
+
+
 def say_last(line: str) -> None:
     """Print the line in which a command fails, once for all processes that torchrun has started.
 
     The first process prints it. For each, torchrun reads it from a file that it names.
     """
-    if os.environ.get("RANK", "0") == "0":
+    if speaks_for_all():
         print(line, file=sys.stderr)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         details = {"py_callstack": line, "timestamp": str(int(time.time()))}

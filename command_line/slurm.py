@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import MutableMapping
 
+from utils import InputError
+
 # Where torchrun's own variables begin: the ports of a node that no service has.
 FIRST_PORT, PORTS = 20000, 20000
 
@@ -16,7 +18,20 @@ def take_slurm_variables(environment: MutableMapping[str, str]) -> None:
     """Set what torch.distributed reads, where srun has started several tasks and nobody has set it.
 
     Each task is a process. The job script itself, and a step of one task, are left alone.
+
+    Raises:
+        InputError: srun's variables make no sense.
     """
+    try:
+        _take(environment)
+    except (ValueError, KeyError, AttributeError, IndexError) as error:
+        raise InputError(
+            f"the variables of srun, SLURM_STEP_NUM_TASKS and others, cannot be read ({error}): "
+            "unset them, or set RANK, WORLD_SIZE and MASTER_ADDR"
+        ) from error
+
+
+def _take(environment: MutableMapping[str, str]) -> None:
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS") or 1)
     if tasks < 2 or "WORLD_SIZE" in environment or "SLURM_PROCID" not in environment:
         return

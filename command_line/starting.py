@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -16,7 +17,7 @@ from command_line.scripts import (
     warnings_of_variables,
 )
 from command_line.slurm import take_slurm_variables, take_store_of_restart
-from utils import exit_code
+from utils import exit_code, speaks_for_all
 
 
 def begin(argv: Sequence[str]) -> None:
@@ -29,6 +30,7 @@ def begin(argv: Sequence[str]) -> None:
         print(USAGE)
         sys.exit(2)
     if asked := [word for word in argv if word in HELP]:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as in --help | head
         print(help_text(everything="--help_all" in asked))
         sys.exit(0)
     if code := exit_code(lambda: _begin(list(argv))):
@@ -45,7 +47,7 @@ def _begin(argv: list[str]) -> None:
         return
     script = argv[1]
     processes = processes_of(script, os.environ, values.given)
-    if os.environ.get("RANK", "0") == "0" and not by_torchrun:
+    if speaks_for_all() and not by_torchrun:
         for line in warnings_of_variables(script, os.environ):
             print(line, file=sys.stderr)
     if processes:

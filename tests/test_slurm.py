@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from command_line.slurm import first_host, take_slurm_variables, tasks_of_this_node
+from utils import InputError
 
 STEP = {
     **{"SLURM_JOB_ID": "1234567", "SLURM_STEP_ID": "3", "SLURM_STEP_NUM_TASKS": "5"},
@@ -65,3 +66,18 @@ def test_tasks_of_a_node() -> None:
         for node in range(3)
     ]
     assert tasks == [4, 4, 3]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        *({"SLURM_STEP_NUM_TASKS": "x"}, {"SLURM_JOB_ID": ""}, {"SLURM_STEP_ID": "batch"}),
+        *({"SLURM_STEP_TASKS_PER_NODE": "3(x"}, {"SLURM_NODEID": "7"}),
+    ],
+    ids=str,
+)
+def test_odd_variables_are_one_line(odd: dict[str, str]) -> None:
+    with pytest.raises(InputError, match="the variables of srun"):
+        take_slurm_variables(STEP | odd)
+    with pytest.raises(InputError, match="the variables of srun"):
+        take_slurm_variables({name: STEP[name] for name in STEP if name != "SLURM_LOCALID"})

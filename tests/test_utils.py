@@ -105,6 +105,11 @@ def test_fingerprints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_last_line_is_said_by_the_first_process_and_kept_for_torchrun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)  # a rank of nothing
+    utils.say_last("error: a value")
+    assert capsys.readouterr().err == "error: a value\n"
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, said in (("0", "error: a value\n"), ("1", "")):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / rank))
