@@ -19,6 +19,7 @@ from language_model.saved_adapters import sums_of_weights
 from training.callbacks import run_state
 from training.checkpoints import (
     ANOTHER,
+    check_version,
     last_whole_checkpoint,
     read_trainer_state,
 )
@@ -189,14 +190,16 @@ def check_settings(place: Path, saved: Mapping[str, Any], settings: Mapping[str,
 
 
 def check_model(checkpoint: Path, model: PreTrainedModel | PeftModel) -> None:
-    """Refuse a checkpoint that transformers would load in part: of another model, or stateless.
+    """Refuse a checkpoint of another version or model, or without a state, that would load in part.
 
     Raises:
         InputError: it is one.
     """
+    kept = run_state(read_trainer_state(checkpoint))
+    check_version(checkpoint, kept)
     if not any(checkpoint.glob("optimizer*")) or not (checkpoint / "scheduler.pt").is_file():
         raise InputError(f"{checkpoint} has no state of an optimizer and a scheduler; {ANOTHER}")
-    saved, here = run_state(read_trainer_state(checkpoint)).get("parameters", {}), shapes_of(model)
+    saved, here = kept["parameters"], shapes_of(model)
     for name in sorted(saved.keys() | here.keys()):
         if saved.get(name) != here.get(name):
             raise InputError(

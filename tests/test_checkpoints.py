@@ -35,6 +35,7 @@ from training.checkpoints import (
     last_whole_checkpoint,
 )
 from training.objective_trainer import ObjectiveTrainer
+from utils import write_json
 
 
 def make_checkpoint(folder: Path, state: str | None = "{}") -> Path:
@@ -145,6 +146,12 @@ def test_checkpoint_of_another_model_is_refused(
     write_manifest(checkpoint)
     argv = short_training(tmp_path, model_name=tmp_path / "2/model", max_steps=3)
     assert_refused(argv, capsys, "has no state of an optimizer and a scheduler")
+    state = trainer_state(checkpoint)
+    del state["stateful_callbacks"]["RunState"]["attributes"]["version"]
+    write_json(checkpoint / "trainer_state.json", state)
+    (checkpoint / MANIFEST).unlink()
+    write_manifest(checkpoint)
+    assert_refused(argv, capsys, "another version of this program wrote it")
 
 
 def test_named_checkpoint_that_is_not_whole_is_refused(

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from language_model.manifest import damage, flush, write_manifest
 from training.processes import from_first_process
-from utils import NotWritten, write_json
+from utils import InputError, NotWritten, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +154,17 @@ def read_trainer_state(checkpoint: str | Path) -> dict[str, Any] | None:
         return json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+def check_version(checkpoint: str | Path, kept: Mapping[str, Any]) -> None:
+    """Raise InputError if another version of this program wrote a checkpoint, or another program.
+
+    Args:
+        checkpoint: its folder.
+        kept: what ``RunState`` has kept there.
+    """
+    if kept.get("version") != CHECKPOINT_VERSION:
+        raise InputError(f"{checkpoint}: another version of this program wrote it; {ANOTHER}")
 
 
 def best_checkpoint(resumed: Path, step: int | None) -> str | None:

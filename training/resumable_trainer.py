@@ -27,6 +27,7 @@ from training.checkpoints import (
     CHECKPOINT_VERSION,
     STATE,
     best_checkpoint,
+    check_version,
     write_checkpoint,
     write_together,
 )
@@ -114,10 +115,7 @@ class ResumableTrainer(Trainer):
         if saved is None:
             self.costs.begin()
             return
-        if saved.get("version") != CHECKPOINT_VERSION:
-            raise InputError(
-                f"{self._resumed_from}: another version of this program wrote it; {ANOTHER}"
-            )
+        check_version(self._resumed_from, saved)
         self.costs.begin(saved["costs"])
         saves = self.args.save_strategy != SaveStrategy.NO
         self.state.best_model_checkpoint = best_checkpoint(
