@@ -29,7 +29,7 @@ from matplotlib import pyplot
 from step import TextbookHiZOO
 from torch import Tensor, nn
 
-from hizoo import HiZOO, Layers
+from hizoo import HiZOO, HiZOOConfig, Layers
 from language_model.encoding import EncodedExample, Encoder
 from language_model.loading import load_config_and_tokenizer, load_model
 from language_model.objectives import classification_loss
@@ -58,8 +58,8 @@ def hizoo_step(model: nn.Module, lr: float, eps: float, seed: int, compile: bool
     """HiZOO as run.py uses it: layer by layer where the weights are half precision."""
     half = next(model.parameters()).element_size() < 4
     layers = Layers(model) if half else None
-    parameters = model.parameters()
-    return HiZOO(parameters, lr, eps, SMOOTHING, layers=layers, seed=seed, compile=compile).step
+    config = HiZOOConfig(lr=lr, eps=eps, hessian_smooth=SMOOTHING, seed=seed, compile=compile)
+    return HiZOO(model.parameters(), config, layers=layers).step
 
 
 KINDS = {"textbook": textbook_step, "HiZOO": hizoo_step}

@@ -23,7 +23,9 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
 
 import torch
 from step import SHAPES, added_memory, make_model, median_seconds
+from tokenizers import Tokenizer, models
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 from language_model import objectives, packing, scoring
 from language_model.encoding import EncodedExample, EncodedOption
@@ -181,8 +183,10 @@ def measure_generation(
     prompts = [(2, *draw(generator, length)) for length in lengths]
     settings = GenerationSettings(max_new_tokens=new_tokens)
 
+    tokenizer = number_tokenizer()
+
     def texts(batch_size: int) -> list[str]:
-        return generate(model, Numbers(), prompts, settings, batch_size, None)
+        return generate(model, tokenizer, prompts, settings, batch_size, None)
 
     def usual_text(prompt: tuple[int, ...]) -> str:
         tokens = torch.tensor([prompt])
@@ -191,10 +195,11 @@ def measure_generation(
             attention_mask=torch.ones_like(tokens),
             max_new_tokens=new_tokens,
             do_sample=False,
-            eos_token_id=[NEWLINE, Numbers.eos_token_id],
-            pad_token_id=Numbers.eos_token_id,
+            eos_token_id=[NEWLINE, tokenizer.eos_token_id],
+            pad_token_id=tokenizer.eos_token_id,
         )
-        return Numbers().batch_decode(rows[:, len(prompt) :])[0].strip()
+        text = tokenizer.decode(rows[0, len(prompt) :], skip_special_tokens=True)
+        return text.split("\n")[0].strip()
 
     # One run is enough for what takes longest; 32 answers are a warm-up for each other.
     start = time.perf_counter()
@@ -210,24 +215,13 @@ def measure_generation(
     }
 
 
-class Numbers:
-    """In place of a tokenizer: a text is its tokens' numbers."""
-
-    eos_token_id = 2
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The newline's token."""
-        return [NEWLINE]
-
-    def decode(self, tokens: list[int], skip_special_tokens: bool = False) -> str:
-        """The numbers up to the first end token, and the newline where it is one."""
-        ends = [i for i, token in enumerate(tokens) if token in (2, NEWLINE)]
-        numbers = " ".join(map(str, tokens[: ends[0]] if ends else tokens))
-        return f"{numbers}\n" if ends and tokens[ends[0]] == NEWLINE else numbers
-
-    def batch_decode(self, rows: Tensor, skip_special_tokens: bool = False) -> list[str]:
-        """As ``decode``, of rows of tokens."""
-        return [self.decode(row) for row in rows.tolist()]
+def number_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer whose texts are the tokens' numbers, with a newline."""
+    vocabulary = {str(number): number for number in range(VOCABULARY)}
+    # transformers' search for a stop string looks each token up behind this text.
+    vocabulary |= {"\n": NEWLINE, "abcdef": 3}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="abcdef"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="2")
 
 
 def measure_memory(model: nn.Module) -> dict[str, Any]:
