@@ -280,6 +280,9 @@ def _files(arguments: Arguments) -> Files:
     sets = arguments.num_train_sets or 1
     names = [f"set{seed}" for seed in range(sets)] if sets > 1 else [""]
     rows = arguments.predictions_file and Path(arguments.predictions_file)
+    resume_from = arguments.resume_from_checkpoint
+    if resume_from and resume_from.lower() in ("true", "false"):
+        resume_from = resume_from.lower()
     return Files(
         folders=tuple(Path(arguments.output_dir or "", name) for name in names),
         result=arguments.result_path,
@@ -290,5 +293,5 @@ def _files(arguments: Arguments) -> Files:
         save_model=arguments.save_model,
         merge_adapter=arguments.merge_adapter,
         overwrite=arguments.overwrite_output_dir,
-        resume_from=arguments.resume_from_checkpoint,
+        resume_from=resume_from,
     )

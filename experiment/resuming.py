@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.logging import get_logger
 from peft import PeftModel
 from transformers import PreTrainedModel
 
@@ -30,7 +30,7 @@ from training.recording import ANOTHER_FOLDER, Recording, Replay
 from utils import InputError
 from zeroth_order import noise
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)  # of the first process
 JOURNAL_OF_BEFORE = "journal.bin"
 
 
@@ -75,7 +75,7 @@ def find_start(
     if options.weights.mode == "linear_probing":
         return Start()
     is_zo = options.training.zeroth_order is not None
-    file, wanted = output_dir / FILE, _wanted(options)
+    file, wanted = output_dir / FILE, options.files.resume_from
     if wanted == "false":
         return Start(None, file if is_zo else None)
     journal = journal_of_first_process(file) if is_zo else None
@@ -94,12 +94,6 @@ def find_start(
     return Start(checkpoint, file, find_replay(options, journal, checkpoint, has_result))
 
 
-def _wanted(options: Options) -> str | None:
-    """Return ``--resume_from_checkpoint``: "true", "false", a folder, or None."""
-    wanted = options.files.resume_from
-    return wanted.lower() if wanted and wanted.lower() in ("true", "false") else wanted
-
-
 def find_checkpoint(
     options: Options, output_dir: Path, model: PreTrainedModel | PeftModel, has_result: bool
 ) -> Path | None:
@@ -110,7 +104,7 @@ def find_checkpoint(
     Raises:
         InputError: it is damaged, or belongs to another run.
     """
-    wanted, identity = _wanted(options), options.identity
+    wanted, identity = options.files.resume_from, options.identity
     if wanted in (None, "true"):
         checkpoint = last_whole_checkpoint(output_dir)
     else:
@@ -157,11 +151,13 @@ def find_replay(
             raise InputError(f"{journal.path} has another version's noise; {ANOTHER_FOLDER}")
         return Replay()
     step = read_trainer_state(checkpoint)["global_step"] if checkpoint else 0
-    if _wanted(options) not in (None, "true"):
+    if options.files.resume_from not in (None, "true"):
         # Who names a checkpoint wants to resume there.
         return Replay(begins_at=journal.end_of(step))
     if step < header.step:
-        warn(f"{journal.path} begins with step {header.step}, whose checkpoint is gone: a new one")
+        logger.warning(
+            f"{journal.path} begins with step {header.step}, whose checkpoint is gone: a new one"
+        )
         return Replay()
     rows, end = journal.after(step)
     replay = Replay(rows, end, header.start if step == header.step else None)
@@ -169,7 +165,9 @@ def find_replay(
         check_length(journal.path, step + replay.steps, identity.length)
     if end < journal.ends[-1]:
         after = step + replay.steps
-        warn(f"{journal.path} is damaged after step {after}: what follows is computed again")
+        logger.warning(
+            f"{journal.path} is damaged after step {after}: what follows is computed again"
+        )
     return replay
 
 
@@ -241,9 +239,3 @@ def journal_of_first_process(path: Path) -> Journal | None:
         return from_first_process(lambda: read_journal(path))
     except InputError as error:
         raise InputError(f"{error}; give another --output_dir, or remove it") from error
-
-
-def warn(line: str) -> None:
-    """Print a line on the standard error, from one process only."""
-    if PartialState().is_main_process:
-        logger.warning(line)

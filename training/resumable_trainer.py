@@ -79,13 +79,13 @@ class ResumableTrainer(Trainer):
                 return self._load_finished(state)
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        except UnpicklingError as error:
-            reason = f"torch refuses one of its files ({first_line(error)})"
-            raise InputError(f"{resume_from_checkpoint}: {reason}; {ANOTHER}") from error
-        except (InputError, NotWritten, Disagreement, KeyboardInterrupt):
+        except (UnpicklingError, InputError, NotWritten, Disagreement, KeyboardInterrupt) as error:
             # Close progress bars, restore the handlers of signals.
             self.callback_handler.on_train_end(self.args, self.state, self.control)
-            raise
+            if not isinstance(error, UnpicklingError):
+                raise
+            reason = f"torch refuses one of its files ({first_line(error)})"
+            raise InputError(f"{resume_from_checkpoint}: {reason}; {ANOTHER}") from error
 
     def _load_finished(self, state: TrainerState) -> TrainOutput:
         """Load a checkpoint of the last step, or the best one beside it."""
