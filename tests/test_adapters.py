@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracle_scoring import draw, samples_of
 from peft import PeftModel
-from test_scoring import draw, samples_of
 from tiny_models import (
     FAMILIES,
     OTHER_FAMILIES,

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_scoring import (
+from oracle_scoring import (
     WINDOWED,
     Oracle,
     assert_equal_predictions,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_scoring import draw, model_of
+from oracle_scoring import draw, model_of
 from tiny_models import (
     newline_writing_model,
     of_families,

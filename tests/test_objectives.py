@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_scoring import draw, log_probabilities, model_of, samples_of
+from oracle_scoring import draw, log_probabilities, model_of, samples_of
 from tiny_models import newline_writing_model, tiny_model, tiny_tokenizer
 from torch import Tensor
 

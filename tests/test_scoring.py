@@ -1,168 +1,38 @@
-"""Scoring against the obvious way: one option, one sequence, no padding, every logit.
-
-The oracle below shares no code with scoring.py beyond the templates: it writes the text out, sends
-it through the model as ``model(input_ids)`` and reads the log-probabilities off.
-"""
+"""Scores, predictions and losses are those of the oracle; who may share a prompt."""
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tiny_models import (
-    FAMILIES,
-    OTHER_FAMILIES,
-    appending_tokenizer,
-    of_families,
-    tiny_model,
-    tiny_tokenizer,
-    tokenizer_without_start,
-    word_tokenizer,
+from oracle_scoring import (
+    SUM_TOLERANCE,
+    TOKENIZERS,
+    TOLERANCE,
+    WINDOWED,
+    Oracle,
+    assert_equal_predictions,
+    assert_equal_sums,
+    assert_same_as_oracle,
+    draw,
+    encode,
+    log_probabilities,
+    model_of,
 )
+from tiny_models import FAMILIES, OTHER_FAMILIES, of_families, tiny_model, tiny_tokenizer
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from language_model import objectives, packing, scoring
 from language_model.batches import run_in_batches
 from language_model.encoding import EncodedExample, EncodedOption, Encoder
 from language_model.generation import GenerationSettings, generate
 from language_model.precision import NotFinite
-from language_model.prediction import Prediction, predict
+from language_model.prediction import predict
 from language_model.shared_tokens import _warn_once, can_share_prompt
-from task_data.loading import load_samples
-from tasks import Sample, Task, get_task
+from tasks import get_task
 from utils import InputError
-
-SAMPLES_DIR = Path(__file__).parent.parent / "data" / "samples"
-# Largest differences seen: 2.1e-6 for means, 3.9e-5 for sums (of about -100, in float32).
-TOLERANCE = 1e-5
-SUM_TOLERANCE = 1e-4
-
-model_of = functools.cache(tiny_model)
-samples_of = functools.cache(lambda task: load_samples(get_task(task), str(SAMPLES_DIR)))
-TOKENIZERS = {
-    "start": tiny_tokenizer,
-    "no start": functools.cache(tokenizer_without_start),
-}
-
-
-# ------------------------------------------------------------------------------------- the oracle
-
-
-@dataclass(frozen=True)
-class Oracle:
-    """The rules of scoring, one after the other."""
-
-    model: PreTrainedModel
-    task: Task
-    tokenizer: PreTrainedTokenizerBase
-    max_length: int = 1024
-
-    def tokens(
-        self, sample: Sample, shown: Sequence[Sample], candidate: Any, content_free: bool = False
-    ) -> tuple[list[int], int]:
-        """Return the tokens of a whole text, and how many at its end are scored."""
-        if content_free:
-            prompt = self.task.content_free_prompt(sample)
-            option = self.task.content_free_option(sample, candidate)
-        else:
-            prompt, option = self.task.prompt(sample), self.task.option(sample, candidate)
-        text = ""
-        for other in shown:
-            answered = self.task.prompt(other) + self.task.option(other, other.correct[0])
-            text += answered.strip() + "\n\n"
-        text = (text + (prompt + option).strip(" ")).lstrip(" \n")
-        with_option = self.tokenizer((prompt + option).strip(" "))["input_ids"]
-        scored = len(with_option) - len(self.tokenizer(prompt.strip(" "))["input_ids"])
-        tokens = self.tokenizer(text)["input_ids"]
-        if scored == len(tokens):
-            tokens = [self.tokenizer.eos_token_id, *tokens]
-        while len(tokens) > self.max_length:
-            del tokens[1]
-        return tokens, min(scored, len(tokens) - 1)
-
-    def log_probabilities(self, *text: Any, everything: bool = False, **how: Any) -> Tensor:
-        """Return the log-probability of every scored token; of every token after the first."""
-        tokens, scored = self.tokens(*text, **how)
-        return log_probabilities(self.model, tokens, len(tokens) - 1 if everything else scored)
-
-    @torch.no_grad()
-    def predict(
-        self,
-        samples: Sequence[Sample],
-        demonstrations: Sequence[Sequence[Sample]],
-        calibration: str | None = None,
-    ) -> list[Prediction]:
-        predictions = []
-        for sample, shown in zip(samples, demonstrations, strict=True):
-            scores = []
-            for candidate in sample.candidates:
-                values = self.log_probabilities(sample, shown, candidate)
-                if calibration is None:
-                    scores.append(values.mean().item())
-                else:
-                    before = shown if calibration == "icl_sfc" else []
-                    prior = self.log_probabilities(sample, before, candidate, content_free=True)
-                    scores.append((values.sum() - prior.sum()).item())
-            predictions.append(Prediction(sample.candidates[scores.index(max(scores))], (*scores,)))
-        return predictions
-
-
-def log_probabilities(model: PreTrainedModel, tokens: Sequence[int], scored: int) -> Tensor:
-    """Return the log-probabilities of the last ``scored`` tokens."""
-    logits = model(input_ids=torch.tensor([tokens])).logits[0]
-    table = torch.log_softmax(logits.float(), dim=-1)
-    return torch.stack([table[i - 1, tokens[i]] for i in range(len(tokens))[-scored:]])
-
-
-def assert_equal_predictions(
-    found: Sequence[Prediction], expected: Sequence[Prediction], tolerance: float = TOLERANCE
-) -> None:
-    for one, other in zip(found, expected, strict=True):
-        assert one.answer == other.answer
-        assert one.scores == pytest.approx(other.scores, abs=tolerance, rel=0)
-
-
-def assert_equal_sums(*results: list[list[tuple[float, int]]]) -> None:
-    found, expected = ([pair for options in result for pair in options] for result in results)
-    assert [count for _, count in found] == [count for _, count in expected]
-    sums = [total for total, _ in expected]
-    assert [total for total, _ in found] == pytest.approx(sums, abs=SUM_TOLERANCE, rel=0)
-
-
-def assert_same_as_oracle(
-    model: PreTrainedModel, task: str, number: int, max_length: int = 1024
-) -> None:
-    samples, shown = draw(task, number, 0)
-    setting = (get_task(task), tiny_tokenizer(), max_length)
-    found = predict(model, Encoder(*setting), samples, shown, 2)
-    assert_equal_predictions(found, Oracle(model, *setting).predict(samples, shown))
-
-
-def encode(task: str, number: int, demonstrations: int) -> list[EncodedExample]:
-    encoder = Encoder(get_task(task), tiny_tokenizer(), 1024)
-    pairs = zip(*draw(task, number, demonstrations), strict=True)
-    return [encoder.options(*pair) for pair in pairs]
-
-
-def draw(task: str, number: int, demonstrations: int) -> tuple[list[Sample], list[list[Sample]]]:
-    """Return validation samples, and for each its own training samples."""
-    train, validation = samples_of(task)
-    starts = range(0, number * demonstrations, max(1, demonstrations))
-    shown = [train[start : start + demonstrations] for start in starts] or [[]] * number
-    return validation[:number], shown
-
 
 # --------------------------------------------------------------------------- scores and predictions
 
@@ -320,13 +190,6 @@ def test_generation_tasks_have_no_calibration() -> None:
 # --------------------------------------------------------------------------- who may share a prompt
 
 
-WINDOWED = {
-    "mistral": {"sliding_window": 24},
-    "gemma2": {"sliding_window": 24},
-    "qwen2": {"sliding_window": 24, "use_sliding_window": True},
-}
-
-
 @pytest.mark.parametrize("family", WINDOWED)
 def test_texts_longer_than_a_sliding_window(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(family, **WINDOWED[family])
@@ -420,142 +283,6 @@ def assert_same_loss_and_gradient(model: PreTrainedModel, found: Tensor, expecte
         assert (one is None) == (other is None)
         if one is not None:
             assert (one - other).abs().max() < 1e-5 + 1e-4 * other.abs().max()
-
-
-# --------------------------------------------------------------------------------- text to tokens
-
-
-def sst2(sentence: str, label: int) -> Sample:
-    return get_task("SST2").sample({"sentence": sentence, "label": label}, 0)
-
-
-def copa(premise: str, choices: tuple[str, str], question: str, label: int) -> Sample:
-    row = {"premise": premise, "question": question, "label": label}
-    return get_task("Copa").sample({**row, "choice1": choices[0], "choice2": choices[1]}, 0)
-
-
-def squad(title: str, context: str, question: str, answer: str) -> Sample:
-    row = {"title": title, "context": context, "question": question, "answers": {"text": [answer]}}
-    return get_task("SQuAD").sample(row, 0)
-
-
-WRITTEN_OUT: list[tuple[str, Sample, list[Sample], str, list[str]]] = [
-    (
-        "SST2",
-        sst2("the film is charming . ", 1),
-        [sst2("quite ridiculous . ", 0), sst2(" clever and honest ", 1)],
-        "quite ridiculous . It was terrible\n\nclever and honest It was great\n\n"
-        "the film is charming . It was",
-        [" terrible", " great"],
-    ),
-    (
-        "Copa",
-        copa("Vera heard a joke.", ("She laughed.", "I left the town."), "effect", 0),
-        [
-            copa("The hat was gone.", ("Tom took it.", "It was red."), "cause", 0),
-            copa("It was late.", ("I was early.", "I went home."), "effect", 1),
-        ],
-        "The hat was gone because tom took it.\n\nIt was late so I went home.\n\n"
-        "Vera heard a joke so",
-        [" she laughed.", " I left the town."],
-    ),
-    (
-        "SQuAD",
-        squad("Hexley", "Hexley is a town.", " What is Hexley? ", "a town"),
-        [squad("Quarn", "It is red.", "Which colour?", "red"), squad("A", "B.", "C?", "B")],
-        "Title: Quarn\nContext: It is red.\nQuestion: Which colour?\nAnswer: red\n\n"
-        "Title: A\nContext: B.\nQuestion: C?\nAnswer: B\n\n"
-        "Title: Hexley\nContext: Hexley is a town.\nQuestion: What is Hexley?\nAnswer:",
-        [" a town\n"],
-    ),
-]
-
-
-@pytest.mark.parametrize(("task", "sample", "shown", "before", "options"), WRITTEN_OUT)
-@pytest.mark.parametrize("start", ["</s>", ""])
-def test_the_whole_text_and_the_scored_span(
-    task: str, sample: Sample, shown: list[Sample], before: str, options: list[str], start: str
-) -> None:
-    tokenizer = TOKENIZERS["start" if start else "no start"]()
-    encoder = Encoder(get_task(task), tokenizer, 1024, 10)
-    candidates = sample.candidates or sample.correct
-    example = encoder.options(sample, shown, candidates)
-    assert [tokenizer.decode(option.tokens) for option in example.options] == [
-        start + before + option for option in options
-    ]
-    spans = [option.tokens[option.targets.start :] for option in example.options]
-    assert [tokenizer.decode(span) for span in spans] == options
-    assert tokenizer.decode(encoder.prompt(sample, shown)) == start + before
-    # A cut takes tokens on the left, after the first, and a generated text needs room.
-    short = Encoder(get_task(task), tokenizer, 20, 10)
-    cuts = short.options(sample, shown, candidates).options
-    for option, cut in zip(example.options, cuts, strict=True):
-        assert cut == EncodedOption((option.tokens[0], *option.tokens[-19:]), option.scored)
-    whole = encoder.prompt(sample, shown)
-    assert short.prompt(sample, shown) == (whole[0], *whole[-9:])
-
-
-def test_the_correct_option() -> None:
-    task, sample = get_task("SST2"), sst2("the film is charming . ", 1)
-    encoder = Encoder(task, tiny_tokenizer(), 1024)
-    example = encoder.options(sample)
-    assert [example.correct, len(example.options)] == [1, 2]
-    assert encoder.correct_option(sample) == EncodedExample((example.options[1],))
-    (everything,) = encoder.correct_option(sample, only_option=False).options
-    assert everything.tokens == example.options[1].tokens
-    assert everything.targets == range(1, len(everything.tokens))
-
-
-def test_content_free_prompts() -> None:
-    tokenizer = tiny_tokenizer()
-    shown = [sst2("quite ridiculous . ", 0)]
-
-    def texts(task: str, sample: Sample, shown: Sequence[Sample] = ()) -> list[tuple[str, str]]:
-        options = Encoder(get_task(task), tokenizer, 1024).options(sample, shown, content_free=True)
-        return [
-            (tokenizer.decode(o.tokens), tokenizer.decode(o.tokens[o.targets.start :]))
-            for o in options.options
-        ]
-
-    assert texts("SST2", shown[0])[0] == ("</s>It was terrible", " terrible")
-    assert texts("SST2", shown[0], shown)[1] == (
-        "</s>quite ridiculous . It was terrible\n\nIt was great",
-        " great",
-    )
-    (cb,) = draw("CB", 1, 0)[0]
-    assert texts("CB", cb) == [("</s>" + word, word) for word in ("Yes", "No", "Maybe")]
-
-
-def test_an_end_token_behind_every_text_is_left_out() -> None:
-    """It would be scored in the option's place, and would end a prompt before its answer."""
-    tokenizers = appending_tokenizer(), tiny_tokenizer()
-    assert tokenizers[0].encode("Yes") == [*tokenizers[1].encode("Yes"), 2]
-    for task in ("SST2", "Copa", "CB", "SQuAD"):
-        one, other = (Encoder(get_task(task), tokenizer, 100, 8) for tokenizer in tokenizers)
-        for sample, shown in zip(*draw(task, 3, 2), strict=True):
-            assert one.prompt(sample, shown) == other.prompt(sample, shown)
-            assert one.correct_option(sample) == other.correct_option(sample)
-            assert one.options(sample, shown) == other.options(sample, shown)
-            if task in ("SST2", "CB"):
-                free = {"content_free": True}
-                assert one.options(sample, **free) == other.options(sample, **free)
-
-
-def test_nothing_stands_before_an_option_without_start_and_end_token() -> None:
-    (cb,) = draw("CB", 1, 0)[0]
-    encoder = Encoder(get_task("CB"), word_tokenizer(), 1024)
-    assert encoder.options(cb).options
-    with pytest.raises(InputError, match=r"neither a start token .* nor an end token .* --sfc"):
-        encoder.options(cb, content_free=True)
-
-
-def test_a_text_without_a_start_gets_one_where_nothing_precedes_the_option() -> None:
-    encoder = Encoder(get_task("CB"), tokenizer_without_start(), 1024)
-    (cb,) = draw("CB", 1, 0)[0]
-    end = encoder.tokenizer.eos_token_id
-    for option in encoder.options(cb, content_free=True).options:
-        assert option.tokens[0] == end and len(option.targets) == len(option.tokens) - 1
-    assert end not in encoder.options(cb).options[0].tokens
 
 
 # ----------------------------------------------------------------------------- batches by length
