@@ -142,10 +142,10 @@ FAULTS = [
         "hizoo hizoo_in_use",
     ),
     Fault(
-        "restore: a module keeps its perturbed weights",
+        "restore: the NaN of a check stay",
         "zeroth_order/layerwise.py",
-        "give({p: idle[p] for p in leaving})",
-        "give({p: idle[p] for p in leaving[:-1]})",
+        "                give(own)\n                self._give_back(kept)",
+        "                self._give_back(kept)",
         "hizoo layerwise",
     ),
     Fault(
