@@ -163,8 +163,8 @@ def verdict(outcome: Outcome) -> str:
     """Return what the checksums tell."""
     if outcome.different is not None:
         return (
-            f"different: after step {outcome.different:,} the weights are not those of the run; on "
-            f"another device or without its compiler a weight may differ by {outcome.rounding:.2g}"
+            f"different: after step {outcome.different:,} the weights are not, bit for bit, those "
+            "of the run; another device, or --compile, rounds differently"
         )
     if outcome.compared:
         return f"verified: bit for bit the weights of the run after step {outcome.compared[-1]:,}"

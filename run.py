@@ -46,9 +46,8 @@ from experiment.results import (
 )
 from experiment.running import Experiment, say
 from experiment.telling import closing_lines, lines_of_earlier
-from language_model.batches import process_index
 from language_model.loading import leave_out_loading_bars
-from utils import exit_code, leave_process_group_at_exit
+from utils import exit_code, leave_process_group_at_exit, process_index
 
 
 def run_experiment(options: Options) -> None:

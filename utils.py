@@ -182,10 +182,17 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def process_index() -> int:
+    """Return this process's number among those that train together, 0 alone."""
+    import torch  # Not above: those who only read data files would wait for it.
+
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
 @functools.cache
 def leave_process_group_at_exit() -> None:
     """End the processes' connection before Python does: its threads would abort the process."""
-    import torch  # Not above: those who only read data files would wait for it.
+    import torch
 
     if torch.distributed.is_initialized():
         atexit.register(torch.distributed.destroy_process_group)

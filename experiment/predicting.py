@@ -11,13 +11,12 @@ from experiment.folders import locked
 from experiment.options import DataOptions, Options
 from experiment.preparation import load_pretrained, prepare_encoder
 from experiment.results import prediction_rows
-from language_model.batches import process_index
 from language_model.prediction import predict
 from task_data.files import own_file
 from task_data.loading import load_samples, read_samples
 from task_data.sampling import draw_example_sets
 from tasks import Sample
-from utils import InputError, write_json_lines
+from utils import InputError, process_index, write_json_lines
 
 
 def predict_rows(options: Options, file: str) -> None:

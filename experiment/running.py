@@ -17,7 +17,6 @@ from experiment.results import history, prediction_rows
 from experiment.resuming import Start, find_start, journal_of_first_process, recording_of
 from experiment.telling import describe, example_lines, metric_names
 from experiment.training import chosen_by_optimizer, make_trainer, save_trained
-from language_model.batches import process_index
 from language_model.head import fit_head
 from language_model.precision import advice_for_losses
 from language_model.prediction import Prediction, predict
@@ -29,7 +28,7 @@ from training.journal import FILE
 from training.objective_trainer import ObjectiveTrainer
 from training.replaying import return_to
 from training.scales import ChooseScales
-from utils import Diverged, Interrupted
+from utils import Diverged, Interrupted, process_index
 
 Model = PreTrainedModel | PeftModel
 

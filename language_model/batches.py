@@ -9,6 +9,8 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from tqdm.auto import tqdm
 
+from utils import process_index
+
 logger = logging.getLogger(__name__)
 
 
@@ -52,8 +54,3 @@ def is_lack_of_memory(error: Exception) -> bool:
     """Tell whether a smaller batch might fit."""
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return known or should_reduce_batch_size(error)
-
-
-def process_index() -> int:
-    """Return this process's number among those that ``torchrun`` started, 0 alone."""
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0

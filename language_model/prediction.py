@@ -10,12 +10,11 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from language_model.batches import process_index
 from language_model.encoding import Encoder
 from language_model.generation import GenerationSettings, generate
 from language_model.scoring import score_options
 from tasks import Sample
-from utils import InputError
+from utils import InputError, process_index
 
 
 @dataclass(frozen=True)

@@ -18,27 +18,13 @@ from training.rows import Checksum, Header, Row, Scales, Step
 from utils import InputError
 from zeroth_order import noise
 
-# Shifts of the weights in place that a forward pass takes, at most: there, and to the next one.
-SHIFTS_OF_A_PASS = 2
-# Part of u by which another device's functions, or another order of operations, may change it.
-NOISE_ERROR = 1e-5
-
 
 class Outcome(NamedTuple):
-    """What came of a replay.
-
-    Attributes:
-        steps: how many steps were done.
-        compared: after how many steps checksums were compared.
-        different: after the first of these the weights were not, bit for bit, those of the run;
-            None: they always were.
-        rounding: by as much a weight may differ from the run's, if that had another device.
-    """
+    """How many steps a replay did, and how its weights compare with the run's checksums."""
 
     steps: int
-    compared: list[int]
-    different: int | None
-    rounding: float
+    compared: list[int]  # after so many steps checksums were compared
+    different: int | None  # the first of these with other weights
 
 
 def optimizer_of(header: Header, model: nn.Module, compile: bool | None) -> HiZOO:
@@ -114,7 +100,7 @@ def play(
         compare: whether the run's checksums are compared.
         on_step: called after every step.
     """
-    steps, passes, compared, different = 0, 0, [], None
+    steps, compared, different = 0, [], None
     for row in rows:
         if isinstance(row, Scales):
             for group in optimizer.param_groups:
@@ -124,7 +110,6 @@ def play(
                 group["lr"], group["hessian_smooth"] = row.lr, row.alpha
             for losses, weight in zip(row.losses, row.weights, strict=True):
                 optimizer.estimate(replayed(losses), weight)
-                passes += len(losses)
             optimizer.step()
             steps += 1
             on_step()
@@ -132,7 +117,7 @@ def play(
             compared.append(row.step)
             if checksum_of_trained(model) != row.checksum:
                 different = row.step
-    return Outcome(steps, compared, different, rounding_of(optimizer, steps, passes))
+    return Outcome(steps, compared, different)
 
 
 @torch.no_grad()
@@ -159,25 +144,6 @@ def return_to(
     if checksum_of_trained(model) != journal.header.start:
         raise InputError(f"{journal.path} begins with other weights than the model has now")
     play(rows, optimizer, model)
-
-
-def rounding_of(optimizer: HiZOO, steps: int, passes: int) -> float:
-    """Return by how much a weight may differ from that of a run on another device, at most.
-
-    Every addition to a weight rounds by up to half a unit in its last place, here and there; a
-    stochastic one by a unit. And u, as another device computes it, may differ in its last digits.
-    """
-    in_place = optimizer.layers is None
-    additions = steps + (SHIFTS_OF_A_PASS * passes if in_place else 0)
-    rounding = 0.0
-    for group in optimizer.param_groups:
-        moved = noise.LARGEST * group["eps"]
-        for parameter in group["params"]:
-            if parameter.numel():
-                largest = float(parameter.detach().abs().max()) + moved * in_place
-                unit = torch.finfo(parameter.dtype).eps * largest
-                rounding = max(rounding, additions * unit + passes * moved * NOISE_ERROR)
-    return rounding
 
 
 def load_state(optimizer: HiZOO, checkpoint: Path) -> int:

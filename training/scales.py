@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from hizoo import HiZOO
 from training.recording import Recording
@@ -35,17 +36,14 @@ ACCURACY, CURVATURE_ACCURACY, LEAST_SCALE = 0.02, 0.1, 1e-5
 
 
 def measure_noise(loss_at: LossAt, spacing: float = 1e-4, tables: int = 3) -> tuple[float, bool]:
-    """Measure the noise ε of the loss, the standard deviation of its rounding errors, by ECnoise.
+    """Return the standard deviation ε of the loss's rounding errors, by ECnoise.
 
     Differences of order k of losses at equally spaced points lose what is smooth in the loss as k
     grows, and keep the noise: σ_k² = (k!)² / (2k)! · mean((Δ^k l)²). The first three σ_k within a
     factor of 4 show ε. If half of the neighbours are equal, the points are too close; if the losses
     differ by a tenth, or no σ_k agree, too far apart. Then another spacing is tried.
-
-    No point is θ: half-precision weights round as they are perturbed, so θ has less noise.
-
-    Returns:
-        ε, and whether a table showed it; otherwise ε is a guess.
+    No point is θ: half-precision weights round as they are perturbed, so θ has less noise. With ε
+    comes whether a table showed it; otherwise it is a guess.
     """
     too_small = too_large = None
     units, bounds = [], []
@@ -94,17 +92,11 @@ def noise_of_curvatures(scales: np.ndarray, values: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Difference:
-    """g or c over μ: its size, and the noise and the bend of the loss that spoil it.
+    """g or c over μ, and what spoils it: noise / μ^power, and bend · μ² of higher derivatives."""
 
-    Attributes:
-        size: root mean square over the directions, without noise; 0: hidden by noise.
-        noise: standard deviation is ``noise`` / μ^``power``; the power is 1 for g, 2 for c.
-        bend: higher derivatives change it by ``bend`` · μ².
-    """
-
-    size: float
+    size: float  # root mean square over the directions, without noise; 0: hidden by noise
     noise: float
-    power: int
+    power: int  # 1 for g, 2 for c
     bend: float
 
     @classmethod
@@ -112,12 +104,11 @@ class Difference:
         """Fit to values at several μ, (directions, scales)."""
         sigma = noise / scales**power
         bend = 0.0
-        for low in range(len(scales)):
-            for high in range(low + 1, len(scales)):
-                change = float(root_mean_square(values[:, high] - values[:, low]))
-                # ε is known to a factor of about 2.
-                if change > 4 * math.hypot(sigma[low], sigma[high]):
-                    bend = max(bend, change / (scales[high] ** 2 - scales[low] ** 2))
+        for low, high in itertools.combinations(range(len(scales)), 2):
+            change = float(root_mean_square(values[:, high] - values[:, low]))
+            # ε is known to a factor of about 2.
+            if change > 4 * math.hypot(sigma[low], sigma[high]):
+                bend = max(bend, change / (scales[high] ** 2 - scales[low] ** 2))
         squares = np.mean(values**2, axis=0)
         best = int(np.argmin(np.hypot(sigma, bend * scales**2)))
         if (squares <= 4 * sigma**2).all():
@@ -147,32 +138,18 @@ class Difference:
 
 @dataclass(frozen=True)
 class Scales:
-    """The μ of g and of c, and what they come from.
-
-    Attributes:
-        noise: ε of the loss.
-        settled: whether a difference table showed ε; otherwise it is a guess.
-        eps: μ of g.
-        curvature_eps: μ of c.
-        shared_eps: a μ that serves both; None: there is none.
-        error: of g at ``eps``, relative to its root mean square.
-        curvature_error: of the mean of c at ``curvature_eps``, relative to it.
-        scales: every μ that was measured, rising.
-        slopes: root mean square of g at each.
-        curvatures: mean of c at each.
-        passes: forward passes.
-    """
+    """The μ of g and of c, and what they come from."""
 
     noise: float
-    settled: bool
+    settled: bool  # whether a difference table showed the noise; otherwise it is a guess
     eps: float
     curvature_eps: float
-    shared_eps: float | None
-    error: float | None
-    curvature_error: float | None
-    scales: tuple[float, ...]
-    slopes: tuple[float, ...]
-    curvatures: tuple[float, ...]
+    shared_eps: float | None  # a μ that serves both
+    error: float | None  # of g at eps, relative; None: noise hides g
+    curvature_error: float | None  # of the mean of c at curvature_eps
+    scales: tuple[float, ...]  # every μ that was measured, rising
+    slopes: tuple[float, ...]  # root mean square of g at each
+    curvatures: tuple[float, ...]  # mean of c at each
     passes: int
 
     def lines(self) -> Iterator[str]:
@@ -189,40 +166,22 @@ class Scales:
                 yield f"probe: {name} is right to {error:.0%} at best: smaller μ are too noisy"
 
 
-@dataclass(frozen=True)
 class Fit:
-    """g and c fitted to the losses at several μ.
+    """g and c, fitted to the losses l+ and l- at several ``scales`` (rising) and l0.
 
-    Attributes:
-        scales: the μ whose losses are finite, rising.
-        g: by direction and μ.
-        s: l+ + l- - 2 l0 over 2μ², whose absolute value is c, by direction and μ.
-        of_g: the fit of g.
-        of_c: the fit of c.
-        noise: ε, as measured, or larger where c shows more.
+    ``s`` is the c of each direction and μ with its sign.
     """
 
-    scales: np.ndarray
-    g: np.ndarray
-    s: np.ndarray
-    of_g: Difference
-    of_c: Difference
-    noise: float
-
-    @classmethod
-    def of(cls, measured: dict[float, np.ndarray], base: np.ndarray, noise: float) -> Fit | None:
-        """Fit to the losses l+ and l- at each μ, and l0; None: fewer than two μ are finite."""
-        finite = sorted(scale for scale, losses in measured.items() if np.isfinite(losses).all())
-        if len(finite) < 2:
-            return None
-        scales = np.array(finite)
-        plus, minus = np.stack([measured[scale] for scale in finite], axis=-1)
-        g = (plus - minus) / (2 * scales)
-        s = (plus + minus - 2 * base[:, None]) / (2 * scales**2)
-        noise = max(noise, noise_of_curvatures(scales, s))
-        of_g = Difference.fit(scales, g, noise / math.sqrt(2), 1)
-        of_c = Difference.fit(scales, s, noise * math.sqrt(6) / 2, 2)
-        return cls(scales, g, s, of_g, of_c, noise)
+    def __init__(
+        self, scales: list[float], measured: dict[float, np.ndarray], base: np.ndarray, noise: float
+    ) -> None:
+        self.scales = np.array(scales)
+        plus, minus = np.stack([measured[scale] for scale in scales], axis=-1)
+        self.g = (plus - minus) / (2 * self.scales)
+        self.s = (plus + minus - 2 * base[:, None]) / (2 * self.scales**2)
+        self.noise = max(noise, noise_of_curvatures(self.scales, self.s))
+        self.of_g = Difference.fit(self.scales, self.g, self.noise / math.sqrt(2), 1)
+        self.of_c = Difference.fit(self.scales, self.s, self.noise * math.sqrt(6) / 2, 2)
 
     def best_scales(self, limit: float) -> tuple[float, float]:
         """Return μ of g and of c, at most ``limit``."""
@@ -252,8 +211,7 @@ def choose_scales(
     factor of 2 from all measured ones is measured too, and the closed form is taken again.
 
     Raises:
-        InputError: a loss at θ is not finite, fewer than two μ have finite losses, or no
-            perturbation changes the loss.
+        InputError: the losses do not show any μ.
     """
     taken = functools.cache(loss_at)
     base = np.array([taken(k, 0, 0.0) for k in range(directions)])
@@ -264,14 +222,18 @@ def choose_scales(
         )
     noise, settled = measure_noise(taken)
     measured: dict[float, np.ndarray] = {}
-    wanted = set(start)
+    wanted, fit = set(start), None
     for _ in range(rounds):
         for scale in wanted:
             measured[scale] = np.array(
                 [[taken(k, k, sign * scale) for k in range(directions)] for sign in (1, -1)]
             )
-        fit = Fit.of(measured, base, noise)
-        wanted = {min(measured) / 4} if fit is None else fit.wanted(max(measured))
+        finite = sorted(scale for scale, losses in measured.items() if np.isfinite(losses).all())
+        if len(finite) < 2:
+            wanted = {min(measured) / 4}
+        else:
+            fit = Fit(finite, measured, base, noise)
+            wanted = fit.wanted(max(measured))
         if not wanted:
             break
     if fit is None:
@@ -286,14 +248,19 @@ def choose_scales(
         )
     eps, eps_of_c = (float(f"{best:.3g}") for best in fit.best_scales(fit.scales[-1]))
     eps_of_c = eps_of_c if fit.of_c.size else eps
-    errors = fit.of_g.error(eps), fit.of_c.error(eps_of_c)
+    error, error_of_c = fit.of_g.error(eps), fit.of_c.error(eps_of_c)
     shared = max(eps, eps_of_c)
     serves = (
         fit.of_g.error(shared) <= 2 * ACCURACY and fit.of_c.error(shared) <= 2 * CURVATURE_ACCURACY
     )
     return Scales(
-        *(fit.noise, settled, eps, eps_of_c, shared if serves else None),
-        *(error if math.isfinite(error) else None for error in errors),
+        noise=fit.noise,
+        settled=settled,
+        eps=eps,
+        curvature_eps=eps_of_c,
+        shared_eps=shared if serves else None,
+        error=error if fit.of_g.size else None,
+        curvature_error=error_of_c if fit.of_c.size else None,
         scales=tuple(fit.scales.tolist()),
         slopes=tuple(root_mean_square(fit.g).tolist()),
         curvatures=tuple(np.abs(fit.s).mean(axis=0).tolist()),
@@ -321,19 +288,9 @@ def kept_weights(model: nn.Module, optimizer: HiZOO) -> Iterator[None]:
 
 
 class ChooseScales(TrainerCallback):
-    """Chooses the μ that are ``auto`` before the first step.
+    """Chooses the μ that are ``auto`` (``eps``, ``curvature_eps``) before the first step.
 
-    A resumed run has them in its checkpoint or journal.
-
-    Args:
-        loss_at: the loss, as for ``choose_scales``.
-        recording: of the run's journal.
-        eps: whether μ of g is to be chosen.
-        curvature_eps: whether μ of c is, where c is measured.
-        folder: where ``probe.json`` goes.
-
-    Attributes:
-        found: the probe, for the result; None: nothing was chosen.
+    A resumed run has them in its checkpoint or journal. ``found`` is the probe, for the result.
     """
 
     def __init__(
@@ -345,13 +302,7 @@ class ChooseScales(TrainerCallback):
         self.found: dict[str, Any] | None = None
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module,
-        optimizer: HiZOO,
-        **kwargs: Any,
+        self, args: Any, state: Any, control: Any, *, model: Any, optimizer: HiZOO, **_: Any
     ) -> None:
         """Choose them, or take what was chosen before."""
         if not (self.eps or self.curvature_eps):
