@@ -22,12 +22,7 @@ ANSWER = "ANSWER"
 
 @dataclass(frozen=True)
 class Chat:
-    """A tokenizer's template.
-
-    Attributes:
-        tokenizer: the model's own.
-        system_prompt: what the system says first; None: what the template itself says.
-    """
+    """A tokenizer's template, and what the system says first (None: the template's own)."""
 
     tokenizer: PreTrainedTokenizerBase
     system_prompt: str | None = None

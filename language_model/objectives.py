@@ -82,24 +82,15 @@ class NegativeTextMetric:
 
     Where texts are sampled, all losses of a step use the same random numbers, so that they differ
     by the weights alone. Between steps, for dev losses, the random numbers are always the same.
-
-    Attributes:
-        task: whose metric it is.
-        metric: one of the task's: "reward", "f1" or "em".
-        tokenizer: the model's own.
-        settings: how text is generated.
-        samples: texts of a prompt.
-        seed: of the run.
-        step: the number of the step; None between steps.
     """
 
     task: Task
-    metric: str
+    metric: str  # "reward", "f1" or "em"
     tokenizer: PreTrainedTokenizerBase
     settings: GenerationSettings
-    samples: int = 1
+    samples: int = 1  # texts of a prompt
     seed: int = 0
-    step: int | None = None
+    step: int | None = None  # None between steps
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Generate texts after every prompt of the batch; NaN if logits or a reward are."""

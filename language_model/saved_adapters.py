@@ -25,12 +25,7 @@ WEIGHTS = (".safetensors", ".bin", ".gguf")
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """An adapter on disk.
-
-    Attributes:
-        folder: where it is.
-        config: peft's, read from there.
-    """
+    """An adapter on disk, with peft's configuration of it."""
 
     folder: Path
     config: LoraConfig | PrefixTuningConfig

@@ -25,18 +25,13 @@ SYNC_EVERY = 1.0
 
 @dataclass
 class Journal:
-    """What is in a journal's file.
-
-    Attributes:
-        path: of the file.
-        header: of the run.
-        rows: all of them; None stands for a line that is not what was written.
-        ends: where each line ends, in bytes; the header's first.
-    """
+    """What is in a journal's file."""
 
     path: Path
     header: Header
+    # None stands for a line that is not what was written.
     rows: list[Row | None] = field(default_factory=list)
+    # Where each line ends, in bytes; the header's first.
     ends: list[int] = field(default_factory=list)
 
     @property

@@ -53,12 +53,6 @@ def make_optimizer(
     """Return the optimizer of a model's trained weights.
 
     The noise depends on the order of the parameters, so a replay makes its optimizer here, too.
-
-    Args:
-        model: the model.
-        groups: of its weights.
-        config: of the optimizer.
-        layers: perturbs one module at a time; None: all weights in place.
     """
     parameters = dict(model.named_parameters())
     param_groups = [

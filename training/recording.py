@@ -63,16 +63,12 @@ def checksum_of_trained(model: nn.Module) -> str:
 
 @dataclass
 class Replay:
-    """What a run takes from its journal.
-
-    Attributes:
-        rows: those behind the checkpoint that the run resumes from.
-        begins_at: the byte behind which the journal is continued; None: a new one is begun.
-        start: the checksum of the weights before the first of the rows, None if not known.
-    """
+    """What a run takes from its journal: the rows behind the checkpoint that it resumes from."""
 
     rows: Sequence[Row] = ()
+    # The byte behind which the journal is continued; None: a new one is begun.
     begins_at: int | None = None
+    # The checksum of the weights before the first of the rows, None if not known.
     start: str | None = None
     _position: int = field(default=0, init=False)
 

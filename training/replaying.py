@@ -32,10 +32,7 @@ def optimizer_of(header: Header, model: nn.Module, compile: bool | None) -> HiZO
 
     Parameters that the run did not train are frozen.
 
-    Args:
-        header: of the journal.
-        model: with the weights, or the adapter, that the run began with.
-        compile: as of ``HiZOO``.
+    ``model`` has the weights, or the adapter, that the run began with.
 
     Raises:
         InputError: the model has other parameters, or the noise is another version's.
@@ -93,12 +90,7 @@ def play(
 ) -> Outcome:
     """Do the steps of a journal with its losses in place of forward passes.
 
-    Args:
-        rows: of the journal.
-        optimizer: ``optimizer_of``, or with the state of a checkpoint.
-        model: whose weights it changes.
-        compare: whether the run's checksums are compared.
-        on_step: called after every step.
+    With ``compare`` the weights are compared with the run's checksums.
     """
     steps, compared, different = 0, [], None
     for row in rows:
@@ -126,12 +118,7 @@ def return_to(
 ) -> None:
     """Give a model the weights that it had after so many steps of its run.
 
-    Args:
-        model: of the run.
-        began: another one, with the weights that the run began with.
-        journal: of the run.
-        steps: how many.
-        compile: as of the run.
+    ``began`` is another model, with the weights that the run began with.
 
     Raises:
         InputError: the journal does not have these steps, or ``began`` is another model.

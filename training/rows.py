@@ -27,31 +27,18 @@ class Group:
 
 @dataclass(frozen=True)
 class Header:
-    """What a run began with.
-
-    Attributes:
-        version: of the journal.
-        noise: version of the noise u.
-        step: steps that were done before the first row.
-        max_steps: of the run.
-        start: checksum of the trained weights before the first row.
-        groups: of the trained weights.
-        layerwise: whether one module was perturbed at a time.
-        optimizer: its settings.
-        model: its name, and the SHA-256 of its files.
-        settings: all that decides the course of the run, for comparison only.
-        versions: of the libraries.
-    """
+    """What a run began with; ``settings`` and ``versions`` are for comparison only."""
 
     kind: ClassVar[str] = "header"
     version: int
-    noise: int
-    step: int
+    noise: int  # version of u
+    step: int  # steps that were done before the first row
     max_steps: int
-    start: str
+    start: str  # checksum of the trained weights before the first row
     groups: tuple[Group, ...]
     layerwise: bool
     optimizer: HiZOOConfig
+    # Its name, and the SHA-256 of its files.
     model: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -59,27 +46,16 @@ class Header:
 
 @dataclass(frozen=True)
 class Step:
-    """One step.
-
-    Attributes:
-        step: steps that were done before it.
-        lr: learning rate; k where it is "auto".
-        alpha: smoothing of h.
-        losses: of each batch, in the order of its forward passes.
-        weights: what each batch counts.
-        g: projected gradient.
-        c: curvature; None: not measured.
-        eta: the step's size.
-    """
+    """One step; ``step`` counts those that were done before it."""
 
     kind: ClassVar[str] = "step"
     step: int
-    lr: float
+    lr: float  # k where it is "auto"
     alpha: float
-    losses: tuple[tuple[float, ...], ...]
-    weights: tuple[float, ...]
+    losses: tuple[tuple[float, ...], ...]  # of each batch, in the order of its forward passes
+    weights: tuple[float, ...]  # what each batch counts
     g: float | None = None
-    c: float | None = None
+    c: float | None = None  # None: not measured
     eta: float | None = None
 
 
