@@ -115,8 +115,7 @@ class SavedAdapter:
 def sums_of_weights(name: str) -> dict[str, str]:
     """Return the SHA-256 sums of the files with a model's weights, and its base model's.
 
-    Args:
-        name: a Hub id, a local directory or a GGUF file.
+    ``name`` is a Hub id, a local directory or a GGUF file.
     """
     adapter = SavedAdapter.find(name)
     below = sums_of_weights(adapter.base) if adapter else {}

@@ -96,9 +96,7 @@ def _warn_once(reason: str) -> None:
 class ReadPrefix:
     """What every text begins with, and its keys and values, (1, heads, tokens, head size) each.
 
-    Attributes:
-        tokens: the texts' first tokens, which the model has read.
-        layers: keys and values of each layer: those of prefix-tuning, then those of ``tokens``.
+    ``layers`` holds those of prefix-tuning, then those of ``tokens``, which the model has read.
     """
 
     tokens: tuple[int, ...]

@@ -62,8 +62,7 @@ class SaveOnInterrupt(TrainerCallback):
     SIGINT is Ctrl-C. Slurm sends SIGTERM, or SIGUSR1 (``sbatch --signal``), before a job's time is
     over.
 
-    Attributes:
-        received: the signal's name, None as long as none arrived.
+    ``received`` is the signal's name, None as long as none arrived.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)

@@ -157,12 +157,7 @@ def read_trainer_state(checkpoint: str | Path) -> dict[str, Any] | None:
 
 
 def check_version(checkpoint: str | Path, kept: Mapping[str, Any]) -> None:
-    """Raise InputError if another version of this program wrote a checkpoint, or another program.
-
-    Args:
-        checkpoint: its folder.
-        kept: what ``RunState`` has kept there.
-    """
+    """Raise InputError if ``kept`` (by ``RunState``) is another version's, or another program's."""
     if kept.get("version") != CHECKPOINT_VERSION:
         raise InputError(f"{checkpoint}: another version of this program wrote it; {ANOTHER}")
 

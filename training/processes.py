@@ -75,12 +75,7 @@ class Exchange:
 
 
 class SharedDirections:
-    """Deals a step's directions out to the processes; ``HiZOO.shares``.
-
-    Args:
-        directions: of a step.
-        exchange: with the other processes.
-    """
+    """Deals a step's directions out to the processes; ``HiZOO.shares``."""
 
     def __init__(self, directions: int, exchange: Exchange) -> None:
         self.directions, self.exchange = directions, exchange

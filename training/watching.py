@@ -14,10 +14,8 @@ RISEN_STEPS, RISEN = 50, 2.0
 class Costs:
     """Counts what training has taken, before an interruption too.
 
-    Attributes:
-        forward_passes: of training in this process, those of probes included; not those of dev
-            losses and metrics.
-        backward_passes: likewise.
+    ``forward_passes`` and ``backward_passes`` are of training in this process, those of probes
+    included; not those of dev losses and metrics.
     """
 
     def __init__(self) -> None:
@@ -65,15 +63,9 @@ class Costs:
 
 
 class Divergence:
-    """Tells when a run has diverged.
+    """Tells when a run has diverged: ``reason`` says why.
 
-    Args:
-        max_skipped_steps: steps in a row without a finite loss.
-
-    Attributes:
-        first_loss: of the run.
-        risen_in_a_row: losses in a row that are far above it.
-        reason: why the run has diverged; None: it has not.
+    ``max_skipped_steps`` are steps in a row without a finite loss.
     """
 
     def __init__(self, max_skipped_steps: int) -> None:
