@@ -59,11 +59,7 @@ def make_parser() -> OneLineParser:
 
 
 def load(places: Sequence[Path]) -> list[Outcome]:
-    """Return the runs of files and folders, those of sweeps even without a result.
-
-    Raises:
-        InputError: a place is not there, or holds no result.
-    """
+    """Return the runs of files and folders, those of sweeps even without a result."""
     found: dict[Path, list[Outcome]] = {}
     for place in places:
         if not place.exists():

@@ -32,7 +32,7 @@ from command_line.checks import check
 from command_line.settings import changed_settings, name_run, settle_dtype
 from experiment.folders import locked
 from experiment.options import options_of
-from experiment.plan import make_plan, shown_time
+from experiment.plan import make_plan
 from experiment.preparation import Prepared, prepare
 from experiment.results import USED, earlier_result, is_wanted_again
 from language_model.loading import leave_out_loading_bars
@@ -52,10 +52,6 @@ from sweeps.tables import best, in_words
 from utils import InputError, Interrupted, exit_code
 
 ROOT = Path(__file__).resolve().parent
-# Seconds in which a run imports its libraries and loads its model, beside what it plans.
-START_UP = 10.0
-# Runs that differ in nothing else have the same samples.
-WITHOUT_EFFECT_ON_SAMPLES = {*SEEDS, "learning_rate", "hessian_smooth_type", "hessian", "zo_eps"}
 
 
 class Sweep:
@@ -64,9 +60,6 @@ class Sweep:
     Args:
         grid: of the runs.
         folder: of their files.
-
-    Raises:
-        InputError: run.py would refuse a run.
     """
 
     def __init__(self, grid: Grid, folder: Path) -> None:
@@ -91,11 +84,7 @@ class Sweep:
         return (*run.words, *words_of(places))
 
     def is_finished(self, run: Run) -> bool:
-        """Whether a run has its result and is not to be repeated.
-
-        Raises:
-            InputError: the result is one of another model or other data.
-        """
+        """Whether a run has its result and is not to be repeated."""
         arguments = self.arguments[run.name]
         if not arguments.result_path.is_file():
             return False
@@ -130,29 +119,23 @@ def command(words: Sequence[str]) -> str:
     return shlex.join(["python", os.path.relpath(ROOT / "run.py"), *words])
 
 
-def print_plans(sweep: Sweep, jobs: int) -> None:
-    """Print what differs between the runs, their forward passes, and the time that is left."""
+def print_plans(sweep: Sweep) -> None:
+    """Print what differs between the runs, and the forward passes of each."""
     prepared: dict[str, Prepared] = {}
-    rows, left = [], []
+    rows = []
     for run in sweep.runs:
         options = options_of(sweep.arguments[run.name])
-        samples = repr(
-            {n: v for n, v in run.values.given.items() if n not in WITHOUT_EFFECT_ON_SAMPLES}
-        )
-        if samples not in prepared:
-            prepared[samples] = prepare(options)
-        plan = make_plan(options, prepared[samples])
+        needed = repr((options.model, options.weights, options.data))
+        if needed not in prepared:
+            prepared[needed] = prepare(options)
+        plan = make_plan(options, prepared[needed])
         passes = {"training": plan.forward_passes, "evaluation": plan.evaluation_passes}
         row = {f"forward passes of {name}": f"{number:,}" for name, number in passes.items()}
-        row = {**run.choice, "steps": f"{plan.steps:,}", **row, "": "finished"}
-        if not sweep.is_finished(run):
-            left.append(plan.seconds + START_UP)
-            row[""] = f"about {shown_time(left[-1])}"
-        rows.append(row)
+        state = "finished" if sweep.is_finished(run) else "left"
+        rows.append({**run.choice, "steps": f"{plan.steps:,}", **row, "": state})
     print("each run:", command((*words_of(sweep.grid.fixed), *sweep.grid.further)))
     print(pd.DataFrame(rows).fillna(MISSING).to_string(index=False))
-    time = shown_time(sum(left) / jobs)
-    print(f"{len(left)} of {len(rows)} runs are left: about {time} with --jobs {jobs}")
+    print(f"{sum(row[''] == 'left' for row in rows)} of {len(rows)} runs are left")
 
 
 def carry_out(sweep: Sweep, options: Namespace) -> list[Job]:
@@ -214,7 +197,7 @@ def sweep_command_line(argv: Sequence[str]) -> int:
     sweep = Sweep(grid, options.output_dir)
     if options.dry_run:
         check_record(sweep.folder, sweep.entries())
-        print_plans(sweep, options.jobs or 1)
+        print_plans(sweep)
         return 0
     with locked("--output_dir", sweep.folder, is_folder=True):
         jobs = carry_out(sweep, options)

@@ -154,8 +154,7 @@ class EvaluationAndResults:
     show_config: bool = argument(False)
     """Print the arguments as such a file, and do nothing."""
     dry_run: bool = argument(False)
-    """Check everything but the weights, print steps, forward passes, memory and time, and do
-    nothing."""
+    """Check everything but the weights, print steps, forward passes and memory, and do nothing."""
     tag: str | None = argument(None)
     """Name of the run, of its result file and output_dir. Default: made of the settings."""
     quiet: bool = argument(False)

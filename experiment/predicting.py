@@ -20,11 +20,7 @@ from utils import InputError, process_index, write_json_lines
 
 
 def predict_rows(options: Options, file: str) -> None:
-    """Answer every row of a file, and write the answers in its order.
-
-    Raises:
-        InputError: the model or the data do not fit, or the answers' file is there already.
-    """
+    """Answer every row of a file, and write the answers in its order."""
     (path,) = options.files.predictions
     if path.is_file() and not options.files.overwrite:
         raise InputError(

@@ -34,11 +34,7 @@ class Prepared:
 
 
 def prepare(options: Options) -> Prepared:
-    """Load and check everything but the weights.
-
-    Raises:
-        InputError: the model, the data or a number does not fit.
-    """
+    """Load and check everything but the weights."""
     data = options.data
     encoder = prepare_encoder(options.model, options.weights, data)
     train, validation = load_samples(data.task, data.data_dir)
@@ -46,11 +42,7 @@ def prepare(options: Options) -> Prepared:
 
 
 def prepare_encoder(model: ModelOptions, weights: TrainedWeights, data: DataOptions) -> Encoder:
-    """Load the tokenizer, and return how it makes tokens of samples.
-
-    Raises:
-        InputError: the model or a number does not fit.
-    """
+    """Load the tokenizer, and return how it makes tokens of samples."""
     config, tokenizer = load_config_and_tokenizer(model.name, model.trust_remote_code)
     generation = data.generation
     _check_sizes(config, weights, generation)
@@ -106,11 +98,7 @@ def _check_trained_further(weights: TrainedWeights, adapter: SavedAdapter) -> No
 
 
 def load_pretrained(options: ModelOptions) -> PreTrainedModel | PeftModel:
-    """Load the model anew: each run starts from the pre-trained weights, or from a saved adapter.
-
-    Raises:
-        InputError: there is no such model, or it does not fit the options.
-    """
+    """Load the model anew: each run starts from the pre-trained weights, or from a saved adapter."""
     o = options
     model = load_model(o.name, o.dtype, o.bits, o.spread, o.trust_remote_code)
     if options.device and getattr(model, "hf_device_map", None) is None:

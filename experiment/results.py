@@ -143,11 +143,7 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def earlier_result(files: Files, identity: Identity) -> dict[str, Any] | None:
-    """Return what the very same experiment has written as its result, None if it has not.
-
-    Raises:
-        InputError: something else is in the place, and is not to be written over.
-    """
+    """Return what the very same experiment has written as its result, None if it has not."""
     path = files.result
     if not path.is_file():
         _keep_predictions(files)

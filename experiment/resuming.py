@@ -67,11 +67,7 @@ def find_start(
     model: PreTrainedModel | PeftModel,
     has_result: bool,
 ) -> Start:
-    """Return where a run begins; an empty ``Start`` to begin anew.
-
-    Raises:
-        InputError: what is there, or what is asked for, does not belong to this run.
-    """
+    """Return where a run begins; an empty ``Start`` to begin anew."""
     if options.weights.mode == "linear_probing":
         return Start()
     is_zo = options.training.zeroth_order is not None
@@ -100,9 +96,6 @@ def find_checkpoint(
     """Return the checkpoint to resume from, checked; None: there is none, or it is not wanted.
 
     ``--overwrite_output_dir`` takes only one that the very same run began and did not finish.
-
-    Raises:
-        InputError: it is damaged, or belongs to another run.
     """
     wanted, identity = options.files.resume_from, options.identity
     if wanted in (None, "true"):
@@ -131,11 +124,7 @@ def find_checkpoint(
 def find_replay(
     options: Options, journal: Journal, checkpoint: Path | None, has_result: bool
 ) -> Replay:
-    """Return what a run takes from its journal; an empty ``Replay`` begins a new journal.
-
-    Raises:
-        InputError: the journal belongs to another run, and there is no checkpoint of this one.
-    """
+    """Return what a run takes from its journal; an empty ``Replay`` begins a new journal."""
     header, identity = journal.header, options.identity
     if options.files.overwrite and not checkpoint:
         is_done = has_result and journal.steps >= header.max_steps
@@ -175,9 +164,6 @@ def check_settings(place: Path, saved: Mapping[str, Any], settings: Mapping[str,
     """Refuse to resume a run with other settings than it was started with.
 
     The state of optimizer and scheduler would bring the old ones back, without a word.
-
-    Raises:
-        InputError: a setting differs.
     """
     for name, then in saved.items():
         if name in settings and settings[name] != then:
@@ -188,11 +174,7 @@ def check_settings(place: Path, saved: Mapping[str, Any], settings: Mapping[str,
 
 
 def check_model(checkpoint: Path, model: PreTrainedModel | PeftModel) -> None:
-    """Refuse a checkpoint of another version or model, or without a state, that would load in part.
-
-    Raises:
-        InputError: it is one.
-    """
+    """Refuse a checkpoint of another version or model, or without a state, that would load in part."""
     kept = run_state(read_trainer_state(checkpoint))
     check_version(checkpoint, kept)
     if not any(checkpoint.glob("optimizer*")) or not (checkpoint / "scheduler.pt").is_file():
@@ -230,11 +212,7 @@ def recording_of(options: Options, start: Start) -> Recording | None:
 
 
 def journal_of_first_process(path: Path) -> Journal | None:
-    """Return the journal that the first process finds.
-
-    Raises:
-        InputError: in all processes, where it cannot be read.
-    """
+    """Return the journal that the first process finds."""
     try:
         return from_first_process(lambda: read_journal(path))
     except InputError as error:

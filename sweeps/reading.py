@@ -43,9 +43,7 @@ def make_parser() -> OneLineParser:
     add("--output_dir", metavar="DIR", type=Path, help=f"folder of the runs. Default: {folder}")
     add("--jobs", metavar="N", type=at_least_one, help=f"runs at a time, {SHARE}. Default: 1")
     add("--slurm", metavar="OPTIONS", help="submit the runs as a job array; see above")
-    add(
-        "--dry_run", action="store_true", help="print what differs between the runs, and their cost"
-    )
+    add("--dry_run", action="store_true", help="print the runs and their passes, and do nothing")
     return parser
 
 
@@ -57,11 +55,7 @@ def at_least_one(text: str) -> int:
 
 
 def read_command_line(argv: Sequence[str]) -> tuple[argparse.Namespace, Grid]:
-    """Return the sweep's own options and its grid.
-
-    Raises:
-        InputError: a value is missing or wrong, or something is given twice.
-    """
+    """Return the sweep's own options and its grid."""
     words, further = list(argv), []
     if "--" in words:
         border = words.index("--")

@@ -448,10 +448,10 @@ def test_plan_counts_weights_and_says_so(tmp_path: Path) -> None:
     result = finish(training(tmp_path, lora=True))
     assert plan.trained_parameters == result["trained_parameters"]
     assert plan.steps == 6 and plan.forward_passes == result["forward_passes"]
-    assert 4 * plan.parameters < plan.memory < 100 * 2**20 and 0 < plan.seconds < 60
-    steps, weights, seconds = plan.lines()
+    assert 4 * plan.parameters < plan.memory < 100 * 2**20
+    steps, weights = plan.lines()
     assert steps.startswith("6 steps: 19 forward passes of training")
-    assert weights.endswith("for weights and optimizer") and seconds.endswith("on this machine")
+    assert weights.endswith("for weights and optimizer")
 
 
 def test_dry_run_tells_what_differs_and_writes_nothing(
@@ -463,7 +463,7 @@ def test_dry_run_tells_what_differs_and_writes_nothing(
     assert every.startswith("each run: python ") and "--task_name SST2" in every
     assert head.split()[:3] == ["seed", "steps", "forward"]
     assert [row.split()[:4] for row in rows] == [["0", "2", "7", "0"], ["1", "2", "7", "0"]]
-    assert last.startswith("2 of 2 runs are left: about ") and last.endswith("with --jobs 2")
+    assert last == "2 of 2 runs are left"
     assert contents(tmp_path) == {}
 
 
