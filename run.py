@@ -38,16 +38,17 @@ from experiment.options import Options, options_of
 from experiment.plan import make_plan
 from experiment.predicting import predict_rows
 from experiment.preparation import prepare
-from experiment.results import (
-    earlier_result,
-    is_wanted_again,
-    summarize,
-    write_results,
-)
+from experiment.results import earlier_result, is_wanted_again, summarize
 from experiment.running import Experiment, say
-from experiment.telling import closing_lines, lines_of_earlier
+from experiment.telling import closing_lines, result_lines
 from language_model.loading import leave_out_loading_bars
-from utils import exit_code, leave_process_group_at_exit, process_index
+from utils import (
+    exit_code,
+    leave_process_group_at_exit,
+    process_index,
+    write_json,
+    write_json_lines,
+)
 
 
 def run_experiment(options: Options) -> None:
@@ -55,7 +56,8 @@ def run_experiment(options: Options) -> None:
     started = time.perf_counter()
     earlier = earlier_result(options.files, options.identity)
     if earlier and not is_wanted_again(options.files):
-        say("\n".join(lines_of_earlier(options, earlier)))
+        say("these settings have a result already (--overwrite_output_dir makes it anew)")
+        say("\n".join(result_lines(options, earlier)))
         return
     transformers.set_seed(options.weights.seed)
     experiment = Experiment(options, prepare(options), has_result=earlier is not None)
@@ -64,7 +66,9 @@ def run_experiment(options: Options) -> None:
     if process_index() == 0:
         result = summarize(options, experiment.prepared, results, experiment.chosen)
         result["seconds"] = round(time.perf_counter() - started, 3)
-        write_results(options.files, result, predictions)
+        for path, rows in zip(options.files.predictions, predictions, strict=False):
+            write_json_lines(path, rows)
+        write_json(options.files.result, result)
         say("\n".join(closing_lines(options, result)))
 
 

@@ -51,20 +51,27 @@ def locked(option: str, place: Path, is_folder: bool = False) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / (".lock" if is_folder else f".{place.name}.lock")
     try:
-        with _held(f"{option} {place}", path):
+        lock = _acquired(f"{option} {place}", path)
+        try:
+            with contextlib.suppress(OSError):  # on a full disk the lock holds without its words
+                path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", "utf-8")
             yield
+        finally:
+            # While it is held: filelock does not take a file that is gone when the lock is free.
+            path.unlink(missing_ok=True)
+            lock.release()
     finally:
         for each in made:
             with contextlib.suppress(OSError):  # it is not empty, or somebody has removed it
                 each.rmdir()
 
 
-@contextlib.contextmanager
-def _held(what: str, path: Path) -> Iterator[None]:
+def _acquired(what: str, path: Path) -> FileLock:
     lock = FileLock(path, timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
+        holder = ""
         with contextlib.suppress(OSError):
             holder = path.read_text(encoding="utf-8").strip()
         raise InputError(
@@ -72,11 +79,4 @@ def _held(what: str, path: Path) -> Iterator[None]:
         ) from error
     except OSError as error:  # it is another user's, or the folder is gone again
         raise InputError(f"{what}: cannot lock {path} ({error.strerror})") from error
-    try:
-        with contextlib.suppress(OSError):  # on a full disk the lock holds without its words
-            path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
-        yield
-    finally:
-        # While it is held: filelock does not take a file that is gone when the lock is free.
-        path.unlink(missing_ok=True)
-        lock.release()
+    return lock

@@ -32,20 +32,13 @@ from zeroth_order.smoothing import SmoothingSchedule
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model is loaded, and how.
-
-    Attributes:
-        name: Hub id, local directory or GGUF file.
-        bits: of quantised weights, 8 or 4; None: not quantised.
-        spread: over all GPUs of one process.
-        device: of a model that is not spread; None: sharding moves each layer itself.
-    """
+    """Which model is loaded, and how."""
 
     name: str
     dtype: torch.dtype = torch.float32
     bits: int | None = None
-    spread: bool = True
-    device: torch.device | None = None
+    spread: bool = True  # over all GPUs of one process
+    device: torch.device | None = None  # None: sharding moves each layer itself
     trust_remote_code: bool = False
 
 
@@ -124,22 +117,13 @@ class ZerothOrderOptions:
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How weights are trained.
-
-    Attributes:
-        own: the Trainer's own arguments.
-        zeroth_order: how zo trains; None: ``--trainer regular``.
-        measured: whether a probe chooses μ of g, and μ of c.
-        steps: of a run with as many examples as were asked for.
-        examples_of_a_batch: in all processes together.
-        replays_best: whether the best model comes from the journal, without checkpoints.
-    """
+    """How weights are trained; ``own`` are the Trainer's own arguments."""
 
     own: TrainingArguments
     zeroth_order: ZerothOrderOptions | None
-    measured: tuple[bool, bool]
+    measured: tuple[bool, bool]  # whether a probe chooses μ of g, and μ of c
     steps: int
-    examples_of_a_batch: int
+    examples_of_a_batch: int  # in all processes together
     train_as_classification: bool
     only_train_option: bool
     non_diff: bool
@@ -149,47 +133,33 @@ class TrainingOptions:
     max_skipped_steps: int
     check_every: int
     wants_dev_metric: bool
-    replays_best: bool
+    replays_best: bool  # from the journal, without checkpoints
     save_on_interrupt: bool
 
 
 @dataclass(frozen=True)
 class Files:
-    """Where a run's files go, and what may happen to those that are there.
+    """Where a run's files go, and what may happen to those that are there."""
 
-    Attributes:
-        folders: of each set's checkpoints, journal and model.
-        predictions: each set's rows; empty: not written.
-        result_option: the argument that gives the result another name.
-        resume_from: a checkpoint, "true" or "false"; None: the newest, if any.
-    """
-
-    folders: tuple[Path, ...]
+    folders: tuple[Path, ...]  # of each set's checkpoints, journal and model
     result: Path
-    predictions: tuple[Path, ...]
-    result_option: str
+    predictions: tuple[Path, ...]  # each set's rows; empty: not written
+    result_option: str  # the argument that gives the result another name
     save_model: bool
     merge_adapter: bool
     overwrite: bool
-    resume_from: str | None
+    resume_from: str | None  # a checkpoint, "true" or "false"; None: the newest, if any
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What tells an experiment from others.
+    """What tells an experiment from others."""
 
-    Attributes:
-        experiment: hash of all that changes the result, but its length.
-        settings: of the result.
-        of_checkpoint: settings that decide the course of the training.
-        length: ``max_steps`` or ``num_train_epochs``; empty without steps.
-    """
-
-    experiment: str
+    experiment: str  # hash of all that changes the result, but its length
     trainer: str
-    settings: Mapping[str, Any]
-    of_checkpoint: Mapping[str, Any]
-    length: Mapping[str, float]
+    settings: Mapping[str, Any]  # of the result
+    of_checkpoint: Mapping[str, Any]  # what decides the course of the training
+    length: Mapping[str, float]  # max_steps or num_train_epochs; empty without steps
 
     @property
     def of_run(self) -> dict[str, Any]:

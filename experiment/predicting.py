@@ -10,23 +10,19 @@ import transformers
 from experiment.folders import locked
 from experiment.options import DataOptions, Options
 from experiment.preparation import load_pretrained, prepare_encoder
-from experiment.results import prediction_rows
+from experiment.results import check_predictions, prediction_rows
 from language_model.prediction import predict
 from task_data.files import own_file
 from task_data.loading import load_samples, read_samples
 from task_data.sampling import draw_example_sets
 from tasks import Sample
-from utils import InputError, process_index, write_json_lines
+from utils import process_index, write_json_lines
 
 
 def predict_rows(options: Options, file: str) -> None:
     """Answer every row of a file, and write the answers in its order."""
+    check_predictions(options.files)
     (path,) = options.files.predictions
-    if path.is_file() and not options.files.overwrite:
-        raise InputError(
-            f"--predictions_file {path}: it is there already; give another name, or "
-            "--overwrite_output_dir to replace it"
-        )
     transformers.set_seed(options.weights.seed)
     data, evaluation = options.data, options.evaluation
     encoder = prepare_encoder(options.model, options.weights, data)

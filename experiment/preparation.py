@@ -98,9 +98,9 @@ def _check_trained_further(weights: TrainedWeights, adapter: SavedAdapter) -> No
 
 
 def load_pretrained(options: ModelOptions) -> PreTrainedModel | PeftModel:
-    """Load the model anew: each run starts from the pre-trained weights, or from a saved adapter."""
-    o = options
-    model = load_model(o.name, o.dtype, o.bits, o.spread, o.trust_remote_code)
+    """Load the model anew: each run starts from pre-trained weights, or a saved adapter."""
+    spread, code = options.spread, options.trust_remote_code
+    model = load_model(options.name, options.dtype, options.bits, spread, code)
     if options.device and getattr(model, "hf_device_map", None) is None:
         model.to(options.device)
     return model

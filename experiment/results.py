@@ -22,7 +22,7 @@ from experiment.preparation import Prepared
 from experiment.provenance import provenance
 from language_model.prediction import Prediction
 from tasks import Sample, Task
-from utils import InputError, read_json, write_json, write_json_lines
+from utils import InputError, read_json
 
 VERSIONS = ("torch", "transformers", "accelerate", "peft", "numpy")
 KINDS_OF_METRICS = ("metric_before_training", "dev_metric", "metric")
@@ -37,11 +37,7 @@ USED = ("num_train", "num_dev", "num_eval", "max_length", "hessian_dtype", "zo_p
 def prediction_rows(
     task: Task, samples: Sequence[Sample], predictions: Sequence[Prediction]
 ) -> list[dict[str, Any]]:
-    """Return the rows of ``--predictions_file``.
-
-    Each has the chosen option's text and all scores, or the generated text. Where answers are
-    known, it has whether it is right; with a reward, its own.
-    """
+    """Return the rows of ``--predictions_file``: options and scores, or the generated text."""
     answers = [prediction.answer for prediction in predictions]
     rewards = task.rewards(answers, samples) if task.reward else [None] * len(answers)
     scored = dataclasses.replace(task, reward=None)
@@ -62,12 +58,9 @@ def prediction_rows(
 def history(
     log: Sequence[Mapping[str, Any]], metric: str | None = None
 ) -> dict[str, dict[str, float | None]]:
-    """Return a run's losses by their steps, and what training had taken until then.
+    """Return the losses and costs of the Trainer's ``log_history`` by their steps.
 
-    Args:
-        log: ``log_history`` of the Trainer's state. A training loss is the mean since the entry
-            before; one that is not finite becomes None.
-        metric: of the dev set, where it was measured.
+    A training loss is the mean since the entry before; one that is not finite becomes None.
     """
     rows = [row for row in log if any(logged in row for logged in LOSSES)]
     names = LOSSES | {name: name for name in COSTS} | {f"eval_{metric}": "dev_metric"}
@@ -86,14 +79,7 @@ def history(
 def summarize(
     options: Options, prepared: Prepared, runs: Sequence[dict[str, Any]], chosen: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the content of the result JSON: one run as it is, several with their mean.
-
-    Args:
-        options: of all runs.
-        prepared: the tokens and examples that were used.
-        runs: the result of each.
-        chosen: values of settings that were "auto".
-    """
+    """Return the content of the result JSON: one run as it is, several with their mean."""
     examples = prepared.example_sets[0]
     shown = len(examples.demonstrations[0]) if examples.demonstrations else 0
     used = {
@@ -127,28 +113,15 @@ def over_sets(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     return outcome
 
 
-def write_results(
-    files: Files, result: Mapping[str, Any], predictions: Sequence[list[dict[str, Any]]]
-) -> None:
-    """Write the result JSON and each run's rows of predictions."""
-    for path, rows in zip(files.predictions, predictions, strict=False):
-        write_json_lines(path, rows)
-    write_json(files.result, result)
-
-
-def read_result(path: Path) -> dict[str, Any]:
-    """Return the content of a result JSON, nothing if the file is none."""
-    result = read_json(path)
-    return result if isinstance(result.get("settings"), dict) else {}
-
-
 def earlier_result(files: Files, identity: Identity) -> dict[str, Any] | None:
     """Return what the very same experiment has written as its result, None if it has not."""
     path = files.result
     if not path.is_file():
-        _keep_predictions(files)
+        check_predictions(files)
         return None
-    result = read_result(path)
+    result = read_json(path)
+    if not isinstance(result.get("settings"), dict):
+        result = {}
     if result.get("experiment") == identity.experiment:
         length = identity.length
         then = {name: result["settings"].get(name) for name in length}
@@ -195,11 +168,11 @@ def is_wanted_again(files: Files) -> bool:
     return files.overwrite or bool(files.resume_from) or not has_all
 
 
-def _keep_predictions(files: Files) -> None:
+def check_predictions(files: Files) -> None:
     """Refuse to write over predictions whose result is not there: nobody knows whose they are."""
     for path in files.predictions:
         if path.is_file() and not files.overwrite:
             raise InputError(
-                f"--predictions_file {path}: it is there already, and its result is not; give "
-                "another name, or --overwrite_output_dir to replace it"
+                f"--predictions_file {path}: it is there already; give another name, or "
+                "--overwrite_output_dir to replace it"
             )

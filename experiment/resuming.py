@@ -36,13 +36,7 @@ JOURNAL_OF_BEFORE = "journal.bin"
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins.
-
-    Attributes:
-        checkpoint: what it loads; None: the pre-trained weights.
-        journal: its journal; None: it has none.
-        replay: the steps that come from the journal, then.
-    """
+    """Where a run begins: at a checkpoint or the pre-trained weights, then a replay of a journal."""
 
     checkpoint: Path | None = None
     journal: Path | None = None
@@ -174,7 +168,7 @@ def check_settings(place: Path, saved: Mapping[str, Any], settings: Mapping[str,
 
 
 def check_model(checkpoint: Path, model: PreTrainedModel | PeftModel) -> None:
-    """Refuse a checkpoint of another version or model, or without a state, that would load in part."""
+    """Refuse a checkpoint of another version or model, or without a state."""
     kept = run_state(read_trainer_state(checkpoint))
     check_version(checkpoint, kept)
     if not any(checkpoint.glob("optimizer*")) or not (checkpoint / "scheduler.pt").is_file():

@@ -35,14 +35,7 @@ Model = PreTrainedModel | PeftModel
 
 @dataclass
 class Experiment:
-    """What all runs share.
-
-    Attributes:
-        options: what the command line says.
-        prepared: tokenizer and examples.
-        has_result: whether this very experiment has written its result before.
-        chosen: values that training has found for settings that may be "auto".
-    """
+    """What all runs share; ``chosen`` is what training made of settings that may be "auto"."""
 
     options: Options
     prepared: Prepared
@@ -81,14 +74,7 @@ class Experiment:
     def evaluate(
         self, kind: str, model: Model, samples: list[Sample], shown: list[list[Sample]]
     ) -> tuple[dict[str, float], list[Prediction]]:
-        """Return the task's metrics and every prediction.
-
-        Args:
-            kind: of the metrics: ``metric``, ``dev_metric`` or ``metric_before_training``.
-            model: to be evaluated.
-            samples: the examples.
-            shown: for every example its demonstrations.
-        """
+        """Return the task's metrics and every prediction; ``shown`` before each sample."""
         options, encoder = self.options.evaluation, self.prepared.encoder
         name = metric_names(self.options)[kind]
         predictions = predict(

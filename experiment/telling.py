@@ -71,12 +71,6 @@ def _table(metric: str, result: Mapping[str, Any]) -> list[str]:
     return ["  ".join(f"{c:>{w}}" for c, w in zip(row, widths, strict=True)) for row in rows]
 
 
-def lines_of_earlier(options: Options, result: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a result that is there already."""
-    yield "these settings have a result already (--overwrite_output_dir makes it anew)"
-    yield from result_lines(options, result)
-
-
 def result_lines(options: Options, result: Mapping[str, Any]) -> Iterator[str]:
     """Yield a whole result in words: its metrics, what is wrong with it, and where it lies."""
     for kind, name in metric_names(options).items():
