@@ -12,7 +12,6 @@ import math
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from command_line.arguments import Arguments, plain_value

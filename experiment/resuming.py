@@ -36,7 +36,7 @@ JOURNAL_OF_BEFORE = "journal.bin"
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins: at a checkpoint or the pre-trained weights, then a replay of a journal."""
+    """Where a run begins: a checkpoint or the pre-trained weights, then a replay of a journal."""
 
     checkpoint: Path | None = None
     journal: Path | None = None
