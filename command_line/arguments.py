@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import copy
-import dataclasses
 import functools
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, get_type_hints
+from typing import Any
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
@@ -47,17 +45,14 @@ class Arguments(
     MostUsed,
     TrainingArguments,
 ):
-    """The arguments of the experiment, and all of transformers.TrainingArguments.
+    """The arguments of the experiment, and all of transformers.TrainingArguments."""
 
-    Attributes:
-        given: the names of what a user or a script gives, and of those what a user gives.
-        warning: the line that names what is given without an effect, None if nothing is.
-        experiment: the hash of all settings that change the result (``settings.name_run``).
-    """
-
+    # The names of what a user or a script gives, and of what a user gives.
     given: frozenset[str] = field(default=frozenset(), init=False)
     given_by_user: frozenset[str] = field(default=frozenset(), init=False)
+    # Names what is given without an effect.
     warning: str | None = field(default=None, init=False)
+    # The hash of all settings that change the result (settings.name_run).
     experiment: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
@@ -86,23 +81,9 @@ class Arguments(
         self.remove_unused_columns = False
 
 
-class _TrainersParser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Raise InputError."""
-        raise InputError(message.splitlines()[0])
-
-
 @functools.cache
-def _trainers_parser() -> _TrainersParser:
-    """Return transformers' parser of the Trainer's arguments that are not ours."""
-    types = get_type_hints(TrainingArguments)
-    fields = [
-        (each.name, types[each.name], copy.copy(each))
-        for each in dataclasses.fields(TrainingArguments)
-        if each.name in OTHERS
-    ]
-    others = dataclasses.make_dataclass("Others", fields)
-    return _TrainersParser([others], allow_abbrev=False, argument_default=argparse.SUPPRESS)
+def _trainers_parser() -> HfArgumentParser:
+    return HfArgumentParser(TrainingArguments, allow_abbrev=False, exit_on_error=False)
 
 
 def _read_others(values: Values, names: Sequence[str]) -> dict[str, Any]:
@@ -114,7 +95,10 @@ def _read_others(values: Values, names: Sequence[str]) -> dict[str, Any]:
             words = []  # "True" would be a sharding of that name
         # A value that begins with a dash would be taken for an argument.
         line += [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
-    read = vars(_trainers_parser().parse_args(line))
+    try:
+        read = vars(_trainers_parser().parse_args(line))
+    except argparse.ArgumentError as error:
+        raise InputError(one_line(error)) from error
     return {name: read[name] for name in names}
 
 

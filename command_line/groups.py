@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from command_line import effects as when
 from command_line.declarations import AUTO, NOTHING, RESULT, TRAINING, argument
-
-SCHEDULES = (
-    *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant"),
-    *("constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "cosine_with_min_lr"),
-    *("cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy"),
-)
 
 
 @dataclass
@@ -45,8 +38,8 @@ class TaskAndData:
     predict_file: str | None = argument(None, effect=when.PREDICTION)
     """Rows without an answer, in the columns of --train_file or of the task; the model's answers go
     to --predictions_file. Default: none."""
-    metric: Literal["accuracy", "f1", "em"] | None = argument(
-        None, effect=when.OWN_FILES, decides=RESULT
+    metric: str | None = argument(
+        None, effect=when.OWN_FILES, decides=RESULT, choices=("accuracy", "f1", "em")
     )
     """First metric of your own examples: accuracy for options, f1 or em (exact match) for generated
     answers. Default: accuracy, or f1."""
@@ -228,7 +221,7 @@ class Training:
 
     _effect, _decides = when.STEPS, TRAINING
 
-    trainer: Literal["none", "regular", "zo"] = argument("none", effect=None)
+    trainer: str = argument("none", effect=None, choices=("none", "regular", "zo"))
     """none: zero-shot or in context. regular: backpropagation with --optim. zo: HiZOO (MeZO with
     --hessian_smooth_type constant0), forward passes only."""
     only_train_option: bool = argument(True, effect=when.LANGUAGE_MODEL_LOSS)
@@ -242,7 +235,7 @@ class Training:
     decay_step: int = argument(0, at_least=0, effect=when.DECAY)
     """Step until which the learning rate stays constant before it decays to 0 at the end of the
     run. 0: the scheduler's own course."""
-    lr_scheduler_type: str = argument("constant", "--zo_lr_scheduler_type", choices=SCHEDULES)
+    lr_scheduler_type: str = argument("constant", "--zo_lr_scheduler_type")
     """Learning-rate schedule of transformers, per step; with warmup_steps constant means
     constant_with_warmup."""
     eval_strategy: str = argument(
@@ -289,23 +282,23 @@ class ZerothOrder:
     hessian_smooth_type: str = argument("constant1e-8")
     """Smoothing α of the diagonal Hessian: constant<number>, or linear<number> and cosine<number>,
     which fall to 0. constant0 is MeZO. HiZOO paper: 1e-10 to 1e-4."""
-    hessian: Literal["full", "lowrank"] = argument("full", effect=when.HESSIAN)
+    hessian: str = argument("full", effect=when.HESSIAN, choices=("full", "lowrank"))
     """full: an entry of h for each weight. lowrank: HiZOO-L, a row and a column vector for each
     matrix (Adafactor's factorisation, arXiv 1804.04235)."""
-    hessian_dtype: Literal["auto", "float32", "bfloat16"] = argument(
-        "auto", effect=when.FULL_HESSIAN
+    hessian_dtype: str = argument(
+        "auto", effect=when.FULL_HESSIAN, choices=("auto", "float32", "bfloat16")
     )
     """dtype of the full h; auto: that of the weights, bfloat16 for float16."""
-    zo_perturbation: Literal["auto", "inplace", "layerwise"] = argument("auto")
+    zo_perturbation: str = argument("auto", choices=("auto", "inplace", "layerwise"))
     """inplace: shift the weights and back, which rounds. layerwise: perturb one module at a time in
     scratch memory. auto: layerwise for half precision."""
     zo_num_samples: int = argument(1, at_least=1)
     """Directions a step, averaged: n-SPSA (arXiv 2305.17333). n directions take 2n forward passes,
     and one more for HiZOO."""
-    zo_compile: Literal["auto", "yes", "no"] = argument("auto", decides=RESULT)
+    zo_compile: str = argument("auto", decides=RESULT, choices=("auto", "yes", "no"))
     """Whether torch.compile makes the step's kernels: 10 to 30 seconds in a first run, faster
     steps. Needs a C++ compiler. auto: from 16 million trained weights on."""
-    zo_parallel: Literal["batch", "directions"] = argument("batch", decides=NOTHING)
+    zo_parallel: str = argument("batch", decides=NOTHING, choices=("batch", "directions"))
     """What several processes share. batch: each has --per_device_train_batch_size examples of it.
     directions: each takes some of --zo_num_samples on the whole batch."""
     check_every: int = argument(1000, at_least=1, decides=NOTHING)
@@ -314,8 +307,8 @@ class ZerothOrder:
     non_diff: bool = argument(False, effect=when.WITHOUT_GRADIENT)
     """Train on a metric without a gradient: minus the mean F1 of the generated text, or minus the
     accuracy of options."""
-    non_diff_metric: Literal["f1", "em", "accuracy"] | None = argument(
-        None, effect=when.METRIC_OBJECTIVE
+    non_diff_metric: str | None = argument(
+        None, effect=when.METRIC_OBJECTIVE, choices=("f1", "em", "accuracy")
     )
     """The metric of --non_diff: f1 or em (exact match) for generated text, accuracy for options.
     Default: f1, or accuracy."""

@@ -47,12 +47,12 @@ SYNONYMS = {
     **{"bs": "per_device_train_batch_size", "epochs": "num_train_epochs", "steps": "max_steps"},
     **{"warmup_ratio": "warmup_steps"},
 }
-# The ways to train something else than all weights, and the arguments of each.
+# The ways to train something else than all weights, and what a run's name calls them.
 TUNING_MODES = {
-    "lora": ("lora_r", "lora_alpha"),
-    "prefix_tuning": ("num_prefix", "no_reparam", "prefix_init_by_real_act"),
-    "head_tuning": (),
-    "linear_probing": ("lp_early_stopping",),
+    "lora": "lora",
+    "prefix_tuning": "prefix",
+    "head_tuning": "head",
+    "linear_probing": "probe",
 }
 
 
@@ -90,10 +90,8 @@ class Meaning:
     @property
     def probed(self) -> list[str]:
         """The arguments whose values are measured."""
-        return [name for name, each in OWN.items() if AUTO in each.words and self._is_auto(name)]
-
-    def _is_auto(self, name: str) -> bool:
-        return getattr(self, name) == AUTO
+        may_be = [name for name, each in OWN.items() if AUTO in each.words]
+        return [name for name in may_be if getattr(self, name) == AUTO]
 
     @property
     def result_path(self) -> Path:
@@ -102,14 +100,7 @@ class Meaning:
 
 
 class Values(Meaning):
-    """The values of a command line, as attributes; of what is not given the default.
-
-    Attributes:
-        given: the values that a user or a script gives.
-        given_by_user: the names of those that a user gives.
-        words: of each argument; transformers reads those of the Trainer's others.
-        ignored: published arguments that change nothing here, as they were typed.
-    """
+    """The values of a command line, as attributes; of what is not given the default."""
 
     def __init__(
         self,
@@ -118,8 +109,10 @@ class Values(Meaning):
         words: dict[str, list[str]],
         ignored: list[str],
     ) -> None:
-        self.given, self.given_by_user = given, given_by_user
-        self.words, self.ignored = words, ignored
+        self.given = given  # what a user or a script gives
+        self.given_by_user = given_by_user  # the names of what a user gives
+        self.words = words  # of each argument; transformers reads those of the Trainer's others
+        self.ignored = ignored  # published arguments that change nothing here, as typed
         self.__dict__.update({name: each.default for name, each in DECLARED.items()} | given)
 
 
@@ -160,21 +153,17 @@ class _Reader:
 
     def split(self, words: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
         """Yield the arguments of a command line with the words that follow them."""
-        current: list[str] | None = None
-        option = ""
+        found: list[tuple[str, list[str]]] = []
         for word in words:
-            if not word.startswith("--"):
-                if current is None:
-                    self.problems.append(f"{word}: no argument stands before it")
-                else:
-                    current.append(word)
-                continue
-            if option:
-                yield from self._named(option, current)
-            option, equals, value = word.partition("=")
-            current = [value] if equals else []
-        if option:
-            yield from self._named(option, current)
+            if word.startswith("--"):
+                option, equals, value = word.partition("=")
+                found.append((option, [value] if equals else []))
+            elif found:
+                found[-1][1].append(word)
+            else:
+                self.problems.append(f"{word}: no argument stands before it")
+        for option, values in found:
+            yield from self._named(option, values)
 
     def _named(self, option: str, words: list[str]) -> Iterator[tuple[str, list[str]]]:
         typed = option.removeprefix("--").replace("-", "_")

@@ -26,13 +26,6 @@ NOT_OF_THE_RESULT = {name for name, each in DECLARED.items() if each.decides == 
 # When checkpoints are saved matters where one of them is chosen.
 CHOICE_OF_CHECKPOINT = ("save_strategy", "save_steps")
 GENERATION = [each.name for each in dataclasses.fields(Generation)]
-
-WAYS_OF_TUNING = {
-    "lora": "lora",
-    "prefix_tuning": "prefix",
-    "head_tuning": "head",
-    "linear_probing": "probe",
-}
 # File systems allow 255 bytes; a suffix and a temporary file's name come on top.
 READABLE_CHARACTERS = 120
 
@@ -79,7 +72,7 @@ def default_tag(arguments: Arguments) -> str:
     if arguments.trainer == "none":
         parts += [f"{arguments.num_train}-shot"]
     else:
-        parts += [next((WAYS_OF_TUNING[m] for m in TUNING_MODES if getattr(arguments, m)), "ft")]
+        parts += [next((name for m, name in TUNING_MODES.items() if getattr(arguments, m)), "ft")]
     parts += [arguments.task.reward.name] if arguments.task.reward else []
     parts += ["chat"] if arguments.apply_chat_template else []
     parts += [name for name in ("non_diff", "sfc", "icl_sfc") if getattr(arguments, name)]
