@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -223,6 +224,7 @@ class ZerothOrderTrainer(ObjectiveTrainer):
         return super()._run_state() | {
             "since_log": [self._tr_loss.item(), since_log],
             "noise": noise.VERSION,
+            "optimizer": dataclasses.asdict(self.config),
         }
 
     def _begin(self, saved: dict[str, Any] | None) -> None:

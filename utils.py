@@ -119,6 +119,9 @@ def check_writable(option: str, path: Path, is_folder: bool = False) -> None:
     try:
         if not is_folder and path.is_dir():
             raise InputError(f"{option} {path}: this is a folder; give the name of a file")
+        if not is_folder and path.exists() and not path.is_file():
+            # It would be replaced, /dev/null too.
+            raise InputError(f"{option} {path}: this is a device; give the name of a file")
         existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
         if not existing.is_dir():
             raise InputError(f"{option} {path}: {existing} is a file; give another place")

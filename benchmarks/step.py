@@ -311,7 +311,10 @@ def first_step_memory(optimizer: HiZOO, closure: Callable[[], Any], device: str)
 
     torch.compile's own memory in this process is part of it; a C++ compiler has another process.
     """
-    closure()
+    optimizer.loss_along(closure, 0.0)  # h begins
+    for state in optimizer.state.values():
+        for tensor in state.values():
+            tensor.zero_()  # until it is written to, it takes no memory
     forward = added_memory(closure, device)
     step = added_memory(lambda: optimizer.step(closure), device, warm_up=False)
     return None if step is None or forward is None else step - forward

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,9 @@ def test_check_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         check_writable("--result_file", tmp_path / "file" / "x.json")
     with pytest.raises(InputError, match=r"--output_dir .*is a file; give another place"):
         check_writable("--output_dir", tmp_path / "file", is_folder=True)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="this is a device; give the name of a file"):
+        check_writable("--result_file", tmp_path / "pipe")
     with pytest.raises(InputError, match="this is a folder"):
         check_writable("--result_file", tmp_path)
     with pytest.raises(InputError, match=r"cannot write there \(File name too long\)"):

@@ -15,6 +15,7 @@ from running import (
     finish,
     log_of,
     refused_line,
+    trainer_state,
     training,
     weights,
 )
@@ -23,9 +24,10 @@ from test_families import save_model
 import run
 from language_model.loading import load_model
 from trainer import ZerothOrderTrainer
-from training.journal import read_journal
+from training.journal import FILE, read_journal
 from training.replaying import optimizer_of, play
 from zeroth_order import chunks
+from zeroth_order.config import HiZOOConfig
 
 MODES = {
     "bfloat16": {"load_bfloat16": True},
@@ -156,6 +158,10 @@ def test_log_shows_the_optimizers_scalars(tmp_path: Path) -> None:
     assert all(most > mean > 0 for mean, most in zip(means, largest, strict=True))
     assert len(set(means)) == 6
     assert log_of(folder, "skipped_steps") == [0] * 6
+    kept = trainer_state(folder)["stateful_callbacks"]["RunState"]["attributes"]["optimizer"]
+    journal = read_journal(tmp_path / "out" / FILE)
+    assert HiZOOConfig(**kept) == journal.header.optimizer
+    assert (kept["lr"], kept["hessian_smooth"]) == (1e-4, 1e-2)
 
 
 def test_losses_that_are_not_finite_stop_the_run_with_a_checkpoint(
