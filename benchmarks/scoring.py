@@ -217,9 +217,9 @@ def measure_generation(
 
 def number_tokenizer() -> PreTrainedTokenizerFast:
     """Return a tokenizer whose texts are the tokens' numbers, with a newline."""
-    vocabulary = {str(number): number for number in range(VOCABULARY)}
-    # transformers' search for a stop string looks each token up behind this text.
-    vocabulary |= {"\n": NEWLINE, "abcdef": 3}
+    # transformers' search for a stop string looks each token up behind "abcdef".
+    own = {NEWLINE: "\n", 3: "abcdef"}
+    vocabulary = {own.get(number, str(number)): number for number in range(VOCABULARY)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="abcdef"))
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="2")
 
