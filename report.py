@@ -59,7 +59,11 @@ def make_parser() -> OneLineParser:
 
 
 def load(places: Sequence[Path]) -> list[Outcome]:
-    """Return the runs of files and folders, those of sweeps even without a result."""
+    """Return the runs of files and folders, those of sweeps even without a result.
+
+    Raises:
+        InputError: a place is not there, or holds no result.
+    """
     found: dict[Path, list[Outcome]] = {}
     for place in places:
         if not place.exists():

@@ -60,6 +60,9 @@ class Sweep:
     Args:
         grid: of the runs.
         folder: of their files.
+
+    Raises:
+        InputError: run.py would refuse a run.
     """
 
     def __init__(self, grid: Grid, folder: Path) -> None:
@@ -84,7 +87,11 @@ class Sweep:
         return (*run.words, *words_of(places))
 
     def is_finished(self, run: Run) -> bool:
-        """Whether a run has its result and is not to be repeated."""
+        """Whether a run has its result and is not to be repeated.
+
+        Raises:
+            InputError: the result is one of another model or other data.
+        """
         arguments = self.arguments[run.name]
         if not arguments.result_path.is_file():
             return False

@@ -17,7 +17,11 @@ from utils import InputError, check_writable
 
 @contextlib.contextmanager
 def locked_places(files: Files, has_checkpoints: bool) -> Iterator[None]:
-    """Lock what all runs write; the first process locks it for all."""
+    """Lock what all runs write; the first process locks it for all.
+
+    Raises:
+        InputError: places cannot be written to, or other jobs have them.
+    """
     places = [("--output_dir", folder, True) for folder in files.folders if has_checkpoints]
     places += [("--result_file", files.result, False)]
     places += [("--predictions_file", path, False) for path in files.predictions]
@@ -44,6 +48,9 @@ def locked(option: str, place: Path, is_folder: bool = False) -> Iterator[None]:
     The operating system's lock on the file ``.lock`` in the folder, or ``.NAME.lock`` beside the
     file, ends with the process. A file that a killed process left behind locks nothing. Folders
     that are made here are removed if they are empty at the end.
+
+    Raises:
+        InputError: the place cannot be written to, or another process has locked it.
     """
     check_writable(option, place, is_folder)
     folder = place if is_folder else place.parent

@@ -58,7 +58,11 @@ class TrainedWeights:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> TrainedWeights:
-        """Read settings by their names, those of an earlier run too; others are ignored."""
+        """Read settings by their names, those of an earlier run too; others are ignored.
+
+        Raises:
+            InputError: a value is of another type.
+        """
         kinds = {field.name: type(field.default) for field in dataclasses.fields(cls)[1:]}
         given = {name: settings[name] for name in kinds if settings.get(name) is not None}
         for name, value in given.items():

@@ -50,7 +50,11 @@ class Plan:
 
 
 def make_plan(options: Options, prepared: Prepared) -> Plan:
-    """Return what a run of these options will take."""
+    """Return what a run of these options will take.
+
+    Raises:
+        InputError: there is no such model.
+    """
     model, tokenizer = options.model, prepared.encoder.tokenizer
     config, _ = load_config_and_tokenizer(model.name, model.trust_remote_code)
     with torch.device("meta"):

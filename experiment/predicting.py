@@ -20,7 +20,11 @@ from utils import process_index, write_json_lines
 
 
 def predict_rows(options: Options, file: str) -> None:
-    """Answer every row of a file, and write the answers in its order."""
+    """Answer every row of a file, and write the answers in its order.
+
+    Raises:
+        InputError: the model or the data do not fit, or the answers' file is there already.
+    """
     check_predictions(options.files)
     (path,) = options.files.predictions
     transformers.set_seed(options.weights.seed)

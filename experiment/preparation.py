@@ -34,7 +34,11 @@ class Prepared:
 
 
 def prepare(options: Options) -> Prepared:
-    """Load and check everything but the weights."""
+    """Load and check everything but the weights.
+
+    Raises:
+        InputError: the model, the data or a number does not fit.
+    """
     data = options.data
     encoder = prepare_encoder(options.model, options.weights, data)
     train, validation = load_samples(data.task, data.data_dir)
@@ -42,7 +46,11 @@ def prepare(options: Options) -> Prepared:
 
 
 def prepare_encoder(model: ModelOptions, weights: TrainedWeights, data: DataOptions) -> Encoder:
-    """Load the tokenizer, and return how it makes tokens of samples."""
+    """Load the tokenizer, and return how it makes tokens of samples.
+
+    Raises:
+        InputError: the model or a number does not fit.
+    """
     config, tokenizer = load_config_and_tokenizer(model.name, model.trust_remote_code)
     generation = data.generation
     _check_sizes(config, weights, generation)
@@ -98,7 +106,11 @@ def _check_trained_further(weights: TrainedWeights, adapter: SavedAdapter) -> No
 
 
 def load_pretrained(options: ModelOptions) -> PreTrainedModel | PeftModel:
-    """Load the model anew: each run starts from pre-trained weights, or a saved adapter."""
+    """Load the model anew: each run starts from pre-trained weights, or a saved adapter.
+
+    Raises:
+        InputError: there is no such model, or it does not fit the options.
+    """
     spread, code = options.spread, options.trust_remote_code
     model = load_model(options.name, options.dtype, options.bits, spread, code)
     if options.device and getattr(model, "hf_device_map", None) is None:

@@ -113,7 +113,11 @@ def over_sets(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def earlier_result(files: Files, identity: Identity) -> dict[str, Any] | None:
-    """Return what the very same experiment has written as its result, None if it has not."""
+    """Return what the very same experiment has written as its result, None if it has not.
+
+    Raises:
+        InputError: something else is in the place, and is not to be written over.
+    """
     path = files.result
     if not path.is_file():
         check_predictions(files)

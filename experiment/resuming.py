@@ -61,7 +61,11 @@ def find_start(
     model: PreTrainedModel | PeftModel,
     has_result: bool,
 ) -> Start:
-    """Return where a run begins; an empty ``Start`` to begin anew."""
+    """Return where a run begins; an empty ``Start`` to begin anew.
+
+    Raises:
+        InputError: what is there, or what is asked for, does not belong to this run.
+    """
     if options.weights.mode == "linear_probing":
         return Start()
     is_zo = options.training.zeroth_order is not None
@@ -90,6 +94,9 @@ def find_checkpoint(
     """Return the checkpoint to resume from, checked; None: there is none, or it is not wanted.
 
     ``--overwrite_output_dir`` takes only one that the very same run began and did not finish.
+
+    Raises:
+        InputError: it is damaged, or belongs to another run.
     """
     wanted, identity = options.files.resume_from, options.identity
     if wanted in (None, "true"):
@@ -118,7 +125,11 @@ def find_checkpoint(
 def find_replay(
     options: Options, journal: Journal, checkpoint: Path | None, has_result: bool
 ) -> Replay:
-    """Return what a run takes from its journal; an empty ``Replay`` begins a new journal."""
+    """Return what a run takes from its journal; an empty ``Replay`` begins a new journal.
+
+    Raises:
+        InputError: the journal belongs to another run, and there is no checkpoint of this one.
+    """
     header, identity = journal.header, options.identity
     if options.files.overwrite and not checkpoint:
         is_done = has_result and journal.steps >= header.max_steps
@@ -158,6 +169,9 @@ def check_settings(place: Path, saved: Mapping[str, Any], settings: Mapping[str,
     """Refuse to resume a run with other settings than it was started with.
 
     The state of optimizer and scheduler would bring the old ones back, without a word.
+
+    Raises:
+        InputError: a setting differs.
     """
     for name, then in saved.items():
         if name in settings and settings[name] != then:
@@ -168,7 +182,11 @@ def check_settings(place: Path, saved: Mapping[str, Any], settings: Mapping[str,
 
 
 def check_model(checkpoint: Path, model: PreTrainedModel | PeftModel) -> None:
-    """Refuse a checkpoint of another version or model, or without a state."""
+    """Refuse a checkpoint of another version or model, or without a state.
+
+    Raises:
+        InputError: it is one.
+    """
     kept = run_state(read_trainer_state(checkpoint))
     check_version(checkpoint, kept)
     if not any(checkpoint.glob("optimizer*")) or not (checkpoint / "scheduler.pt").is_file():
@@ -206,7 +224,11 @@ def recording_of(options: Options, start: Start) -> Recording | None:
 
 
 def journal_of_first_process(path: Path) -> Journal | None:
-    """Return the journal that the first process finds."""
+    """Return the journal that the first process finds.
+
+    Raises:
+        InputError: in all processes, where it cannot be read.
+    """
     try:
         return from_first_process(lambda: read_journal(path))
     except InputError as error:

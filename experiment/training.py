@@ -81,7 +81,11 @@ def make_trainer(
     output_dir: Path,
     recording: Recording | None = None,
 ) -> ObjectiveTrainer:
-    """Return what trains ``model`` on a run's examples, with ``recording`` of its journal."""
+    """Return what trains ``model`` on a run's examples, with ``recording`` of its journal.
+
+    Raises:
+        InputError: the model, the machine and the options do not go together.
+    """
     training = options.training
     chosen = choose_objective(options, model, prepared.encoder)
     own = copy.copy(training.own)

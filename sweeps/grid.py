@@ -68,7 +68,11 @@ class Grid:
     further: tuple[str, ...] = ()
 
     def runs(self) -> list[Run]:
-        """Return every run; the last list changes fastest."""
+        """Return every run; the last list changes fastest.
+
+        Raises:
+            InputError: an argument is in two lists, two runs are the same, or a value is invalid.
+        """
         names = [name for choices in self.axes.values() for name in _names_in(choices)]
         if twice := {name for name in names if names.count(name) > 1}:
             raise InputError(f"--{min(twice)} is in the grid twice, in two lists: give it once")
@@ -100,6 +104,9 @@ def read_grid(
         file: in YAML; None: no file.
         lists: lists of the command line by name. They replace the file's.
         further: arguments of run.py for every run. They replace the file's.
+
+    Raises:
+        InputError: there is no such file or argument, or a list is empty or given twice.
     """
     grid = _sort(read_yaml(file) if file else {})
     typed_lists = _sort({name: _entry(name, v) for name, v in lists.items()}).axes

@@ -55,7 +55,11 @@ def at_least_one(text: str) -> int:
 
 
 def read_command_line(argv: Sequence[str]) -> tuple[argparse.Namespace, Grid]:
-    """Return the sweep's own options and its grid."""
+    """Return the sweep's own options and its grid.
+
+    Raises:
+        InputError: a value is missing or wrong, or something is given twice.
+    """
     words, further = list(argv), []
     if "--" in words:
         border = words.index("--")

@@ -102,7 +102,11 @@ def read_record(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def check_record(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse a folder that holds another grid; the same grid may grow or shrink."""
+    """Refuse a folder that holds another grid; the same grid may grow or shrink.
+
+    Raises:
+        InputError: names a run that differs.
+    """
     recorded = read_record(folder)
     words = {name: entry["words"] for name, entry in entries.items()}
     shared = {n for n, entry in recorded.items() if n in words and entry.get("words") == words[n]}
@@ -178,7 +182,11 @@ def name_data(outcomes: Sequence[Outcome]) -> list[Outcome]:
 
 
 def check_distinct(outcomes: Sequence[Outcome]) -> None:
-    """Check that no two runs have the same settings and seeds."""
+    """Check that no two runs have the same settings and seeds.
+
+    Raises:
+        InputError: names the two files.
+    """
     names, first = differing_settings(outcomes), {}
     for each in outcomes:
         same = first.setdefault((each.task, *each.values((*names, *SEEDS))), each)

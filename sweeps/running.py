@@ -67,6 +67,9 @@ class Processes:
     Args:
         jobs: those that wait are started in their order.
         number: of jobs at a time. Each has its share of the cores, and a GPU if there are any.
+
+    Raises:
+        InputError: there are fewer GPUs than jobs at a time.
     """
 
     farewell = "interrupted: the runs save their checkpoints"

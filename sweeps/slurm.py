@@ -54,6 +54,9 @@ class JobArray:
         options: sbatch's, as on its command line.
         folder: of the sweep.
         number: jobs at a time; None: as many as Slurm allows.
+
+    Raises:
+        InputError: submitit is not installed, or Slurm takes no such job.
     """
 
     farewell = "the jobs stay with Slurm (scancel ends them); the same command follows them again"
@@ -116,7 +119,11 @@ def make_executor(folder: Path, parameters: dict[str, Any]) -> submitit.Executor
 
 
 def read_options(text: str) -> dict[str, str | bool]:
-    """Return sbatch's options by name."""
+    """Return sbatch's options by name.
+
+    Raises:
+        InputError: a word is no option, or there is no time limit.
+    """
     words = re.findall(r"--([\w-]+)(?:=(\S+))?(?=\s|$)", text)
     options = {name: value or True for name, value in words}
     if len(words) != len(text.split()) or "time" not in options:

@@ -40,7 +40,12 @@ class Table(NamedTuple):
 def make_table(
     outcomes: Sequence[Outcome], by: str = "task", kind: str = "metric", also: Sequence[str] = ()
 ) -> Table:
-    """Arrange runs; those without a result have empty cells."""
+    """Arrange runs; those without a result have empty cells.
+
+    Raises:
+        InputError: no run has a result, a column would hold several tasks, two runs have the same
+            settings and seed, or none has what is to be shown.
+    """
     tasks = list(dict.fromkeys(each.task for each in outcomes))
     finished = [each for each in outcomes if each.is_finished]
     if not finished:
