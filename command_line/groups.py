@@ -7,6 +7,13 @@ from dataclasses import dataclass
 from command_line import effects as when
 from command_line.declarations import AUTO, NOTHING, RESULT, TRAINING, argument
 
+# Those of transformers, which is not imported here.
+SCHEDULES = (
+    *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant"),
+    *("constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "cosine_with_min_lr"),
+    *("cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy"),
+)
+
 
 @dataclass
 class TaskAndData:
@@ -235,7 +242,7 @@ class Training:
     decay_step: int = argument(0, at_least=0, effect=when.DECAY)
     """Step until which the learning rate stays constant before it decays to 0 at the end of the
     run. 0: the scheduler's own course."""
-    lr_scheduler_type: str = argument("constant", "--zo_lr_scheduler_type")
+    lr_scheduler_type: str = argument("constant", "--zo_lr_scheduler_type", choices=SCHEDULES)
     """Learning-rate schedule of transformers, per step; with warmup_steps constant means
     constant_with_warmup."""
     eval_strategy: str = argument(

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 from running import MODEL, ROOT, SAMPLES, command, finish, refused_line, training
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, SchedulerType
 
 from command_line.arguments import parse_arguments
 from command_line.checks import check
+from command_line.groups import SCHEDULES
 from utils import InputError
 
 REGULAR = {"trainer": "regular", "hessian_smooth_type": None}
@@ -274,6 +275,7 @@ def test_errors_come_before_torch_is_imported(tmp_path: Path) -> None:
         (training(tmp_path, fp16=True), "--fp16"),
         (["--script", "HiZOO.sh", "--lora", "--head_tuning"], "exclude each other"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+        (["--lr_scheduler_type", "linaer"], "--lr_scheduler_type linaer: choose from linear, "),
     ):
         began = time.perf_counter()
         done = subprocess.run(
@@ -286,6 +288,10 @@ def test_errors_come_before_torch_is_imported(tmp_path: Path) -> None:
         assert (done.returncode, done.stdout) == (2, ""), done.stderr
         assert done.stderr.startswith("error: ") and said in done.stderr
         assert time.perf_counter() - began < 1 or os.getloadavg()[0] > 1
+
+
+def test_schedules_are_those_of_transformers() -> None:
+    assert set(SCHEDULES) == {each.value for each in SchedulerType}
 
 
 def without_tokenizer(folder: Path) -> None:
