@@ -40,7 +40,7 @@ from experiment.predicting import predict_rows
 from experiment.preparation import prepare
 from experiment.results import earlier_result, is_wanted_again, summarize
 from experiment.running import Experiment, say
-from experiment.telling import closing_lines, result_lines
+from experiment.telling import result_lines, table
 from language_model.loading import leave_out_loading_bars
 from utils import (
     exit_code,
@@ -64,12 +64,15 @@ def run_experiment(options: Options) -> None:
     runs = zip(experiment.prepared.example_sets, options.files.folders, strict=True)
     results, predictions = zip(*(experiment.run(*each) for each in runs), strict=True)
     if process_index() == 0:
-        result = summarize(options, experiment.prepared, results, experiment.chosen)
+        result = summarize(options, experiment.prepared, results, experiment.used)
         result["seconds"] = round(time.perf_counter() - started, 3)
         for path, rows in zip(options.files.predictions, predictions, strict=False):
             write_json_lines(path, rows)
         write_json(options.files.result, result)
-        say("\n".join(closing_lines(options, result)))
+        if "steps" in result:
+            say("\n".join(table(options.data.task.metric_name, result)))
+        # The metrics of a single run have been printed.
+        say("\n".join(result_lines(options, result, with_metrics="runs" in result)))
 
 
 def run_command_line(argv: Sequence[str]) -> None:

@@ -97,8 +97,8 @@ class Sweep:
             return False
         name_run(arguments)
         options = options_of(arguments)
-        files = dataclasses.replace(options.files, result_option="--output_dir")
-        return bool(earlier_result(files, options.identity)) and not is_wanted_again(files)
+        has_result = earlier_result(options.files, options.identity) is not None
+        return has_result and not is_wanted_again(options.files)
 
     def outcomes(self, run: Run, has_result: bool = True) -> list[Outcome]:
         """Return the results of a run, with the grid's arguments as its settings."""

@@ -96,6 +96,11 @@ class Task:
         return self.template.columns + self.more_text_columns
 
     @property
+    def prompt_columns(self) -> tuple[str, ...]:
+        """Columns that the prompt is made of."""
+        return self.template.columns
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """Every column that an answered row has."""
         answer = (self.answer_column,) if self.answer_column else ()
@@ -124,7 +129,8 @@ class Task:
 
     def kept(self, row: Row, needed: Iterable[str]) -> Row:
         """Return what a sample keeps of its row."""
-        return dict(row) if self.reward else {column: row[column] for column in needed}
+        kept = [*needed, *({"id"} & row.keys())]
+        return dict(row) if self.reward else {column: row[column] for column in kept}
 
     def prompt(self, sample: Sample) -> str:
         """Return the text before the option."""

@@ -183,9 +183,8 @@ def settings_of_a_checkpoint(arguments: Arguments) -> dict[str, Any]:
     reward = arguments.task.reward
     return {
         "trainer": arguments.trainer,
-        "task_name": arguments.task.name,
-        "train_file": arguments.train_file and str(Path(arguments.train_file).resolve()),
-        "model_name": Path(arguments.model_name).name,
+        # The user's own files count by their content.
+        "task_name": arguments.task.name if arguments.task.hub_path else None,
         "reward": reward and f"{reward.file.name}:{reward.name}",
         **_plain_values(arguments, {name for name in names if has_effect(arguments, name)}),
         **batch_and_processes(arguments, "nproc_per_node"),

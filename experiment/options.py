@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from command_line.settings import (
 )
 from language_model.generation import GenerationSettings
 from language_model.loading import choose_dtype
+from task_data.sampling import ExampleSet, draw_example_sets
 from tasks import Task
 from utils import InputError
 from zeroth_order.config import HiZOOConfig
@@ -73,40 +75,17 @@ class TrainedWeights:
 
 
 @dataclass(frozen=True)
-class Draw:
-    """How many examples are drawn, and how: see ``task_data.sampling.draw_example_sets``."""
-
-    num_train: int
-    num_dev: int
-    num_eval: int | None
-    num_train_sets: int | None
-    train_set_seed: int | None
-    in_context: bool
-
-
-@dataclass(frozen=True)
 class DataOptions:
     """Which examples are read and drawn, how they become tokens, and how text is generated."""
 
     task: Task
     data_dir: str | None
-    draw: Draw
+    draw: Callable[..., list[ExampleSet]]  # takes train and validation samples
+    num_train: int
     max_length: int | None
     apply_chat_template: bool
     system_prompt: str | None
     generation: GenerationSettings
-
-
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """What is measured, and what is shown of it."""
-
-    batch_size: int
-    calibration: str | None
-    eval_before_training: bool
-    no_eval: bool
-    quiet: bool
-    verbose: bool
 
 
 @dataclass(frozen=True)
@@ -148,7 +127,6 @@ class Files:
     folders: tuple[Path, ...]  # of each set's checkpoints, journal and model
     result: Path
     predictions: tuple[Path, ...]  # each set's rows; empty: not written
-    result_option: str  # the argument that gives the result another name
     save_model: bool
     merge_adapter: bool
     overwrite: bool
@@ -162,13 +140,13 @@ class Identity:
     experiment: str  # hash of all that changes the result, but its length
     trainer: str
     settings: Mapping[str, Any]  # of the result
-    of_checkpoint: Mapping[str, Any]  # what decides the course of the training
+    course: Mapping[str, Any]  # what decides the course of the training
     length: Mapping[str, float]  # max_steps or num_train_epochs; empty without steps
 
     @property
     def of_run(self) -> dict[str, Any]:
-        """The settings that decide the course of the training, and its length."""
-        return {**self.of_checkpoint, **self.length}
+        """What decides the course of the training, and its length."""
+        return {**self.course, **self.length}
 
 
 @dataclass(frozen=True)
@@ -178,41 +156,56 @@ class Options:
     model: ModelOptions
     weights: TrainedWeights
     data: DataOptions
-    evaluation: EvaluationOptions
     training: TrainingOptions | None
     files: Files
     identity: Identity
+    eval_batch_size: int
+    calibration: str | None
+    eval_before_training: bool
+    no_eval: bool
+    quiet: bool
+    verbose: bool
 
 
 def options_of(arguments: Arguments) -> Options:
     """Return what checked arguments say."""
     trained = arguments.trainer != "none"
-    draw = _taken(Draw, arguments, num_dev=arguments.num_dev or 0, in_context=not trained)
+    draw = functools.partial(
+        draw_example_sets,
+        num_train=arguments.num_train,
+        num_dev=arguments.num_dev or 0,
+        num_eval=arguments.num_eval,
+        num_train_sets=arguments.num_train_sets,
+        train_set_seed=arguments.train_set_seed,
+        in_context=not trained,
+    )
     end_of_text = arguments.eos_token.replace("\\n", "\n")
     generation = _taken(GenerationSettings, arguments, eos_token=end_of_text)
-    return Options(
-        model=ModelOptions(
-            arguments.model_name,
-            choose_dtype(arguments.load_float16, arguments.load_bfloat16),
-            8 if arguments.load_int8 else 4 if arguments.load_int4 else None,
-            not arguments.no_auto_device,
-            None if arguments.fsdp else arguments.device,
-            arguments.trust_remote_code,
-        ),
+    model = ModelOptions(
+        arguments.model_name,
+        choose_dtype(arguments.load_float16, arguments.load_bfloat16),
+        8 if arguments.load_int8 else 4 if arguments.load_int4 else None,
+        not arguments.no_auto_device,
+        None if arguments.fsdp else arguments.device,
+        arguments.trust_remote_code,
+    )
+    identity = Identity(
+        arguments.experiment,
+        arguments.trainer,
+        changed_settings(arguments),
+        settings_of_a_checkpoint(arguments),
+        length_of_run(arguments),
+    )
+    return _taken(
+        Options,
+        arguments,
+        model=model,
         weights=TrainedWeights.of(vars(arguments)),
         data=_taken(DataOptions, arguments, draw=draw, generation=generation),
-        evaluation=_taken(
-            EvaluationOptions, arguments, batch_size=arguments.per_device_eval_batch_size
-        ),
         training=_training_options(arguments) if trained else None,
         files=_files(arguments),
-        identity=Identity(
-            arguments.experiment,
-            arguments.trainer,
-            changed_settings(arguments),
-            settings_of_a_checkpoint(arguments),
-            length_of_run(arguments),
-        ),
+        identity=identity,
+        eval_batch_size=arguments.per_device_eval_batch_size,
     )
 
 
@@ -259,7 +252,6 @@ def _files(arguments: Arguments) -> Files:
         predictions=tuple(
             rows.with_stem(f"{rows.stem}-{name}") if name else rows for name in names if rows
         ),
-        result_option="--result_file" if arguments.result_file else "--tag",
         save_model=arguments.save_model,
         merge_adapter=arguments.merge_adapter,
         overwrite=arguments.overwrite_output_dir,

@@ -71,7 +71,7 @@ def make_plan(options: Options, prepared: Prepared) -> Plan:
             with_trained = choose_trained_weights(empty, weights, tokenizer)
             trained = sum(p.numel() for p in with_trained.parameters() if p.requires_grad)
     samples = _evaluated_samples(options, prepared.example_sets[0])
-    evaluated = math.ceil(samples / options.evaluation.batch_size)
+    evaluated = math.ceil(samples / options.eval_batch_size)
     if prepared.encoder.task.generation:
         evaluated *= 1 + prepared.encoder.max_new_tokens
     sets = len(prepared.example_sets)
@@ -83,7 +83,7 @@ def make_plan(options: Options, prepared: Prepared) -> Plan:
 
 def training_passes(training: TrainingOptions, data: DataOptions) -> tuple[int, int]:
     """Return the forward and the backward passes of training, as the optimizer will count them."""
-    batches = _batches_of_steps(training, data.draw.num_train)
+    batches = _batches_of_steps(training, data.num_train)
     if training.zeroth_order is None:
         return sum(batches), sum(batches)
     config = training.zeroth_order.config
@@ -110,11 +110,11 @@ def _batches_of_steps(training: TrainingOptions, num_train: int) -> list[int]:
 
 def _evaluated_samples(options: Options, examples: ExampleSet) -> int:
     """Return how many samples are scored or generated in all, one of them several times."""
-    evaluation, training = options.evaluation, options.training
+    training = options.training
     if training is None:
         return len(examples.evaluation)
-    number = len(examples.evaluation) * evaluation.eval_before_training
-    number += (len(examples.evaluation) + len(examples.dev)) * (not evaluation.no_eval)
+    number = len(examples.evaluation) * options.eval_before_training
+    number += (len(examples.evaluation) + len(examples.dev)) * (not options.no_eval)
     if options.weights.mode == "linear_probing":
         return number + len(examples.train)
     own, times = training.own, 0

@@ -7,21 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import transformers
 from peft import PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from experiment.options import DataOptions, ModelOptions, Options, TrainedWeights
+from experiment.options import ModelOptions, Options, TrainedWeights
 from language_model.adapters import add_lora, add_prefix, random_tokens, without_adapter
 from language_model.chat import Chat
 from language_model.encoding import Encoder
 from language_model.generation import GenerationSettings, check_generation
 from language_model.head import freeze_all_but_head, head_is_tied, untie_head
 from language_model.loading import choose_max_length, load_config_and_tokenizer, load_model
+from language_model.manifest import MANIFEST, damage
 from language_model.saved_adapters import SavedAdapter
 from task_data.loading import load_samples
-from task_data.sampling import ExampleSet, draw_example_sets
+from task_data.sampling import ExampleSet
+from training.checkpoints import STATE
+from training.processes import from_first_process
 from utils import InputError
 
 
@@ -39,25 +43,27 @@ def prepare(options: Options) -> Prepared:
     Raises:
         InputError: the model, the data or a number does not fit.
     """
-    data = options.data
-    encoder = prepare_encoder(options.model, options.weights, data)
+    encoder, data = prepare_encoder(options), options.data
     train, validation = load_samples(data.task, data.data_dir)
-    return Prepared(encoder, draw_example_sets(train, validation, **vars(data.draw)))
+    return Prepared(encoder, data.draw(train, validation))
 
 
-def prepare_encoder(model: ModelOptions, weights: TrainedWeights, data: DataOptions) -> Encoder:
+def prepare_encoder(options: Options) -> Encoder:
     """Load the tokenizer, and return how it makes tokens of samples.
 
     Raises:
-        InputError: the model or a number does not fit.
+        InputError: the model or a number does not fit, or a checkpoint is damaged.
     """
+    model, weights, data = options.model, options.weights, options.data
+    adapter, generation = SavedAdapter.find(model.name), data.generation
+    for name in [model.name, adapter.base] if adapter else [model.name]:
+        _check_whole(Path(name))
     config, tokenizer = load_config_and_tokenizer(model.name, model.trust_remote_code)
-    generation = data.generation
     _check_sizes(config, weights, generation)
     num_prefix = weights.num_prefix if weights.mode == "prefix_tuning" else 0
-    if adapter := SavedAdapter.find(model.name):
+    if adapter:
         num_prefix = adapter.num_prefix
-        if not data.draw.in_context:
+        if options.training:
             _check_trained_further(weights, adapter)
     # A prefix takes positions of its own before every text.
     max_length = choose_max_length(data.max_length, config) - num_prefix
@@ -72,6 +78,16 @@ def prepare_encoder(model: ModelOptions, weights: TrainedWeights, data: DataOpti
     if data.task.generation:
         check_generation(generation, tokenizer, max_length)
     return Encoder(data.task, tokenizer, max_length, generation.max_new_tokens, chat)
+
+
+def _check_whole(folder: Path) -> None:
+    """Refuse a model that is a damaged checkpoint of ours."""
+    is_checkpoint = (folder / MANIFEST).is_file() and (folder / STATE).is_file()
+    if is_checkpoint and (reason := from_first_process(lambda: damage(folder))):
+        raise InputError(
+            f"--model_name {folder} is a damaged checkpoint: {reason}; give another one, or delete "
+            f"its {MANIFEST} if you have changed the file yourself"
+        )
 
 
 def _check_sizes(

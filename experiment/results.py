@@ -10,19 +10,25 @@ import dataclasses
 import importlib.metadata
 import math
 import platform
-import statistics
+import re
+import resource
+import subprocess
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 from command_line.arguments import Arguments, plain_value
 from command_line.settings import NOT_OF_THE_RESULT
 from experiment.options import Files, Identity, Options
 from experiment.preparation import Prepared
-from experiment.provenance import provenance
 from language_model.prediction import Prediction
 from tasks import Sample, Task
 from utils import InputError, read_json
 
+ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = ("torch", "transformers", "accelerate", "peft", "numpy")
 KINDS_OF_METRICS = ("metric_before_training", "dev_metric", "metric")
 # Names of the losses in the Trainer's log, and in the result.
@@ -36,13 +42,19 @@ USED = ("num_train", "num_dev", "num_eval", "max_length", "hessian_dtype", "zo_p
 def prediction_rows(
     task: Task, samples: Sequence[Sample], predictions: Sequence[Prediction]
 ) -> list[dict[str, Any]]:
-    """Return the rows of ``--predictions_file``: options and scores, or the generated text."""
+    """Return the rows of ``--predictions_file``.
+
+    Each has its file's own ``id`` (or its number), the prompt's columns, and options with scores
+    or the generated text.
+    """
     answers = [prediction.answer for prediction in predictions]
     rewards = task.rewards(answers, samples) if task.reward else [None] * len(answers)
     scored = dataclasses.replace(task, reward=None)
     rows = []
     for sample, prediction, reward in zip(samples, predictions, rewards, strict=True):
-        row: dict[str, Any] = {"id": sample.id, "prediction": prediction.answer}
+        row = {"id": sample.row.get("id", sample.id)}
+        row |= {name: sample.row[name] for name in task.prompt_columns if name != "id"}
+        row["prediction"] = prediction.answer
         if prediction.scores is not None:
             options = [task.option(sample, each).strip() for each in sample.candidates]
             chosen = options[sample.candidates.index(prediction.answer)]
@@ -100,15 +112,45 @@ def summarize(
     }
 
 
+def provenance(device: torch.device | None) -> dict[str, Any]:
+    """Return what a result on a device says about its origin; None: on all GPUs.
+
+    ``peak_memory_mib`` is what torch has allocated at most on this process's GPUs, or all of this
+    process's memory without a GPU.
+    """
+    if torch.cuda.is_available() and (device is None or device.type == "cuda"):
+        gpus = range(torch.cuda.device_count())
+        name = f"{len(gpus)} x {torch.cuda.get_device_name()}".removeprefix("1 x ")
+        peak = sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
+    else:
+        info = Path("/proc/cpuinfo")
+        known = info.is_file() and re.search(r"model name\s*: (.*)", info.read_text("utf-8"))
+        name = known[1] if known else platform.processor() or platform.machine()
+        unit = 1 if platform.system() == "Darwin" else 1024  # macOS counts bytes
+        peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"device": name, "peak_memory_mib": round(peak / 2**20, 1), "commit": commit(ROOT)}
+
+
+def commit(folder: Path) -> str | None:
+    """Return the commit of a repository, with + where files differ from it; None without git."""
+    if not (folder / ".git").exists():
+        return None  # a folder inside another repository is none
+    words = ("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+")
+    command = ["git", "-C", str(folder), *words]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
 def over_sets(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """Return mean and sample standard deviation over at least 2 runs of the metrics they have."""
     outcome = {}
     for kind in (kind for kind in KINDS_OF_METRICS if kind in runs[0]):
         values = {name: [run[kind][name] for run in runs] for name in runs[0][kind]}
-        outcome[kind] = {name: statistics.fmean(numbers) for name, numbers in values.items()}
-        outcome[f"{kind}_std"] = {
-            name: statistics.stdev(numbers) for name, numbers in values.items()
-        }
+        outcome[kind] = {name: float(np.mean(numbers)) for name, numbers in values.items()}
+        outcome[f"{kind}_std"] = {n: float(np.std(each, ddof=1)) for n, each in values.items()}
     return outcome
 
 
@@ -122,12 +164,10 @@ def earlier_result(files: Files, identity: Identity) -> dict[str, Any] | None:
     if not path.is_file():
         check_predictions(files)
         return None
-    result = read_json(path)
-    if not isinstance(result.get("settings"), dict):
-        result = {}
-    if result.get("experiment") == identity.experiment:
-        length = identity.length
-        then = {name: result["settings"].get(name) for name in length}
+    result, length = read_json(path), identity.length
+    settings = result.get("settings")
+    if isinstance(settings, dict) and result.get("experiment") == identity.experiment:
+        then = {name: settings.get(name) for name in length}
         if then == length:
             return result
         # A longer run resumes this one.
@@ -136,25 +176,22 @@ def earlier_result(files: Files, identity: Identity) -> dict[str, Any] | None:
     if files.overwrite:
         return None
     raise InputError(
-        f"{path} is {_other_content(identity, result)}: give another {files.result_option}, or "
-        "--overwrite_output_dir to replace it"
+        f"{path} is {_other_content(identity, settings)}: give another place (--result_file, --tag "
+        "or a sweep's --output_dir), or --overwrite_output_dir to replace it"
     )
 
 
-def _other_content(identity: Identity, result: Mapping[str, Any]) -> str:
+def _other_content(identity: Identity, settings: object) -> str:
     """Return what is in the place of this experiment's result, by a setting if one is known."""
-    trainer = result.get("trainer")
-    if not trainer:
+    if not isinstance(settings, dict) or not settings:
         return "no result of a run"
-    if trainer != identity.trainer:
-        return f"of a run with --trainer {trainer}, not {identity.trainer}"
     # A setting that is not written down has its default.
     defaults = {field.name: plain_value(field.default) for field in dataclasses.fields(Arguments)}
-    then, now = {**defaults, **result["settings"]}, {**defaults, **identity.settings}
-    names = [n for n in {**result["settings"], **identity.settings} if n not in NOT_OF_THE_RESULT]
+    then, now = {**defaults, **settings}, {**defaults, **identity.settings}
+    names = {*settings, *identity.settings} - NOT_OF_THE_RESULT
     # The used values and the length say the least.
-    names.sort(key=lambda name: (name in identity.length, name in USED))
-    for name in names:
+    last = (*identity.length, *USED)
+    for name in sorted(names, key=lambda n: (n != "trainer", n in last, n)):
         asked_for = name not in USED or now.get(name) not in (None, "auto")
         if asked_for and then.get(name) != now.get(name):
             return f"of a run with --{name} {then.get(name)}, not {now.get(name)}"

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import PartialState
 from accelerate.logging import get_logger
 from peft import PeftModel
 from transformers import PreTrainedModel
 
 from experiment.options import Options
+from language_model.encoding import Encoder
 from language_model.manifest import damage
-from language_model.saved_adapters import sums_of_weights
+from task_data.sampling import ExampleSet
+from tasks import Sample, Task
 from training.callbacks import run_state
 from training.checkpoints import (
     ANOTHER,
@@ -24,14 +25,23 @@ from training.checkpoints import (
     read_trainer_state,
 )
 from training.journal import FILE, Journal, read_journal
-from training.optimizers import shapes_of
 from training.processes import from_first_process
-from training.recording import ANOTHER_FOLDER, Recording, Replay
-from utils import InputError
+from training.recording import ANOTHER_FOLDER, Replay, checksum_of
+from utils import InputError, fingerprint
 from zeroth_order import noise
 
 logger = get_logger(__name__)  # of the first process
 JOURNAL_OF_BEFORE = "journal.bin"
+# What decides the course of a training beside its settings, and the words where it differs.
+CONTENTS = {
+    "examples": "other examples than {data} has now",
+    "weights": "other weights than --model_name {model} has now",
+    "tokenizer": "another tokenizer than --model_name {model} has now",
+    "reward_file": "another reward than --reward {reward} is now",
+    "noise": "another version's noise",
+}
+# How the names of schedules begin that do not depend on the length of the run.
+ENDLESS = ("constant", "inverse_sqrt", "reduce_lr_on_plateau", "greedy")
 
 
 @dataclass(frozen=True)
@@ -48,57 +58,61 @@ class Start:
         source = self.checkpoint or (self.journal if self.replay.steps else None)
         return str(source) if source else None
 
-    def lines(self) -> list[str]:
+    def words(self) -> str:
         """Return it in words; none where the run begins anew."""
-        steps = [f"{self.replay.steps:,} steps of {self.journal}"] if self.replay.steps else []
-        sources = [str(self.checkpoint)] if self.checkpoint else []
-        return [f"resuming from {', and '.join(sources + steps)}"] if sources + steps else []
+        steps = f"{self.replay.steps:,} steps of {self.journal}" if self.replay.steps else ""
+        return ", and ".join(filter(None, [self.checkpoint and str(self.checkpoint), steps]))
 
 
-def find_start(
-    options: Options,
-    output_dir: Path,
-    model: PreTrainedModel | PeftModel,
-    has_result: bool,
-) -> Start:
-    """Return where a run begins; an empty ``Start`` to begin anew.
+def with_contents(
+    options: Options, encoder: Encoder, examples: ExampleSet, model: PreTrainedModel | PeftModel
+) -> Options:
+    """Return options whose course has digests of ``CONTENTS``: names of files do not count.
+
+    ``model`` has its pre-trained weights.
+    """
+
+    def digests() -> dict[str, Any]:
+        samples, task = [*examples.train, *examples.dev], encoder.task
+        tokens = [encoder.tokenizer.encode(task.prompt(sample)) for sample in samples]
+        template = encoder.chat and encoder.tokenizer.chat_template
+        return {
+            "examples": _digest([_texts(task, sample) for sample in samples]),
+            "weights": checksum_of(p for p in model.parameters() if not p.is_meta),
+            "tokenizer": _digest([tokens, template]),
+            "reward_file": task.reward and fingerprint([task.reward.file]),
+            "noise": noise.VERSION,
+        }
+
+    # With FSDP other processes may have no weights yet.
+    course = {**options.identity.course, **from_first_process(digests)}
+    return replace(options, identity=replace(options.identity, course=course))
+
+
+def _texts(task: Task, sample: Sample) -> list[Any]:
+    """Return what a training step sees of a sample."""
+    prompt = task.prompt(sample)
+    answers = [task.option(sample, each) for each in sample.candidates or sample.correct]
+    row = sorted(sample.row.items()) if task.reward else None
+    return [prompt, task.messages(prompt, sample), answers, sample.correct, row]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()
+
+
+def find_start(options: Options, output_dir: Path, has_result: bool) -> Start:
+    """Return where a run begins; ``options`` are those of ``with_contents``.
 
     Raises:
         InputError: what is there, or what is asked for, does not belong to this run.
     """
-    if options.weights.mode == "linear_probing":
-        return Start()
-    is_zo = options.training.zeroth_order is not None
-    file, wanted = output_dir / FILE, options.files.resume_from
+    wanted, path = options.files.resume_from, None
+    if options.training.zeroth_order:
+        path = output_dir / FILE
     if wanted == "false":
-        return Start(None, file if is_zo else None)
-    journal = journal_of_first_process(file) if is_zo else None
-    checkpoint = find_checkpoint(options, output_dir, model, has_result)
-    if checkpoint is None and wanted == "true" and journal is None:
-        raise InputError(f"--resume_from_checkpoint: no whole checkpoint in {output_dir}")
-    if not is_zo:
-        return Start(checkpoint)
-    if journal is None:
-        if (output_dir / JOURNAL_OF_BEFORE).exists() and not options.files.overwrite:
-            raise InputError(
-                f"{output_dir / JOURNAL_OF_BEFORE} is the journal of an earlier version, which "
-                f"cannot be resumed; {ANOTHER_FOLDER}"
-            )
-        return Start(checkpoint, file)
-    return Start(checkpoint, file, find_replay(options, journal, checkpoint, has_result))
-
-
-def find_checkpoint(
-    options: Options, output_dir: Path, model: PreTrainedModel | PeftModel, has_result: bool
-) -> Path | None:
-    """Return the checkpoint to resume from, checked; None: there is none, or it is not wanted.
-
-    ``--overwrite_output_dir`` takes only one that the very same run began and did not finish.
-
-    Raises:
-        InputError: it is damaged, or belongs to another run.
-    """
-    wanted, identity = options.files.resume_from, options.identity
+        return Start(None, path)
+    journal = path and journal_of_first_process(path)
     if wanted in (None, "true"):
         checkpoint = last_whole_checkpoint(output_dir)
     else:
@@ -108,119 +122,124 @@ def find_checkpoint(
                 f"--resume_from_checkpoint {wanted} is damaged: {reason}; give another one, or "
                 "leave it out to resume from the newest whole one"
             )
-    if checkpoint is None:
-        return None
-    state = read_trainer_state(checkpoint)
-    settings = run_state(state).get("settings", {})
-    if options.files.overwrite and not wanted:
-        is_done = has_result and state["global_step"] >= state["max_steps"]
-        if is_done or settings != identity.of_run:
-            return None
-    check_settings(checkpoint, settings, identity.of_checkpoint)
-    check_model(checkpoint, model)
-    check_length(checkpoint, state["global_step"], identity.length)
-    return checkpoint
+    if wanted == "true" and not checkpoint and not journal:
+        raise InputError(f"--resume_from_checkpoint: no whole checkpoint in {output_dir}")
+    before = output_dir / JOURNAL_OF_BEFORE
+    if path and not journal and before.exists() and not options.files.overwrite:
+        raise InputError(
+            f"{before} is the journal of an earlier version, which cannot be resumed; "
+            f"{ANOTHER_FOLDER}"
+        )
+    step = _step_of(options, checkpoint, has_result) if checkpoint else 0
+    checkpoint = checkpoint if step else None
+    replay = Replay()
+    if journal:
+        is_finished = has_result and not checkpoint and journal.steps >= journal.header.max_steps
+        settings = {**journal.header.settings, "noise": journal.header.noise}
+        if is_resumed(options, path, settings, is_finished):
+            replay = _replay(options, journal, step)
+        if replay.steps and not checkpoint:
+            _warn_of_another_length(options, path, settings)
+    return Start(checkpoint, path, replay)
 
 
-def find_replay(
-    options: Options, journal: Journal, checkpoint: Path | None, has_result: bool
-) -> Replay:
-    """Return what a run takes from its journal; an empty ``Replay`` begins a new journal.
+def is_resumed(
+    options: Options, place: Path, settings: Mapping[str, Any], is_finished: bool
+) -> bool:
+    """Whether a run resumes from a checkpoint or a journal that is there.
+
+    ``--overwrite_output_dir`` takes only one that the very same run began and did not finish.
 
     Raises:
-        InputError: the journal belongs to another run, and there is no checkpoint of this one.
+        InputError: it belongs to another run: a setting, an example or a weight differs.
     """
-    header, identity = journal.header, options.identity
-    if options.files.overwrite and not checkpoint:
-        is_done = has_result and journal.steps >= header.max_steps
-        if is_done or header.settings != identity.of_run:
-            return Replay()
-    belongs = (
-        header.noise == noise.VERSION
-        and header.settings == header.settings | identity.of_checkpoint
-    )
-    if not belongs:
-        if checkpoint is None:
-            check_settings(journal.path, header.settings, identity.of_checkpoint)
-            raise InputError(f"{journal.path} has another version's noise; {ANOTHER_FOLDER}")
-        return Replay()
-    step = read_trainer_state(checkpoint)["global_step"] if checkpoint else 0
+    identity = options.identity
+    if options.files.overwrite and not options.files.resume_from:
+        return not is_finished and settings == identity.of_run
+    # A setting that is not written down is newer than what is there, and has its default.
+    saved = {**{n: now for n, now in identity.course.items() if n not in CONTENTS}, **settings}
+    different = {n: now for n, now in identity.course.items() if saved.get(n) != now}
+    # Differing settings may well be why the contents differ.
+    words = [f"--{n} {settings[n]}, not {now}" for n, now in different.items() if n not in CONTENTS]
+    if not words:
+        given = identity.settings
+        sources = ("train_file", "data_dir", "task_name")
+        data = next((f"--{name} {given[name]}" for name in sources if given.get(name)), "")
+        known = {"data": data, "model": options.model.name, "reward": given.get("reward")}
+        words = [CONTENTS[name].format(**known) for name in different]
+    if words:
+        raise InputError(f"{place} comes from a run with {', '.join(words)}: {ANOTHER_FOLDER}")
+    return True
+
+
+def _warn_of_another_length(options: Options, place: Path, settings: Mapping[str, Any]) -> None:
+    """Say that the end is another than a straight run's, where a schedule depends on it."""
+    course, length = options.identity.course, options.identity.length
+    then = {name: settings[name] for name in ("max_steps", "num_train_epochs") if name in settings}
+    names = [
+        name
+        for name in ("lr_scheduler_type", "hessian_smooth_type")
+        if not str(course.get(name, "constant")).startswith(ENDLESS)
+    ]
+    names += ["warmup_steps"] if 0 < course.get("warmup_steps", 0) < 1 else []
+    if names and then != length:
+        asked, before = (
+            " ".join(f"--{name} {value:g}" for name, value in each.items())
+            for each in (length, then)
+        )
+        schedules = ", ".join(f"--{name} {course[name]}" for name in names)
+        logger.warning(
+            f"{schedules} depends on the length of a run: {place} had {before}, so the end is not "
+            f"that of a run with {asked} from its start"
+        )
+
+
+def _step_of(options: Options, checkpoint: Path, has_result: bool) -> int:
+    """Return how many steps a checkpoint has; 0: it is not wanted.
+
+    Raises:
+        InputError: it belongs to another run, or has no state.
+    """
+    state = read_trainer_state(checkpoint)
+    kept, step = run_state(state), state["global_step"]
+    if not options.files.overwrite:
+        check_version(checkpoint, kept)
+    is_finished = has_result and step >= state["max_steps"]
+    if not is_resumed(options, checkpoint, kept.get("settings", {}), is_finished):
+        return 0
+    if not any(checkpoint.glob("optimizer*")) or not (checkpoint / "scheduler.pt").is_file():
+        raise InputError(f"{checkpoint} has no state of an optimizer and a scheduler; {ANOTHER}")
+    _check_length(options, checkpoint, step)
+    _warn_of_another_length(options, checkpoint, kept["settings"])
+    return step
+
+
+def _replay(options: Options, journal: Journal, step: int) -> Replay:
+    """Return what a run takes from its journal after ``step`` steps."""
+    path, header = journal.path, journal.header
     if options.files.resume_from not in (None, "true"):
         # Who names a checkpoint wants to resume there.
         return Replay(begins_at=journal.end_of(step))
     if step < header.step:
         logger.warning(
-            f"{journal.path} begins with step {header.step}, whose checkpoint is gone: a new one"
+            f"{path} begins with step {header.step}, whose checkpoint is gone: a new one"
         )
         return Replay()
     rows, end = journal.after(step)
     replay = Replay(rows, end, header.start if step == header.step else None)
     if replay.steps:
-        check_length(journal.path, step + replay.steps, identity.length)
+        _check_length(options, path, step + replay.steps)
     if end < journal.ends[-1]:
-        after = step + replay.steps
         logger.warning(
-            f"{journal.path} is damaged after step {after}: what follows is computed again"
+            f"{path} is damaged after step {step + replay.steps}: what follows is computed again"
         )
     return replay
 
 
-def check_settings(place: Path, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Refuse to resume a run with other settings than it was started with.
-
-    The state of optimizer and scheduler would bring the old ones back, without a word.
-
-    Raises:
-        InputError: a setting differs.
-    """
-    for name, then in saved.items():
-        if name in settings and settings[name] != then:
-            raise InputError(
-                f"{place} comes from a run with --{name} {then}, not {settings[name]}: "
-                f"{ANOTHER_FOLDER}"
-            )
-
-
-def check_model(checkpoint: Path, model: PreTrainedModel | PeftModel) -> None:
-    """Refuse a checkpoint of another version or model, or without a state.
-
-    Raises:
-        InputError: it is one.
-    """
-    kept = run_state(read_trainer_state(checkpoint))
-    check_version(checkpoint, kept)
-    if not any(checkpoint.glob("optimizer*")) or not (checkpoint / "scheduler.pt").is_file():
-        raise InputError(f"{checkpoint} has no state of an optimizer and a scheduler; {ANOTHER}")
-    saved, here = kept["parameters"], shapes_of(model)
-    for name in sorted(saved.keys() | here.keys()):
-        if saved.get(name) != here.get(name):
-            raise InputError(
-                f"{checkpoint} is a checkpoint of another model: {name} is "
-                f"{saved.get(name, 'missing')} there and {here.get(name, 'missing')} in this "
-                f"model; {ANOTHER}"
-            )
-
-
-def check_length(place: Path, steps: int, length: Mapping[str, float]) -> None:
-    """Raise InputError if a checkpoint or a journal has more steps than the run."""
-    max_steps = length.get("max_steps")
+def _check_length(options: Options, place: Path, steps: int) -> None:
+    max_steps = options.identity.length.get("max_steps")
     if max_steps and steps > max_steps:
         raise InputError(f"{place} has more than --max_steps {max_steps}: {ANOTHER_FOLDER}")
-
-
-def recording_of(options: Options, start: Start) -> Recording | None:
-    """Return what writes a run's journal, and replays it; None where there is none."""
-    if start.journal is None:
-        return None
-    header: dict[str, Any] = {}
-    if start.replay.begins_at is None and PartialState().is_main_process:
-        model, identity = options.model, options.identity
-        header = {
-            "model": {"name": model.name, "sha256": sums_of_weights(model.name)},
-            "settings": identity.of_run,
-            "versions": {"torch": torch.__version__},
-        }
-    return Recording(start.journal, header, start.replay, options.training.check_every)
 
 
 def journal_of_first_process(path: Path) -> Journal | None:

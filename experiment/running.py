@@ -12,20 +12,20 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from experiment.options import Options
+from experiment.predicting import answers
 from experiment.preparation import Prepared, choose_trained_weights, load_pretrained
 from experiment.results import history, prediction_rows
-from experiment.resuming import Start, find_start, journal_of_first_process, recording_of
+from experiment.resuming import Start, find_start, journal_of_first_process, with_contents
 from experiment.telling import describe, example_lines, metric_names
-from experiment.training import chosen_by_optimizer, make_trainer, save_trained
+from experiment.training import make_trainer, save_trained, used_by_optimizer
 from language_model.head import fit_head
 from language_model.precision import advice_for_losses
-from language_model.prediction import Prediction, predict
+from language_model.prediction import Prediction
 from task_data.sampling import ExampleSet
 from tasks import Sample
 from training.callbacks import SaveOnInterrupt
 from training.checkpoints import RemoveEarlierCheckpoints, last_checkpoint, write_together
 from training.journal import FILE
-from training.objective_trainer import ObjectiveTrainer
 from training.replaying import return_to
 from training.scales import ChooseScales
 from utils import Diverged, Interrupted, process_index
@@ -35,67 +35,61 @@ Model = PreTrainedModel | PeftModel
 
 @dataclass
 class Experiment:
-    """What all runs share; ``chosen`` is what training made of settings that may be "auto"."""
+    """What all runs share; ``used`` is what training made of settings that may be "auto"."""
 
     options: Options
     prepared: Prepared
     has_result: bool
-    chosen: dict[str, Any] = field(default_factory=dict)
+    used: dict[str, Any] = field(default_factory=dict)
 
     def run(self, examples: ExampleSet, folder: Path) -> tuple[dict[str, Any], list[dict]]:
         """Evaluate, or train and evaluate; returns the results and the rows of predictions."""
-        evaluation, encoder = self.options.evaluation, self.prepared.encoder
+        options, encoder = self.options, self.prepared.encoder
         evaluated = (examples.evaluation, examples.demonstrations)
         result: dict[str, Any] = {"train_set_seed": examples.seed}
-        model = load_pretrained(self.options.model)
-        if self.options.training:
-            pretrained, weights = model, self.options.weights
+        model, start = load_pretrained(options.model), None
+        if options.training:
+            pretrained, weights = model, options.weights
+            if weights.mode != "linear_probing":
+                options = with_contents(options, encoder, examples, model)
+                start = find_start(options, folder, self.has_result)
+                if start.source:
+                    say(f"resuming from {start.words()}")
             model = choose_trained_weights(model, weights, encoder.tokenizer, say)
-            start = find_start(self.options, folder, model, self.has_result)
-            for line in start.lines():
-                say(line)
-            if evaluation.eval_before_training:
+            if options.eval_before_training:
                 kind = "metric_before_training"
                 result[kind], _ = self.evaluate(kind, pretrained, *evaluated)
-            if weights.mode == "linear_probing":
-                result |= self.fit_head(model, examples, folder)
+            if start:
+                result |= self.train(options, model, examples, folder, start)
             else:
-                result |= self.train(model, examples, folder, start)
-            if evaluation.no_eval:
+                result |= self.fit_head(model, examples, folder)
+            if options.no_eval:
                 return result, []
             if dev := examples.dev:
                 result["dev_metric"], _ = self.evaluate("dev_metric", model, dev, [[]] * len(dev))
         result["metric"], predictions = self.evaluate("metric", model, *evaluated)
-        if evaluation.verbose:
-            for line in example_lines(encoder, examples, predictions):
-                say(line)
+        if options.verbose:
+            say("\n".join(example_lines(encoder, examples, predictions)))
         return result, prediction_rows(encoder.task, examples.evaluation, predictions)
 
     def evaluate(
         self, kind: str, model: Model, samples: list[Sample], shown: list[list[Sample]]
     ) -> tuple[dict[str, float], list[Prediction]]:
         """Return the task's metrics and every prediction; ``shown`` before each sample."""
-        options, encoder = self.options.evaluation, self.prepared.encoder
-        name = metric_names(self.options)[kind]
-        predictions = predict(
-            *(model, encoder, samples, shown, options.batch_size, options.calibration),
-            generation=self.options.data.generation,
-            progress=None if options.quiet else name,
-        )
+        name, encoder = metric_names(self.options)[kind], self.prepared.encoder
+        predictions = answers(self.options, encoder, model, samples, shown, name)
         metrics = encoder.task.score([prediction.answer for prediction in predictions], samples)
         say(f"{name}: {describe(metrics)} ({len(samples)} examples)")
         return metrics, predictions
 
     def train(
-        self, model: Model, examples: ExampleSet, folder: Path, start: Start
+        self, options: Options, model: Model, examples: ExampleSet, folder: Path, start: Start
     ) -> dict[str, Any]:
         """Train ``model`` in place; returns steps, seconds and losses."""
-        options, training, files = self.options, self.options.training, self.options.files
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        recording = recording_of(options, start)
-        trainer = make_trainer(options, model, self.prepared, examples, folder, recording)
-        interrupt, checkpoint = SaveOnInterrupt(), start.checkpoint
-        probe = None
+        training, files, checkpoint = options.training, options.files, start.checkpoint
+        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        trainer = make_trainer(options, model, self.prepared, examples, folder, start)
+        probe, interrupt = None, SaveOnInterrupt()
         if any(training.measured):
             probe = ChooseScales(trainer.loss_along, trainer.recording, *training.measured, folder)
             trainer.add_callback(probe)
@@ -103,42 +97,36 @@ class Experiment:
             trainer.add_callback(RemoveEarlierCheckpoints())
         if training.save_on_interrupt:
             trainer.add_callback(interrupt)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        self.chosen = chosen_by_optimizer(trainer.optimizer)
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        self.used = used_by_optimizer(trainer.optimizer)
         # Metrics come from the model's own dtype, not from mixed precision.
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        self.check_end(trainer, interrupt.received, folder)
-        state = trainer.state
+        state, last = trainer.state, last_checkpoint(folder)
+        place = f"stopped after step {state.global_step}, checkpoint in {last}"
+        if interrupt.received:
+            raise Interrupted(f"{interrupt.received}: {place}; the same command resumes there")
+        if reason := trainer.divergence.reason:
+            from_the_start = state.global_step <= training.max_skipped_steps
+            raise Diverged(f"{reason}: {place}; {advice_for_losses(trainer.model, from_the_start)}")
         if training.replays_best and state.best_global_step:
             self.return_to_best(model, folder, state.best_global_step)
         if files.save_model:
             save_trained(trainer, folder, files.merge_adapter)
             say(f"model: {folder}")
-        best = state.best_model_checkpoint or last_checkpoint(folder)
+        best = state.best_model_checkpoint or last
         if best:
             say(f"checkpoint: {best}")
         return {
-            "trained_parameters": trained,
+            "trained_parameters": parameters,
             "steps": state.global_step,
             "train_seconds": trainer.costs.seconds,
             **trainer.costs.passes(),
             "resumed_from": start.source,
-            "checkpoint": str(best) if best else None,
+            "checkpoint": best and str(best),
             **({"best_step": state.best_global_step} if training.replays_best else {}),
             **({"probe": probe.found} if probe else {}),
             "history": history(state.log_history, options.data.task.metric_name),
         }
-
-    def check_end(self, trainer: ObjectiveTrainer, received: str | None, folder: Path) -> None:
-        """Raise what ended the training before its last step."""
-        step = trainer.state.global_step
-        place = f"stopped after step {step}, checkpoint in {last_checkpoint(folder)}"
-        if received:
-            raise Interrupted(f"{received}: {place}; the same command resumes there")
-        if trainer.divergence.reason:
-            from_the_start = step <= self.options.training.max_skipped_steps
-            advice = advice_for_losses(trainer.model, from_the_start)
-            raise Diverged(f"{trainer.divergence.reason}: {place}; {advice}")
 
     def return_to_best(self, model: Model, folder: Path, step: int) -> None:
         """Give ``model`` the weights of the best step, from its journal."""
@@ -156,7 +144,7 @@ class Experiment:
             model,
             encoder.tokenizer,
             [encoder.correct_option(sample) for sample in examples.train],
-            options.evaluation.batch_size,
+            options.eval_batch_size,
             options.weights.lp_early_stopping,
         )
 

@@ -14,12 +14,11 @@ from task_data.sampling import ExampleSet
 SHOWN_EXAMPLES = 3
 # Losses rise by as much by chance: a small batch can be hard, the dev examples are the same.
 NOISE = {"loss": 1.0, "dev_loss": 0.1}
-LOWER = "lower --learning_rate"
 
 
 def metric_names(options: Options) -> dict[str, str]:
     """Return what the metrics are called, by their kinds."""
-    after = "in-context" if options.data.draw.num_train else "zero-shot"
+    after = "in-context" if options.data.num_train else "zero-shot"
     words = ("zero-shot", "dev", "test" if options.training else after)
     metric = options.data.task.metric_name
     return {kind: f"{name} {metric}" for kind, name in zip(KINDS_OF_METRICS, words, strict=True)}
@@ -46,47 +45,38 @@ def example_lines(
             yield f"  {encoder.task.option(sample, candidate)!r}: {score:.4f}"
 
 
-def closing_lines(options: Options, result: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is left to say when a result is written: a single run's metrics are printed."""
-    if "steps" in result:
-        yield from _table(options.data.task.metric_name, result)
-    yield from result_lines(options, result) if "runs" in result else _last_lines(options, result)
-
-
-def _table(metric: str, result: Mapping[str, Any]) -> list[str]:
-    """Return a training run at a glance: a line of names, and below each its value."""
+def table(metric: str, result: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a training run at a glance: a line of names, and below each its value."""
     cells = {
         f"{title} {metric}": f"{result[kind][metric]:.4f}"
         for kind, title in zip(KINDS_OF_METRICS, ("before", "dev", "test"), strict=True)
         if kind in result
     }
-    for name in ("steps", "forward_passes", "backward_passes"):
-        if name in result:
-            cells[name.replace("_", " ")] = f"{result[name]:,}"
+    counts = ("steps", "forward_passes", "backward_passes")
+    cells |= {n.replace("_", " "): f"{result[n]:,}" for n in counts if n in result}
     cells["training"] = f"{result['train_seconds']:.1f} s"
     cells["all"] = f"{result['seconds']:.1f} s"
     cells["memory"] = f"{result['peak_memory_mib']:,.0f} MiB"
     widths = [max(map(len, pair)) for pair in cells.items()]
-    rows = (cells.keys(), cells.values())
-    return ["  ".join(f"{c:>{w}}" for c, w in zip(row, widths, strict=True)) for row in rows]
+    for row in (cells.keys(), cells.values()):
+        yield "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
 
 
-def result_lines(options: Options, result: Mapping[str, Any]) -> Iterator[str]:
+def result_lines(
+    options: Options, result: Mapping[str, Any], with_metrics: bool = True
+) -> Iterator[str]:
     """Yield a whole result in words: its metrics, what is wrong with it, and where it lies."""
+    runs = result.get("runs", [result])
     for kind, name in metric_names(options).items():
-        if kind in result:
-            line = f"{name}: {describe(result[kind])}"
+        if with_metrics and kind in result:
+            spread = ""
             if f"{kind}_std" in result:
-                line += f" (mean of {len(result['runs'])} sets, standard deviation "
-                line += f"{describe(result[f'{kind}_std'])})"
-            yield line
-    yield from _last_lines(options, result)
-
-
-def _last_lines(options: Options, result: Mapping[str, Any]) -> Iterator[str]:
-    for run in result.get("runs", [result]):
+                deviation = describe(result[f"{kind}_std"])
+                spread = f" (mean of {len(runs)} sets, standard deviation {deviation})"
+            yield f"{name}: {describe(result[kind])}{spread}"
+    for run in runs:
         for line in concerns(run):
-            yield f"set {run['train_set_seed']}: {line}" if "runs" in result else line
+            yield f"set {run['train_set_seed']}: {line}" if len(runs) > 1 else line
     yield f"result: {options.files.result}"
 
 
@@ -96,21 +86,19 @@ def concerns(result: Mapping[str, Any]) -> Iterator[str]:
     Dev losses count where there are any, training losses otherwise. They diverged if they end above
     the first by more than the first itself, and by more than ``NOISE``.
     """
-    losses = result.get("history", {})
-    name = next((name for name in ("dev_loss", "loss") if losses.get(name)), None)
-    values = [*losses[name].values()] if name else []
+    losses, way_out = result.get("history", {}), "lower --learning_rate"
+    name = "dev_loss" if losses.get("dev_loss") else "loss"
+    values, words = list(losses.get(name, {}).values()), name.replace("_", " ")
     if len(values) > 1 and values[0] is not None:
         first, last = values[0], values[-1]
-        words = name.replace("_", " ")
         if last is None:
-            yield f"warning: the last {words} is not finite (the first: {first:.4g}); {LOWER}"
+            yield f"warning: the last {words} is not finite (the first: {first:.4g}); {way_out}"
         elif last - first > max(abs(first), NOISE[name]):
-            yield f"warning: the {words} went up from {first:.4g} to {last:.4g}; {LOWER}"
+            yield f"warning: the {words} went up from {first:.4g} to {last:.4g}; {way_out}"
     before, after = result.get("metric_before_training"), result.get("metric")
-    if before and after:
-        metric = next(iter(before))
-        if after[metric] < before[metric]:
-            yield (
-                f"warning: the {metric} of {after[metric]:.4f} is below that before training, "
-                f"{before[metric]:.4f}; {LOWER}"
-            )
+    metric = next(iter(before or ()), None)
+    if before and after and after[metric] < before[metric]:
+        yield (
+            f"warning: the {metric} of {after[metric]:.4f} is below that before training, "
+            f"{before[metric]:.4f}; {way_out}"
+        )

@@ -14,7 +14,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from experiment.options import Options
+from experiment.predicting import answers
 from experiment.preparation import Prepared
+from experiment.resuming import Start
 from hizoo import HiZOO
 from language_model.adapters import save_merged
 from language_model.encoding import Encoder
@@ -28,7 +30,6 @@ from language_model.objectives import (
     negative_accuracy,
 )
 from language_model.packing import collate
-from language_model.prediction import predict
 from language_model.shared_tokens import can_share_prompt
 from task_data.sampling import ExampleSet
 from tasks import Sample
@@ -79,14 +80,14 @@ def make_trainer(
     prepared: Prepared,
     examples: ExampleSet,
     output_dir: Path,
-    recording: Recording | None = None,
+    start: Start | None = None,
 ) -> ObjectiveTrainer:
-    """Return what trains ``model`` on a run's examples, with ``recording`` of its journal.
+    """Return what trains ``model`` on a run's examples; with ``start`` it keeps a journal.
 
     Raises:
         InputError: the model, the machine and the options do not go together.
     """
-    training = options.training
+    training, identity = options.training, options.identity
     chosen = choose_objective(options, model, prepared.encoder)
     own = copy.copy(training.own)
     own.output_dir = str(output_dir)
@@ -100,30 +101,34 @@ def make_trainer(
         "data_collator": chosen.collate,
         "decay_step": training.decay_step,
         "max_skipped_steps": training.max_skipped_steps,
-        "dev_metric": dev_metric(options, prepared, examples.dev),
-        "quiet": options.evaluation.quiet,
-        "settings": options.identity.of_run,
+        "dev_metric": dev_metric(options, prepared.encoder, examples.dev),
+        "quiet": options.quiet,
+        "settings": identity.of_run,
     }
-    if training.zeroth_order:
-        return ZerothOrderTrainer(**vars(training.zeroth_order), recording=recording, **shared)
-    return ObjectiveTrainer(**shared)
+    if not training.zeroth_order:
+        return ObjectiveTrainer(**shared)
+    recording = None
+    if start:
+        header = {
+            "model": {"name": options.model.name},
+            "settings": identity.of_run,
+            "versions": {"torch": torch.__version__},
+        }
+        recording = Recording(start.journal, header, start.replay, training.check_every)
+    return ZerothOrderTrainer(**vars(training.zeroth_order), recording=recording, **shared)
 
 
 def dev_metric(
-    options: Options, prepared: Prepared, dev: list[Sample]
+    options: Options, encoder: Encoder, dev: list[Sample]
 ) -> Callable[[PreTrainedModel], dict[str, float]] | None:
     """Return what measures the task's metrics on the dev set; None: they are not asked for."""
     if not options.training.wants_dev_metric or not dev:
         return None
-    task, evaluation = prepared.encoder.task, options.evaluation
 
     def measure(model: PreTrainedModel) -> dict[str, float]:
-        predictions = predict(
-            *(model, prepared.encoder, dev, [()] * len(dev), evaluation.batch_size),
-            generation=options.data.generation,
-            progress=None if evaluation.quiet else f"dev {task.metric_name}",
-        )
-        return task.score([prediction.answer for prediction in predictions], dev)
+        label = f"dev {encoder.task.metric_name}"
+        predictions = answers(options, encoder, model, dev, [[]] * len(dev), label)
+        return encoder.task.score([prediction.answer for prediction in predictions], dev)
 
     return measure
 
@@ -143,11 +148,8 @@ def save_trained(trainer: ObjectiveTrainer, folder: Path, merge: bool) -> None:
     write_together(folder, write)
 
 
-def chosen_by_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, str | None]:
-    """Return what HiZOO has made of settings that may be "auto"; nothing for other optimizers.
-
-    ``hessian_dtype`` is that of the full h, None if there is none.
-    """
+def used_by_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, str | None]:
+    """Return what HiZOO has made of settings that may be "auto"; nothing for other optimizers."""
     if not isinstance(optimizer, HiZOO):
         return {}
     full = (state.get("hessian_minus_one") for state in optimizer.state.values())

@@ -46,6 +46,15 @@ class Columns:
     by_number: bool = False
     from_messages: bool = False
 
+    @property
+    def of_prompt(self) -> tuple[str, ...]:
+        """The columns that the prompt is made of."""
+        if self.from_messages:
+            return ("messages",)
+        if self.template:
+            return tuple(dict.fromkeys(_FIELD.findall(self.template)))
+        return (self.text or "prompt",)
+
     def looked_up(self, file: Path, row: Row) -> Columns:
         """Return the columns with what the first of the user's files, and its first row, say."""
         if not (self.text or self.label or self.template or self.answer):

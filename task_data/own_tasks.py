@@ -32,6 +32,11 @@ class OwnTask(Task):
         """The file whose first row says whether there are options."""
         return self.train_file or self.validation_file
 
+    @property
+    def prompt_columns(self) -> tuple[str, ...]:
+        """Columns of the user's file that the prompt is made of."""
+        return self.own_columns.of_prompt
+
     def rows(self, path: Path) -> Iterator[PlacedRow]:
         """Yield the rows of a file, each with what it has of prompt, options and answer."""
         is_csv = path.suffix.lower() == ".csv"

@@ -138,8 +138,7 @@ def test_checkpoint_of_another_model_is_refused(
     finish(short_training(tmp_path, model_name=tmp_path / "2/model"))
     (tmp_path / "result.json").unlink()
     argv = short_training(tmp_path, model_name=tmp_path / "3/model", max_steps=3)
-    words = ("is a checkpoint of another model: model.decoder.layers.2.", "is missing there")
-    assert_refused(argv, capsys, *words)
+    assert_refused(argv, capsys, f"other weights than --model_name {tmp_path}/3/model has now")
     checkpoint = tmp_path / "out/checkpoint-2"
     (checkpoint / "scheduler.pt").unlink()
     (checkpoint / MANIFEST).unlink()

@@ -7,14 +7,23 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from running import ROOT, command, contents, finish, refused_line, small_model, training
+from running import (
+    ROOT,
+    SAMPLES,
+    command,
+    contents,
+    finish,
+    refused_line,
+    small_model,
+    training,
+)
 
 import run
 from command_line.arguments import parse_arguments
@@ -22,11 +31,10 @@ from command_line.settings import name_run
 from experiment import running
 from experiment.folders import locked
 from experiment.options import options_of
-from experiment.provenance import commit
-from experiment.results import history, over_sets
-from experiment.resuming import find_checkpoint
+from experiment.preparation import load_pretrained, prepare
+from experiment.results import commit, history, over_sets
+from experiment.resuming import find_start, with_contents
 from experiment.telling import concerns
-from language_model.loading import load_model
 from trainer import ZerothOrderTrainer
 
 SHORT = {"max_steps": 2, "num_train": 4, "per_device_train_batch_size": 2}
@@ -43,38 +51,38 @@ def run_again(
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("trained", [False, True], ids=["evaluation", "training"])
 def test_result_that_is_there_is_shown(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    trained: bool,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    more = {**SHORT, "no_eval": None, "output_dir": None, "result_file": None, "save_steps": 1}
-    argv = training(tmp_path, **more) if trained else command()
-    assert run.main(argv) == 0
-    lines = capsys.readouterr().out.splitlines()
-    (path,) = Path("result").glob("*.json")
-    before, written = json.loads(path.read_text()), contents(tmp_path)
-    shown = run_again(argv, monkeypatch, capsys).splitlines()
-    assert shown[0] == (
-        "these settings have a result already (--overwrite_output_dir makes it anew)"
-    )
-    assert sum(line.startswith(shown[-2]) for line in lines) == 1 and shown[-1] == lines[-1]
-    assert contents(tmp_path) == written
-    # Files that are asked for later are written, from what is there.
-    assert run.main([*argv, "--predictions_file", "rows.jsonl"]) == 0
-    assert len(Path("rows.jsonl").read_text().splitlines()) == 6
-    after = json.loads(path.read_text())
-    assert after["metric"] == before["metric"]
-    if trained:
-        # Without the time that writing the last checkpoint took.
-        assert after["train_seconds"] > before["train_seconds"] / 2
-        assert after["resumed_from"] and after["history"] == before["history"]
-    assert run.main([*argv, "--overwrite_output_dir"]) == 0
-    anew = json.loads(path.read_text())
-    assert anew["metric"] == before["metric"] and not anew.get("resumed_from")
+    for trained in (False, True):
+        folder = tmp_path / str(trained)
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        capsys.readouterr()
+        more = {**SHORT, "no_eval": None, "output_dir": None, "result_file": None, "save_steps": 1}
+        argv = training(folder, **more) if trained else command()
+        assert run.main(argv) == 0
+        lines = capsys.readouterr().out.splitlines()
+        (path,) = Path("result").glob("*.json")
+        before, written = json.loads(path.read_text()), contents(folder)
+        shown = run_again(argv, monkeypatch, capsys).splitlines()
+        assert shown[0] == (
+            "these settings have a result already (--overwrite_output_dir makes it anew)"
+        )
+        assert sum(line.startswith(shown[-2]) for line in lines) == 1 and shown[-1] == lines[-1]
+        assert contents(folder) == written
+        # Files that are asked for later are written, from what is there.
+        assert run.main([*argv, "--predictions_file", "rows.jsonl"]) == 0
+        assert len(Path("rows.jsonl").read_text().splitlines()) == 6
+        after = json.loads(path.read_text())
+        assert after["metric"] == before["metric"]
+        if trained:
+            # Without the time that writing the last checkpoint took.
+            assert after["train_seconds"] > before["train_seconds"] / 2
+            assert after["resumed_from"] and after["history"] == before["history"]
+        assert run.main([*argv, "--overwrite_output_dir"]) == 0
+        anew = json.loads(path.read_text())
+        assert anew["metric"] == before["metric"] and not anew.get("resumed_from")
 
 
 def test_other_results_and_predictions_in_the_way(
@@ -92,7 +100,7 @@ def test_other_results_and_predictions_in_the_way(
         (training(tmp_path, **SHORT), "with --trainer none, not zo: "),
     ):
         line = refused_line(other, capsys, tmp_path)
-        assert part in line and "give another --result_file, or --overwrite_output_dir" in line
+        assert part in line and "give another place (--result_file, " in line
     for text in ("", "[]", '{"experiment": "1"}', '{"settings": {}}'):
         file.write_text(text)
         assert f"{file} is no result of a run: " in refused_line(argv, capsys, tmp_path)
@@ -104,14 +112,84 @@ def test_other_results_and_predictions_in_the_way(
     assert rows.read_text() == "mine"
 
 
-def test_a_shorter_run_does_not_replace_a_longer_one(
+def test_runs_of_another_length(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A longer run resumes, and is told where its schedule has another course; no shorter one."""
+    linear = {"lr_scheduler_type": "linear"}
+    in_journal = {"save_strategy": "no", "save_steps": None}
+    for name, (schedule, told) in {
+        "none": ({}, ""),
+        "journal": ({**in_journal}, ""),
+        "rate": (linear, "--lr_scheduler_type linear depends"),
+        "rate in a journal": (linear | in_journal, "--lr_scheduler_type linear depends"),
+        "warmup": ({"warmup_steps": 0.5}, "--warmup_steps 0.5 depends"),
+        "smoothing": ({"hessian_smooth_type": "cosine1e-2"}, "_smooth_type cosine1e-2 depends"),
+        "AdamW": ({"trainer": "regular", **linear}, "--lr_scheduler_type linear depends"),
+    }.items():
+        folder, caplog_before = tmp_path / name, len(caplog.messages)
+        more = SHORT | {"save_steps": 1} | schedule
+        finish(training(folder, **more))
+        shorter = training(folder, **more | {"max_steps": 1})
+        assert "--max_steps 2, not 1: " in refused_line(shorter, capsys, folder)
+        longer = finish(training(folder, **more | {"max_steps": 3}))
+        assert longer["steps"] == 3 and longer["resumed_from"], name
+        lines = [m for m in caplog.messages[caplog_before:] if "depend" in m]
+        assert len(lines) == bool(told) and all(told in line for line in lines), name
+        for line in lines:
+            assert f"{folder}/out/" in line and "had --max_steps 2, " in line, name
+            assert "a run with --max_steps 3 from its start" in line, name
+
+
+def test_what_was_trained_on_counts_by_its_content(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    finish(training(tmp_path, **SHORT, save_strategy="no", save_steps=None))
-    shorter = SHORT | {"max_steps": 1, "save_strategy": "no", "save_steps": None}
-    assert "--max_steps 2, not 1: " in refused_line(training(tmp_path, **shorter), capsys, tmp_path)
-    longer = finish(training(tmp_path, **shorter | {"max_steps": 3}))
-    assert longer["steps"] == 3
+    model, data, reward = tmp_path / "model", tmp_path / "data", tmp_path / "reward.py"
+    shutil.copytree(small_model().name, model)
+    for task in ("sst2", "squad"):
+        shutil.copytree(SAMPLES / task, data / task)
+    reward.write_text("def short(prompts, texts, rows):\n    return [-len(t) for t in texts]\n")
+    given = {"model_name": model, "data_dir": data}
+    generated = {"train_as_classification": None, "max_new_tokens": 2}
+    runs = {
+        "checkpoint": ("SST2", {"trainer": "regular"}),
+        "adapter": ("SST2", {"lora": True}),
+        "journal": ("SST2", {"prefix_tuning": True, "save_strategy": "no", "save_steps": None}),
+        "reward": ("SQuAD", {"reward": f"{reward}:short", **generated}),
+    }
+
+    def argv(name: str, **changed: Any) -> list[str]:
+        task, more = runs[name]
+        return training(tmp_path / name, task, **SHORT | given | more | changed)
+
+    for name in runs:
+        finish(argv(name))
+        (tmp_path / name / "result.json").unlink()
+    both, own = ("SST2", "SQuAD"), f"than --model_name {model} has now"
+    lowercase = rb'\1{"type": "Lowercase"}'
+    failures = []
+    for file, old, new, words, tasks in (
+        (data / "sst2/train.jsonl", b'("sentence": ")', rb"\1Now ", "examples than", both[:1]),
+        (data / "squad/train.jsonl", b'("question": ")', rb"\1Now ", "examples than", both[1:]),
+        (model / "model.safetensors", b"(?s).{4}$", b"1234", f"other weights {own}", both),
+        (model / "tokenizer.json", b'("normalizer": )null', lowercase, f"tokenizer {own}", both),
+        (reward, b"-len", b"len", f"another reward than --reward {reward}:short is", both[1:]),
+    ):
+        content = file.read_bytes()
+        file.write_bytes(re.sub(old, new, content))
+        assert file.read_bytes() != content
+        for name in (name for name, (task, _) in runs.items() if task in tasks):
+            line = refused_line(argv(name, max_steps=3), capsys, tmp_path)
+            if words not in line or "give another --output_dir, or --overwrite_output" not in line:
+                failures.append((name, line))
+        file.write_bytes(content)
+    assert not failures
+    # Only their content counts.
+    model.rename(tmp_path / "elsewhere")
+    data.rename(tmp_path / "rows")
+    for name in runs:
+        moved = {"model_name": tmp_path / "elsewhere", "data_dir": tmp_path / "rows"}
+        assert finish(argv(name, max_steps=3, **moved))["resumed_from"], name
 
 
 def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,13 +223,16 @@ def test_overwriting_goes_on_with_what_it_began(
         assert result["resumed_from"] == str(tmp_path / "out/checkpoint-2")
         assert list(result["history"]["loss"]) == ["1", "2", "3"]
     # A finished run begins anew; so does one with other settings, or of another length.
-    last, model = tmp_path / "out/checkpoint-3", load_model(small_model().name, torch.float32)
+    last = tmp_path / "out/checkpoint-3"
 
     def found(has_result: bool = False, **changed: Any) -> Path | None:
         few = SHORT | {"max_steps": 3} | changed
         arguments = parse_arguments(training(tmp_path, **few, overwrite_output_dir=True))
         name_run(arguments)
-        return find_checkpoint(options_of(arguments), tmp_path / "out", model, has_result)
+        options = options_of(arguments)
+        prepared, model = prepare(options), load_pretrained(options.model)
+        options = with_contents(options, prepared.encoder, prepared.example_sets[0], model)
+        return find_start(options, tmp_path / "out", has_result).checkpoint
 
     assert found() == last
     assert found(has_result=True) is found(learning_rate=1e-5) is found(max_steps=4) is None
@@ -241,24 +322,19 @@ def test_commit_of_a_folder(tmp_path: Path) -> None:
     assert commit(tmp_path / "inside") is None
 
 
-@pytest.mark.parametrize(
-    ("arguments", "dtype"),
-    [
+def test_result_says_what_auto_came_to_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, dtype in (
         ({"load_float16": True}, "bfloat16"),
         ({"load_bfloat16": True, "hessian_smooth_type": "constant0"}, None),
-    ],
-)
-def test_result_says_what_auto_came_to_be(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    arguments: dict[str, Any],
-    dtype: str | None,
-) -> None:
-    settings = finish(training(tmp_path, **SHORT, zo_eps=1e-2, **arguments))["settings"]
-    assert (settings["zo_perturbation"], settings["hessian_dtype"]) == ("layerwise", dtype)
-    # It is not what tells another experiment apart.
-    other = training(tmp_path, **SHORT, zo_eps=1e-1, **arguments)
-    assert "--zo_eps 0.01, not 0.1: " in refused_line(other, capsys, tmp_path)
+    ):
+        folder = tmp_path / str(dtype)
+        settings = finish(training(folder, **SHORT, zo_eps=1e-2, **arguments))["settings"]
+        assert (settings["zo_perturbation"], settings["hessian_dtype"]) == ("layerwise", dtype)
+        # It is not what tells another experiment apart.
+        other = training(folder, **SHORT, zo_eps=1e-1, **arguments)
+        assert "--zo_eps 0.01, not 0.1: " in refused_line(other, capsys, folder)
 
 
 def test_mean_and_deviation_of_several_sets(
@@ -279,9 +355,7 @@ def test_mean_and_deviation_of_several_sets(
     assert sorted(path.name for path in tmp_path.glob("rows*")) == [
         f"rows-set{seed}.jsonl" for seed in range(3)
     ]
-
-
-def test_spread_of_two_metrics() -> None:
+    # Of several metrics each has its own.
     runs = [{"metric": {"f1": f1, "em": 0.5}, "dev_metric": {"f1": 1.0}} for f1 in (0.2, 0.4)]
     assert over_sets(runs) == {
         "dev_metric": {"f1": 1.0},
@@ -289,12 +363,6 @@ def test_spread_of_two_metrics() -> None:
         "metric": {"f1": pytest.approx(0.3), "em": 0.5},
         "metric_std": {"f1": pytest.approx(0.1 * math.sqrt(2)), "em": 0.0},
     }
-
-
-def test_history_of_a_log() -> None:
-    log = [{"loss": 0.5, "step": 1}, {"eval_loss": math.inf, "step": 1}, {"loss": 0.4, "step": 2}]
-    expected = {"loss": {"1": 0.5, "2": 0.4}, "dev_loss": {"1": None}}
-    assert history([*log, {"train_runtime": 3.0, "step": 2}]) == expected
 
 
 CONCERNS = {
@@ -310,7 +378,10 @@ CONCERNS = {
 }
 
 
-def test_concerns() -> None:
+def test_history_and_concerns() -> None:
+    log = [{"loss": 0.5, "step": 1}, {"eval_loss": math.inf, "step": 1}, {"loss": 0.4, "step": 2}]
+    expected = {"loss": {"1": 0.5, "2": 0.4}, "dev_loss": {"1": None}}
+    assert history([*log, {"train_runtime": 3.0, "step": 2}]) == expected
     for name, (losses, metrics, parts) in CONCERNS.items():
         lines = list(concerns({"history": losses, **metrics}))
         assert len(lines) == len(parts), name

@@ -14,14 +14,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-from running import MODEL, ROOT, SAMPLES, command, contents, finish, small_model, training
+from running import (
+    MODEL,
+    ROOT,
+    SAMPLES,
+    command,
+    contents,
+    finish,
+    flip_bit,
+    refused_line,
+    small_model,
+    training,
+)
 from transformers import TrainingArguments
 
 import run
 import tasks
 from command_line.arguments import parse_arguments
 from command_line.settings import changed_settings
-from experiment import running
+from experiment import predicting
 from experiment.options import TrainedWeights, options_of
 from task_data.loading import load_samples
 from utils import InputError
@@ -46,7 +57,7 @@ def validation_column(name: str) -> list[Any]:
 def shown_demonstrations(monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]]]:
     """Ids of the demonstrations of every eval example, one list a call of ``predict``."""
     calls = []
-    predict = running.predict
+    predict = predicting.predict
 
     def record(
         model: Any, encoder: Any, samples: Any, demonstrations: Any, *rest: Any, **more: Any
@@ -54,7 +65,7 @@ def shown_demonstrations(monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]
         calls.append([[sample.id for sample in shown] for shown in demonstrations])
         return predict(model, encoder, samples, demonstrations, *rest, **more)
 
-    monkeypatch.setattr(running, "predict", record)
+    monkeypatch.setattr(predicting, "predict", record)
     return calls
 
 
@@ -65,42 +76,45 @@ def permutation(count: int, k: int, seed: int) -> list[int]:
 def test_zero_shot_result_and_rows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], shown_demonstrations: list
 ) -> None:
-    result = finish(evaluation(tmp_path, num_eval=20))
+    result = finish(evaluation(tmp_path, num_eval=20, verbose=True))
     assert result["task"] == "SST2" and result["trainer"] == "none"
     assert result["model"] == str(MODEL)
     rows = rows_of(tmp_path)
     assert [row["id"] for row in rows] == permutation(500, 20, seed=0)
-    assert all(list(row) == ["id", "prediction", "options", "scores", "correct"] for row in rows)
-    gold = validation_column("label")
+    columns = ["id", "sentence", "prediction", "options", "scores", "correct"]
+    assert all(list(row) == columns for row in rows)
+    gold, sentences = validation_column("label"), validation_column("sentence")
     for row in rows:
-        assert row["options"] == ["terrible", "great"]
+        assert row["options"] == ["terrible", "great"] and row["sentence"] == sentences[row["id"]]
         assert row["prediction"] == row["options"][row["scores"][1] > row["scores"][0]]
         assert row["correct"] == (row["prediction"] == row["options"][gold[row["id"]]])
     accuracy = sum(row["correct"] for row in rows) / 20
     assert result["metric"] == {"accuracy": pytest.approx(accuracy)}
     assert shown_demonstrations == [[[]] * 20]
-    out = capsys.readouterr().out.splitlines()
-    assert out[0] == f"zero-shot accuracy: {accuracy:.4f} (20 examples)"
-    assert out[1] == f"result: {tmp_path / 'result.json'}"
+    first, *shown, last = capsys.readouterr().out.splitlines()
+    assert first == f"zero-shot accuracy: {accuracy:.4f} (20 examples)"
+    assert last == f"result: {tmp_path / 'result.json'}"
+    for row in rows[:3]:
+        assert any(f"{row['sentence'].strip()} It was" in line for line in shown)
+        assert f"  ' great': {row['scores'][1]:.4f}" in shown
+    assert sum(line.startswith("--- example") for line in shown) == 3
     libraries = {"torch", "transformers", "accelerate", "peft", "numpy"}
     assert set(result["versions"]) == {"python", *libraries}
     assert result["seconds"] > 0
 
 
-def test_in_context_set_of_its_own_for_each_example(
-    tmp_path: Path, shown_demonstrations: list
-) -> None:
-    finish(evaluation(tmp_path, num_train=3))
+def test_in_context_sets(tmp_path: Path, shown_demonstrations: list) -> None:
+    """Each example has a set of its own, or all of them one."""
+    finish(evaluation(tmp_path / "own", num_train=3))
     seeds = np.random.RandomState(0).randint(0, 10000, 6)
-    assert shown_demonstrations == [[permutation(1600, 3, seed) for seed in seeds]]
-    assert [row["id"] for row in rows_of(tmp_path)] == permutation(500, 6, seed=0)
-
-
-def test_in_context_with_train_set_seed(tmp_path: Path, shown_demonstrations: list) -> None:
-    result = finish(evaluation(tmp_path, num_train=3, train_set_seed=7))
-    assert shown_demonstrations == [[permutation(1600, 3, seed=7)] * 6]
-    assert [row["id"] for row in rows_of(tmp_path)] == permutation(500, 6, seed=7)
-    assert result["train_set_seed"] == 7
+    one = finish(evaluation(tmp_path / "one", num_train=3, train_set_seed=7))
+    assert one["train_set_seed"] == 7
+    assert shown_demonstrations == [
+        [permutation(1600, 3, seed) for seed in seeds],
+        [permutation(1600, 3, seed=7)] * 6,
+    ]
+    for name, seed in {"own": 0, "one": 7}.items():
+        assert [row["id"] for row in rows_of(tmp_path / name)] == permutation(500, 6, seed)
 
 
 def test_in_context_with_two_sets(tmp_path: Path, shown_demonstrations: list) -> None:
@@ -131,19 +145,6 @@ def test_calibration_changes_the_scores(tmp_path: Path) -> None:
     assert np.abs(differences).min() > 0.01
 
 
-def test_verbose_shows_prompts_options_and_scores(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    finish(evaluation(tmp_path, verbose=True))
-    out = capsys.readouterr().out
-    rows = rows_of(tmp_path)
-    sentences = validation_column("sentence")
-    for row in rows[:3]:
-        assert f"{sentences[row['id']].strip()} It was" in out
-        assert f"  ' great': {row['scores'][1]:.4f}" in out
-    assert out.count("--- example") == 3
-
-
 @pytest.mark.parametrize("task", ["SQuAD", pytest.param("DROP", marks=pytest.mark.slow)])
 def test_generation_rows_and_f1(
     tmp_path: Path, task: str, capsys: pytest.CaptureFixture[str]
@@ -153,6 +154,12 @@ def test_generation_rows_and_f1(
     assert all(isinstance(row["prediction"], str) and "scores" not in row for row in rows)
     _, samples = load_samples(tasks.get_task(task), str(SAMPLES))
     drawn = [samples[index] for index in permutation(200, 6, seed=0)]
+    if task == "SQuAD":  # its rows have ids
+        assert [row["id"] for row in rows] == [f"validation-{sample.id:05}" for sample in drawn]
+    for row, sample in zip(rows, drawn, strict=True):
+        assert {name: row[name] for name in sample.row if name in row} | {"id": 0} == {
+            name: sample.row[name] for name in tasks.get_task(task).template.columns
+        } | {"id": 0}
     expected = tasks.get_task(task).score([row["prediction"] for row in rows], drawn)
     assert result["metric"] == expected and set(expected) == {"f1", "em"}
     out = capsys.readouterr().out
@@ -162,19 +169,19 @@ def test_generation_rows_and_f1(
 
 
 @pytest.mark.parametrize(
-    "task",
-    ["SQuAD", "Copa", *(pytest.param(t, marks=pytest.mark.slow) for t in ("DROP", "ReCoRD"))],
+    "names", [("SQuAD", "Copa"), pytest.param(("DROP", "ReCoRD"), marks=pytest.mark.slow)]
 )
-def test_language_model_training(tmp_path: Path, task: str) -> None:
-    arguments = {"max_steps": 2, "save_strategy": "no", "no_eval": None, "num_dev": 4}
-    arguments |= {"eval_strategy": "steps", "eval_steps": 1, "save_steps": None}
-    arguments["max_new_tokens"] = 6 if task in ("SQuAD", "DROP") else None
-    argv = training(tmp_path, task, train_as_classification=None, **arguments)
-    result = finish([*argv, "--predictions_file", str(tmp_path / "rows.jsonl")])
-    metric = "f1" if task in ("SQuAD", "DROP") else "accuracy"
-    assert 0 <= result["metric"][metric] <= 1 and 0 <= result["dev_metric"][metric] <= 1
-    assert len(rows_of(tmp_path)) == 6
-    assert result["steps"] == 2 and result["checkpoint"] is None
+def test_language_model_training(tmp_path: Path, names: tuple[str, str]) -> None:
+    for task in names:
+        arguments = {"max_steps": 2, "save_strategy": "no", "no_eval": None, "num_dev": 4}
+        arguments |= {"eval_strategy": "steps", "eval_steps": 1, "save_steps": None}
+        arguments["max_new_tokens"] = 6 if task in ("SQuAD", "DROP") else None
+        argv = training(tmp_path / task, task, train_as_classification=None, **arguments)
+        result = finish([*argv, "--predictions_file", str(tmp_path / task / "rows.jsonl")])
+        metric = "f1" if task in ("SQuAD", "DROP") else "accuracy"
+        assert 0 <= result["metric"][metric] <= 1 and 0 <= result["dev_metric"][metric] <= 1
+        assert len(rows_of(tmp_path / task)) == 6
+        assert result["steps"] == 2 and result["checkpoint"] is None
 
 
 def test_zero_shot_before_training_is_the_zero_shot_run(tmp_path: Path) -> None:
@@ -209,9 +216,16 @@ def test_result_holds_the_experiment_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_default_files_are_named_after_the_settings(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    # A model that is not there is refused at once.
+    argv = ["--task_name", "SST2", "--model_name", "nobody/nothing", "--data_dir", str(SAMPLES)]
+    assert run.main(argv) == 2
+    out, err = capfd.readouterr()
+    assert (out, len(err.splitlines())) == ("", 1)
+    assert err.startswith("error: --model_name nobody/nothing: ")
+    assert contents(tmp_path) == {}
     assert run.main(command(num_eval=2)) == 0
     folder, file = contents(tmp_path)
     assert folder == "result"
@@ -220,16 +234,38 @@ def test_default_files_are_named_after_the_settings(
     assert (tmp_path / "result/mine.json").is_file()
 
 
-def test_unknown_model_offline_is_refused_at_once(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_rows_of_own_files_have_their_ids_and_columns(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("id,title,review,stars,shop\na7,Tea,Warm,good,X\nb9,Cup,Broken,bad,Y\n")
+    own = {"task_name": None, "data_dir": None, "validation_file": file, "label_column": "stars"}
+    finish(evaluation(tmp_path, **own, num_eval=None, prompt_template="{title}: {review}"))
+    rows = {row["id"]: row for row in rows_of(tmp_path)}
+    assert rows.keys() == {"a7", "b9"}
+    assert (rows["a7"]["title"], rows["a7"]["review"]) == ("Tea", "Warm")
+    columns = ["id", "title", "review", "prediction", "options", "scores", "correct"]
+    assert list(rows["b9"]) == columns
+    assert rows["b9"]["prediction"] in rows["b9"]["options"] == ["bad", "good"]
+
+
+def test_a_damaged_checkpoint_is_no_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    argv = ["--task_name", "SST2", "--model_name", "nobody/nothing", "--data_dir", str(SAMPLES)]
-    assert run.main(argv) == 2
-    out, err = capfd.readouterr()
-    assert (out, len(err.splitlines())) == ("", 1)
-    assert err.startswith("error: --model_name nobody/nothing: ")
-    assert contents(tmp_path) == {}
+    finish(training(tmp_path / "whole", max_steps=2, save_steps=2))
+    whole = tmp_path / "whole/out/checkpoint-2"
+    finish(training(tmp_path / "lora", max_steps=2, save_steps=2, lora=True, model_name=whole))
+    lora = tmp_path / "lora/out/checkpoint-2"
+    for file in (lora / "adapter_model.safetensors", whole / "model.safetensors"):
+        finish(evaluation(tmp_path / "r", model_name=lora, overwrite_output_dir=True))
+        flip_bit(file)
+        line = refused_line(evaluation(tmp_path / "new", model_name=lora), capsys, tmp_path)
+        assert line.startswith(f"--model_name {file.parent} is a damaged checkpoint: {file.name}")
+        further = training(tmp_path / "new", model_name=lora, lora=True)
+        assert "is a damaged checkpoint" in refused_line(further, capsys, tmp_path)
+        flip_bit(file)
+    # A file was changed on purpose.
+    (whole / "trainer_state.json").write_text("{}")
+    (whole / "manifest.json").unlink()
+    finish(evaluation(tmp_path / "r", model_name=lora, overwrite_output_dir=True))
 
 
 def test_interrupt_while_the_libraries_load_ends_without_a_traceback(tmp_path: Path) -> None:

@@ -263,7 +263,7 @@ def test_results_of_other_data_are_refused(
     rows.write_text('prompt,options,answer\nGood?,"[""yes"", ""no""]",no\n')
     capsys.readouterr()
     assert sweep.main(argv) == 2
-    assert "give another --output_dir, or --overwrite_output_dir" in capsys.readouterr().err
+    assert "a sweep's --output_dir), or --overwrite_output_dir" in capsys.readouterr().err
     assert sweep.main([*argv, "--overwrite_output_dir"]) == 2  # that is another grid
     assert in_this_process.done == ["max_length=30", "max_length=40"]
 

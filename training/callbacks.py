@@ -131,17 +131,19 @@ class LogLines(TrainerCallback):
             for long, (short, form) in SHOWN.items():
                 if long in logs and (long != "skipped_steps" or logs[long]):
                     shown[short] = format(logs[long], form)
-            left = (state.max_steps - state.global_step) * logs.get("seconds_per_step", 0)
+            seconds, steps = logs.get("seconds_per_step"), state.max_steps - state.global_step
+            left = None if seconds is None else steps * seconds
             self.show(f"step {state.global_step} of {state.max_steps}", shown, left)
         if "eval_loss" in logs:
             measured = [f"dev {name} {text(logs['eval_loss'])}"]
             measured += [f"{m} {logs[f'eval_{m}']:.4f}" for m in METRICS if f"eval_{m}" in logs]
             self.write(f"step {state.global_step}: {', '.join(measured)}")
 
-    def show(self, step: str, values: Mapping[str, str], left: float) -> None:
-        """Show the values of a step, and the seconds that are left."""
-        shown = ", ".join(f"{name} {value}" for name, value in values.items())
-        self.write(f"{step}: {shown}, {tqdm.format_interval(left)} left")
+    def show(self, step: str, values: Mapping[str, str], left: float | None) -> None:
+        """Show the values of a step, and the seconds that are left if they are known."""
+        shown = [f"{name} {value}" for name, value in values.items()]
+        shown += [] if left is None else [f"{tqdm.format_interval(left)} left"]
+        self.write(f"{step}: {', '.join(shown)}")
 
     def write(self, line: str) -> None:
         """Print a line."""
@@ -151,7 +153,7 @@ class LogLines(TrainerCallback):
 class LossProgress(LogLines, ProgressCallback):
     """The Trainer's progress bar with the training loss in it; dev losses are lines above it."""
 
-    def show(self, step: str, values: Mapping[str, str], left: float) -> None:
+    def show(self, step: str, values: Mapping[str, str], left: float | None) -> None:
         """Show the values of a step in the bar."""
         if self.training_bar is not None:
             self.training_bar.set_postfix(values)

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 UNFINISHED = ".unfinished"
 STATE = "trainer_state.json"
 # Counts changes of what a checkpoint holds, of the noise u among it.
-CHECKPOINT_VERSION = 3
+CHECKPOINT_VERSION = 4
 ANOTHER = "give another one, or --overwrite_output_dir to start anew"
 
 

@@ -23,6 +23,7 @@ class Costs:
         self._before = 0.0
         self._started = time.perf_counter()
         self._step_began: float | None = None
+        self._is_warm = False
         # Of the steps since the last entry of the log.
         self._in_steps, self._steps = 0.0, 0
 
@@ -48,10 +49,11 @@ class Costs:
         self._step_began = self._step_began or time.perf_counter()
 
     def end_step(self) -> None:
-        """Count a step's time."""
-        self._in_steps += time.perf_counter() - self._step_began
-        self._steps += 1
-        self._step_began = None
+        """Count a step's time; the first one's compiles kernels and measures what is auto."""
+        if self._is_warm:
+            self._in_steps += time.perf_counter() - self._step_began
+            self._steps += 1
+        self._is_warm, self._step_began = True, None
 
     def logged(self) -> dict[str, float]:
         """Return what an entry of the log gets, with the seconds of a step since the last one."""
