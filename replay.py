@@ -30,7 +30,7 @@ from language_model.loading import (
 )
 from language_model.manifest import damage
 from training.journal import Journal, read_journal
-from training.recording import checksum_of_trained
+from training.recording import checksum_of, checksum_of_trained
 from training.replaying import Outcome, load_state, optimizer_of, play, rows_until
 from training.rows import Header, Step
 from utils import InputError, NotWritten, exit_code
@@ -114,7 +114,10 @@ def load_start(
     if is_checkpoint and (reason := damage(folder)):
         raise InputError(f"--model_name {folder} is damaged: {reason}; give another checkpoint")
     _, tokenizer = load_config_and_tokenizer(began.name, began.trust_remote_code)
-    model = choose_trained_weights(load_pretrained(began), weights, tokenizer, print)
+    pretrained = load_pretrained(began)
+    # Of all weights: those below an adapter are not trained.
+    checksum = None if is_checkpoint else checksum_of(pretrained.parameters())
+    model = choose_trained_weights(pretrained, weights, tokenizer, print)
     optimizer = optimizer_of(header, model, COMPILE[options.compile])
     if is_checkpoint:
         return model, tokenizer, optimizer, load_state(optimizer, folder)
@@ -123,7 +126,8 @@ def load_start(
             f"{options.journal} begins with step {header.step}: give a checkpoint of its run as "
             "--model_name"
         )
-    if checksum_of_trained(model) != header.start:
+    is_same = header.settings.get("weights", checksum) == checksum
+    if not is_same or checksum_of_trained(model) != header.start:
         raise InputError(
             f"--model_name {began.name}: its weights are not those that the run began with; give "
             f"{header.model.get('name')}, as it was then"

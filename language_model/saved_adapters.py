@@ -5,22 +5,16 @@ Such a folder has the adapter's weights and the name of the base model, whose we
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM, PrefixTuningConfig
 from peft.utils import CONFIG_NAME
 from transformers import PreTrainedModel
 
 from language_model.adapters import PROMPT_ENCODER_FILE, PrefixTunedModel, without_future_warnings
-from language_model.manifest import sha256_of
 from utils import InputError, first_line
-
-# How the names of files with weights end.
-WEIGHTS = (".safetensors", ".bin", ".gguf")
 
 
 @dataclass(frozen=True)
@@ -110,24 +104,3 @@ class SavedAdapter:
             f"--model_name {self.folder}: its adapter does not fit {self.base} ({reason}); give "
             f"another checkpoint, or correct base_model_name_or_path in its {CONFIG_NAME}"
         )
-
-
-def sums_of_weights(name: str) -> dict[str, str]:
-    """Return the SHA-256 sums of the files with a model's weights, and its base model's.
-
-    ``name`` is a Hub id, a local directory or a GGUF file.
-    """
-    adapter = SavedAdapter.find(name)
-    below = sums_of_weights(adapter.base) if adapter else {}
-    path = Path(name)
-    if not path.exists():
-        try:
-            path = Path(snapshot_download(name, local_files_only=True))
-        except (OSError, ValueError):  # a cache of another kind, or none
-            return below
-    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in WEIGHTS)
-    # The Hub's cache names large files by their sums.
-    sums = {file.name: file.resolve().name for file in files}
-    unknown = [file for file in files if not re.fullmatch("[0-9a-f]{64}", sums[file.name])]
-    read = zip((file.name for file in unknown), sha256_of(unknown), strict=True)
-    return below | sums | dict(read)

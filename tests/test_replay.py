@@ -154,6 +154,8 @@ def test_what_replay_refuses(
     shutil.copytree(other, damaged)
     flip_bit(damaged / "optimizer.pt")
     new = ["--output_dir", tmp_path / "new"]
+    finish(training(tmp_path / "lora", lora=True, max_steps=1, save_steps=9))
+    adapter = tmp_path / "lora/out" / FILE
     before = contents(tmp_path)
     for line, words in (
         (["--journal", journal], "give --output_dir"),
@@ -164,6 +166,7 @@ def test_what_replay_refuses(
         (["--journal", journal, "--steps", -1, *new], "--steps -1: must be at least 0"),
         (["--journal", harmed, "--steps", 4, *new], "has 1 steps before a damaged line, not 4"),
         (["--journal", journal, "--model_name", copied, *new], "not those that the run began with"),
+        (["--journal", adapter, "--model_name", copied, *new], "not those that the run began with"),
         (["--journal", journal, "--model_name", damaged, *new], "optimizer.pt is not what was"),
         (
             ["--journal", journal, "--model_name", other, "--steps", 1, *new],

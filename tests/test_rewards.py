@@ -101,7 +101,7 @@ def test_the_objective_is_minus_the_mean_reward(
         )
     )
     lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
-    assert [set(line) for line in lines] == [{"id", "prediction", "reward"}] * 3
+    assert [set(line) for line in lines] == [{"id", "prompt", "prediction", "reward"}] * 3
     assert all(line["reward"] == len(line["prediction"]) / 100 for line in lines)
     mean = sum(line["reward"] for line in lines) / 3
     assert result["metric"] == {"reward": pytest.approx(mean)}

@@ -39,11 +39,6 @@ def described(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {' x '.join(map(str, tensor.shape))}"
 
 
-def shapes_of(model: nn.Module) -> dict[str, str]:
-    """Return dtype and shape of all parameters, by name."""
-    return {name: described(parameter) for name, parameter in model.named_parameters()}
-
-
 def make_optimizer(
     model: nn.Module,
     groups: Sequence[Group],

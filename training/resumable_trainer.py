@@ -31,7 +31,6 @@ from training.checkpoints import (
     write_checkpoint,
     write_together,
 )
-from training.optimizers import shapes_of
 from training.processes import from_first_process
 from training.watching import Costs
 from utils import Disagreement, InputError, NotWritten, first_line
@@ -62,7 +61,6 @@ class ResumableTrainer(Trainer):
             # run resumes. Until then it keeps 2 as well, the best and the last.
             arguments.save_total_limit = 2
         super().__init__(**kwargs)
-        self.parameters = shapes_of(self.model)  # sharding changes them
         self.add_callback(RunState(self._run_state, self._begin))
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
@@ -102,7 +100,6 @@ class ResumableTrainer(Trainer):
         return {
             "version": CHECKPOINT_VERSION,
             "settings": self.settings,
-            "parameters": self.parameters,
             "costs": {"seconds": self.costs.seconds, **self.costs.passes()},
         }
 
