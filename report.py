@@ -31,6 +31,7 @@ from utils import (
 
 # These folders hold JSON files that are no results.
 WITHOUT_RESULTS = ("checkpoint-", "slurm")
+NO_RESULT = "this is no result of a run"
 
 
 def make_parser() -> OneLineParser:
@@ -55,6 +56,7 @@ def make_parser() -> OneLineParser:
     add("--format", choices=FORMATS, default="markdown", help="Default: markdown")
     add("--output", type=Path, help="file for the table. Default: it is printed")
     add("--plot", type=Path, help="file for a picture, .png, .pdf or .svg. Default: none")
+    add("--overwrite", action="store_true", help="replace the files of --output and --plot")
     return parser
 
 
@@ -68,26 +70,42 @@ def load(places: Sequence[Path]) -> list[Outcome]:
     for place in places:
         if not place.exists():
             raise InputError(f"{place}: no such file or folder")
-        if place.is_file():
-            outcomes = {place: read_outcomes(place)}
-            if not outcomes[place]:
-                raise InputError(f"{place}: this is no result of a run")
-        else:
-            files = (p for p in sorted(place.rglob("*.json")) if not _is_internal(p, place))
-            outcomes = {file: runs for file in files if (runs := read_outcomes(file))}
-            for record in sorted(place.rglob(RECORD)):
-                for name, run in read_record(record.parent).items():
-                    path = record.parent / f"{name}.json"
-                    if path not in outcomes:
-                        outcomes[path] = [unfinished(path, run)]
-            if not outcomes:
-                raise InputError(f"{place}: there is no result of a run in it")
+        outcomes = _in_folder(place) if place.is_dir() else {place: read_outcomes(place)}
+        if not any(outcomes.values()):
+            what = "there is no result of a run in it" if place.is_dir() else NO_RESULT
+            raise InputError(f"{place}: {what}")
         found |= {path.resolve(): runs for path, runs in outcomes.items()}
     return name_data([each for runs in found.values() for each in runs])
 
 
-def _is_internal(path: Path, folder: Path) -> bool:
-    return any(part.startswith(WITHOUT_RESULTS) for part in path.relative_to(folder).parts[:-1])
+def _in_folder(folder: Path) -> dict[Path, list[Outcome]]:
+    """Return the runs of a folder by their result files; those without a result come last."""
+    outcomes = {}
+    for file in sorted(folder.rglob("*.json")):
+        if any(part.startswith(WITHOUT_RESULTS) for part in file.relative_to(folder).parts[:-1]):
+            continue
+        if runs := read_outcomes(file):
+            outcomes[file] = runs
+        elif not read_json(file):
+            print(f"{file}: {NO_RESULT}; it is left out", file=sys.stderr)
+    for record in sorted(folder.rglob(RECORD)):
+        for name, run in read_record(record.parent).items():
+            path = record.parent / f"{name}.json"
+            outcomes.setdefault(path, [unfinished(path, run)])
+    return outcomes
+
+
+def check_new(option: str, path: Path, replaces: bool) -> None:
+    """Check that a file can be written, and replaces none that the user may need.
+
+    Raises:
+        InputError: it is there already, or cannot be written.
+    """
+    check_writable(option, path)
+    if read_outcomes(path) or path.name == RECORD:
+        raise InputError(f"{option} {path}: this is a result; give another name")
+    if path.exists() and not replaces:
+        raise InputError(f"{option} {path} is there: give another name, or --overwrite")
 
 
 def report(argv: Sequence[str]) -> None:
@@ -96,9 +114,7 @@ def report(argv: Sequence[str]) -> None:
     outcomes = load(arguments.places)
     for name in ("output", "plot"):
         if file := getattr(arguments, name):
-            check_writable(f"--{name}", file)
-            if "settings" in read_json(file) or file.name == RECORD:
-                raise InputError(f"--{name} {file}: this is a result; give another name")
+            check_new(f"--{name}", file, arguments.overwrite)
     table = make_table(outcomes, arguments.columns, arguments.show, arguments.also)
     if arguments.plot:
         from sweeps.curves import draw  # matplotlib takes a second to load

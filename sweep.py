@@ -31,7 +31,7 @@ from command_line.arguments import Arguments, parse_arguments
 from command_line.checks import check
 from command_line.settings import changed_settings, name_run, settle_dtype
 from experiment.folders import locked
-from experiment.options import options_of
+from experiment.options import Options, options_of
 from experiment.plan import make_plan
 from experiment.preparation import Prepared, prepare
 from experiment.results import USED, earlier_result, is_wanted_again
@@ -55,11 +55,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 class Sweep:
-    """The runs of a grid in a folder.
-
-    Args:
-        grid: of the runs.
-        folder: of their files.
+    """The runs of a grid, and their files in a folder.
 
     Raises:
         InputError: run.py would refuse a run.
@@ -86,19 +82,21 @@ class Sweep:
             places["output_dir"] = str(self.folder / run.name)
         return (*run.words, *words_of(places))
 
-    def is_finished(self, run: Run) -> bool:
-        """Whether a run has its result and is not to be repeated.
+    def job(self, run: Run) -> Job:
+        """Return what is to be done for a run: nothing if its result is there.
 
         Raises:
             InputError: the result is one of another model or other data.
         """
-        arguments = self.arguments[run.name]
-        if not arguments.result_path.is_file():
-            return False
-        name_run(arguments)
-        options = options_of(arguments)
-        has_result = earlier_result(options.files, options.identity) is not None
-        return has_result and not is_wanted_again(options.files)
+        arguments, log = self.arguments[run.name], self.folder / f"{run.name}.log"
+        job = Job(run.name, self.words(run), log, arguments.result_path)
+        if job.result.is_file():
+            name_run(arguments)
+            options = options_of(arguments)
+            has_result = earlier_result(options.files, options.identity) is not None
+            if has_result and not is_wanted_again(options.files):
+                job.state = "finished"
+        return job
 
     def outcomes(self, run: Run, has_result: bool = True) -> list[Outcome]:
         """Return the results of a run, with the grid's arguments as its settings."""
@@ -126,19 +124,28 @@ def command(words: Sequence[str]) -> str:
     return shlex.join(["python", os.path.relpath(ROOT / "run.py"), *words])
 
 
+def without_seeds(options: Options) -> tuple[Any, ...]:
+    """Return what a plan depends on: the seed and the training set change no number of it."""
+    weights = dataclasses.replace(options.weights, seed=0)
+    draw = options.data.draw
+    if draw.train_set_seed is not None:
+        draw = dataclasses.replace(draw, train_set_seed=0)
+    return options.model, weights, dataclasses.replace(options.data, draw=draw)
+
+
 def print_plans(sweep: Sweep) -> None:
     """Print what differs between the runs, and the forward passes of each."""
     prepared: dict[str, Prepared] = {}
     rows = []
     for run in sweep.runs:
         options = options_of(sweep.arguments[run.name])
-        needed = repr((options.model, options.weights, options.data))
+        needed = repr(without_seeds(options))
         if needed not in prepared:
             prepared[needed] = prepare(options)
         plan = make_plan(options, prepared[needed])
         passes = {"training": plan.forward_passes, "evaluation": plan.evaluation_passes}
         row = {f"forward passes of {name}": f"{number:,}" for name, number in passes.items()}
-        state = "finished" if sweep.is_finished(run) else "left"
+        state = "finished" if sweep.job(run).is_over else "left"
         rows.append({**run.choice, "steps": f"{plan.steps:,}", **row, "": state})
     print("each run:", command((*words_of(sweep.grid.fixed), *sweep.grid.further)))
     print(pd.DataFrame(rows).fillna(MISSING).to_string(index=False))
@@ -153,10 +160,7 @@ def carry_out(sweep: Sweep, options: Namespace) -> list[Job]:
         Interrupted: a signal ended the sweep.
     """
     check_record(sweep.folder, sweep.entries())
-    jobs = []
-    for run in sweep.runs:
-        state = "finished" if sweep.is_finished(run) else "waiting"
-        jobs.append(Job(run.name, sweep.words(run), sweep.folder / f"{run.name}.log", state))
+    jobs = [sweep.job(run) for run in sweep.runs]
     write_record(sweep.folder, sweep.entries())
     done = sum(job.is_over for job in jobs)
     print(f"{len(jobs)} runs in {sweep.folder}" + (f", {done} finished before" if done else ""))
@@ -175,12 +179,12 @@ def carry_out(sweep: Sweep, options: Namespace) -> list[Job]:
 def closing_lines(sweep: Sweep, jobs: Sequence[Job]) -> Iterator[str]:
     """Yield the failures, a line each, and the best setting of every task."""
     for job in jobs:
-        if job.state in ("failed", "interrupted"):
+        if job.state != "finished":
             yield f"{job.state}: {job.name}: {job.said} ({job.log})"
     outcomes = []
     for run, job in zip(sweep.runs, jobs, strict=True):
         outcomes += sweep.outcomes(run, has_result=job.state == "finished")
-    runs = {sweep.arguments[run.name].result_path: run for run in sweep.runs}
+    runs = {job.result: run for run, job in zip(sweep.runs, jobs, strict=True)}
     several = len({each.task for each in outcomes}) > 1
     for task, chosen, words in best(name_data(outcomes)):
         place = f"{task}: " if several else ""
@@ -218,12 +222,8 @@ def main(argv: Sequence[str]) -> int:
     return exit_code(lambda: sweep_command_line(argv))
 
 
-def raise_interrupt(*_: Any) -> None:
-    """End the sweep; SIGTERM does what Ctrl-C does."""
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, raise_interrupt)
+        # SIGTERM does what Ctrl-C does.
+        signal.signal(number, signal.default_int_handler)
     sys.exit(main(sys.argv[1:]))

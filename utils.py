@@ -158,7 +158,8 @@ def write_text_atomically(path: Path, text: str) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the content of a JSON file; an empty dictionary if it holds no JSON object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        # A pipe would never end.
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

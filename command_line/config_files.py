@@ -65,6 +65,8 @@ def read_yaml(path: Path) -> dict[str, Entry]:
         InputError: it cannot be read, it is no YAML, or no mapping, or a name is there twice.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise OSError(0, "it is no file")  # to read a pipe might never end
         text = path.read_text(encoding="utf-8")
         root = yaml.compose(text, Loader)
         values = yaml.load(text, Loader)

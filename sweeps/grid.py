@@ -12,6 +12,7 @@ A grid is a YAML file, ``--NAME VALUES…`` on the command line, or both; the co
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -19,19 +20,30 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from command_line.config_files import NOTHING, Entry, Loader, read_yaml, typed
 from command_line.contradictions import check_values
-from command_line.reading import Values, argument_name, explain_unknown, given_names, read_values
+from command_line.reading import (
+    OWN,
+    Values,
+    argument_name,
+    explain_unknown,
+    given_names,
+    read_values,
+)
 from utils import InputError
+from zeroth_order.smoothing import SmoothingSchedule
 
 # Arguments by name, as the user types them.
 Typed = dict[str, str]
 
 # The sweep sets these for every run.
 OF_THE_SWEEP = ("output_dir", "result_file", "tag", "predictions_file", "resume_from_checkpoint")
+# With these run.py writes no result.
+WITHOUT_RESULT = ("dry_run", "show_config", "predict_file")
 # File systems allow 255 bytes; a hash, a suffix and a temporary file's name are added.
 LONGEST_NAME = 150
 
@@ -40,11 +52,8 @@ LONGEST_NAME = 150
 class Run:
     """One run of a grid.
 
-    Attributes:
-        name: the stem of its files in the sweep's folder.
-        choice: its values of the grid's lists.
-        words: its command line without ``--output_dir`` and ``--result_file``.
-        values: what ``words`` mean.
+    ``name`` is the stem of its files in the sweep's folder, ``choice`` its values of the grid's
+    lists, ``words`` its command line without the places of its files, ``values`` their meaning.
     """
 
     name: str
@@ -55,13 +64,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Grid:
-    """Arguments of every run, and lists of choices that multiply.
-
-    Attributes:
-        fixed: arguments of every run.
-        axes: the choices of each list; a choice has one argument, or those of a group.
-        further: words that end every command line.
-    """
+    """Arguments of every run, and the choices of each list; words that end every command line."""
 
     fixed: Typed
     axes: dict[str, list[Typed]]
@@ -73,9 +76,9 @@ class Grid:
         Raises:
             InputError: an argument is in two lists, two runs are the same, or a value is invalid.
         """
-        names = [name for choices in self.axes.values() for name in _names_in(choices)]
+        names = [*self.fixed, *(n for choices in self.axes.values() for n in _names_in(choices))]
         if twice := {name for name in names if names.count(name) > 1}:
-            raise InputError(f"--{min(twice)} is in the grid twice, in two lists: give it once")
+            raise InputError(f"--{min(twice)} is in the grid twice: give it once")
         runs: list[Run] = []
         for choices in itertools.product(*self.axes.values()):
             choice = {name: value for each in choices for name, value in each.items()}
@@ -86,8 +89,7 @@ class Grid:
                 check_values(values)
             except InputError as error:
                 raise InputError(f"{name}: {error}") from error
-            # 1e-4 and 0.0001 are the same run.
-            if any(run.values.given == values.given for run in runs):
+            if any(_meaning(run.values) == _meaning(values) for run in runs):
                 raise InputError(f"the grid has the same run twice: {' '.join(words_of(choice))}")
             if any(run.name == name for run in runs):
                 name = name_of(choice, hashed=True)
@@ -98,31 +100,30 @@ class Grid:
 def read_grid(
     file: Path | None, lists: Mapping[str, Sequence[str]], further: Sequence[str]
 ) -> Grid:
-    """Read a grid from a file and the command line.
+    """Read a grid from a YAML file and the command line, which wins.
 
     Args:
-        file: in YAML; None: no file.
-        lists: lists of the command line by name. They replace the file's.
-        further: arguments of run.py for every run. They replace the file's.
+        file: None: there is none.
+        lists: lists of the command line by name.
+        further: arguments of run.py for every run.
 
     Raises:
         InputError: there is no such file or argument, or a list is empty or given twice.
     """
     grid = _sort(read_yaml(file) if file else {})
-    typed_lists = _sort({name: _entry(name, v) for name, v in lists.items()}).axes
+    typed_lists = _sort({name: _entry(name, words) for name, words in lists.items()}).axes
     replaced = {*typed_lists, *(n for c in typed_lists.values() for n in _names_in(c))}
     for name in given_names(further):
+        _refuse(name)
         if name in replaced:
             raise InputError(f"--{name} is in the grid and behind --: give it once")
-        if name in OF_THE_SWEEP:
-            raise _of_the_sweep(name)
         group = next((a for a, c in grid.axes.items() if a != name and name in _names_in(c)), None)
         if group:
             raise InputError(f"--{name} is in the grid, in {group}: leave it out behind --")
         replaced.add(name)
     fixed = {name: value for name, value in grid.fixed.items() if name not in replaced}
     axes = {name: choices for name, choices in grid.axes.items() if name not in replaced}
-    if not axes and not typed_lists:
+    if not axes | typed_lists:
         raise InputError(
             "the grid has no list: give one, as in --seed 0 1 2 before --, or seed: [0, 1, 2] in a "
             "file"
@@ -151,6 +152,18 @@ def _for_a_file(value: str) -> str:
     return re.sub(r"[^\w.+-]", "_", last, flags=re.ASCII).lstrip(".") or "none"
 
 
+def _meaning(values: Values) -> dict[str, Any]:
+    """Return what was given so that 1e-4 and 0.0001 are equal, constant1e-4 and constant0.0001."""
+    meaning = dict(values.given)
+    for name, value in values.given.items():
+        with contextlib.suppress(TypeError, ValueError):
+            is_number = isinstance(value, str) and OWN.get(name) is None
+            meaning[name] = float(value) if is_number else value
+    if "hessian_smooth_type" in meaning:
+        meaning["hessian_smooth_type"] = SmoothingSchedule.parse(values.hessian_smooth_type)
+    return meaning
+
+
 def _names_in(choices: Iterable[Typed]) -> list[str]:
     return list(dict.fromkeys(name for choice in choices for name in choice))
 
@@ -159,16 +172,16 @@ def _entry(name: str, words: Sequence[str]) -> Entry:
     """Return a list of the command line; under a name of the user's own it holds groups."""
     if not words:
         raise InputError(f"--{name}: give the values that the grid has, or put it behind --")
-    is_argument = argument_name(f"--{name}") is not None
+    # The values of an argument may begin with a brace, as --prompt_template '{text}' does.
+    if argument_name(f"--{name}"):
+        return Entry("the command line", list(words))
     try:
-        # The values of an argument may begin with a brace, as --prompt_template '{text}' does.
-        values = [w if is_argument else yaml.load(w, Loader) for w in words]
+        return Entry("the command line", [yaml.load(word, Loader) for word in words])
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or "not YAML"
         raise InputError(
             f"--{name}: {problem}; write groups as '{{lora: True, zo_eps: 1e-2}}'"
         ) from error
-    return Entry("the command line", values)
 
 
 def _sort(entries: Mapping[str, Entry]) -> Grid:
@@ -181,34 +194,38 @@ def _sort(entries: Mapping[str, Entry]) -> Grid:
             raise InputError(f"{place}: {key} is an empty list: give at least one value")
         name = argument_name(f"--{key}")
         if name is None and all(isinstance(group, dict) and group for group in values):
-            inside = f"{place}: in {key}"
-            axes[key] = [
-                {_known(inside, word): typed(inside, word, v) for word, v in group.items()}
-                for group in values
-            ]
+            axes[key] = [_typed(f"{place}: in {key}", group) for group in values]
             continue
-        name = _known(place, key)
+        choices = [_typed(place, {key: each}) for each in values]
         if name in fixed or name in axes:
             raise InputError(f"{place}: --{name} is in the grid twice: give it once")
         if isinstance(value, list):
-            axes[name] = [{name: typed(place, key, each)} for each in value]
+            axes[str(name)] = choices
         else:
-            fixed[name] = typed(place, key, value)
+            fixed |= choices[0]
     return Grid(fixed, axes)
 
 
-def _known(place: str, word: str) -> str:
-    """Return the name of an argument that a grid may set."""
-    name = argument_name(f"--{word}")
-    if name is None:
-        raise InputError(f"{place}: {explain_unknown(f'--{word}')}")
+def _typed(place: str, group: Mapping[str, Any]) -> Typed:
+    """Return arguments by their names in run.py, with their values as the user types them."""
+    found: Typed = {}
+    for word, value in group.items():
+        name = argument_name(f"--{word}")
+        if name is None:
+            raise InputError(f"{place}: {explain_unknown(f'--{word}')}")
+        _refuse(name)
+        if name in found:
+            raise InputError(f"{place}: --{name} is given twice: give it once")
+        found[name] = typed(place, word, value)
+    return found
+
+
+def _refuse(name: str) -> None:
+    """Refuse an argument that no run of a sweep has."""
+    if name in WITHOUT_RESULT:
+        raise InputError(f"--{name} of the runs of a sweep: they write no result; leave it out")
     if name in OF_THE_SWEEP:
-        raise _of_the_sweep(name)
-    return name
-
-
-def _of_the_sweep(name: str) -> InputError:
-    return InputError(
-        f"--{name} in a sweep: every run has files of its own below the sweep's --output_dir; "
-        "leave it out"
-    )
+        raise InputError(
+            f"--{name} in a sweep: every run has files of its own below the sweep's --output_dir; "
+            "leave it out"
+        )

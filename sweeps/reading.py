@@ -60,15 +60,14 @@ def read_command_line(argv: Sequence[str]) -> tuple[argparse.Namespace, Grid]:
     Raises:
         InputError: a value is missing or wrong, or something is given twice.
     """
-    words, further = list(argv), []
-    if "--" in words:
-        border = words.index("--")
-        words, further = words[:border], words[border + 1 :]
+    border = argv.index("--") if "--" in argv else len(argv)
+    words, further = list(argv[:border]), list(argv[border + 1 :])
     if "--slurm" in words[:-1]:  # its value begins with dashes, too
         at = words.index("--slurm")
         words[at : at + 2] = [f"--slurm={words[at + 1]}"]
     options, words = make_parser().parse_known_args(words)
-    files, lists = [], {}
+    files: list[str] = []
+    lists: dict[str, list[str]] = {}
     values = files
     for word in words:
         if not word.startswith("--"):
@@ -83,8 +82,9 @@ def read_command_line(argv: Sequence[str]) -> tuple[argparse.Namespace, Grid]:
         raise InputError(f"{files[1]}: a second grid, beside {files[0]}; give one")
     if options.output_dir is None:
         content = hashlib.sha256(json.dumps([lists, further]).encode()).hexdigest()
-        name = Path(files[0]).stem if files else f"sweep-{content[:8]}"
-        options.output_dir = Path("result") / name
+        options.output_dir = Path("result") / (
+            Path(files[0]).stem if files else f"sweep-{content[:8]}"
+        )
     return options, read_grid(Path(files[0]) if files else None, lists, further)
 
 

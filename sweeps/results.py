@@ -35,24 +35,14 @@ MISSING = "–"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a table and a picture show of a run.
+    """What a table and a picture show of a run."""
 
-    Attributes:
-        path: of its result file.
-        task: its name.
-        metric: the name of the task's metric.
-        settings: what the run used.
-        numbers: of ``METRICS``, "dev_loss" and ``NUMBERS`` what the run has, finite.
-        curves: of ``CURVES``, the values by step.
-        is_finished: False: the run has no result yet.
-    """
-
-    path: Path
+    path: Path  # of its result file, which is not there until the run has finished
     task: str
-    metric: str
-    settings: Mapping[str, Any]
-    numbers: Mapping[str, float]
-    curves: Mapping[str, Mapping[int, float]]
+    metric: str  # the name of the task's metric
+    settings: Mapping[str, Any]  # what the run used
+    numbers: Mapping[str, float]  # of METRICS, "dev_loss" and NUMBERS what it has, finite
+    curves: Mapping[str, Mapping[int, float]]  # of CURVES, the values by step
     is_finished: bool = True
 
     @classmethod
@@ -72,7 +62,10 @@ class Outcome:
             best = settings.get("load_best_model_at_end")
             numbers["dev_loss"] = min(losses) if best else losses[-1]
         metric = next((next(iter(values)) for values in metrics.values()), "metric")
-        return cls(path, str(result.get("task")), metric, settings, numbers, curves, is_finished)
+        settings = {shown(name): value for name, value in settings.items()}
+        return cls(
+            path, shown(result.get("task")), shown(metric), settings, numbers, curves, is_finished
+        )
 
     def values(self, names: Sequence[str]) -> tuple[str, ...]:
         """Return its values of some settings, as text."""
@@ -144,12 +137,15 @@ def unfinished(path: Path, run: Mapping[str, Any]) -> Outcome:
 
 
 def shown(value: Any) -> str:
-    """Return a setting as text, as a user types it: 1e-4, 0.01, 5."""
+    """Return a setting in one line, as a user types it: 1e-4, 0.01, 5."""
+    if value is None:
+        return MISSING
     if isinstance(value, float):
         is_small = 0 < abs(value) < 0.01
         exact = Decimal(repr(value)).normalize()
         return format(exact, "e") if is_small else repr(value).removesuffix(".0")
-    return MISSING if value is None else str(value)
+    # Newlines, a terminal's controls and what is no UTF-8 become escapes.
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value))
 
 
 def differing_settings(outcomes: Sequence[Outcome]) -> tuple[str, ...]:
@@ -163,9 +159,7 @@ def differing_settings(outcomes: Sequence[Outcome]) -> tuple[str, ...]:
             # Without h, h has no dtype.
             if name not in NO_SETTING and not (name == "hessian_dtype" and value is None):
                 values.setdefault(name, {}).setdefault(each.task, set()).add(shown(value))
-    return tuple(
-        n for n, tasks in values.items() if any(len(found) > 1 for found in tasks.values())
-    )
+    return tuple(n for n, tasks in values.items() if any(len(v) > 1 for v in tasks.values()))
 
 
 def name_data(outcomes: Sequence[Outcome]) -> list[Outcome]:

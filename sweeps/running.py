@@ -5,21 +5,22 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import queue
 import re
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from time import sleep
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from utils import InputError, NotWritten
+
+if TYPE_CHECKING:
+    from sweeps.slurm import JobArray
 
 SCRIPT = Path(__file__).resolve().parent.parent / "run.py"
 # Seconds between two looks at the runs.
@@ -27,6 +28,8 @@ PAUSE = 0.2
 # Bytes at the end of a log in which the newest step is searched.
 TAIL = 8192
 STEP = re.compile(r"step (\d+ of \d+)")
+# What CUDA_VISIBLE_DEVICES holds where a job has no GPU.
+NO_GPU = ("", "-1", "NoDevFiles")
 # The last line that run.py writes when it fails begins with one of these.
 LAST_WORDS = ("error: ", "stopped: ", "interrupted")
 INTERRUPTED = 130
@@ -34,21 +37,14 @@ INTERRUPTED = 130
 
 @dataclass
 class Job:
-    """A run of the sweep.
-
-    Attributes:
-        name: of the run.
-        words: its command line.
-        log: the file that its output is appended to.
-        state: "waiting", "running", "finished", "failed" or "interrupted".
-        said: how a failed run ended, in one line.
-    """
+    """A run of the sweep: its command line, where its output and its result go, its state."""
 
     name: str
     words: tuple[str, ...]
     log: Path
-    state: str = "waiting"
-    said: str = ""
+    result: Path
+    state: str = "waiting"  # then "running", and "finished", "failed" or "interrupted"
+    said: str = ""  # how a failed run ended, in one line
 
     @property
     def is_over(self) -> bool:
@@ -56,17 +52,20 @@ class Job:
         return self.state not in ("waiting", "running")
 
     def end(self, code: int) -> None:
-        """Note its exit code."""
-        self.said = "" if code == 0 else last_words(self.log, code)
-        self.state = {0: "finished", INTERRUPTED: "interrupted"}.get(code, "failed")
+        """Note its exit code; without a result it has not finished."""
+        self.state = "interrupted" if code == INTERRUPTED else "failed"
+        if code:
+            self.said = last_words(self.log, code)
+        elif self.result.is_file():
+            self.state = "finished"
+        else:
+            self.said = f"exit code 0, but no {self.result.name}"
 
 
 class Processes:
-    """Runs jobs on this machine, some at a time.
+    """Runs the waiting jobs on this machine, ``number`` at a time, in their order.
 
-    Args:
-        jobs: those that wait are started in their order.
-        number: of jobs at a time. Each has its share of the cores, and a GPU if there are any.
+    Each has its share of the cores, and a GPU of its own if there are any.
 
     Raises:
         InputError: there are fewer GPUs than jobs at a time.
@@ -81,58 +80,45 @@ class Processes:
                 f"--jobs {number}: each run has a GPU of its own, and there are {len(gpus)}; give "
                 f"{len(gpus)} at most"
             )
-        self.gpus: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        for gpu in gpus[:number] or [None] * number:
-            self.gpus.put(gpu)
+        self.jobs = jobs
+        self.free: list[str | None] = [*gpus[:number]] or [None] * number
+        self.running: list[tuple[Job, subprocess.Popen, str | None]] = []
         self.environment = os.environ | {"PYTHONUNBUFFERED": "1"}
         cores = len(os.sched_getaffinity(0))
         self.environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // number)))
-        self.running: set[subprocess.Popen] = set()
-        self.lock, self.stopped = threading.Lock(), False
-        self.pool = ThreadPoolExecutor(number)
-        waiting = [job for job in jobs if job.state == "waiting"]
-        self.futures: list[Future] = [self.pool.submit(self._run, job) for job in waiting]
-
-    def _run(self, job: Job) -> None:
-        gpu = self.gpus.get()
-        environment = self.environment | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
-        with self.lock:
-            if self.stopped:
-                return
-            process = start(job.words, job.log, environment)
-            self.running.add(process)
-            job.state = "running"
-        job.end(process.wait())
-        self.running.discard(process)
-        self.gpus.put(gpu)
 
     def look(self) -> None:
-        """Raise what a thread has raised; the threads update the states."""
-        for future in self.futures:
-            if future.done():
-                future.result()
+        """Note which runs have ended, and start others in their places."""
+        for each in list(self.running):
+            job, process, gpu = each
+            if (code := process.poll()) is not None:
+                job.end(code)
+                self.running.remove(each)
+                self.free.append(gpu)
+        waiting = [job for job in self.jobs if job.state == "waiting"]
+        for job in waiting[: len(self.free)]:
+            gpu = self.free.pop(0)
+            environment = self.environment | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
+            self.running.append((job, start(job.words, job.log, environment), gpu))
+            job.state = "running"
 
     def stop(self) -> None:
         """Let the runs save their checkpoints and end; a second Ctrl-C kills them."""
-        try:
-            with self.lock:
-                self.stopped = True
-                self._send(signal.SIGINT)
-            self.pool.shutdown(cancel_futures=True)
-        except KeyboardInterrupt:
-            self._send(signal.SIGKILL)
-            self.pool.shutdown(cancel_futures=True)
-
-    def _send(self, number: signal.Signals) -> None:
-        for process in list(self.running):
-            process.send_signal(number)
+        for number in (signal.SIGINT, signal.SIGKILL):
+            for _, process, _ in self.running:
+                process.send_signal(number)
+            with contextlib.suppress(KeyboardInterrupt):
+                while self.running:
+                    job, process, _ = self.running[-1]
+                    job.end(process.wait())
+                    self.running.pop()
 
 
 def visible_gpus() -> list[str]:
     """Return the names of this machine's GPUs in CUDA_VISIBLE_DEVICES."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
-        return [name for name in named.split(",") if name.strip()]
+        return [name for name in named.split(",") if name.strip() not in NO_GPU]
     import torch  # Slurm's nodes read this module too, and need no torch for it.
 
     return [str(number) for number in range(torch.cuda.device_count())]
@@ -191,11 +177,13 @@ def last_words(log: Path, code: int) -> str:
     return said[-1] if said else f"exit code {code}"
 
 
-def follow(runner: Processes, jobs: Sequence[Job], describe: Callable[[Job], str]) -> None:
+def follow(
+    runner: Processes | JobArray, jobs: Sequence[Job], describe: Callable[[Job], str]
+) -> None:
     """Wait until all jobs are over; print their starts and ends, and show a bar on a terminal.
 
     Args:
-        runner: of the jobs, or an object with its methods.
+        runner: of those that are not over yet.
         jobs: all runs of the sweep.
         describe: returns the result of a finished run as text.
 
@@ -211,7 +199,8 @@ def follow(runner: Processes, jobs: Sequence[Job], describe: Callable[[Job], str
                 for job in jobs:
                     if job.state != known[job.name]:
                         known[job.name] = job.state
-                        _show(bar, job, describe)
+                        bar.write(_news(job, describe))
+                        bar.update(job.is_over)
                 running = [job for job in jobs if job.state == "running"]
                 bar.set_postfix_str("; ".join(map(_progress, running)))
                 if all(job.is_over for job in jobs):
@@ -224,13 +213,11 @@ def follow(runner: Processes, jobs: Sequence[Job], describe: Callable[[Job], str
             raise
 
 
-def _show(bar: tqdm, job: Job, describe: Callable[[Job], str]) -> None:
+def _news(job: Job, describe: Callable[[Job], str]) -> str:
     if job.state == "running":
-        bar.write(f"started: {job.name}")
-        return
+        return f"started: {job.name}"
     said = describe(job) if job.state == "finished" else job.said
-    bar.write(f"{job.state}: {job.name}{': ' if said else ''}{said}")
-    bar.update()
+    return f"{job.state}: {job.name}{': ' if said else ''}{said}"
 
 
 def _progress(job: Job) -> str:

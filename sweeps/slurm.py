@@ -47,10 +47,10 @@ class RunOnNode:
 
 
 class JobArray:
-    """Runs jobs as a job array, and follows those that an earlier sweep has submitted.
+    """Runs the waiting jobs as a job array, and follows those of an earlier call of the sweep.
 
     Args:
-        jobs: those that wait are submitted.
+        jobs: all that the sweep is to run.
         options: sbatch's, as on its command line.
         folder: of the sweep.
         number: jobs at a time; None: as many as Slurm allows.
@@ -62,7 +62,7 @@ class JobArray:
     farewell = "the jobs stay with Slurm (scancel ends them); the same command follows them again"
 
     def __init__(self, jobs: Sequence[Job], options: str, folder: Path, number: int | None) -> None:
-        self.jobs, file = jobs, folder / JOBS
+        self.jobs, file = [job for job in jobs if not job.is_over], folder / JOBS
         parameters: dict[str, Any] = {"additional_parameters": read_options(options)}
         if number is not None:
             parameters["array_parallelism"] = number
@@ -71,16 +71,12 @@ class JobArray:
         os.environ["PYTHONPATH"] = os.pathsep.join(paths)
         try:
             executor = make_executor(folder.resolve() / FOLDER, parameters)
-            earlier = {
-                name: executor.job_class(executor.folder, number)
-                for name, number in read_json(file).items()
-            }
-            self.submitted = {
-                n: job for n, job in earlier.items() if not job.state.startswith(ENDED)
-            }
-            waiting = [j for j in jobs if j.state == "waiting" and j.name not in self.submitted]
-            words, logs = [job.words for job in waiting], [job.log for job in waiting]
-            array = executor.map_array(RunOnNode(), words, logs) if waiting else []
+            numbers = read_json(file).items()
+            earlier = {name: executor.job_class(executor.folder, n) for name, n in numbers}
+            self.submitted = {n: j for n, j in earlier.items() if not j.state.startswith(ENDED)}
+            new = [job for job in self.jobs if job.name not in self.submitted]
+            words, logs = [job.words for job in new], [job.log for job in new]
+            array = executor.map_array(RunOnNode(), words, logs) if new else []
         except ImportError as error:
             raise InputError(
                 "--slurm needs submitit: pip install submitit, or use --jobs"
@@ -89,15 +85,15 @@ class JobArray:
             raise InputError(
                 f"--slurm {options}: {one_line(error)}; correct the options, or use --jobs"
             ) from error
-        self.submitted |= {job.name: one for job, one in zip(waiting, array, strict=True)}
+        self.submitted |= {job.name: one for job, one in zip(new, array, strict=True)}
         write_json(file, {name: one.job_id for name, one in self.submitted.items()})
 
     def look(self) -> None:
         """Ask Slurm for the states of the jobs."""
         for job in self.jobs:
+            submitted = self.submitted[job.name]
             if job.is_over:
                 continue
-            submitted = self.submitted[job.name]
             if not submitted.done():
                 job.state = "running" if submitted.state == "RUNNING" else job.state
             elif submitted.exception() is None:

@@ -26,15 +26,10 @@ Escape = Callable[[str], str]
 
 
 class Table(NamedTuple):
-    """A row for each setting, a column for each task or seed.
+    """A row for each setting, a column for each task or seed."""
 
-    Attributes:
-        settings: the values of the settings that differ, as text.
-        numbers: by title and kind (of ``FORMS``), "mean", "std" and "count".
-    """
-
-    settings: pd.DataFrame
-    numbers: dict[tuple[str, str], pd.DataFrame]
+    settings: pd.DataFrame  # the values of the settings that differ, as text
+    numbers: dict[tuple[str, str], pd.DataFrame]  # by title and kind: "mean", "std" and "count"
 
 
 def make_table(
@@ -143,19 +138,24 @@ FORMATS = {"markdown": markdown, "latex": latex, "csv": comma_separated}
 
 
 def _for_markdown(text: str) -> str:
-    return " ".join(re.sub(r"([\\|*`<])", r"\\\1", text).split())
+    return re.sub(r"([\\|*`<])", r"\\\1", text)
+
+
+# A row that begins with * or [ would be an argument of the \\ before it.
+LATEX = {character: f"\\{character}" for character in "_%&#${}"}
+LATEX |= {character: f"{{{character}}}" for character in "*[]"}
+LATEX |= {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}"}
+LATEX |= {"|": r"\textbar{}", "<": r"\textless{}", ">": r"\textgreater{}"}
 
 
 def _for_latex(text: str) -> str:
-    commands = {"\\": "backslash", "^": "asciicircum", "~": "asciitilde"}
-    escaped = {character: f"\\text{name}{{}}" for character, name in commands.items()}
-    escaped |= {character: f"\\{character}" for character in "_%&#${}"}
-    return " ".join(text.translate(str.maketrans(escaped)).split())
+    return text.translate(str.maketrans(LATEX))
 
 
 def _for_spreadsheets(text: str) -> str:
-    """Return text that no spreadsheet takes for a formula."""
-    return f"'{text}" if re.match(r"[=+@\t\r]|-(?![\d.])", text) else text
+    """Return text that no spreadsheet takes for a formula; numbers stay."""
+    is_number = re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?", text)
+    return f"'{text}" if text.lstrip().startswith(tuple("=+-@")) and not is_number else text
 
 
 def best(outcomes: Sequence[Outcome]) -> Iterator[tuple[str, list[Outcome], str]]:

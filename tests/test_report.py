@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -106,20 +107,65 @@ def test_other_formats_have_the_same_numbers(
     assert float(of_rate["SST2_std"]) == pytest.approx(0.01) and of_rate["SST2_runs"] == "3"
 
 
+# A setting, and how it is written in Markdown, LaTeX and CSV.
+ESCAPED = (
+    ("=cmd|' /C calc'!A0", r"=cmd\|' /C calc'!A0", r"=cmd\textbar{}' /C calc'!A0", "'=cmd|"),
+    (
+        "a\n^~\\{}",
+        r"a\\n^~\\{}",
+        r"\textasciicircum{}\textasciitilde{}\textbackslash{}\{\}",
+        r"a\n^",
+    ),
+    ("*[<b>]", r"\*[\<b>]", r"{*}{[}\textless{}b\textgreater{}{]} & ", "*[<b>]"),
+    ("_%&#$", "_%&#$", r"\_\%\&\#\$ & ", "_%&#$"),
+    ("-1+1|cmd", "-1+1\\|cmd", r"-1+1\textbar{}cmd & ", "'-1+1|cmd"),
+    (" @sum", " @sum", " @sum & ", "' @sum"),
+    ("+tab\t", "+tab", r"+tab\textbackslash{}t", r"'+tab\t"),
+    (-0.5, "-0.5", "-0.5 & ", "-0.5"),
+    ("\x1b[31m", r"\\x1b[31m", r"x1b{[}31m", r"\x1b[31m"),
+)
+
+
 def test_text_is_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [
-        written(tmp_path, name, 0.5, system_prompt=text)
-        for name, text in (("a", "=cmd|' /C calc'!A0"), ("b", "a\n| ^~\\{}*"))
+        written(tmp_path, f"{number}", 0.5, system_prompt=each[0])
+        for number, each in enumerate(ESCAPED)
     ]
-    table = cells(printed(capsys, *files))
-    assert [row[0] for row in table[2:]] == ["=cmd\\|' /C calc'!A0", "a \\| ^~\\\\{}\\*"]
-    tex = printed(capsys, *files, "--format", "latex")
-    assert "a | \\textasciicircum{}\\textasciitilde{}\\textbackslash{}\\{\\}* & " in tex
-    rows = list(csv.reader(io.StringIO(printed(capsys, *files, "--format", "csv"))))
-    assert [row[0] for row in rows] == ["system_prompt", "'=cmd|' /C calc'!A0", "a\n| ^~\\{}*"]
+    markdown = printed(capsys, *files).splitlines()[2:]
+    tex = printed(capsys, *files, "--format", "latex").splitlines()[4:]
+    rows = list(csv.reader(io.StringIO(printed(capsys, *files, "--format", "csv"))))[1:]
+    failures = [
+        (setting, line, row, tex_line)
+        for (setting, *expected), line, tex_line, row in zip(
+            ESCAPED, markdown, tex, rows, strict=False
+        )
+        if not line.startswith(f"| {expected[0]}")
+        or expected[1] not in tex_line
+        or not row[0].startswith(expected[2])
+    ]
+    assert not failures
 
 
-def test_numbers_are_shown_as_given() -> None:
+def test_a_file_that_is_there_is_not_written_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, "a", 0.5)
+    (tmp_path / "sweep.json").write_text("{}")
+    (tmp_path / "notes.md").write_text("mine")
+    for option, name, more, said in (
+        ("--output", "a.json", ["--overwrite"], "this is a result"),
+        ("--plot", "sweep.json", ["--overwrite"], "this is a result"),
+        ("--output", "notes.md", [], "is there: give another name, or --overwrite"),
+        ("--plot", "notes.md", [], "is there: give another name, or --overwrite"),
+    ):
+        line = refused_line(["a.json", option, name, *more], capsys, tmp_path, report.main)
+        assert said in line and line.startswith(f"{option} {name}")
+    printed(capsys, "a.json", "--output", "notes.md", "--overwrite")
+    assert (tmp_path / "notes.md").read_text().startswith("| SST2 |")
+
+
+def test_settings_are_shown_as_given_where_they_differ(tmp_path: Path) -> None:
     values = {
         1e-3: "1e-3",
         0.05: "0.05",
@@ -130,9 +176,7 @@ def test_numbers_are_shown_as_given() -> None:
         None: "–",
     }
     assert {value: shown(value) for value in values} == values
-
-
-def test_settings_of_one_trainer_are_no_difference(tmp_path: Path) -> None:
+    # What only one trainer has is no difference.
     files = [
         written(tmp_path, "a", 0.5, trainer="zo", zo_eps=1e-3, model_name="m"),
         written(tmp_path, "b", 0.6, trainer="regular", optim="adamw", model_name="m"),
@@ -163,21 +207,28 @@ ODD = {
     "runs_of_text": {"runs": ["a", 1]},
     "odd_history": {"history": {"dev_loss": {"x": 1, "1": "a", "2": True}, "seconds": 3}},
     "odd_settings": {"settings": {"learning_rate": [1, {"a": 2}], "seed": {"a": 1}}},
+    "no_utf_8": {"settings": {"\ud800": 1, "\x1b[31m": "\ud800"}},
 }
+NO_JSON = {"cut": '{"task": "SST2", "settings": {', "deep": "[" * 100_000, "empty": "", "nul": "\0"}
 
 
 def test_odd_results_end_in_no_traceback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good = json.loads(written(tmp_path, "good", 0.75, learning_rate=0.5, seed=50).read_text())
-    (tmp_path / "cut.json").write_text('{"task": "SST2", "settings": {')
-    (tmp_path / "deep.json").write_text("[" * 100_000)
+    for name, text in NO_JSON.items():
+        (tmp_path / f"{name}.json").write_text(text)
+    os.mkfifo(tmp_path / "pipe.json")
     for n, (name, content) in enumerate(ODD.items()):
         if isinstance(content, dict) and not name.startswith("no_"):
             settings = {"learning_rate": 0.5, "seed": n} | content.get("settings", {})
             content = good | content | {"settings": settings}
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    table = cells(printed(capsys, tmp_path, "--plot", tmp_path / "a.png"))
+    assert report.main([str(tmp_path), "--plot", str(tmp_path / "a.png")]) == 0
+    out, err = capsys.readouterr()
+    left_out = {Path(line.split(": ")[0]).stem for line in err.splitlines()}
+    assert left_out == {*NO_JSON, "pipe", "a_list"}
+    table = cells(out)
     # A mean over some of a setting's runs would mislead: that cell is empty.
     assert table == [
         ["learning_rate", "SST2"],
@@ -193,6 +244,7 @@ def test_odd_results_end_in_no_traceback(
     (tmp_path / "sweep.json").write_text(json.dumps({"runs": {"x": run, "y": [], "../z": run}}))
     assert report.main([str(tmp_path)]) == 0
     assert "1 runs have no result yet" in capsys.readouterr().err
+    assert refused_line([tmp_path / "pipe.json"], capsys, None, report.main).endswith("of a run")
     assert not (tmp_path / "ran").exists()
 
 
@@ -218,7 +270,6 @@ BAD_INPUT = (
     ("a.json cb.json --plot a.png", "--plot a.png: a picture shows one task"),
     ("bare.json --plot a.png", "--plot a.png: no run has dev losses"),
     ("a.json --output empty", "--output empty: this is a folder"),
-    ("a.json --output twin.json", "--output twin.json: this is a result"),
 )
 
 
