@@ -11,14 +11,7 @@ from argparse import RawTextHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 
-from sweeps.results import (
-    RECORD,
-    Outcome,
-    name_data,
-    read_outcomes,
-    read_record,
-    unfinished,
-)
+from sweeps.results import RECORD, Outcome, name_data, read_outcomes, read_sweep
 from sweeps.tables import COLUMNS, FORMATS, FORMS, make_table
 from utils import (
     InputError,
@@ -79,7 +72,7 @@ def load(places: Sequence[Path]) -> list[Outcome]:
 
 
 def _in_folder(folder: Path) -> dict[Path, list[Outcome]]:
-    """Return the runs of a folder by their result files; those without a result come last."""
+    """Return the runs of a folder by their result files."""
     outcomes = {}
     for file in sorted(folder.rglob("*.json")):
         if any(part.startswith(WITHOUT_RESULTS) for part in file.relative_to(folder).parts[:-1]):
@@ -89,9 +82,7 @@ def _in_folder(folder: Path) -> dict[Path, list[Outcome]]:
         elif not read_json(file):
             print(f"{file}: {NO_RESULT}; it is left out", file=sys.stderr)
     for record in sorted(folder.rglob(RECORD)):
-        for name, run in read_record(record.parent).items():
-            path = record.parent / f"{name}.json"
-            outcomes.setdefault(path, [unfinished(path, run)])
+        outcomes |= read_sweep(record.parent)
     return outcomes
 
 

@@ -40,10 +40,10 @@ from sweeps.grid import Grid, Run, words_of
 from sweeps.results import (
     MISSING,
     SEEDS,
-    Outcome,
     check_record,
     name_data,
     read_outcomes,
+    read_sweep,
     write_record,
 )
 from sweeps.running import Job, Processes, follow
@@ -97,14 +97,6 @@ class Sweep:
             if has_result and not is_wanted_again(options.files):
                 job.state = "finished"
         return job
-
-    def outcomes(self, run: Run, has_result: bool = True) -> list[Outcome]:
-        """Return the results of a run, with the grid's arguments as its settings."""
-        path, settings = self.arguments[run.name].result_path, run.values.given
-        task = self.arguments[run.name].task.name
-        missing = Outcome.of(path, {"task": task, "settings": settings}, is_finished=False)
-        found = read_outcomes(path) if has_result else []
-        return [dataclasses.replace(each, settings=settings) for each in found or [missing]]
 
     def entries(self) -> dict[str, dict[str, Any]]:
         """Return what the sweep's record says of each run."""
@@ -168,9 +160,8 @@ def carry_out(sweep: Sweep, options: Namespace) -> list[Job]:
         runner = Processes(jobs, options.jobs or 1)
     else:
         runner = JobArray(jobs, options.slurm, sweep.folder, options.jobs)
-    runs = {run.name: run for run in sweep.runs}
     try:
-        follow(runner, jobs, lambda job: in_words(sweep.outcomes(runs[job.name])))
+        follow(runner, jobs, lambda job: in_words(read_outcomes(job.result)))
     except KeyboardInterrupt as error:
         raise Interrupted("the same command resumes") from error
     return jobs
@@ -181,9 +172,12 @@ def closing_lines(sweep: Sweep, jobs: Sequence[Job]) -> Iterator[str]:
     for job in jobs:
         if job.state != "finished":
             yield f"{job.state}: {job.name}: {job.said} ({job.log})"
-    outcomes = []
-    for run, job in zip(sweep.runs, jobs, strict=True):
-        outcomes += sweep.outcomes(run, has_result=job.state == "finished")
+    found = read_sweep(sweep.folder)
+    outcomes = [
+        dataclasses.replace(each, is_finished=job.state == "finished")
+        for job in jobs
+        for each in found[job.result]
+    ]
     runs = {job.result: run for run, job in zip(sweep.runs, jobs, strict=True)}
     several = len({each.task for each in outcomes}) > 1
     for task, chosen, words in best(name_data(outcomes)):

@@ -38,24 +38,22 @@ def curves(outcomes: Sequence[Outcome], height: str, width: str) -> dict[str, pd
     names = differing_settings(outcomes)
     settings: dict[str, list[pd.DataFrame]] = {}
     for each in outcomes:
-        pairs = zip(names, each.values(names), strict=True)
-        label = ", ".join(_spoken(name, value) for name, value in pairs) or "the runs"
-        widths = pd.Series(each.curves["seconds" if width == "seconds" else "forward_passes"])
-        if width == "passes":
-            backward = pd.Series(each.curves["backward_passes"], dtype=float)
-            widths = widths + BACKWARD * backward.reindex(widths.index, fill_value=0)
-        heights = pd.Series(each.curves[height], dtype=float)
-        course = pd.DataFrame({"width": widths, "height": heights}, dtype=float).dropna()
+        course = pd.DataFrame(each.curves, dtype=float)
+        backward = course["backward_passes"].fillna(0)
+        course["passes"] = course["forward_passes"] + BACKWARD * backward
+        course = course[[width, height]].dropna()
         if len(course):
+            pairs = zip(names, each.values(names), strict=True)
+            label = ", ".join(_spoken(name, value) for name, value in pairs) or "the runs"
             settings.setdefault(label, []).append(course)
     found = {}
     for label, runs in settings.items():
-        heights = pd.concat([run["height"] for run in runs], axis=1, join="inner")
-        widths = pd.concat([run["width"] for run in runs], axis=1, join="inner")
-        course = {"width": widths.mean(axis=1), "mean": heights.mean(axis=1)}
-        course |= {"low": heights.min(axis=1), "high": heights.max(axis=1), "runs": len(runs)}
-        if len(heights):
-            found[label] = pd.DataFrame(course).sort_index()
+        steps = pd.concat(runs).groupby(level=0)
+        course = steps[height].agg(["mean", "min", "max", "count"])
+        course = course.set_axis(["mean", "low", "high", "runs"], axis=1)
+        course = course.assign(width=steps[width].mean())[course["runs"] == len(runs)]
+        if len(course):
+            found[label] = course
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -72,19 +71,23 @@ class Outcome:
         return tuple(shown(self.settings.get(name)) for name in names)
 
 
-def read_outcomes(path: Path) -> list[Outcome]:
-    """Return the runs of a result file, one for each training set; none if it is no result."""
+def read_outcomes(path: Path, asked_for: Mapping[str, Any] | None = None) -> list[Outcome]:
+    """Return the runs of a result file, one for each training set; none if it is no result.
+
+    Args:
+        path: of the file.
+        asked_for: settings that stand for those that the run used.
+    """
     result = read_json(path)
     if not isinstance(result.get("settings"), dict) or not isinstance(result.get("task"), str):
         return []
     runs = result.get("runs")
     sets = [run for run in runs if isinstance(run, dict)] if isinstance(runs, list) else []
-    if not sets:
-        return [Outcome.of(path, result)]
+    settings = result["settings"] | (asked_for or {})
     found = []
-    for run in sets:
-        settings = result["settings"] | {"train_set_seed": run.get("train_set_seed")}
-        found.append(Outcome.of(path, result | run | {"settings": settings}))
+    for run in sets or [{}]:
+        seed = {"train_set_seed": run.get("train_set_seed")} if run else {}
+        found.append(Outcome.of(path, {**result, **run, "settings": {**settings, **seed}}))
     return found
 
 
@@ -114,6 +117,18 @@ def check_record(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> None
 def write_record(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
     """Write what the runs are; those of an earlier and larger grid stay."""
     write_json(folder / RECORD, {"runs": read_record(folder) | dict(entries)})
+
+
+def read_sweep(folder: Path) -> dict[Path, list[Outcome]]:
+    """Return the runs of a sweep by their result files, with the settings that the grid asks for.
+
+    What was used can differ between seeds: fewer examples where some have no correct option.
+    """
+    found = {}
+    for name, run in read_record(folder).items():
+        path = folder / f"{name}.json"
+        found[path] = read_outcomes(path, _mapping(run.get("settings"))) or [unfinished(path, run)]
+    return found
 
 
 def unfinished(path: Path, run: Mapping[str, Any]) -> Outcome:
@@ -199,7 +214,7 @@ def _numbers(value: Any) -> dict[str, float]:
     return {
         name: number
         for name, number in _mapping(value).items()
-        if type(number) in (int, float) and abs(number) < 1e300 and math.isfinite(number)
+        if type(number) in (int, float) and abs(number) < 1e300
     }
 
 
