@@ -18,6 +18,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     begin(sys.argv[1:])
 
+import copy
 import dataclasses
 import shlex
 from argparse import Namespace
@@ -31,7 +32,7 @@ from command_line.arguments import Arguments, parse_arguments
 from command_line.checks import check
 from command_line.settings import changed_settings, name_run, settle_dtype
 from experiment.folders import locked
-from experiment.options import Options, options_of
+from experiment.options import options_of
 from experiment.plan import make_plan
 from experiment.preparation import Prepared, prepare
 from experiment.results import USED, earlier_result, is_wanted_again
@@ -116,22 +117,17 @@ def command(words: Sequence[str]) -> str:
     return shlex.join(["python", os.path.relpath(ROOT / "run.py"), *words])
 
 
-def without_seeds(options: Options) -> tuple[Any, ...]:
-    """Return what a plan depends on: the seed and the training set change no number of it."""
-    weights = dataclasses.replace(options.weights, seed=0)
-    draw = options.data.draw
-    if draw.train_set_seed is not None:
-        draw = dataclasses.replace(draw, train_set_seed=0)
-    return options.model, weights, dataclasses.replace(options.data, draw=draw)
-
-
 def print_plans(sweep: Sweep) -> None:
     """Print what differs between the runs, and the forward passes of each."""
     prepared: dict[str, Prepared] = {}
     rows = []
     for run in sweep.runs:
-        options = options_of(sweep.arguments[run.name])
-        needed = repr(without_seeds(options))
+        arguments = copy.copy(sweep.arguments[run.name])
+        arguments.seed = 0  # seeds change no number of a plan
+        if arguments.train_set_seed is not None:
+            arguments.train_set_seed = 0
+        options = options_of(arguments)
+        needed = repr((options.model, options.weights, options.data))
         if needed not in prepared:
             prepared[needed] = prepare(options)
         plan = make_plan(options, prepared[needed])
