@@ -13,14 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import sleep
-from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from utils import InputError, NotWritten
-
-if TYPE_CHECKING:
-    from sweeps.slurm import JobArray
 
 SCRIPT = Path(__file__).resolve().parent.parent / "run.py"
 # Seconds between two looks at the runs.
@@ -177,13 +173,11 @@ def last_words(log: Path, code: int) -> str:
     return said[-1] if said else f"exit code {code}"
 
 
-def follow(
-    runner: Processes | JobArray, jobs: Sequence[Job], describe: Callable[[Job], str]
-) -> None:
+def follow(runner: Processes, jobs: Sequence[Job], describe: Callable[[Job], str]) -> None:
     """Wait until all jobs are over; print their starts and ends, and show a bar on a terminal.
 
     Args:
-        runner: of those that are not over yet.
+        runner: of those that are not over yet; any object with its methods.
         jobs: all runs of the sweep.
         describe: returns the result of a finished run as text.
 
