@@ -54,8 +54,8 @@ from utils import (
 def run_experiment(options: Options) -> None:
     """Do every run and write the result, unless it is there already."""
     started = time.perf_counter()
-    earlier = earlier_result(options.files, options.identity)
-    if earlier and not is_wanted_again(options.files):
+    earlier = earlier_result(options)
+    if earlier and not is_wanted_again(options):
         say("these settings have a result already (--overwrite_output_dir makes it anew)")
         say("\n".join(result_lines(options, earlier)))
         return
@@ -94,7 +94,7 @@ def run_command_line(argv: Sequence[str]) -> None:
     else:
         name_run(arguments)
         options = options_of(arguments)
-        with locked_places(options.files, has_checkpoints=options.training is not None):
+        with locked_places(options.files, has_checkpoints=options.trains):
             run_experiment(options)
 
 

@@ -94,8 +94,7 @@ class Sweep:
         if job.result.is_file():
             name_run(arguments)
             options = options_of(arguments)
-            has_result = earlier_result(options.files, options.identity) is not None
-            if has_result and not is_wanted_again(options.files):
+            if earlier_result(options) is not None and not is_wanted_again(options):
                 job.state = "finished"
         return job
 

@@ -1,4 +1,4 @@
-"""What the command line says, as frozen objects: nothing below this folder sees ``Arguments``."""
+"""What the command line says: ``Arguments``, and what rooms below take, which do not see them."""
 
 from __future__ import annotations
 
@@ -10,26 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
 
 from command_line.arguments import Arguments
-from command_line.checks import steps_of_run
-from command_line.declarations import AUTO
-from command_line.optimizer import optimizer_config, smoothing
 from command_line.reading import TUNING_MODES
-from command_line.settings import (
-    changed_settings,
-    examples_of_a_batch,
-    length_of_run,
-    settings_of_a_checkpoint,
-)
+from command_line.settings import changed_settings, length_of_run, settings_of_a_checkpoint
 from language_model.generation import GenerationSettings
 from language_model.loading import choose_dtype
 from task_data.sampling import ExampleSet, draw_example_sets
 from tasks import Task
 from utils import InputError
-from zeroth_order.config import HiZOOConfig
-from zeroth_order.smoothing import SmoothingSchedule
 
 
 @dataclass(frozen=True)
@@ -81,67 +70,39 @@ class DataOptions:
     task: Task
     data_dir: str | None
     draw: Callable[..., list[ExampleSet]]  # takes train and validation samples
-    num_train: int
     max_length: int | None
-    apply_chat_template: bool
+    chat: bool
     system_prompt: str | None
     generation: GenerationSettings
 
 
 @dataclass(frozen=True)
-class ZerothOrderOptions:
-    """How zo trains: the arguments of ``ZerothOrderTrainer``."""
-
-    config: HiZOOConfig
-    smoothing: SmoothingSchedule
-    perturbation: str
-    parallel: str
-
-
-@dataclass(frozen=True)
-class TrainingOptions:
-    """How weights are trained; ``own`` are the Trainer's own arguments."""
-
-    own: TrainingArguments
-    zeroth_order: ZerothOrderOptions | None
-    measured: tuple[bool, bool]  # whether a probe chooses μ of g, and μ of c
-    steps: int
-    examples_of_a_batch: int  # in all processes together
-    train_as_classification: bool
-    only_train_option: bool
-    non_diff: bool
-    non_diff_metric: str | None
-    reward_samples: int
-    decay_step: int
-    max_skipped_steps: int
-    check_every: int
-    wants_dev_metric: bool
-    replays_best: bool  # from the journal, without checkpoints
-    save_on_interrupt: bool
-
-
-@dataclass(frozen=True)
 class Files:
-    """Where a run's files go, and what may happen to those that are there."""
+    """Where a run's files go, and what it resumes from."""
 
     folders: tuple[Path, ...]  # of each set's checkpoints, journal and model
     result: Path
     predictions: tuple[Path, ...]  # each set's rows; empty: not written
-    save_model: bool
-    merge_adapter: bool
-    overwrite: bool
     resume_from: str | None  # a checkpoint, "true" or "false"; None: the newest, if any
 
 
 @dataclass(frozen=True)
-class Identity:
-    """What tells an experiment from others."""
+class Options:
+    """What an experiment is told."""
 
-    experiment: str  # hash of all that changes the result, but its length
-    trainer: str
+    arguments: Arguments
+    model: ModelOptions
+    weights: TrainedWeights
+    data: DataOptions
+    files: Files
     settings: Mapping[str, Any]  # of the result
     course: Mapping[str, Any]  # what decides the course of the training
     length: Mapping[str, float]  # max_steps or num_train_epochs; empty without steps
+
+    @property
+    def trains(self) -> bool:
+        """Whether weights are trained."""
+        return self.arguments.trainer != "none"
 
     @property
     def of_run(self) -> dict[str, Any]:
@@ -149,38 +110,8 @@ class Identity:
         return {**self.course, **self.length}
 
 
-@dataclass(frozen=True)
-class Options:
-    """All that an experiment is told; ``training`` is None where nothing is trained."""
-
-    model: ModelOptions
-    weights: TrainedWeights
-    data: DataOptions
-    training: TrainingOptions | None
-    files: Files
-    identity: Identity
-    eval_batch_size: int
-    calibration: str | None
-    eval_before_training: bool
-    no_eval: bool
-    quiet: bool
-    verbose: bool
-
-
 def options_of(arguments: Arguments) -> Options:
     """Return what checked arguments say."""
-    trained = arguments.trainer != "none"
-    draw = functools.partial(
-        draw_example_sets,
-        num_train=arguments.num_train,
-        num_dev=arguments.num_dev or 0,
-        num_eval=arguments.num_eval,
-        num_train_sets=arguments.num_train_sets,
-        train_set_seed=arguments.train_set_seed,
-        in_context=not trained,
-    )
-    end_of_text = arguments.eos_token.replace("\\n", "\n")
-    generation = _taken(GenerationSettings, arguments, eos_token=end_of_text)
     model = ModelOptions(
         arguments.model_name,
         choose_dtype(arguments.load_float16, arguments.load_bfloat16),
@@ -189,52 +120,34 @@ def options_of(arguments: Arguments) -> Options:
         None if arguments.fsdp else arguments.device,
         arguments.trust_remote_code,
     )
-    identity = Identity(
-        arguments.experiment,
-        arguments.trainer,
+    names = [field.name for field in dataclasses.fields(GenerationSettings)]
+    generation = GenerationSettings(**{name: getattr(arguments, name) for name in names})
+    data = DataOptions(
+        arguments.task,
+        arguments.data_dir,
+        functools.partial(
+            draw_example_sets,
+            num_train=arguments.num_train,
+            num_dev=arguments.num_dev or 0,
+            num_eval=arguments.num_eval,
+            num_train_sets=arguments.num_train_sets,
+            train_set_seed=arguments.train_set_seed,
+            in_context=arguments.trainer == "none",
+        ),
+        arguments.max_length,
+        arguments.apply_chat_template,
+        arguments.system_prompt,
+        dataclasses.replace(generation, eos_token=arguments.eos_token.replace("\\n", "\n")),
+    )
+    return Options(
+        arguments,
+        model,
+        TrainedWeights.of(vars(arguments)),
+        data,
+        _files(arguments),
         changed_settings(arguments),
         settings_of_a_checkpoint(arguments),
         length_of_run(arguments),
-    )
-    return _taken(
-        Options,
-        arguments,
-        model=model,
-        weights=TrainedWeights.of(vars(arguments)),
-        data=_taken(DataOptions, arguments, draw=draw, generation=generation),
-        training=_training_options(arguments) if trained else None,
-        files=_files(arguments),
-        identity=identity,
-        eval_batch_size=arguments.per_device_eval_batch_size,
-    )
-
-
-def _taken(kind: type, arguments: Arguments, **others: Any) -> Any:
-    """Return an object whose fields have the values of the arguments of the same names."""
-    names = {field.name for field in dataclasses.fields(kind)} - others.keys()
-    return kind(**{name: getattr(arguments, name) for name in names}, **others)
-
-
-def _training_options(arguments: Arguments) -> TrainingOptions:
-    ours = {field.name for field in dataclasses.fields(Arguments)} | {"task"}
-    ours -= {field.name for field in dataclasses.fields(TrainingArguments)}
-    own = object.__new__(TrainingArguments)
-    vars(own).update({n: value for n, value in vars(arguments).items() if n not in ours})
-    zeroth_order, measured = None, (False, False)
-    if arguments.trainer == "zo":
-        config, schedule = optimizer_config(arguments), smoothing(arguments)
-        ways = (arguments.zo_perturbation, arguments.zo_parallel)
-        zeroth_order = ZerothOrderOptions(config, schedule, *ways)
-        eps = arguments.zo_eps
-        measured = (eps == AUTO, (arguments.curvature_eps or eps) == AUTO)
-    return _taken(
-        TrainingOptions,
-        arguments,
-        own=own,
-        zeroth_order=zeroth_order,
-        measured=measured,
-        steps=steps_of_run(arguments),
-        examples_of_a_batch=examples_of_a_batch(arguments),
     )
 
 
@@ -247,13 +160,8 @@ def _files(arguments: Arguments) -> Files:
     if resume_from and resume_from.lower() in ("true", "false"):
         resume_from = resume_from.lower()
     return Files(
-        folders=tuple(Path(arguments.output_dir or "", name) for name in names),
-        result=arguments.result_path,
-        predictions=tuple(
-            rows.with_stem(f"{rows.stem}-{name}") if name else rows for name in names if rows
-        ),
-        save_model=arguments.save_model,
-        merge_adapter=arguments.merge_adapter,
-        overwrite=arguments.overwrite_output_dir,
-        resume_from=resume_from,
+        tuple(Path(arguments.output_dir or "", name) for name in names),
+        arguments.result_path,
+        tuple(rows.with_stem(f"{rows.stem}-{name}") if name else rows for name in names if rows),
+        resume_from,
     )

@@ -29,10 +29,12 @@ def answers(
     label: str,
 ) -> list[Prediction]:
     """Return a model's answers; ``shown`` before each sample, ``label`` beside the bar."""
+    arguments = options.arguments
+    how = (arguments.per_device_eval_batch_size, arguments.calibration)
     return predict(
-        *(model, encoder, samples, shown, options.eval_batch_size, options.calibration),
+        *(model, encoder, samples, shown, *how),
         generation=options.data.generation,
-        progress=None if options.quiet else label,
+        progress=None if arguments.quiet else label,
     )
 
 
@@ -42,14 +44,14 @@ def predict_rows(options: Options, file: str) -> None:
     Raises:
         InputError: the model or the data do not fit, or the answers' file is there already.
     """
-    check_predictions(options.files)
+    check_predictions(options)
     (path,) = options.files.predictions
     transformers.set_seed(options.weights.seed)
     data, task = options.data, options.data.task
     encoder = prepare_encoder(options)
     questions = read_samples(task, own_file("--predict_file", file), with_answers=False)
     train: list[Sample] = []
-    if data.num_train:
+    if options.arguments.num_train:
         train, _ = load_samples(task, data.data_dir, with_validation=False)
     # Demonstrations are drawn as before eval examples, in whose order the answers come.
     (drawn,) = data.draw(train, questions, num_dev=0, num_eval=None)

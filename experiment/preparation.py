@@ -63,7 +63,7 @@ def prepare_encoder(options: Options) -> Encoder:
     num_prefix = weights.num_prefix if weights.mode == "prefix_tuning" else 0
     if adapter:
         num_prefix = adapter.num_prefix
-        if options.training:
+        if options.trains:
             _check_trained_further(weights, adapter)
     # A prefix takes positions of its own before every text.
     max_length = choose_max_length(data.max_length, config) - num_prefix
@@ -72,7 +72,7 @@ def prepare_encoder(options: Options) -> Encoder:
             f"--num_prefix {num_prefix} leaves no room for a text in --max_length "
             f"{max_length + num_prefix}"
         )
-    chat = Chat(tokenizer, data.system_prompt) if data.apply_chat_template else None
+    chat = Chat(tokenizer, data.system_prompt) if data.chat else None
     if chat:
         chat.check(model.name)
     if data.task.generation:

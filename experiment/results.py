@@ -22,7 +22,7 @@ import torch
 
 from command_line.arguments import Arguments, plain_value
 from command_line.settings import NOT_OF_THE_RESULT
-from experiment.options import Files, Identity, Options
+from experiment.options import Options
 from experiment.preparation import Prepared
 from language_model.prediction import Prediction
 from tasks import Sample, Task
@@ -102,11 +102,11 @@ def summarize(
     return {
         "task": options.data.task.name,
         "model": options.model.name,
-        "trainer": options.identity.trainer,
-        "experiment": options.identity.experiment,
+        "trainer": options.arguments.trainer,
+        "experiment": options.arguments.experiment,
         **(runs[0] if len(runs) == 1 else {**over_sets(runs), "runs": runs}),
         **provenance(options.model.device),
-        "settings": {**options.identity.settings, **used, **chosen},
+        "settings": {**options.settings, **used, **chosen},
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in VERSIONS},
     }
@@ -154,43 +154,43 @@ def over_sets(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     return outcome
 
 
-def earlier_result(files: Files, identity: Identity) -> dict[str, Any] | None:
+def earlier_result(options: Options) -> dict[str, Any] | None:
     """Return what the very same experiment has written as its result, None if it has not.
 
     Raises:
         InputError: something else is in the place, and is not to be written over.
     """
-    path = files.result
+    path, length = options.files.result, options.length
     if not path.is_file():
-        check_predictions(files)
+        check_predictions(options)
         return None
-    result, length = read_json(path), identity.length
+    result = read_json(path)
     settings = result.get("settings")
-    if isinstance(settings, dict) and result.get("experiment") == identity.experiment:
+    if isinstance(settings, dict) and result.get("experiment") == options.arguments.experiment:
         then = {name: settings.get(name) for name in length}
         if then == length:
             return result
         # A longer run resumes this one.
         if all(isinstance(then[n], int | float) and then[n] < length[n] for n in length):
             return None
-    if files.overwrite:
+    if options.arguments.overwrite_output_dir:
         return None
     raise InputError(
-        f"{path} is {_other_content(identity, settings)}: give another place (--result_file, --tag "
+        f"{path} is {_other_content(options, settings)}: give another place (--result_file, --tag "
         "or a sweep's --output_dir), or --overwrite_output_dir to replace it"
     )
 
 
-def _other_content(identity: Identity, settings: object) -> str:
+def _other_content(options: Options, settings: object) -> str:
     """Return what is in the place of this experiment's result, by a setting if one is known."""
     if not isinstance(settings, dict) or not settings:
         return "no result of a run"
     # A setting that is not written down has its default.
     defaults = {field.name: plain_value(field.default) for field in dataclasses.fields(Arguments)}
-    then, now = {**defaults, **settings}, {**defaults, **identity.settings}
-    names = {*settings, *identity.settings} - NOT_OF_THE_RESULT
+    then, now = {**defaults, **settings}, {**defaults, **options.settings}
+    names = {*settings, *options.settings} - NOT_OF_THE_RESULT
     # The used values and the length say the least.
-    last = (*identity.length, *USED)
+    last = (*options.length, *USED)
     for name in sorted(names, key=lambda n: (n != "trainer", n in last, n)):
         asked_for = name not in USED or now.get(name) not in (None, "auto")
         if asked_for and then.get(name) != now.get(name):
@@ -198,20 +198,20 @@ def _other_content(identity: Identity, settings: object) -> str:
     return "of a run with other settings, another model or other data"
 
 
-def is_wanted_again(files: Files) -> bool:
+def is_wanted_again(options: Options) -> bool:
     """Whether a result that is there is to be made all the same, or other files are missing."""
-    configs = ("config.json", "adapter_config.json")
-    models = files.folders if files.save_model else ()
+    files, configs = options.files, ("config.json", "adapter_config.json")
+    models = files.folders if options.arguments.save_model else ()
     has_all = all(path.is_file() for path in files.predictions) and all(
         any((folder / name).is_file() for name in configs) for folder in models
     )
-    return files.overwrite or bool(files.resume_from) or not has_all
+    return options.arguments.overwrite_output_dir or bool(files.resume_from) or not has_all
 
 
-def check_predictions(files: Files) -> None:
+def check_predictions(options: Options) -> None:
     """Refuse to write over predictions whose result is not there: nobody knows whose they are."""
-    for path in files.predictions:
-        if path.is_file() and not files.overwrite:
+    for path in options.files.predictions:
+        if path.is_file() and not options.arguments.overwrite_output_dir:
             raise InputError(
                 f"--predictions_file {path}: it is there already; give another name, or "
                 "--overwrite_output_dir to replace it"

@@ -85,8 +85,8 @@ def with_contents(
         }
 
     # With FSDP other processes may have no weights yet.
-    course = {**options.identity.course, **from_first_process(digests)}
-    return replace(options, identity=replace(options.identity, course=course))
+    course = {**options.course, **from_first_process(digests)}
+    return replace(options, course=course)
 
 
 def _texts(task: Task, sample: Sample) -> list[Any]:
@@ -107,9 +107,8 @@ def find_start(options: Options, output_dir: Path, has_result: bool) -> Start:
     Raises:
         InputError: what is there, or what is asked for, does not belong to this run.
     """
-    wanted, path = options.files.resume_from, None
-    if options.training.zeroth_order:
-        path = output_dir / FILE
+    wanted, arguments = options.files.resume_from, options.arguments
+    path = output_dir / FILE if arguments.trainer == "zo" else None
     if wanted == "false":
         return Start(None, path)
     journal = path and journal_of_first_process(path)
@@ -125,7 +124,7 @@ def find_start(options: Options, output_dir: Path, has_result: bool) -> Start:
     if wanted == "true" and not checkpoint and not journal:
         raise InputError(f"--resume_from_checkpoint: no whole checkpoint in {output_dir}")
     before = output_dir / JOURNAL_OF_BEFORE
-    if path and not journal and before.exists() and not options.files.overwrite:
+    if path and not journal and before.exists() and not arguments.overwrite_output_dir:
         raise InputError(
             f"{before} is the journal of an earlier version, which cannot be resumed; "
             f"{ANOTHER_FOLDER}"
@@ -153,16 +152,15 @@ def is_resumed(
     Raises:
         InputError: it belongs to another run: a setting, an example or a weight differs.
     """
-    identity = options.identity
-    if options.files.overwrite and not options.files.resume_from:
-        return not is_finished and settings == identity.of_run
+    course, given = options.course, options.settings
+    if options.arguments.overwrite_output_dir and not options.files.resume_from:
+        return not is_finished and settings == options.of_run
     # A setting that is not written down is newer than what is there, and has its default.
-    saved = {**{n: now for n, now in identity.course.items() if n not in CONTENTS}, **settings}
-    different = {n: now for n, now in identity.course.items() if saved.get(n) != now}
+    saved = {**{n: now for n, now in course.items() if n not in CONTENTS}, **settings}
+    different = {n: now for n, now in course.items() if saved.get(n) != now}
     # Differing settings may well be why the contents differ.
     words = [f"--{n} {settings[n]}, not {now}" for n, now in different.items() if n not in CONTENTS]
     if not words:
-        given = identity.settings
         sources = ("train_file", "data_dir", "task_name")
         data = next((f"--{name} {given[name]}" for name in sources if given.get(name)), "")
         known = {"data": data, "model": options.model.name, "reward": given.get("reward")}
@@ -174,7 +172,7 @@ def is_resumed(
 
 def _warn_of_another_length(options: Options, place: Path, settings: Mapping[str, Any]) -> None:
     """Say that the end is another than a straight run's, where a schedule depends on it."""
-    course, length = options.identity.course, options.identity.length
+    course, length = options.course, options.length
     then = {name: settings[name] for name in ("max_steps", "num_train_epochs") if name in settings}
     names = [
         name
@@ -202,7 +200,7 @@ def _step_of(options: Options, checkpoint: Path, has_result: bool) -> int:
     """
     state = read_trainer_state(checkpoint)
     kept, step = run_state(state), state["global_step"]
-    if not options.files.overwrite:
+    if not options.arguments.overwrite_output_dir:
         check_version(checkpoint, kept)
     is_finished = has_result and step >= state["max_steps"]
     if not is_resumed(options, checkpoint, kept.get("settings", {}), is_finished):
@@ -237,7 +235,7 @@ def _replay(options: Options, journal: Journal, step: int) -> Replay:
 
 
 def _check_length(options: Options, place: Path, steps: int) -> None:
-    max_steps = options.identity.length.get("max_steps")
+    max_steps = options.length.get("max_steps")
     if max_steps and steps > max_steps:
         raise InputError(f"{place} has more than --max_steps {max_steps}: {ANOTHER_FOLDER}")
 

@@ -11,6 +11,8 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from command_line.declarations import AUTO
+from command_line.optimizer import COMPILE
 from experiment.options import Options
 from experiment.predicting import answers
 from experiment.preparation import Prepared, choose_trained_weights, load_pretrained
@@ -45,10 +47,11 @@ class Experiment:
     def run(self, examples: ExampleSet, folder: Path) -> tuple[dict[str, Any], list[dict]]:
         """Evaluate, or train and evaluate; returns the results and the rows of predictions."""
         options, encoder = self.options, self.prepared.encoder
+        arguments = options.arguments
         evaluated = (examples.evaluation, examples.demonstrations)
         result: dict[str, Any] = {"train_set_seed": examples.seed}
         model, start = load_pretrained(options.model), None
-        if options.training:
+        if options.trains:
             pretrained, weights = model, options.weights
             if weights.mode != "linear_probing":
                 options = with_contents(options, encoder, examples, model)
@@ -56,19 +59,19 @@ class Experiment:
                 if start.source:
                     say(f"resuming from {start.words()}")
             model = choose_trained_weights(model, weights, encoder.tokenizer, say)
-            if options.eval_before_training:
+            if arguments.eval_before_training:
                 kind = "metric_before_training"
                 result[kind], _ = self.evaluate(kind, pretrained, *evaluated)
             if start:
                 result |= self.train(options, model, examples, folder, start)
             else:
                 result |= self.fit_head(model, examples, folder)
-            if options.no_eval:
+            if arguments.no_eval:
                 return result, []
             if dev := examples.dev:
                 result["dev_metric"], _ = self.evaluate("dev_metric", model, dev, [[]] * len(dev))
         result["metric"], predictions = self.evaluate("metric", model, *evaluated)
-        if options.verbose:
+        if arguments.verbose:
             say("\n".join(example_lines(encoder, examples, predictions)))
         return result, prediction_rows(encoder.task, examples.evaluation, predictions)
 
@@ -86,16 +89,18 @@ class Experiment:
         self, options: Options, model: Model, examples: ExampleSet, folder: Path, start: Start
     ) -> dict[str, Any]:
         """Train ``model`` in place; returns steps, seconds and losses."""
-        training, files, checkpoint = options.training, options.files, start.checkpoint
+        arguments, checkpoint = options.arguments, start.checkpoint
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         trainer = make_trainer(options, model, self.prepared, examples, folder, start)
         probe, interrupt = None, SaveOnInterrupt()
-        if any(training.measured):
-            probe = ChooseScales(trainer.loss_along, trainer.recording, *training.measured, folder)
+        eps, curvature_eps = arguments.zo_eps, arguments.curvature_eps
+        measured = (eps == AUTO, (curvature_eps or eps) == AUTO)
+        if any(measured):
+            probe = ChooseScales(trainer.loss_along, trainer.recording, *measured, folder)
             trainer.add_callback(probe)
-        if files.overwrite and not checkpoint:
+        if arguments.overwrite_output_dir and not checkpoint:
             trainer.add_callback(RemoveEarlierCheckpoints())
-        if training.save_on_interrupt:
+        if arguments.save_on_interrupt:
             trainer.add_callback(interrupt)
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         self.used = used_by_optimizer(trainer.optimizer)
@@ -106,12 +111,12 @@ class Experiment:
         if interrupt.received:
             raise Interrupted(f"{interrupt.received}: {place}; the same command resumes there")
         if reason := trainer.divergence.reason:
-            from_the_start = state.global_step <= training.max_skipped_steps
+            from_the_start = state.global_step <= arguments.max_skipped_steps
             raise Diverged(f"{reason}: {place}; {advice_for_losses(trainer.model, from_the_start)}")
-        if training.replays_best and state.best_global_step:
+        if arguments.replays_best and state.best_global_step:
             self.return_to_best(model, folder, state.best_global_step)
-        if files.save_model:
-            save_trained(trainer, folder, files.merge_adapter)
+        if arguments.save_model:
+            save_trained(trainer, folder, arguments.merge_adapter)
             say(f"model: {folder}")
         best = state.best_model_checkpoint or last
         if best:
@@ -123,7 +128,7 @@ class Experiment:
             **trainer.costs.passes(),
             "resumed_from": start.source,
             "checkpoint": best and str(best),
-            **({"best_step": state.best_global_step} if training.replays_best else {}),
+            **({"best_step": state.best_global_step} if arguments.replays_best else {}),
             **({"probe": probe.found} if probe else {}),
             "history": history(state.log_history, options.data.task.metric_name),
         }
@@ -133,7 +138,7 @@ class Experiment:
         options, tokenizer = self.options, self.prepared.encoder.tokenizer
         began = choose_trained_weights(load_pretrained(options.model), options.weights, tokenizer)
         journal = journal_of_first_process(folder / FILE)
-        return_to(model, began, journal, step, options.training.zeroth_order.config.compile)
+        return_to(model, began, journal, step, COMPILE[options.arguments.zo_compile])
         say(f"best step: {step}, by a replay of {journal.path}")
 
     def fit_head(self, model: Model, examples: ExampleSet, folder: Path) -> dict[str, Any]:
@@ -144,7 +149,7 @@ class Experiment:
             model,
             encoder.tokenizer,
             [encoder.correct_option(sample) for sample in examples.train],
-            options.eval_batch_size,
+            options.arguments.per_device_eval_batch_size,
             options.weights.lp_early_stopping,
         )
 
@@ -153,7 +158,7 @@ class Experiment:
                 model.save_pretrained(folder)
                 encoder.tokenizer.save_pretrained(folder)
 
-        if options.files.save_model:
+        if options.arguments.save_model:
             write_together(folder, write)
             say(f"model: {folder}")
         if not fitted.converged:

@@ -18,8 +18,8 @@ NOISE = {"loss": 1.0, "dev_loss": 0.1}
 
 def metric_names(options: Options) -> dict[str, str]:
     """Return what the metrics are called, by their kinds."""
-    after = "in-context" if options.data.num_train else "zero-shot"
-    words = ("zero-shot", "dev", "test" if options.training else after)
+    after = "in-context" if options.arguments.num_train else "zero-shot"
+    words = ("zero-shot", "dev", "test" if options.trains else after)
     metric = options.data.task.metric_name
     return {kind: f"{name} {metric}" for kind, name in zip(KINDS_OF_METRICS, words, strict=True)}
 

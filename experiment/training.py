@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
+from command_line.arguments import Arguments
+from command_line.optimizer import optimizer_config, smoothing
 from experiment.options import Options
 from experiment.predicting import answers
 from experiment.preparation import Prepared
@@ -51,23 +52,23 @@ def choose_objective(
     options: Options, model: PreTrainedModel | PeftModel, encoder: Encoder
 ) -> Training:
     """Return what training minimises."""
-    training, task, generation = options.training, encoder.task, options.data.generation
+    arguments, task, generation = options.arguments, encoder.task, options.data.generation
     packed = functools.partial(collate, share_prompt=can_share_prompt(model, encoder.max_length))
-    if training.train_as_classification:
+    if arguments.train_as_classification:
         return Training(classification_loss, encoder.options, packed)
-    if not task.reward and not training.non_diff:
-        only_option = training.only_train_option
+    if not task.reward and not arguments.non_diff:
+        only_option = arguments.only_train_option
         encode = functools.partial(encoder.correct_option, only_option=only_option)
         return Training(language_model_loss, encode, packed)
     if not task.generation:
         return Training(negative_accuracy, encoder.options, packed)
-    metric, count = training.non_diff_metric or "f1", 1
+    metric, count = arguments.non_diff_metric or "f1", 1
     if task.reward:
         # Several texts of a prompt are sampled.
-        metric, count = "reward", training.reward_samples
-        generation = replace(generation, sampling=generation.sampling or count > 1)
+        metric, count = "reward", arguments.reward_samples
+        generation = dataclasses.replace(generation, sampling=generation.sampling or count > 1)
     objective = NegativeTextMetric(
-        task, metric, encoder.tokenizer, generation, count, training.own.seed
+        task, metric, encoder.tokenizer, generation, count, arguments.seed
     )
     return Training(
         objective, lambda sample: PromptExample(encoder.prompt(sample), sample), collate_prompts
@@ -87,42 +88,57 @@ def make_trainer(
     Raises:
         InputError: the model, the machine and the options do not go together.
     """
-    training, identity = options.training, options.identity
+    arguments = options.arguments
     chosen = choose_objective(options, model, prepared.encoder)
-    own = copy.copy(training.own)
-    own.output_dir = str(output_dir)
     shared = {
         "model": model,
-        "args": own,
+        "args": trainers_own(arguments, output_dir),
         "train_dataset": [chosen.encode(sample) for sample in examples.train],
         "eval_dataset": [chosen.encode(sample) for sample in examples.dev] or None,
         "processing_class": prepared.encoder.tokenizer,
         "objective": chosen.objective,
         "data_collator": chosen.collate,
-        "decay_step": training.decay_step,
-        "max_skipped_steps": training.max_skipped_steps,
+        "decay_step": arguments.decay_step,
+        "max_skipped_steps": arguments.max_skipped_steps,
         "dev_metric": dev_metric(options, prepared.encoder, examples.dev),
-        "quiet": options.quiet,
-        "settings": identity.of_run,
+        "quiet": arguments.quiet,
+        "settings": options.of_run,
     }
-    if not training.zeroth_order:
+    if arguments.trainer != "zo":
         return ObjectiveTrainer(**shared)
     recording = None
     if start:
         header = {
             "model": {"name": options.model.name},
-            "settings": identity.of_run,
+            "settings": options.of_run,
             "versions": {"torch": torch.__version__},
         }
-        recording = Recording(start.journal, header, start.replay, training.check_every)
-    return ZerothOrderTrainer(**vars(training.zeroth_order), recording=recording, **shared)
+        recording = Recording(start.journal, header, start.replay, arguments.check_every)
+    return ZerothOrderTrainer(
+        config=optimizer_config(arguments),
+        smoothing=smoothing(arguments),
+        perturbation=arguments.zo_perturbation,
+        parallel=arguments.zo_parallel,
+        recording=recording,
+        **shared,
+    )
+
+
+def trainers_own(arguments: Arguments, output_dir: Path) -> TrainingArguments:
+    """Return the Trainer's arguments without ours, as checkpoints keep them."""
+    ours = {field.name for field in dataclasses.fields(Arguments)} | {"task"}
+    ours -= {field.name for field in dataclasses.fields(TrainingArguments)}
+    own = object.__new__(TrainingArguments)
+    vars(own).update({name: each for name, each in vars(arguments).items() if name not in ours})
+    own.output_dir = str(output_dir)
+    return own
 
 
 def dev_metric(
     options: Options, encoder: Encoder, dev: list[Sample]
 ) -> Callable[[PreTrainedModel], dict[str, float]] | None:
     """Return what measures the task's metrics on the dev set; None: they are not asked for."""
-    if not options.training.wants_dev_metric or not dev:
+    if not options.arguments.wants_dev_metric or not dev:
         return None
 
     def measure(model: PreTrainedModel) -> dict[str, float]:

@@ -34,6 +34,7 @@ from command_line.arguments import parse_arguments
 from command_line.settings import changed_settings
 from experiment import predicting
 from experiment.options import TrainedWeights, options_of
+from experiment.training import trainers_own
 from task_data.loading import load_samples
 from utils import InputError
 
@@ -289,9 +290,8 @@ def test_interrupt_while_the_libraries_load_ends_without_a_traceback(tmp_path: P
 def test_options_are_frozen_and_typed(tmp_path: Path) -> None:
     options = options_of(parse_arguments(training(tmp_path, lora=True, lora_r=4)))
     assert (options.weights.mode, options.weights.lora_r) == ("lora", 4)
-    assert options.training.zeroth_order.config.eps == 1e-3
     # The Trainer gets its own arguments, and nothing of ours.
-    own = options.training.own
+    own = trainers_own(options.arguments, tmp_path)
     assert type(own) is TrainingArguments and own.max_steps == 6
     assert not {"task", "trainer", "zo_eps", "given"} & set(vars(own))
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -446,8 +446,7 @@ def test_planned_passes_are_those_of_the_run(tmp_path: Path) -> None:
     for number, changes in enumerate(PLANNED):
         argv = training(tmp_path / str(number), **({"save_strategy": "no"} | changes))
         result = finish(argv)
-        options = options_of(parse_arguments(argv))
-        forward, backward = training_passes(options.training, options.data)
+        forward, backward = training_passes(parse_arguments(argv))
         assert (result["forward_passes"], result.get("backward_passes", 0)) == (forward, backward)
         history = result["history"]
         assert history["forward_passes"][str(result["steps"])] == result["forward_passes"]
