@@ -112,12 +112,12 @@ def _evaluated_samples(options: Options, examples: ExampleSet) -> int:
     number = test * arguments.eval_before_training + (test + dev) * (not arguments.no_eval)
     if options.weights.mode == "linear_probing":
         return number + len(examples.train)
-    if arguments.eval_strategy == "steps":
-        every = arguments.eval_steps or arguments.logging_steps
-        return number + dev * int(steps_of_run(arguments) / every if every >= 1 else 1 / every)
-    return number + dev * math.ceil(
-        (arguments.eval_strategy == "epoch") * arguments.num_train_epochs
-    )
+    every = arguments.eval_steps or arguments.logging_steps
+    times = {
+        "steps": int(steps_of_run(arguments) / every if every >= 1 else 1 / every),
+        "epoch": math.ceil(arguments.num_train_epochs),
+    }
+    return number + dev * times.get(arguments.eval_strategy, 0)
 
 
 def _kept_bytes(options: Options) -> int:
