@@ -39,9 +39,7 @@ def make_probed_trainer(options: Options) -> ZerothOrderTrainer:
     prepared = prepare(options)
     pretrained, tokenizer = load_pretrained(options.model), prepared.encoder.tokenizer
     model = choose_trained_weights(pretrained, options.weights, tokenizer, print)
-    trainer = make_trainer(
-        options, model, prepared, prepared.example_sets[0], options.files.folders[0]
-    )
+    trainer = make_trainer(options, model, prepared, prepared.example_sets[0], options.folders[0])
     trainer.create_optimizer()
     return trainer
 

@@ -61,14 +61,14 @@ def run_experiment(options: Options) -> None:
         return
     transformers.set_seed(options.weights.seed)
     experiment = Experiment(options, prepare(options), has_result=earlier is not None)
-    runs = zip(experiment.prepared.example_sets, options.files.folders, strict=True)
+    runs = zip(experiment.prepared.example_sets, options.folders, strict=True)
     results, predictions = zip(*(experiment.run(*each) for each in runs), strict=True)
     if process_index() == 0:
         result = summarize(options, experiment.prepared, results, experiment.used)
         result["seconds"] = round(time.perf_counter() - started, 3)
-        for path, rows in zip(options.files.predictions, predictions, strict=False):
+        for path, rows in zip(options.predictions, predictions, strict=False):
             write_json_lines(path, rows)
-        write_json(options.files.result, result)
+        write_json(options.result, result)
         if "steps" in result:
             say("\n".join(table(options.data.task.metric_name, result)))
         # The metrics of a single run have been printed.
@@ -94,7 +94,7 @@ def run_command_line(argv: Sequence[str]) -> None:
     else:
         name_run(arguments)
         options = options_of(arguments)
-        with locked_places(options.files, has_checkpoints=options.trains):
+        with locked_places(options):
             run_experiment(options)
 
 

@@ -10,21 +10,21 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from experiment.options import Files
+from experiment.options import Options
 from training.processes import from_first_process
 from utils import InputError, check_writable
 
 
 @contextlib.contextmanager
-def locked_places(files: Files, has_checkpoints: bool) -> Iterator[None]:
+def locked_places(options: Options) -> Iterator[None]:
     """Lock what all runs write; the first process locks it for all.
 
     Raises:
         InputError: places cannot be written to, or other jobs have them.
     """
-    places = [("--output_dir", folder, True) for folder in files.folders if has_checkpoints]
-    places += [("--result_file", files.result, False)]
-    places += [("--predictions_file", path, False) for path in files.predictions]
+    places = [("--output_dir", folder, True) for folder in options.folders if options.trains]
+    places += [("--result_file", options.result, False)]
+    places += [("--predictions_file", path, False) for path in options.predictions]
     with contextlib.ExitStack() as stack:
 
         def lock() -> None:
@@ -54,36 +54,32 @@ def locked(option: str, place: Path, is_folder: bool = False) -> Iterator[None]:
     """
     check_writable(option, place, is_folder)
     folder = place if is_folder else place.parent
+    path = folder / (".lock" if is_folder else f".{place.name}.lock")
+    lock = FileLock(path, timeout=0)
     made = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / (".lock" if is_folder else f".{place.name}.lock")
-    try:
-        lock = _acquired(f"{option} {place}", path)
+    with contextlib.ExitStack() as stack:
+        for each in reversed(made):
+            stack.callback(_remove_if_empty, each)
         try:
-            with contextlib.suppress(OSError):  # on a full disk the lock holds without its words
-                path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", "utf-8")
-            yield
-        finally:
-            # While it is held: filelock does not take a file that is gone when the lock is free.
-            path.unlink(missing_ok=True)
-            lock.release()
-    finally:
-        for each in made:
-            with contextlib.suppress(OSError):  # it is not empty, or somebody has removed it
-                each.rmdir()
+            lock.acquire()
+        except Timeout as error:
+            holder = "another run"
+            with contextlib.suppress(OSError):
+                holder = path.read_text(encoding="utf-8").strip() or holder
+            raise InputError(
+                f"{option} {place} is used by {holder}: wait for its end, or give another place"
+            ) from error
+        except OSError as error:  # it is another user's, or the folder is gone again
+            raise InputError(f"{option} {place}: cannot lock {path} ({error.strerror})") from error
+        stack.callback(lock.release)
+        # Before the release: filelock does not take a file that is gone when the lock is free.
+        stack.callback(path.unlink, missing_ok=True)
+        with contextlib.suppress(OSError):  # on a full disk the lock holds without its words
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", "utf-8")
+        yield
 
 
-def _acquired(what: str, path: Path) -> FileLock:
-    lock = FileLock(path, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        holder = ""
-        with contextlib.suppress(OSError):
-            holder = path.read_text(encoding="utf-8").strip()
-        raise InputError(
-            f"{what} is used by {holder or 'another run'}: wait for its end, or give another place"
-        ) from error
-    except OSError as error:  # it is another user's, or the folder is gone again
-        raise InputError(f"{what}: cannot lock {path} ({error.strerror})") from error
-    return lock
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # it is not empty, or somebody has removed it
+        folder.rmdir()

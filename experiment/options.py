@@ -77,16 +77,6 @@ class DataOptions:
 
 
 @dataclass(frozen=True)
-class Files:
-    """Where a run's files go, and what it resumes from."""
-
-    folders: tuple[Path, ...]  # of each set's checkpoints, journal and model
-    result: Path
-    predictions: tuple[Path, ...]  # each set's rows; empty: not written
-    resume_from: str | None  # a checkpoint, "true" or "false"; None: the newest, if any
-
-
-@dataclass(frozen=True)
 class Options:
     """What an experiment is told."""
 
@@ -94,7 +84,8 @@ class Options:
     model: ModelOptions
     weights: TrainedWeights
     data: DataOptions
-    files: Files
+    folders: tuple[Path, ...]  # of each set's checkpoints, journal and model
+    predictions: tuple[Path, ...]  # each set's rows; empty: not written
     settings: Mapping[str, Any]  # of the result
     course: Mapping[str, Any]  # what decides the course of the training
     length: Mapping[str, float]  # max_steps or num_train_epochs; empty without steps
@@ -103,6 +94,17 @@ class Options:
     def trains(self) -> bool:
         """Whether weights are trained."""
         return self.arguments.trainer != "none"
+
+    @property
+    def result(self) -> Path:
+        """Where the result JSON goes."""
+        return self.arguments.result_path
+
+    @property
+    def resume_from(self) -> str | None:
+        """A checkpoint, "true" or "false"; None: the newest, if any."""
+        given = self.arguments.resume_from_checkpoint
+        return given.lower() if str(given).lower() in ("true", "false") else given
 
     @property
     def of_run(self) -> dict[str, Any]:
@@ -139,29 +141,18 @@ def options_of(arguments: Arguments) -> Options:
         arguments.system_prompt,
         dataclasses.replace(generation, eos_token=arguments.eos_token.replace("\\n", "\n")),
     )
+    # Several sets have a folder each.
+    sets = arguments.num_train_sets or 1
+    names = [f"set{seed}" for seed in range(sets)] if sets > 1 else [""]
+    rows = arguments.predictions_file and Path(arguments.predictions_file)
     return Options(
         arguments,
         model,
         TrainedWeights.of(vars(arguments)),
         data,
-        _files(arguments),
+        tuple(Path(arguments.output_dir or "", name) for name in names),
+        tuple(rows.with_stem(f"{rows.stem}-{name}") if name else rows for name in names if rows),
         changed_settings(arguments),
         settings_of_a_checkpoint(arguments),
         length_of_run(arguments),
-    )
-
-
-def _files(arguments: Arguments) -> Files:
-    """Return where the files of all sets go; several sets have a folder each."""
-    sets = arguments.num_train_sets or 1
-    names = [f"set{seed}" for seed in range(sets)] if sets > 1 else [""]
-    rows = arguments.predictions_file and Path(arguments.predictions_file)
-    resume_from = arguments.resume_from_checkpoint
-    if resume_from and resume_from.lower() in ("true", "false"):
-        resume_from = resume_from.lower()
-    return Files(
-        tuple(Path(arguments.output_dir or "", name) for name in names),
-        arguments.result_path,
-        tuple(rows.with_stem(f"{rows.stem}-{name}") if name else rows for name in names if rows),
-        resume_from,
     )

@@ -45,7 +45,7 @@ def predict_rows(options: Options, file: str) -> None:
         InputError: the model or the data do not fit, or the answers' file is there already.
     """
     check_predictions(options)
-    (path,) = options.files.predictions
+    (path,) = options.predictions
     transformers.set_seed(options.weights.seed)
     data, task = options.data, options.data.task
     encoder = prepare_encoder(options)

@@ -160,7 +160,7 @@ def earlier_result(options: Options) -> dict[str, Any] | None:
     Raises:
         InputError: something else is in the place, and is not to be written over.
     """
-    path, length = options.files.result, options.length
+    path, length = options.result, options.length
     if not path.is_file():
         check_predictions(options)
         return None
@@ -200,17 +200,17 @@ def _other_content(options: Options, settings: object) -> str:
 
 def is_wanted_again(options: Options) -> bool:
     """Whether a result that is there is to be made all the same, or other files are missing."""
-    files, configs = options.files, ("config.json", "adapter_config.json")
-    models = files.folders if options.arguments.save_model else ()
-    has_all = all(path.is_file() for path in files.predictions) and all(
+    configs = ("config.json", "adapter_config.json")
+    models = options.folders if options.arguments.save_model else ()
+    has_all = all(path.is_file() for path in options.predictions) and all(
         any((folder / name).is_file() for name in configs) for folder in models
     )
-    return options.arguments.overwrite_output_dir or bool(files.resume_from) or not has_all
+    return options.arguments.overwrite_output_dir or bool(options.resume_from) or not has_all
 
 
 def check_predictions(options: Options) -> None:
     """Refuse to write over predictions whose result is not there: nobody knows whose they are."""
-    for path in options.files.predictions:
+    for path in options.predictions:
         if path.is_file() and not options.arguments.overwrite_output_dir:
             raise InputError(
                 f"--predictions_file {path}: it is there already; give another name, or "

@@ -107,7 +107,7 @@ def find_start(options: Options, output_dir: Path, has_result: bool) -> Start:
     Raises:
         InputError: what is there, or what is asked for, does not belong to this run.
     """
-    wanted, arguments = options.files.resume_from, options.arguments
+    wanted, arguments = options.resume_from, options.arguments
     path = output_dir / FILE if arguments.trainer == "zo" else None
     if wanted == "false":
         return Start(None, path)
@@ -153,7 +153,7 @@ def is_resumed(
         InputError: it belongs to another run: a setting, an example or a weight differs.
     """
     course, given = options.course, options.settings
-    if options.arguments.overwrite_output_dir and not options.files.resume_from:
+    if options.arguments.overwrite_output_dir and not options.resume_from:
         return not is_finished and settings == options.of_run
     # A setting that is not written down is newer than what is there, and has its default.
     saved = {**{n: now for n, now in course.items() if n not in CONTENTS}, **settings}
@@ -171,23 +171,19 @@ def is_resumed(
 
 
 def _warn_of_another_length(options: Options, place: Path, settings: Mapping[str, Any]) -> None:
-    """Say that the end is another than a straight run's, where a schedule depends on it."""
+    """Say that the end is not that of a straight run, where a schedule depends on the length."""
     course, length = options.course, options.length
-    then = {name: settings[name] for name in ("max_steps", "num_train_epochs") if name in settings}
     names = [
         name
         for name in ("lr_scheduler_type", "hessian_smooth_type")
         if not str(course.get(name, "constant")).startswith(ENDLESS)
     ]
     names += ["warmup_steps"] if 0 < course.get("warmup_steps", 0) < 1 else []
-    if names and then != length:
-        asked, before = (
-            " ".join(f"--{name} {value:g}" for name, value in each.items())
-            for each in (length, then)
-        )
+    if names and any(settings.get(name) != now for name, now in length.items()):
         schedules = ", ".join(f"--{name} {course[name]}" for name in names)
+        asked = " ".join(f"--{name} {now:g}" for name, now in length.items())
         logger.warning(
-            f"{schedules} depends on the length of a run: {place} had {before}, so the end is not "
+            f"{schedules} depends on the length of a run, and {place} had another: the end is not "
             f"that of a run with {asked} from its start"
         )
 
@@ -215,7 +211,7 @@ def _step_of(options: Options, checkpoint: Path, has_result: bool) -> int:
 def _replay(options: Options, journal: Journal, step: int) -> Replay:
     """Return what a run takes from its journal after ``step`` steps."""
     path, header = journal.path, journal.header
-    if options.files.resume_from not in (None, "true"):
+    if options.resume_from not in (None, "true"):
         # Who names a checkpoint wants to resume there.
         return Replay(begins_at=journal.end_of(step))
     if step < header.step:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,14 +20,15 @@ from experiment.preparation import Prepared, choose_trained_weights, load_pretra
 from experiment.results import history, prediction_rows
 from experiment.resuming import Start, find_start, journal_of_first_process, with_contents
 from experiment.telling import describe, example_lines, metric_names
-from experiment.training import make_trainer, save_trained, used_by_optimizer
+from experiment.training import make_trainer, save_model, used_by_optimizer
+from language_model.adapters import save_merged
 from language_model.head import fit_head
 from language_model.precision import advice_for_losses
 from language_model.prediction import Prediction
 from task_data.sampling import ExampleSet
 from tasks import Sample
 from training.callbacks import SaveOnInterrupt
-from training.checkpoints import RemoveEarlierCheckpoints, last_checkpoint, write_together
+from training.checkpoints import RemoveEarlierCheckpoints, last_checkpoint
 from training.journal import FILE
 from training.replaying import return_to
 from training.scales import ChooseScales
@@ -116,7 +118,11 @@ class Experiment:
         if arguments.replays_best and state.best_global_step:
             self.return_to_best(model, folder, state.best_global_step)
         if arguments.save_model:
-            save_trained(trainer, folder, arguments.merge_adapter)
+            if arguments.merge_adapter:
+                save = functools.partial(save_merged, model)
+                save_model(save, self.prepared.encoder.tokenizer, folder)
+            else:
+                trainer.save_model(str(folder))
             say(f"model: {folder}")
         best = state.best_model_checkpoint or last
         if best:
@@ -153,13 +159,8 @@ class Experiment:
             options.weights.lp_early_stopping,
         )
 
-        def write() -> None:
-            if process_index() == 0:
-                model.save_pretrained(folder)
-                encoder.tokenizer.save_pretrained(folder)
-
         if options.arguments.save_model:
-            write_together(folder, write)
+            save_model(model.save_pretrained, encoder.tokenizer, folder)
             say(f"model: {folder}")
         if not fitted.converged:
             say("the logistic regression stopped before it converged (--lp_early_stopping)")

@@ -77,7 +77,7 @@ def result_lines(
     for run in runs:
         for line in concerns(run):
             yield f"set {run['train_set_seed']}: {line}" if len(runs) > 1 else line
-    yield f"result: {options.files.result}"
+    yield f"result: {options.result}"
 
 
 def concerns(result: Mapping[str, Any]) -> Iterator[str]:

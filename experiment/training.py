@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from command_line.arguments import Arguments
 from command_line.optimizer import optimizer_config, smoothing
@@ -19,7 +19,6 @@ from experiment.predicting import answers
 from experiment.preparation import Prepared
 from experiment.resuming import Start
 from hizoo import HiZOO
-from language_model.adapters import save_merged
 from language_model.encoding import Encoder
 from language_model.objectives import (
     NegativeTextMetric,
@@ -38,6 +37,7 @@ from trainer import ZerothOrderTrainer
 from training.checkpoints import write_together
 from training.objective_trainer import ObjectiveTrainer
 from training.recording import Recording
+from utils import process_index
 
 
 class Training(NamedTuple):
@@ -149,17 +149,15 @@ def dev_metric(
     return measure
 
 
-def save_trained(trainer: ObjectiveTrainer, folder: Path, merge: bool) -> None:
-    """Write a trained model, or with ``merge`` the model that its LoRA matrices make of it."""
-    if not merge:
-        trainer.save_model(str(folder))
-        return
-    model = trainer.accelerator.unwrap_model(trainer.model)
+def save_model(
+    save: Callable[[Path], None], tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """Let the first process save a model, and the tokenizer beside it."""
 
     def write() -> None:
-        if trainer.args.should_save:
-            save_merged(model, folder)
-            trainer.processing_class.save_pretrained(folder)
+        if process_index() == 0:
+            save(folder)
+            tokenizer.save_pretrained(folder)
 
     write_together(folder, write)
 
