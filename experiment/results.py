@@ -25,8 +25,9 @@ from command_line.settings import NOT_OF_THE_RESULT
 from experiment.options import Options
 from experiment.preparation import Prepared
 from language_model.prediction import Prediction
+from task_data.loading import split_files
 from tasks import Sample, Task
-from utils import InputError, read_json
+from utils import InputError, fingerprint, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = ("torch", "transformers", "accelerate", "peft", "numpy")
@@ -93,6 +94,7 @@ def summarize(
     """Return the content of the result JSON: one run as it is, several with their mean."""
     examples = prepared.example_sets[0]
     shown = len(examples.demonstrations[0]) if examples.demonstrations else 0
+    files = split_files(options.data.task, options.data.data_dir)
     used = {
         "num_train": len(examples.train) or shown,
         "num_dev": len(examples.dev),
@@ -104,6 +106,7 @@ def summarize(
         "model": options.model.name,
         "trainer": options.arguments.trainer,
         "experiment": options.arguments.experiment,
+        "data": fingerprint(filter(None, files or ()))[:8],
         **(runs[0] if len(runs) == 1 else {**over_sets(runs), "runs": runs}),
         **provenance(options.model.device),
         "settings": {**options.settings, **used, **chosen},

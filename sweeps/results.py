@@ -43,6 +43,7 @@ class Outcome:
     numbers: Mapping[str, float]  # of METRICS, "dev_loss" and NUMBERS what it has, finite
     curves: Mapping[str, Mapping[int, float]]  # of CURVES, the values by step
     is_finished: bool = True
+    data: str = ""  # a hash of the files of data, empty if it is not known
 
     @classmethod
     def of(cls, path: Path, result: Mapping[str, Any], is_finished: bool = True) -> Outcome:
@@ -62,9 +63,8 @@ class Outcome:
             numbers["dev_loss"] = min(losses) if best else losses[-1]
         metric = next((next(iter(values)) for values in metrics.values()), "metric")
         settings = {shown(name): value for name, value in settings.items()}
-        return cls(
-            path, shown(result.get("task")), shown(metric), settings, numbers, curves, is_finished
-        )
+        task, data = shown(result.get("task")), shown(result.get("data", ""))
+        return cls(path, task, shown(metric), settings, numbers, curves, is_finished, data)
 
     def values(self, names: Sequence[str]) -> tuple[str, ...]:
         """Return its values of some settings, as text."""
@@ -178,16 +178,25 @@ def differing_settings(outcomes: Sequence[Outcome]) -> tuple[str, ...]:
 
 
 def name_data(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Add their data to the names of the tasks whose runs have different data."""
-    data: dict[str, set[tuple[str, ...]]] = {}
+    """Add their data to the names of the tasks whose runs have different data.
+
+    Files of one name and different contents are told apart by their hash.
+    """
+    names: dict[str, set[tuple[str, ...]]] = {}
+    contents: dict[tuple[str, ...], set[str]] = {}
     for each in outcomes:
-        data.setdefault(each.task, set()).add(each.values(DATA))
-    return [
-        replace(each, task=" ".join([each.task, *(v for v in each.values(DATA) if v != MISSING)]))
-        if len(data[each.task]) > 1
-        else each
-        for each in outcomes
-    ]
+        data = each.values(DATA)
+        names.setdefault(each.task, set()).add(data)
+        contents.setdefault((each.task, *data), set()).add(each.data)
+    named = []
+    for each in outcomes:
+        data, words = each.values(DATA), [each.task]
+        if len(names[each.task]) > 1:
+            words += [value for value in data if value != MISSING]
+        if len(contents[each.task, *data] - {""}) > 1:
+            words += [each.data]
+        named.append(replace(each, task=" ".join(filter(None, words))))
+    return named
 
 
 def check_distinct(outcomes: Sequence[Outcome]) -> None:

@@ -36,6 +36,7 @@ def written(folder: Path, name: str, accuracy: float, **settings: Any) -> Path:
             "forward_passes": {"10": 31, "20": 61},
             "seconds": {"10": 1.0, "20": 1 + accuracy},
         },
+        "data": settings.pop("data", "0"),
         "settings": {"task_name": task, "seed": 0, "output_dir": name} | settings,
     }
     path = folder / f"{name}.json"
@@ -191,6 +192,8 @@ def test_other_data_and_other_seeds_are_named(
 ) -> None:
     files = [written(tmp_path, n, 0.5, train_file=f"{n}/films.csv", seed=1) for n in "ab"]
     assert cells(printed(capsys, *files))[0] == ["SST2 a/films.csv", "SST2 b/films.csv"]
+    files = [written(tmp_path, n, 0.5, train_file="films.csv", data=n, seed=1) for n in "ab"]
+    assert cells(printed(capsys, *files))[0] == ["SST2 a", "SST2 b"]
     files = [written(tmp_path, f"s{n}", 0.5, seed=n, train_set_seed=0) for n in (0, 1)]
     table = cells(printed(capsys, *files, "--columns", "seed"))
     assert table[0] == ["seed 0", "seed 1, train_set_seed 0"]
