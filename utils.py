@@ -115,22 +115,21 @@ def check_writable(option: str, path: Path, is_folder: bool = False) -> None:
     Raises:
         InputError: something else is in the place, or it cannot be written to.
     """
-    folder = path if is_folder else path.parent
+    folder, problem = path if is_folder else path.parent, None
     try:
-        if not is_folder and path.is_dir():
-            raise InputError(f"{option} {path}: this is a folder; give the name of a file")
-        if not is_folder and path.exists() and not path.is_file():
-            # It would be replaced, /dev/null too.
-            raise InputError(f"{option} {path}: this is a device; give the name of a file")
         existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-        if not existing.is_dir():
-            raise InputError(f"{option} {path}: {existing} is a file; give another place")
-        with tempfile.TemporaryFile(dir=existing):
-            pass
+        if not is_folder and path.is_dir():
+            problem = "this is a folder; give the name of a file"
+        elif not is_folder and path.exists() and not path.is_file():
+            problem = "this is a device; give the name of a file"  # /dev/null would be replaced
+        elif not existing.is_dir():
+            problem = f"{existing} is a file; give another place"
+        else:
+            tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
-        raise InputError(
-            f"{option} {path}: cannot write there ({error.strerror}); give another place"
-        ) from error
+        problem = f"cannot write there ({error.strerror}); give another place"
+    if problem:
+        raise InputError(f"{option} {path}: {problem}")
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -206,15 +205,14 @@ def fingerprint(paths: Iterable[Path]) -> str:
     """Return the SHA-256 of files' contents, in their order; large files are sampled."""
     digest = hashlib.sha256()
     for path in paths:
-        size = path.stat().st_size
+        size, starts, length = path.stat().st_size, [0], -1
+        if size > WHOLLY_READ:
+            starts, length = range(0, size, size // SAMPLES), SAMPLE_SIZE
         digest.update(size.to_bytes(8, "big"))
         with path.open("rb") as file:
-            if size <= WHOLLY_READ:
-                digest.update(file.read())
-                continue
-            for start in range(0, size, size // SAMPLES):
+            for start in starts:
                 file.seek(start)
-                digest.update(file.read(SAMPLE_SIZE))
+                digest.update(file.read(length))
     return digest.hexdigest()
 
 

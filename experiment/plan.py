@@ -53,11 +53,7 @@ class Plan:
 
 
 def make_plan(options: Options, prepared: Prepared) -> Plan:
-    """Return what a run of these options will take.
-
-    Raises:
-        InputError: there is no such model.
-    """
+    """Return what a run of these options will take."""
     model, arguments, encoder = options.model, options.arguments, prepared.encoder
     config, _ = load_config_and_tokenizer(model.name, model.trust_remote_code)
     steps = forward = backward = trained = 0
@@ -77,8 +73,13 @@ def make_plan(options: Options, prepared: Prepared) -> Plan:
     if encoder.task.generation:
         evaluated *= 1 + encoder.max_new_tokens
     of_all_sets = (n * len(prepared.example_sets) for n in (steps, forward, backward, evaluated))
-    size = model.bits / 8 if model.bits else model.dtype.itemsize
-    memory = int(parameters * size) + trained * _kept_bytes(options)
+    size = model.dtype.itemsize
+    kept = 3 * size  # a gradient and AdamW's two means
+    if arguments.trainer == "zo":
+        zo = optimizer_config(arguments)
+        kept = getattr(torch, zo.hessian_dtype).itemsize if zo.hessian_dtype else size
+        kept *= zo.hessian == "full" and zo.hessian_smooth > 0
+    memory = int(parameters * (model.bits / 8 if model.bits else size)) + trained * kept
     return Plan(*of_all_sets, parameters, trained, memory)
 
 
@@ -112,20 +113,8 @@ def _evaluated_samples(options: Options, examples: ExampleSet) -> int:
     number = test * arguments.eval_before_training + (test + dev) * (not arguments.no_eval)
     if options.weights.mode == "linear_probing":
         return number + len(examples.train)
+    if arguments.eval_strategy == "epoch":
+        return number + dev * math.ceil(arguments.num_train_epochs)
     every = arguments.eval_steps or arguments.logging_steps
-    times = {
-        "steps": int(steps_of_run(arguments) / every if every >= 1 else 1 / every),
-        "epoch": math.ceil(arguments.num_train_epochs),
-    }
-    return number + dev * times.get(arguments.eval_strategy, 0)
-
-
-def _kept_bytes(options: Options) -> int:
-    """Return the bytes of h, or of a gradient and AdamW's two means, for each trained weight."""
-    size = options.model.dtype.itemsize
-    if options.arguments.trainer != "zo":
-        return 3 * size
-    config = optimizer_config(options.arguments)
-    if config.hessian != "full" or config.hessian_smooth == 0:
-        return 0
-    return getattr(torch, config.hessian_dtype).itemsize if config.hessian_dtype else size
+    times = int(steps_of_run(arguments) / every if every >= 1 else 1 / every)
+    return number + dev * times * (arguments.eval_strategy == "steps")
