@@ -32,10 +32,6 @@ from utils import InputError, fingerprint, read_json
 ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = ("torch", "transformers", "accelerate", "peft", "numpy")
 KINDS_OF_METRICS = ("metric_before_training", "dev_metric", "metric")
-# Names of the losses in the Trainer's log, and in the result.
-LOSSES = {"loss": "loss", "eval_loss": "dev_loss"}
-# What training had taken when they were measured.
-COSTS = ("forward_passes", "backward_passes", "seconds")
 # Settings that hold what was used, which can differ from what was asked for.
 USED = ("num_train", "num_dev", "num_eval", "max_length", "hessian_dtype", "zo_perturbation")
 
@@ -74,18 +70,16 @@ def history(
 
     A training loss is the mean since the entry before; one that is not finite becomes None.
     """
-    rows = [row for row in log if any(logged in row for logged in LOSSES)]
-    names = LOSSES | {name: name for name in COSTS} | {f"eval_{metric}": "dev_metric"}
-    found = {
-        name: {
-            # A checkpoint keeps None for a loss that is not finite.
-            str(row["step"]): row[logged] if math.isfinite(row[logged] or 0) else None
-            for row in rows
-            if logged in row
-        }
-        for logged, name in names.items()
-    }
-    return {name: values for name, values in found.items() if values or name in LOSSES.values()}
+    costs = {name: name for name in ("forward_passes", "backward_passes", "seconds")}
+    names = {"loss": "loss", "eval_loss": "dev_loss", **costs, f"eval_{metric}": "dev_metric"}
+    found: dict[str, dict[str, float | None]] = {"loss": {}, "dev_loss": {}}
+    for row in (row for row in log if "loss" in row or "eval_loss" in row):
+        for logged, name in names.items():
+            if logged in row:
+                # A checkpoint keeps None for a loss that is not finite.
+                value = row[logged] if math.isfinite(row[logged] or 0) else None
+                found.setdefault(name, {})[str(row["step"])] = value
+    return found
 
 
 def summarize(

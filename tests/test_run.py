@@ -105,31 +105,30 @@ def test_zero_shot_result_and_rows(
 
 
 def test_in_context_sets(tmp_path: Path, shown_demonstrations: list) -> None:
-    """Each example has a set of its own, or all of them one."""
+    """Each example has a set of its own, or all of them one, or each of two runs."""
     finish(evaluation(tmp_path / "own", num_train=3))
-    seeds = np.random.RandomState(0).randint(0, 10000, 6)
     one = finish(evaluation(tmp_path / "one", num_train=3, train_set_seed=7))
-    assert one["train_set_seed"] == 7
+    two = finish(evaluation(tmp_path / "two", num_train=3, num_train_sets=2))
+    seeds = np.random.RandomState(0).randint(0, 10000, 6)
     assert shown_demonstrations == [
         [permutation(1600, 3, seed) for seed in seeds],
-        [permutation(1600, 3, seed=7)] * 6,
+        *([permutation(1600, 3, seed)] * 6 for seed in (7, 0, 1)),
     ]
-    for name, seed in {"own": 0, "one": 7}.items():
-        assert [row["id"] for row in rows_of(tmp_path / name)] == permutation(500, 6, seed)
-
-
-def test_in_context_with_two_sets(tmp_path: Path, shown_demonstrations: list) -> None:
-    result = finish(evaluation(tmp_path, num_train=3, num_train_sets=2))
-    assert shown_demonstrations == [[permutation(1600, 3, seed)] * 6 for seed in (0, 1)]
     accuracies = []
-    for seed in (0, 1):
-        rows = rows_of(tmp_path, f"rows-set{seed}.jsonl")
+    for name, seed in (
+        ("own/rows.jsonl", 0),
+        ("one/rows.jsonl", 7),
+        ("two/rows-set0.jsonl", 0),
+        ("two/rows-set1.jsonl", 1),
+    ):
+        rows = rows_of(tmp_path, name)
         assert [row["id"] for row in rows] == permutation(500, 6, seed)
         accuracies.append(sum(row["correct"] for row in rows) / 6)
-    assert [one["metric"]["accuracy"] for one in result["runs"]] == pytest.approx(accuracies)
-    assert [one["train_set_seed"] for one in result["runs"]] == [0, 1]
-    assert result["metric"]["accuracy"] == pytest.approx(sum(accuracies) / 2)
-    assert not (tmp_path / "rows.jsonl").exists()
+    assert one["train_set_seed"] == 7
+    assert [run["metric"]["accuracy"] for run in two["runs"]] == pytest.approx(accuracies[2:])
+    assert [run["train_set_seed"] for run in two["runs"]] == [0, 1]
+    assert two["metric"]["accuracy"] == pytest.approx(sum(accuracies[2:]) / 2)
+    assert not (tmp_path / "two/rows.jsonl").exists()
 
 
 def test_calibration_changes_the_scores(tmp_path: Path) -> None:
