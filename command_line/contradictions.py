@@ -187,7 +187,7 @@ def _problems_of_weights(values: Any) -> Iterator[str]:
         # Layers are computed again without the keys and values of the prefix.
         if values.prefix_tuning and getattr(values, name) and name in values.given:
             yield f"--{name}: it leaves the prefix of --prefix_tuning out; leave it out"
-    for name in ("linear_probing", "prefix_tuning", "eval_before_training"):
+    for name in ("linear_probing", "prefix_tuning", "merge_adapter", "eval_before_training"):
         if values.fsdp and values.trainer == "regular" and getattr(values, name):
             yield f"--{name}: it needs whole weights, which --fsdp shards; leave it out"
 

@@ -21,7 +21,7 @@ from experiment.results import history, prediction_rows
 from experiment.resuming import Start, find_start, journal_of_first_process, with_contents
 from experiment.telling import describe, example_lines, metric_names
 from experiment.training import make_trainer, save_model, used_by_optimizer
-from language_model.adapters import save_merged
+from language_model.adapters import check_merge, save_merged
 from language_model.head import fit_head
 from language_model.precision import advice_for_losses
 from language_model.prediction import Prediction
@@ -92,6 +92,8 @@ class Experiment:
     ) -> dict[str, Any]:
         """Train ``model`` in place; returns steps, seconds and losses."""
         arguments, checkpoint = options.arguments, start.checkpoint
+        if arguments.merge_adapter:
+            check_merge(model)
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         trainer = make_trainer(options, model, self.prepared, examples, folder, start)
         probe, interrupt = None, SaveOnInterrupt()

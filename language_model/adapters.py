@@ -5,7 +5,7 @@ Only the adapter's weights are trained and saved. They are float32 whatever the 
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,12 +19,14 @@ from peft import (
     PrefixTuningConfig,
     get_peft_model,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from utils import InputError
+from utils import InputError, first_line
 
 # The query and value projections, or the layer that a family has fused them into.
 PROJECTIONS = (
@@ -34,6 +36,9 @@ PROJECTIONS = (
 # Hidden size of the network that makes the prefix (Li and Liang 2021, arXiv 2101.00190, 512).
 REPARAMETERISATION_SIZE = 512
 PROMPT_ENCODER_FILE = "prompt_encoder.safetensors"
+
+# A deprecation between peft and transformers.
+warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
 
 KeysAndValues = tuple[tuple[Tensor, Tensor], ...]
 
@@ -61,16 +66,7 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: int) -> PeftModel:
         target_modules=list(targets),
         fan_in_fan_out=isinstance(layers[targets[0]], Conv1D),
     )
-    with without_future_warnings():
-        return get_peft_model(model, config)
-
-
-@contextlib.contextmanager
-def without_future_warnings() -> Iterator[None]:
-    """Hide warnings that concern peft and transformers alone."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
+    return get_peft_model(model, config)
 
 
 class PrefixTunedModel(PeftModelForCausalLM):
@@ -127,24 +123,62 @@ class PrefixTunedModel(PeftModelForCausalLM):
 
 
 def save_merged(model: PeftModel, folder: Path) -> None:
-    """Write the model with LoRA's matrices merged into its weights; ``model`` itself is unchanged.
+    """Write the model with the adapter merged into its weights; ``model`` itself is unchanged.
 
-    ``merge_and_unload`` of a copy would need the memory of a second model.
+    A head that the adapter parts from the embeddings is saved with weights of its own.
     """
     base = model.get_base_model()
-    adapted = {n: w.clone() for n, w in base.state_dict().items() if ".base_layer." in n}
-    model.merge_adapter()
+    merged = base.state_dict()
+    for name, tensors in merged_modules(model):
+        merged = {key: t for key, t in merged.items() if not key.startswith(f"{name}.")}
+        merged |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+    ties = base.get_expanded_tied_weights_keys(all_submodels=True)
+    parted = any(not torch.equal(merged[one], merged[other]) for one, other in ties.items())
+    if parted:
+        merged |= {name: merged[name].clone() for name in ties}
+    base.save_pretrained(folder, state_dict=merged)
+    if parted:
+        config = copy.deepcopy(base.config)
+        for part in (config, config.get_text_config(decoder=True)):
+            part.tie_word_embeddings = False
+        config.save_pretrained(folder)
+
+
+def check_merge(model: PeftModel) -> None:
+    """Raise ``InputError`` if the adapter cannot be merged; merging each module shows it."""
     try:
-        merged = {
-            name.replace(".base_layer.", "."): weight
-            for name, weight in base.state_dict().items()
-            if ".lora_" not in name
-        }
-        base.save_pretrained(folder, state_dict=merged)
-    finally:
-        model.unmerge_adapter()
+        for _ in merged_modules(model):
+            pass
+    except Exception as error:  # peft raises several kinds
+        raise InputError(
+            f"--merge_adapter: peft cannot merge this adapter ({first_line(error)}); leave it out"
+        ) from error
+
+
+def merged_modules(model: PeftModel) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield every module that the adapter changes: its name in the base model, merged tensors.
+
+    One module at a time is merged, and restored: a merged copy of the model would need the memory
+    of a second one.
+    """
+    done: tuple[str, ...] = ()
+    for name, module in model.get_base_model().named_modules():
+        adapted = isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        if not adapted or name.startswith(done):
+            continue
+        done += (f"{name}.",)
+        before = {key: tensor.clone() for key, tensor in module.state_dict().items()}
+        if hasattr(module, "unload_and_optionally_merge_module"):
+            plain = module.unload_and_optionally_merge_module(True, False, None)
+        else:
+            module.merge()
+            plain = module.get_base_layer()
+        yield name, {key: tensor.clone() for key, tensor in plain.state_dict().items()}
+        for layer in module.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.unmerge()
         # Subtracting what was added rounds.
-        base.load_state_dict(adapted, strict=False)
+        module.load_state_dict(before)
 
 
 def add_prefix(
@@ -181,8 +215,7 @@ def add_prefix(
         num_attention_heads=heads,
         token_dim=heads * head_size,
     )
-    with without_future_warnings():
-        adapted = PrefixTunedModel(model, config)
+    adapted = PrefixTunedModel(model, config)
     if tokens is not None:
         start_from(adapted._prompt_encoder, activations)
     return adapted

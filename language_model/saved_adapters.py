@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM, Prefix
 from peft.utils import CONFIG_NAME
 from transformers import PreTrainedModel
 
-from language_model.adapters import PROMPT_ENCODER_FILE, PrefixTunedModel, without_future_warnings
+from language_model.adapters import PROMPT_ENCODER_FILE, PrefixTunedModel
 from utils import InputError, first_line
 
 
@@ -89,10 +89,9 @@ class SavedAdapter:
         if isinstance(config, PrefixTuningConfig):
             kind, config.prefix_projection = PrefixTunedModel, self.has_network
         try:
-            with without_future_warnings():
-                adapted = kind(model, config)
-                name = adapted.active_adapter
-                missing = adapted.load_adapter(str(self.folder), name, is_trainable=True)[0]
+            adapted = kind(model, config)
+            name = adapted.active_adapter
+            missing = adapted.load_adapter(str(self.folder), name, is_trainable=True)[0]
         except Exception as error:  # whatever damaged files, and another model's, lead to
             raise self._unfit(first_line(error)) from error
         if missing:

@@ -25,7 +25,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run
-from language_model.adapters import without_future_warnings
 from language_model.encoding import Encoder
 from language_model.scoring import score_options
 from metrics import mean_f1
@@ -133,8 +132,7 @@ def test_peft_alone_predicts_the_same(tmp_path: Path, mode: str, task: str) -> N
     result = finish(argv)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     base = AutoModelForCausalLM.from_pretrained(small_model().name)
-    with without_future_warnings():
-        model = PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    model = PeftModel.from_pretrained(base, tmp_path / "out").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     encoder = Encoder(get_task(task), tokenizer, 1000, 6)
     samples = permutation_subset(load_samples(get_task(task), str(SAMPLES))[1], 6, 0)
