@@ -73,9 +73,8 @@ class PrefixTunedModel(PeftModelForCausalLM):
     """A causal language model with a trained prefix: keys and values in every layer.
 
     Unlike peft's model, it takes 4-D attention masks and position ids, which describe the text
-    alone: position 0 is that of the first token after the prefix. A caller's ``past_key_values``
-    must begin with the prefix. Checkpoints also hold the network that makes the prefix, if there
-    is one: peft's own file has the finished prefix only.
+    alone: position 0 follows the prefix. A caller's ``past_key_values`` must begin with the prefix.
+    Checkpoints also hold the network that makes the prefix: peft's file has the prefix only.
     """
 
     def forward(
@@ -182,18 +181,12 @@ def merged_modules(model: PeftModel) -> Iterator[tuple[str, dict[str, Tensor]]]:
 
 
 def add_prefix(
-    model: PreTrainedModel,
-    num_tokens: int,
-    reparameterise: bool,
-    tokens: Tensor | None,
+    model: PreTrainedModel, num_tokens: int, reparameterise: bool, tokens: Tensor | None
 ) -> PrefixTunedModel:
     """Add a prefix (Li and Liang 2021, arXiv 2101.00190) of keys and values to every layer.
 
-    Args:
-        model: the model, whose own weights do not change.
-        num_tokens: length of the prefix.
-        reparameterise: train a two-layer network that makes the prefix, not the prefix itself.
-        tokens: (num_tokens,): the prefix starts from their keys and values; None: from noise.
+    It starts from the keys and values of ``tokens``, (num_tokens,), or from noise. With
+    ``reparameterise`` a two-layer network that makes the prefix is trained, not the prefix itself.
     """
     try:
         activations = keys_and_values(model, torch.zeros(1).long() if tokens is None else tokens)
@@ -217,7 +210,7 @@ def add_prefix(
     )
     adapted = PrefixTunedModel(model, config)
     if tokens is not None:
-        start_from(adapted._prompt_encoder, activations)
+        _start_from(adapted._prompt_encoder, activations)
     return adapted
 
 
@@ -236,7 +229,7 @@ def keys_and_values(
 
 
 @torch.no_grad()
-def start_from(encoder: nn.Module, activations: KeysAndValues) -> None:
+def _start_from(encoder: nn.Module, activations: KeysAndValues) -> None:
     """Set peft's prefix encoder so that the prefix is ``activations``."""
     # (tokens, heads, head size) of keys, then of values, layer by layer.
     tensors = [tensor[0].transpose(0, 1) for layer in activations for tensor in layer]

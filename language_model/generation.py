@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import (
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,7 +24,6 @@ from language_model.adapters import without_adapter
 from language_model.batches import run_in_batches
 from language_model.precision import not_finite
 from language_model.shared_tokens import (
-    ReadPrefix,
     can_share_prompt,
     first_position,
     fits_window,
@@ -40,14 +37,8 @@ from utils import InputError
 class GenerationSettings:
     """How text is generated; the defaults are greedy.
 
-    The model's own generation settings are ignored, except its end tokens.
-
-    Attributes:
-        max_new_tokens: tokens of a text at most.
-        eos_token: the text that ends an answer, beside the end tokens of model and tokenizer. It
-            may be a part of a token, or several tokens; the answer does not include it.
-        sampling: sample tokens, from ``top_k`` and ``top_p`` at ``temperature``.
-        num_beams: beams of a beam search; 1 is none.
+    The model's own generation settings are ignored, except its end tokens. ``eos_token`` is a text
+    that ends an answer too, and is no part of it: a part of a token, or several tokens.
     """
 
     max_new_tokens: int = 50
@@ -63,12 +54,13 @@ class GenerationSettings:
 
         None is off there; in a ``GenerationConfig`` it would be the default, as a top_k of 50.
         """
-        names = ("temperature", "top_k", "top_p")
         return {
             "max_new_tokens": self.max_new_tokens,
             "num_beams": self.num_beams,
             "do_sample": self.sampling,
-            **{name: getattr(self, name) if self.sampling else None for name in names},
+            "temperature": self.temperature if self.sampling else None,
+            "top_k": self.top_k if self.sampling else None,
+            "top_p": self.top_p if self.sampling else None,
         }
 
 
@@ -100,24 +92,33 @@ def generate(
 ) -> list[str]:
     """Return the text that the model writes after every prompt, stripped.
 
-    A text ends before the first end token or end text.
+    A text ends before the first end token of model or tokenizer, or the end text.
 
     Raises:
         NotFinite: a token would be chosen from logits that are not finite.
     """
-    ends = end_tokens(model, tokenizer)
-    pad = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else (*ends, 0)[0]
+    # FSDP's root gathers the weights outside the layers: it must be called itself.
+    generator = model if isinstance(model, FSDPModule) else without_adapter(model)
+    own_settings = generator.generation_config
+    own = own_settings.eos_token_id
+    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+    pad = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else min(ends, default=0)
     # New tokens count: a sliding window would see the padding between shared and own tokens.
     longest = max(map(len, prompts)) + settings.max_new_tokens
-    prefix, room = ReadPrefix.read(model, ()), 0
     # Beams reorder the rows of a cache, which generate() then makes itself.
-    if settings.num_beams == 1 and can_share_prompt(model, longest):
-        prefix = read_shared_prefix(model, prompts, min(map(len, prompts)) - 1) or prefix
-        room = settings.max_new_tokens
+    share = settings.num_beams == 1 and can_share_prompt(model, longest)
+    prefix = read_shared_prefix(model, prompts, min(map(len, prompts)) - 1 if share else 0)
+    room = settings.max_new_tokens if share else 0
     # The model never looks at the tokens of prefix-tuning: their keys and values are cached.
     cached = (*[pad] * prefix.virtual_tokens, *prefix.tokens)
     first = first_position(model)
     texts = [""] * len(prompts)
+
+    def check_logits(_: Tensor, logits: Tensor) -> Tensor:
+        # Of NaN the choice would always be the first token.
+        if not logits.amax(-1).isfinite().all():
+            raise not_finite("logits", model)
+        return logits
 
     def write(indices: list[int]) -> None:
         rows = [prompts[index][len(prefix.tokens) :] for index in indices]
@@ -126,78 +127,41 @@ def generate(
         tokens = [[*cached, *[pad] * (length - len(row)), *row] for row in rows]
         mask = [[1] * len(cached) + [0] * (length - len(row)) + [1] * len(row) for row in rows]
         shown = torch.tensor(mask, device=model.device)
-        # generate() itself counts from 0 in every family.
-        positions = {"position_ids": shown.cumsum(-1) - 1 + first} if first else {}
-        # FSDP's root gathers the weights outside the layers: it must be called itself.
-        generator = model if isinstance(model, FSDPModule) else without_adapter(model)
-        with without_own_settings(generator):
-            output = generator.generate(
-                torch.tensor(tokens, device=model.device),
-                attention_mask=shown,
-                past_key_values=prefix.cache(len(rows) * settings.num_beams, room)
-                if room or prefix.layers
-                else None,
-                eos_token_id=ends or None,
-                pad_token_id=pad,
-                logits_processor=LogitsProcessorList([FiniteLogits(model)]),
-                stopping_criteria=StoppingCriteriaList([stop_at(tokenizer, settings.eos_token)]),
-                **settings.arguments(),
-                **positions,
-            )
+        cache = None
+        if room or prefix.layers:
+            cache = prefix.cache(len(rows) * settings.num_beams, room)
+        output = generator.generate(
+            torch.tensor(tokens, device=model.device),
+            attention_mask=shown,
+            past_key_values=cache,
+            eos_token_id=list(ends) or None,
+            pad_token_id=pad,
+            logits_processor=LogitsProcessorList([check_logits]),
+            stopping_criteria=StoppingCriteriaList([stop_at(tokenizer, settings.eos_token)]),
+            **settings.arguments(),
+            # generate() itself counts from 0 in every family.
+            **({"position_ids": shown.cumsum(-1) - 1 + first} if first else {}),
+        )
         for index, row in zip(indices, output[:, len(tokens[0]) :].tolist(), strict=True):
-            texts[index] = answer_text(tokenizer, row, ends, settings.eos_token)
+            # Without an end token, transformers pads beams that stop early with -1.
+            written = itertools.takewhile(lambda token: token >= 0 and token not in ends, row)
+            text = tokenizer.decode(list(written), skip_special_tokens=True)
+            texts[index] = text.partition(settings.eos_token)[0].strip()
 
-    if why_not_attention_alone(model) or (
-        prefix.virtual_tokens and not fits_window(model, longest)
-    ):
+    alone = why_not_attention_alone(model)
+    if alone or (prefix.virtual_tokens and not fits_window(model, longest)):
         # Padding, and in RWKV other rows, change a text; a window counts padding after the prefix.
         batch_size = 1
-    run_in_batches(write, len(prompts), lambda i: len(prompts[i]), batch_size, progress)
+    # Not the model's own settings, as its repetition_penalty.
+    generator.generation_config = GenerationConfig()
+    try:
+        run_in_batches(write, len(prompts), lambda i: len(prompts[i]), batch_size, progress)
+    finally:
+        generator.generation_config = own_settings
     return texts
-
-
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end an answer: the model's and the tokenizer's."""
-    own = without_adapter(model).generation_config.eos_token_id
-    tokens = (*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id)
-    return [token for token in dict.fromkeys(tokens) if token is not None]
 
 
 @functools.lru_cache(maxsize=1)
 def stop_at(tokenizer: PreTrainedTokenizerBase, text: str) -> StopStringCriteria:
     """Return what stops at a text; made once: it reads the whole vocabulary (1 s of 128,000)."""
     return StopStringCriteria(tokenizer, [text])
-
-
-def answer_text(
-    tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], ends: Sequence[int], end_text: str
-) -> str:
-    """Return the text of generated tokens, up to the first end token or end text."""
-    # Without an end token, transformers pads beams that stop early with -1.
-    before_end = itertools.takewhile(lambda token: token >= 0 and token not in ends, tokens)
-    text = tokenizer.decode(list(before_end), skip_special_tokens=True)
-    return text.partition(end_text)[0].strip()
-
-
-@contextlib.contextmanager
-def without_own_settings(model: PreTrainedModel) -> Iterator[None]:
-    """Replace a model's own generation settings, as its repetition_penalty, by the defaults."""
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
-class FiniteLogits(LogitsProcessor):
-    """Stops where a token would be chosen from NaN: the choice would always be the first token."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return the logits, (rows, vocabulary), as they are."""
-        if not scores.amax(-1).isfinite().all():
-            raise not_finite("logits", self.model)
-        return scores

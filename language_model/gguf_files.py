@@ -70,25 +70,11 @@ class GgufFile:
         metadata, _ = read_gguf_metadata(str(self.path))
         return DTYPE_OF_FILE_TYPE.get(metadata.get("general.file_type"), torch.bfloat16)
 
-    def load(
-        self, dtype: torch.dtype, device_map: str | None
-    ) -> tuple[PreTrainedModel, dict[str, Any]]:
-        """Load the weights, quantised ones too, as ordinary weights of ``dtype``.
-
-        Returns:
-            The model, which is trained and saved as any other, and transformers' loading info.
-        """
+    def load(self, **how: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """Load the weights, quantised ones too, as ordinary ones, with ``from_pretrained``."""
         _, tensors = read_gguf_metadata(str(self.path))
-        model, found = _from_file(
-            AutoModelForCausalLM,
-            self.path,
-            config=self.config(),
-            dtype=dtype,
-            device_map=device_map,
-            quantization_config=GgufConfig(dequantize=True),
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+        how |= {"config": self.config(), "quantization_config": GgufConfig(dequantize=True)}
+        model, found = _from_file(AutoModelForCausalLM, self.path, **how)
         # An adapter names its base model; peft looks for a config.json there.
         model.name_or_path = model.config.name_or_path = str(self.path)
         warnings.filterwarnings("ignore", "Could not find a config file in", UserWarning)

@@ -45,9 +45,6 @@ class LinearProbe:
     converged: bool
 
 
-# ---------------------------------------------------------------------------------------- the head
-
-
 def head_is_tied(model: PreTrainedModel) -> bool:
     """Tell whether the head's weight is the input embeddings' weight: training one changes both."""
     return _head(model).weight is model.get_input_embeddings().weight
@@ -94,18 +91,14 @@ def freeze_all_but_head(model: PreTrainedModel) -> None:
 def _head(model: PreTrainedModel) -> nn.Module:
     """Return the module that makes logits of hidden states, as nn.Linear does."""
     head = model.get_output_embeddings()
-    weight = getattr(head, "weight", None)
+    shape = tuple(getattr(getattr(head, "weight", None), "shape", ()))
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    if weight is None or weight.dim() != 2 or len(weight) != vocabulary:
-        shape = "none" if weight is None else tuple(weight.shape)
+    if len(shape) != 2 or shape[0] != vocabulary:
         raise InputError(
             f"{type(model).__name__}: its head's weight has to be of shape ({vocabulary}, hidden "
             f"size), not {shape}; leave out --head_tuning, --linear_probing and --untie_emb"
         )
     return head
-
-
-# -------------------------------------------------------------------------------- linear probing
 
 
 def fit_head(
@@ -127,18 +120,12 @@ def fit_head(
     C is 1, scikit-learn's default. MeZO's code chooses it by cross-validation, which needs each
     token in several answers: few generated answers share theirs.
 
-    Args:
-        model: a causal language model; left in evaluation mode.
-        tokenizer: names a token in an error.
-        examples: each with its correct option alone (``Encoder.correct_option``).
-        batch_size: examples in a forward pass, at most.
-        early_stopping: stop the solver sooner (``EARLY_STOPPING``), against overfitting.
-        progress: label of the progress bar.
+    ``examples`` have their correct option alone (``Encoder.correct_option``). The model is left in
+    evaluation mode. ``early_stopping`` stops the solver sooner, against overfitting.
 
     Raises:
-        InputError: all answers are of the same token, or the model's head cannot be fitted or
-            untied. The model is then unchanged.
-        NotFinite: the hidden states are not finite. The model is unchanged, too.
+        InputError: all answers are of the same token, or the head cannot be fitted or untied.
+        NotFinite: the hidden states are not finite. The model is unchanged in both cases.
     """
     head = _head(model)
     features, targets = answer_features(model, examples, batch_size, progress)
@@ -183,20 +170,19 @@ def answer_features(
     model.eval()
     lengths = [len(option.tokens) for example in examples for option in example.options]
     share_rows = can_share_prompt(model, max(lengths))
-    read: list[Tensor] = []
+    inputs: dict[str, Tensor] = {}
     found: dict[int, tuple[Tensor, Tensor]] = {}
 
     def keep_input(_: nn.Module, arguments: tuple[Any, ...], __: Tensor) -> None:
         # Scoring has cut the input down to the predicting positions: (scored tokens, hidden).
-        read.append(arguments[0].float().cpu())
+        inputs["last"] = arguments[0].float().cpu()
 
     def read_batch(indices: list[int]) -> None:
-        read.clear()
         batch = collate([examples[index] for index in indices], share_prompt=share_rows)
         on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
         token_log_probabilities(model, on_device)
         counts = torch.bincount(batch["read_options"]).tolist()
-        rows = zip(read[0].split(counts), batch["targets"].split(counts), strict=True)
+        rows = zip(inputs["last"].split(counts), batch["targets"].split(counts), strict=True)
         found.update(zip(indices, rows, strict=True))
 
     hook = model.get_output_embeddings().register_forward_hook(keep_input)

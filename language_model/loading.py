@@ -9,8 +9,9 @@ import contextlib
 import logging
 import os
 import pickle
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -59,12 +60,11 @@ def load_model(
         auto_device: spread the model over the GPUs there are, if any. Otherwise, and in a run of
             several processes, the caller places it.
         trust_remote_code: run code that comes with the model.
-
     """
     adapter = SavedAdapter.find(name)
     base = adapter.base if adapter else name
     gguf = GgufFile.find(base)
-    if gguf and quantised_bits:
+    if quantised_bits and gguf:
         raise InputError(
             f"--load_int{quantised_bits}: the weights of a GGUF file, quantised ones too, are "
             "loaded as ordinary ones; leave it out, or give the model as a directory"
@@ -76,56 +76,46 @@ def load_model(
         )
     several_processes = int(os.environ.get("WORLD_SIZE", "1")) > 1
     spread = auto_device and torch.cuda.is_available() and not several_processes
-    device_map = "auto" if spread else None
+    how: dict[str, Any] = {
+        "dtype": dtype,
+        "device_map": "auto" if spread else None,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # _check_weights_are_there names them
+    }
     with _in_one_line(base, "no causal language model there"):
         if gguf:
-            model, found = gguf.load(dtype, device_map)
+            model, found = gguf.load(**how)
         else:
-            model, found = AutoModelForCausalLM.from_pretrained(
-                base,
-                dtype=dtype,
-                device_map=device_map,
-                quantization_config=quantisation_of(quantised_bits, dtype),
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                # _check_weights_are_there names them.
-                ignore_mismatched_sizes=True,
-            )
-    _check_weights_are_there(base, model, found["missing_keys"], found["mismatched_keys"])
+            how["quantization_config"] = _quantisation(quantised_bits, dtype)
+            how["trust_remote_code"] = trust_remote_code
+            model, found = AutoModelForCausalLM.from_pretrained(base, **how)
+    _check_weights_are_there(base, model, found)
     return adapter.load(model) if adapter else model.eval()
 
 
-def _check_weights_are_there(
-    name: str,
-    model: PreTrainedModel,
-    missing: Collection[str],
-    mismatched: Collection[tuple[str, Sequence[int], Sequence[int]]],
-) -> None:
+def _check_weights_are_there(name: str, model: PreTrainedModel, found: dict[str, Any]) -> None:
     """Refuse weights that transformers has initialised at random, as the head of a LlamaModel."""
-    for weight, there, here in sorted(mismatched):
+    if found["mismatched_keys"]:
+        weight, there, here = min(found["mismatched_keys"])
         raise InputError(
             f"--model_name {name}: {weight} is {tuple(there)} in its files and {tuple(here)} by "
             "its configuration; give a whole model"
         )
-    untied = set(missing) & dict(model.named_parameters()).keys() - tied_weights(model)
-    if untied:
+    weights = dict(model.named_parameters()).keys() - tied_weights(model)
+    if missing := weights & set(found["missing_keys"]):
         raise InputError(
             f"--model_name {name}: its files lack weights of {type(model).__name__}, as "
-            f"{min(untied)} ({len(untied)} in all); give a model that was saved whole, with its "
+            f"{min(missing)} ({len(missing)} in all); give a model that was saved whole, with its "
             "language-model head"
         )
 
 
-def quantisation_of(bits: int | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """Return bitsandbytes' settings for 8-bit or 4-bit (NF4) weights, None for others."""
+def _quantisation(bits: int | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     if bits == 4:
         return BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
     return BitsAndBytesConfig(load_in_8bit=True) if bits else None
-
-
-# ------------------------------------------------------------------- configuration and tokenizer
 
 
 def load_config_and_tokenizer(
@@ -136,16 +126,13 @@ def load_config_and_tokenizer(
     An adapter has its base model's, but may have a tokenizer of its own.
     """
     config = load_config(name, trust_remote_code)
-    adapter = SavedAdapter.find(name)
-    own = adapter is None or (adapter.folder / "tokenizer_config.json").is_file()
-    source = name if own else adapter.base
-    gguf = GgufFile.find(source)
+    has_own = (Path(name) / "tokenizer_config.json").is_file()
+    source = name if has_own else base_of(name)
     with _in_one_line(source, "no tokenizer there that can be read"):
-        tokenizer = (
-            gguf.tokenizer()
-            if gguf
-            else AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        )
+        if gguf := GgufFile.find(source):
+            tokenizer = gguf.tokenizer()
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     if any(kind.endswith("ForMaskedLM") for kind in config.architectures or ()):
         raise InputError(
             f"--model_name {name}: {config.architectures[0]} is no causal language model; give one "
@@ -161,21 +148,22 @@ def load_config_and_tokenizer(
 
 def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Load the configuration of a model, or of an adapter's base model."""
-    base = _base_of(name)
-    gguf = GgufFile.find(base)
-    if Path(base).is_dir() and not (Path(base) / "config.json").is_file():
-        files = sorted(Path(base).glob("*.gguf"))
-        way_out = f"; give its GGUF file, as {files[0]}" if files else ""
+    base = base_of(name)
+    folder = Path(base)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        way_out = "".join(
+            f"; give its GGUF file, as {f}" for f in sorted(folder.glob("*.gguf"))[:1]
+        )
         raise InputError(
             f"--model_name {base}: this folder holds no model, config.json is missing{way_out}"
         )
     with _in_one_line(base, "no causal language model there"):
-        if gguf:
+        if gguf := GgufFile.find(base):
             return gguf.config()
         return AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
 
 
-def _base_of(name: str) -> str:
+def base_of(name: str) -> str:
     """Return the base model of an adapter, or the model itself."""
     adapter = SavedAdapter.find(name)
     return adapter.base if adapter else name
@@ -188,7 +176,7 @@ def saved_dtype(name: str, trust_remote_code: bool = False) -> torch.dtype | Non
     count as bfloat16.
     """
     config = load_config(name, trust_remote_code)
-    if gguf := GgufFile.find(_base_of(name)):
+    if gguf := GgufFile.find(base_of(name)):
         return gguf.saved_dtype()
     return config.dtype or config.get_text_config(decoder=True).dtype
 
@@ -214,9 +202,6 @@ def choose_max_length(requested: int | None, config: object) -> int:
     return requested
 
 
-# ---------------------------------------------------------------------------------- what is said
-
-
 @contextlib.contextmanager
 def _in_one_line(name: str, what: str) -> Iterator[None]:
     """Turn whatever a library raises over a model's files into one line."""
@@ -225,19 +210,19 @@ def _in_one_line(name: str, what: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # pickle, tokenizers and others have errors of their own
+        way_out = "give a Hub id, or a local directory with config.json, weights and tokenizer"
         reason = first_line(error)
         if isinstance(error, pickle.UnpicklingError):
             reason = "its pickle holds more than tensors, and nothing in it is run; save it again"
         elif not isinstance(error, OSError | ValueError):
             # The message of a KeyError says little without its type.
             reason = f"{type(error).__name__}: {reason}"
-        way_out = "give a Hub id, or a local directory with config.json, weights and tokenizer"
-        if Path(name).is_file():
-            what = "transformers cannot load this GGUF file"
-            way_out = "give a whole one of a model that it knows, or a Hub id or a local directory"
         if isinstance(error, ImportError):
             what = "a package is missing"
             way_out = f"pip install {error.name}" if error.name else "install it"
+        elif Path(name).is_file():
+            what = "transformers cannot load this GGUF file"
+            way_out = "give a whole one of a model that it knows, or a Hub id or a local directory"
         raise InputError(f"--model_name {name}: {what} ({reason}); {way_out}") from error
 
 

@@ -9,9 +9,10 @@ that the option gets when it is scored alone. Several short sequences share a ro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,20 +43,12 @@ class PackedSequence:
     branches: tuple[int, ...]
     reads: tuple[tuple[int, int, int], ...]
 
-    def after(self, prefix: int) -> PackedSequence:
-        """Return what follows the first ``prefix`` tokens, none of which predicts a target."""
-        reads = tuple((option, index - prefix, target) for option, index, target in self.reads)
-        rest = (each[prefix:] for each in (self.tokens, self.positions, self.branches))
-        return PackedSequence(*rest, reads)
-
 
 def common_prefix_length(sequences: Sequence[Sequence[int]]) -> int:
     """Return how many tokens all the sequences begin with."""
     shortest = min(map(len, sequences))
-    for index in range(shortest):
-        if len({sequence[index] for sequence in sequences}) > 1:
-            return index
-    return shortest
+    different = (i for i in range(shortest) if len({sequence[i] for sequence in sequences}) > 1)
+    return next(different, shortest)
 
 
 def pack(
@@ -88,117 +81,88 @@ def _pack_group(options: list[tuple[int, EncodedOption]]) -> PackedSequence:
 
 
 def collate(
-    examples: Sequence[EncodedExample], pad_token: int = 0, share_prompt: bool = True
+    examples: Sequence[EncodedExample],
+    pad_token: int = 0,
+    share_prompt: bool = True,
+    cached: int = 0,
+    virtual_tokens: int = 0,
 ) -> dict[str, Tensor]:
     """Put the examples' sequences into rows.
 
     With ``share_prompt`` short sequences share rows, where that leaves less to pad, and do not see
     each other; the padding is on the left. Without, it is on the right, where no causal model sees
-    it, whatever its layers are, and the model counts positions itself.
+    it, whatever its layers are, and the model counts positions itself. If the model has ``cached``
+    the first tokens of all examples, after ``virtual_tokens`` of prefix-tuning, only what follows
+    them is in the batch, in one row without padding.
 
     Returns:
         input_ids, and with ``share_prompt`` position_ids: (rows, length).
-        attention_mask: (rows, length), or (rows, 1, length, length), True where a query (third
-        dimension) sees a key, if a row holds several sequences or branches.
+        attention_mask: (rows, length), or, if a row holds several sequences or branches, (rows, 1,
+        length, virtual_tokens + cached + length), True where a query (third dimension) sees a key.
         read_rows, read_columns, targets, read_options: (scored tokens,): where each is predicted,
         which it is, and its option's number in the batch.
         option_examples: (options,): the example of each option.
         acceptable: (options,) of bool: whether an option counts as right.
         correct: (examples,): the number of the correct option within its example.
     """
-    sequences = _pack_all(examples, share_prompt)
+    sequences: list[PackedSequence] = []
+    owners, acceptable = [], []
+    for number, example in enumerate(examples):
+        sequences += pack(example, share_prompt, len(owners))
+        owners += [number] * len(example.options)
+        right = {example.correct, *example.also_correct}
+        acceptable += [option in right for option in range(len(example.options))]
+    lengths = [len(sequence.tokens) - cached for sequence in sequences]
     rows = [[number] for number in range(len(sequences))]
-    if share_prompt:
-        rows = fill_rows([len(sequence.tokens) for sequence in sequences])
-    batch, branches, owners = _lay_out(sequences, rows, pad_token, pad_left=share_prompt)
-    if not share_prompt:
-        del batch["position_ids"]
-    return {
-        **batch,
-        "attention_mask": attention_mask(branches, owners),
-        "option_examples": _option_examples(examples),
-        "correct": torch.tensor([example.correct for example in examples]),
-        "acceptable": torch.tensor(
-            [
-                option == example.correct or option in example.also_correct
-                for example in examples
-                for option in range(len(example.options))
-            ]
-        ),
-    }
+    if cached:
+        rows = [list(range(len(sequences)))]
+    elif share_prompt:
+        rows = fill_rows(lengths)
 
+    def table(values: list[Sequence[Any]], padding: int) -> Tensor:
+        filled = [torch.tensor([v for n in row for v in values[n][cached:]]) for row in rows]
+        return pad_sequence(filled, True, padding, "left" if share_prompt else "right")
 
-def collate_after(
-    prefix: int, examples: Sequence[EncodedExample], virtual_tokens: int = 0
-) -> dict[str, Tensor]:
-    """Put what follows the first ``prefix`` tokens of every example into one row, without padding.
-
-    Returns:
-        As ``collate``, without what is correct, for examples that all begin with the same
-        ``prefix`` tokens, which the model has cached after ``virtual_tokens`` of prefix-tuning.
-        ``attention_mask`` is (1, 1, length, virtual_tokens + prefix + length).
-    """
-    sequences = [sequence.after(prefix) for sequence in _pack_all(examples)]
-    batch, branches, owners = _lay_out(sequences, [list(range(len(sequences)))])
-    batch["position_ids"] += virtual_tokens
-    visible = visible_keys(branches, owners)
-    cached = torch.ones(1, visible.shape[1], virtual_tokens + prefix, dtype=torch.bool)
-    mask = torch.cat([cached, visible], dim=2).unsqueeze(1)
-    return {**batch, "attention_mask": mask, "option_examples": _option_examples(examples)}
-
-
-def _pack_all(
-    examples: Sequence[EncodedExample], share_prompt: bool = True
-) -> list[PackedSequence]:
-    sequences, options = [], 0
-    for example in examples:
-        sequences += pack(example, share_prompt, options)
-        options += len(example.options)
-    return sequences
-
-
-def _option_examples(examples: Sequence[EncodedExample]) -> Tensor:
-    return torch.tensor([number for number, each in enumerate(examples) for _ in each.options])
-
-
-def _lay_out(
-    sequences: Sequence[PackedSequence],
-    rows: Sequence[Sequence[int]],
-    pad_token: int = 0,
-    pad_left: bool = True,
-) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Write each row's sequences one after the other.
-
-    Returns:
-        The batch without its mask; the branch and the sequence of every token, (rows, length), -1
-        for padding.
-    """
-
-    def table(values: Callable[[int], Sequence[int]], padding: int) -> Tensor:
-        filled = [torch.tensor([v for number in row for v in values(number)]) for row in rows]
-        side = "left" if pad_left else "right"
-        return pad_sequence(filled, True, padding, side)
-
-    owners = table(lambda number: [number] * len(sequences[number].tokens), -1)
-    branches = table(lambda number: sequences[number].branches, -1)
+    sequence_of = table([[n] * (cached + length) for n, length in enumerate(lengths)], -1)
+    branches = table([sequence.branches for sequence in sequences], -1)
     reads = []
     for row, numbers in enumerate(rows):
-        column = int((owners[row] >= 0).nonzero()[0])
-        for number in numbers:
-            reads += [(o, row, column + i, target) for o, i, target in sequences[number].reads]
-            column += len(sequences[number].tokens)
+        column = sequence_of.shape[1] - sum(lengths[n] for n in numbers) if share_prompt else 0
+        for n in numbers:
+            start = column - cached
+            reads += [(option, row, start + i, target) for option, i, target in sequences[n].reads]
+            column += lengths[n]
     # In the order of the options, across rows.
     reads.sort(key=itemgetter(0))
     read_options, read_rows, read_columns, targets = torch.tensor(reads).unbind(1)
     batch = {
-        "input_ids": table(lambda number: sequences[number].tokens, pad_token),
-        "position_ids": table(lambda number: sequences[number].positions, 0),
+        "input_ids": table([sequence.tokens for sequence in sequences], pad_token),
+        "attention_mask": (sequence_of >= 0).long(),
         "read_rows": read_rows,
         "read_columns": read_columns,
         "targets": targets,
         "read_options": read_options,
+        "option_examples": torch.tensor(owners),
+        "correct": torch.tensor([example.correct for example in examples]),
+        "acceptable": torch.tensor(acceptable),
     }
-    return batch, branches, owners
+    if share_prompt:
+        positions = table([sequence.positions for sequence in sequences], 0)
+        batch["position_ids"] = positions + virtual_tokens
+    if cached or len(rows) < len(sequences) or (branches > 0).any():
+        seen = torch.ones(len(rows), 1, branches.shape[1], virtual_tokens + cached).bool()
+        batch["attention_mask"] = torch.cat([seen, _visible(branches, sequence_of)], dim=3)
+    return batch
+
+
+def _visible(branches: Tensor, sequence_of: Tensor) -> Tensor:
+    """Return which keys every query sees, (rows, 1, length, length), from each token's places."""
+    query, key = branches.unsqueeze(2), branches.unsqueeze(1)
+    same = sequence_of.unsqueeze(2) == sequence_of.unsqueeze(1)
+    visible = same & (key >= 0) & ((key == 0) | (key == query))
+    # Padding sees itself: a row of the softmax must not be empty.
+    itself = torch.eye(visible.shape[1], dtype=torch.bool)
+    return (visible.tril() | itself).unsqueeze(1)
 
 
 def fill_rows(lengths: Sequence[int]) -> list[list[int]]:
@@ -231,21 +195,3 @@ def spread_evenly(lengths: Sequence[int], count: int) -> list[list[int]]:
         rows[emptiest].append(number)
         filled[emptiest] += lengths[number]
     return rows
-
-
-def attention_mask(branches: Tensor, owners: Tensor) -> Tensor:
-    """Return who sees whom: 2-D where only padding is hidden, else 4-D."""
-    alone = (owners == owners.amax(1, keepdim=True)) | (owners < 0)
-    if not (branches > 0).any() and alone.all():
-        return (owners >= 0).long()
-    return visible_keys(branches, owners).unsqueeze(1)
-
-
-def visible_keys(branches: Tensor, owners: Tensor) -> Tensor:
-    """Return which keys every query sees, (rows, length, length), from ``_lay_out``'s tokens."""
-    query, key = branches.unsqueeze(2), branches.unsqueeze(1)
-    same = owners.unsqueeze(2) == owners.unsqueeze(1)
-    visible = same & (key >= 0) & ((key == 0) | (key == query))
-    # Padding sees itself: a row of the softmax must not be empty.
-    itself = torch.eye(visible.shape[1], dtype=torch.bool)
-    return visible.tril() | itself

@@ -35,17 +35,10 @@ def predict(
     generation: GenerationSettings | None = None,
     progress: str | None = "evaluation",
 ) -> list[Prediction]:
-    """Return the model's answer to every sample.
+    """Return the model's answer to every sample, each with ``demonstrations`` of its own.
 
-    Args:
-        model: a causal language model.
-        encoder: the task and the tokenizer.
-        samples: the examples.
-        demonstrations: for every sample, the examples shown before it.
-        batch_size: examples in a forward pass, at most.
-        calibration: "sfc", "icl_sfc" (content-free prompt after the demonstrations too) or None.
-        generation: settings, for the tasks whose answer is generated.
-        progress: label of the progress bar; None: no bar.
+    ``calibration`` is "sfc", "icl_sfc" (content-free prompt after the demonstrations too) or None;
+    ``progress`` is the label of the progress bar, None for no bar.
     """
     model.eval()
     if encoder.task.generation and calibration:

@@ -68,17 +68,17 @@ class SavedAdapter:
         """The values of run.py's arguments that the adapter was made with."""
         if isinstance(self.config, LoraConfig):
             return {"lora_r": self.config.r, "lora_alpha": self.config.lora_alpha}
-        return {"num_prefix": self.num_prefix, "no_reparam": not self.has_network}
-
-    @property
-    def has_network(self) -> bool:
-        """Whether the network that makes the prefix is there; peft alone saves the prefix only."""
-        return (self.folder / PROMPT_ENCODER_FILE).is_file()
+        return {"num_prefix": self.num_prefix, "no_reparam": not self._has_network}
 
     @property
     def num_prefix(self) -> int:
         """How many tokens come before every text."""
         return getattr(self.config, "num_virtual_tokens", 0)
+
+    @property
+    def _has_network(self) -> bool:
+        """Whether the network that makes the prefix is there; peft alone saves the prefix only."""
+        return (self.folder / PROMPT_ENCODER_FILE).is_file()
 
     def load(self, model: PreTrainedModel) -> PeftModel:
         """Return ``model`` with the adapter, which may be trained further."""
@@ -87,7 +87,7 @@ class SavedAdapter:
         config.base_model_name_or_path = self.base
         kind = PeftModelForCausalLM
         if isinstance(config, PrefixTuningConfig):
-            kind, config.prefix_projection = PrefixTunedModel, self.has_network
+            kind, config.prefix_projection = PrefixTunedModel, self._has_network
         try:
             adapted = kind(model, config)
             name = adapted.active_adapter

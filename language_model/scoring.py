@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from language_model.batches import run_in_batches
 from language_model.encoding import EncodedExample, EncodedOption
-from language_model.packing import collate, collate_after, pack
+from language_model.packing import collate, pack
 from language_model.precision import not_finite
 from language_model.shared_tokens import can_share_prompt, read_shared_prefix
 
@@ -50,9 +50,8 @@ def token_log_probabilities(
     targets = batch["targets"].to(logits.device)
     # In pieces: a float32 copy of all logits would take as much memory as they do.
     pieces = zip(logits.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
-    return -torch.cat(
-        [nn.functional.cross_entropy(piece.float(), ids, reduction="none") for piece, ids in pieces]
-    )
+    losses = [nn.functional.cross_entropy(p.float(), ids, reduction="none") for p, ids in pieces]
+    return -torch.cat(losses)
 
 
 def model_mask(model: nn.Module, mask: Tensor) -> Tensor:
@@ -90,11 +89,11 @@ def score_options(
     distinct = list({example.options: example for example in examples}.values())
     options = [option for example in distinct for option in example.options]
     share = can_share_prompt(model, max(len(option.tokens) for option in options))
-    prefix = None
-    if share and len(distinct) > 1:
-        # The token that predicts the first scored one does not belong to the prefix.
-        limit = min(option.targets.start - 1 for option in options)
-        prefix = read_shared_prefix(model, [option.tokens[:-1] for option in options], limit)
+    # The token that predicts the first scored one does not belong to the prefix.
+    limit = min(option.targets.start - 1 for option in options)
+    texts = [option.tokens[:-1] for option in options]
+    prefix = read_shared_prefix(model, texts, limit if share and len(distinct) > 1 else 0)
+    read = (len(prefix.tokens), prefix.virtual_tokens) if prefix.tokens else (0, 0)
     results: dict[tuple[EncodedOption, ...], list[tuple[float, int]]] = {}
 
     def length(index: int) -> int:
@@ -102,12 +101,9 @@ def score_options(
 
     def score(indices: list[int]) -> None:
         chosen = [distinct[index] for index in indices]
-        if prefix:
-            batch = collate_after(len(prefix.tokens), chosen, prefix.virtual_tokens)
-        else:
-            batch = collate(chosen, share_prompt=share)
+        batch = collate(chosen, 0, share, *read)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        values = token_log_probabilities(model, batch, prefix and prefix.cache())
+        values = token_log_probabilities(model, batch, prefix.cache() if prefix.tokens else None)
         sums, lengths = option_sums(values, batch)
         if not sums.isfinite().all():
             raise not_finite("scores of the options", model)

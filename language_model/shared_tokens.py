@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.utils import logging
 
 from language_model.adapters import (
     KeysAndValues,
@@ -22,7 +22,7 @@ from language_model.adapters import (
 )
 from language_model.packing import common_prefix_length
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 # Tokens that texts must share for reading them once to be worth a forward pass of its own.
 SHORTEST_PREFIX = 16
@@ -38,13 +38,13 @@ def can_share_prompt(model: PreTrainedModel, length: int) -> bool:
     """
     config = _config(model)
     reason = why_not_attention_alone(model)
-    if reason is None and config._attn_implementation not in ("sdpa", "eager"):
+    if not reason and config._attn_implementation not in ("sdpa", "eager"):
         reason = f"attention implementation {config._attn_implementation}"
-    elif reason is None and not fits_window(model, length):
+    elif not reason and not fits_window(model, length):
         window = config.sliding_window
         reason = f"its sliding window of {window} tokens is shorter than the longest text"
     if reason:
-        _warn_once(reason)
+        logger.warning_once("scoring every option in a sequence of its own: %s", reason)
     return reason is None
 
 
@@ -59,10 +59,11 @@ def why_not_attention_alone(model: PreTrainedModel) -> str | None:
 
     Where they do not, padding on the left changes the text after it.
     """
+    base = without_adapter(model)
+    kind = type(base).__name__
     layers = set(getattr(_config(model), "layer_types", None) or ())
     other_layers = layers - {"full_attention", "sliding_attention"}
-    kind = type(without_adapter(model)).__name__
-    if not getattr(without_adapter(model), "_supports_attention_backend", False):
+    if not getattr(base, "_supports_attention_backend", False):
         return f"{kind} does not take a 4-D attention mask"
     if other_layers:
         return f"it has layers of type {', '.join(sorted(other_layers))}"
@@ -84,14 +85,6 @@ def _config(model: PreTrainedModel) -> PreTrainedConfig:
     return without_adapter(model).config.get_text_config(decoder=True)
 
 
-@functools.cache
-def _warn_once(reason: str) -> None:
-    logger.warning("scoring every option in a sequence of its own: %s", reason)
-
-
-# ------------------------------------------------------------------------- keys and values
-
-
 @dataclass(frozen=True)
 class ReadPrefix:
     """What every text begins with, and its keys and values, (1, heads, tokens, head size) each.
@@ -101,15 +94,6 @@ class ReadPrefix:
 
     tokens: tuple[int, ...]
     layers: KeysAndValues
-
-    @classmethod
-    def read(cls, model: PreTrainedModel, tokens: Sequence[int]) -> ReadPrefix:
-        """Run the model on the tokens, once."""
-        layers = prefix_of(model)
-        if tokens:
-            cache, base = cls((), layers).cache(), without_adapter(model)
-            layers = keys_and_values(base, torch.tensor(tokens), cache, logits_to_keep=1)
-        return cls(tuple(tokens), layers)
 
     @property
     def virtual_tokens(self) -> int:
@@ -124,6 +108,19 @@ class ReadPrefix:
         for number, layer in enumerate(self.layers):
             cache.update(*(each.expand(rows, *each.shape[1:]) for each in layer), number)
         return cache
+
+
+def read_shared_prefix(
+    model: PreTrainedModel, texts: Sequence[Sequence[int]], limit: int
+) -> ReadPrefix:
+    """Read the tokens that all texts begin with, at most ``limit``; none if it would not pay."""
+    prefix = ReadPrefix((), prefix_of(model))
+    length = min(common_prefix_length(texts), limit)
+    if len(texts) < 2 or length < SHORTEST_PREFIX:
+        return prefix
+    tokens, base = tuple(texts[0][:length]), without_adapter(model)
+    layers = keys_and_values(base, torch.tensor(tokens), prefix.cache(), logits_to_keep=1)
+    return ReadPrefix(tokens, layers)
 
 
 class LayerWithRoom(DynamicLayer):
@@ -141,28 +138,13 @@ class LayerWithRoom(DynamicLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append keys and values, (rows, heads, tokens, head size); return all of them."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        new, start = (key_states, value_states), self.get_seq_length()
+        start = self.get_seq_length()
         end = start + key_states.shape[-2]
-        if not self.buffers or self.buffers[0].shape[-2] < end:
-            old = self.keys, self.values
-            size = end + self.room
-            self.buffers = [n.new_empty((*n.shape[:-2], size, n.shape[-1])) for n in new]
-            if start:
-                for buffer, values in zip(self.buffers, old, strict=True):
-                    buffer[..., :start, :] = values
-        for buffer, values in zip(self.buffers, new, strict=True):
-            buffer[..., start:end, :] = values
+        if self.buffers and end <= self.buffers[0].shape[-2]:
+            for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+                buffer[..., start:end, :] = new
+        else:
+            whole = super().update(key_states, value_states)
+            self.buffers = [nn.functional.pad(tensor, (0, 0, 0, self.room)) for tensor in whole]
         self.keys, self.values = (buffer[..., :end, :] for buffer in self.buffers)
         return self.keys, self.values
-
-
-def read_shared_prefix(
-    model: PreTrainedModel, texts: Sequence[Sequence[int]], limit: int
-) -> ReadPrefix | None:
-    """Read the tokens that all texts begin with, at most ``limit``; None if it would not pay."""
-    length = min(common_prefix_length(texts), limit)
-    if len(texts) < 2 or length < SHORTEST_PREFIX:
-        return None
-    return ReadPrefix.read(model, texts[0][:length])

@@ -149,17 +149,17 @@ def test_shared_demonstrations_are_read_once(
         assert_equal_predictions(predictions, expected, tolerance)
 
 
-@pytest.mark.parametrize("family", ["opt", "llama"])
-def test_different_demonstrations_are_padded(family: str) -> None:
+def test_different_demonstrations_are_padded() -> None:
     samples, shown = draw_shared("SST2", 4)
     train = samples_of("SST2")[0]
     shown = [train[6 * index : 6 * index + 6] for index in range(4)]
-    model, setting = model_of(family), (get_task("SST2"), tiny_tokenizer(), 1024)
-    expected = Oracle(model, *setting).predict(samples, shown)
-    with forward_shapes(model) as shapes:
-        found = predict(model, Encoder(*setting), samples, shown, 3)
-    assert_equal_predictions(found, expected)
-    assert [rows for rows, _ in shapes] == [3, 1]
+    for family in ("opt", "llama"):
+        model, setting = model_of(family), (get_task("SST2"), tiny_tokenizer(), 1024)
+        expected = Oracle(model, *setting).predict(samples, shown)
+        with forward_shapes(model) as shapes:
+            found = predict(model, Encoder(*setting), samples, shown, 3)
+        assert_equal_predictions(found, expected)
+        assert [rows for rows, _ in shapes] == [3, 1]
 
 
 @of_families
@@ -188,22 +188,20 @@ BEHIND_THE_PREFIX = {
 
 
 @of_families
-@pytest.mark.parametrize("case", BEHIND_THE_PREFIX.values(), ids=BEHIND_THE_PREFIX)
-def test_tokens_scored_behind_the_prefix(
-    family: str, case: list[list[tuple[tuple[int, ...], int]]]
-) -> None:
+def test_tokens_scored_behind_the_prefix(family: str) -> None:
     model = model_of(family)
-    prefix, rest = shared_tokens(case)
-    examples = [EncodedExample(tuple(EncodedOption(*o) for o in options)) for options in case]
-    with torch.no_grad():
-        expected = [
-            [(log_probabilities(model, *option).sum().item(), option[1]) for option in options]
-            for options in case
-        ]
-    for batch_size in (1, 3):
-        with forward_shapes(model) as shapes:
-            assert_equal_sums(scoring.score_options(model, examples, batch_size, ""), expected)
-        assert shapes[0] == (1, prefix) and count(shapes) == prefix + rest
+    for name, case in BEHIND_THE_PREFIX.items():
+        prefix, rest = shared_tokens(case)
+        examples = [EncodedExample(tuple(EncodedOption(*o) for o in options)) for options in case]
+        with torch.no_grad():
+            expected = [
+                [(log_probabilities(model, *option).sum().item(), option[1]) for option in options]
+                for options in case
+            ]
+        for batch_size in (1, 3):
+            with forward_shapes(model) as shapes:
+                assert_equal_sums(scoring.score_options(model, examples, batch_size, ""), expected)
+            assert shapes[0] == (1, prefix) and count(shapes) == prefix + rest, name
 
 
 @pytest.mark.parametrize(
@@ -218,18 +216,17 @@ def test_families_that_cannot_share_are_right(family: str, overrides: dict[str, 
     assert [rows for rows, _ in shapes] == [6, 2]  # two options an example
 
 
-@pytest.mark.parametrize("calibration", ["sfc", "icl_sfc"])
-def test_equal_content_free_prompts_are_scored_once(calibration: str) -> None:
+def test_equal_content_free_prompts_are_scored_once() -> None:
     samples, shown = draw_shared("SST2", 8)
     assert len({sample.correct[0] for sample in samples}) == 2
     model, setting = model_of("opt"), (get_task("SST2"), tiny_tokenizer(), 1024)
     with forward_shapes(model) as without:
         predict(model, Encoder(*setting), samples, shown, 3)
-    with forward_shapes(model) as shapes:
-        predict(model, Encoder(*setting), samples, shown, 3, calibration)
-    before = shown[0] if calibration == "icl_sfc" else []
-    tokens, _ = Oracle(model, *setting).tokens(samples[0], before, 1, content_free=True)
-    assert shapes == [*without, (1, len(tokens) - 1)]
+    for calibration, before in (("sfc", []), ("icl_sfc", shown[0])):
+        with forward_shapes(model) as shapes:
+            predict(model, Encoder(*setting), samples, shown, 3, calibration)
+        tokens, _ = Oracle(model, *setting).tokens(samples[0], before, 1, content_free=True)
+        assert shapes == [*without, (1, len(tokens) - 1)], calibration
 
 
 # ------------------------------------------------------------------------------------- generation
@@ -283,33 +280,33 @@ def test_generated_tokens_count_for_a_sliding_window(family: str) -> None:
 # ------------------------------------------------------------------------------- lack of memory
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
+def test_a_batch_that_does_not_fit_is_halved(caplog: pytest.LogCaptureFixture) -> None:
+    lengths = [3, 9, 1, 7, 5, 8, 2, 4]
+    tried: list[int] = []
+    done: list[int] = []
+
+    def work_with(error: Exception) -> Callable[[list[int]], None]:
+        def work(indices: list[int]) -> None:
+            tried.append(len(indices))
+            if len(indices) > 1:
+                raise error
+            done.extend(indices)
+
+        return work
+
+    for error in (
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
         torch.OutOfMemoryError("a device of its own words"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
         MemoryError(),
-    ],
-    ids=["cuda", "other device", "cpu", "python"],
-)
-def test_a_batch_that_does_not_fit_is_halved(
-    error: Exception, caplog: pytest.LogCaptureFixture
-) -> None:
-    limit, sizes = 1, [5, 2, 1]
-    lengths, tried, done = [3, 9, 1, 7, 5, 8, 2, 4], [], []
-
-    def work(indices: list[int]) -> None:
-        tried.append(len(indices))
-        if len(indices) > limit:
-            raise error
-        done.extend(indices)
-
-    run_in_batches(work, 8, lengths.__getitem__, 5, "SST2")
-    assert done == sorted(range(8), key=lengths.__getitem__, reverse=True)
-    assert list(dict.fromkeys(tried)) == sizes  # and never a larger one again
-    said = [f"SST2: {size} examples at a time, for lack of memory" for size in sizes[1:]]
-    assert [record.message for record in caplog.records] == said
+    ):
+        for seen in (tried, done, caplog.records):
+            seen.clear()
+        run_in_batches(work_with(error), 8, lengths.__getitem__, 5, "SST2")
+        assert done == sorted(range(8), key=lengths.__getitem__, reverse=True), error
+        assert list(dict.fromkeys(tried)) == [5, 2, 1]  # and never a larger one again
+        said = [f"SST2: {size} examples at a time, for lack of memory" for size in (2, 1)]
+        assert [record.message for record in caplog.records] == said
 
 
 def test_what_a_smaller_batch_does_not_help_is_raised() -> None:

@@ -69,15 +69,15 @@ def test_greedy_generation_is_the_argmax_loop(family: str) -> None:
         assert all(prediction.scores is None for prediction in found)
 
 
-@pytest.mark.parametrize("beams", [1, 2])
-def test_positions_counted_from_the_padding_token(beams: int) -> None:
+def test_positions_counted_from_the_padding_token() -> None:
     model, tokenizer, prompts = tiny_model("roberta"), tiny_tokenizer(), prompts_of(3)
-    settings = GenerationSettings(max_new_tokens=8, num_beams=beams, eos_token="never")
-    texts = generate(model, tokenizer, prompts, settings, 3, "")
-    assert texts == [generate(model, tokenizer, [p], settings, 1, "")[0] for p in prompts]
-    if beams == 1:
-        written = [argmax_loop(model, prompt, 8, (2,)) for prompt in prompts]
-        assert texts == [tokenizer.decode(t, skip_special_tokens=True).strip() for t in written]
+    for beams in (1, 2):
+        settings = GenerationSettings(max_new_tokens=8, num_beams=beams, eos_token="never")
+        texts = generate(model, tokenizer, prompts, settings, 3, "")
+        assert texts == [generate(model, tokenizer, [p], settings, 1, "")[0] for p in prompts]
+        if beams == 1:
+            written = [argmax_loop(model, prompt, 8, (2,)) for prompt in prompts]
+            assert texts == [tokenizer.decode(t, skip_special_tokens=True).strip() for t in written]
 
 
 @of_families
@@ -132,26 +132,27 @@ def test_the_end_text_may_be_a_part_of_tokens_or_several(family: str) -> None:
             assert generate(model, tokenizer, prompts, settings, batch_size, "") == expected
 
 
-@pytest.mark.parametrize("end", ["several tokens", "a token"])
-def test_beams_end_where_transformers_ends_them(end: str) -> None:
+def test_beams_end_where_transformers_ends_them() -> None:
     model, tokenizer, prompts = model_of("llama"), tiny_tokenizer(), prompts_of(3)
     longest = GenerationSettings(max_new_tokens=12, num_beams=3, eos_token="never")
     (text, *_) = generate(model, tokenizer, prompts, longest, 1, "")
-    end = text[6:9] if end == "several tokens" else text.split()[1]
-    expected = []
-    for prompt in prompts:
-        row = model.generate(
-            torch.tensor([prompt]),
-            max_new_tokens=12,
-            num_beams=3,
-            stop_strings=[end],
-            tokenizer=tokenizer,
-            pad_token_id=2,
-        )[0, len(prompt) :]
-        expected.append(tokenizer.decode(row, skip_special_tokens=True).partition(end)[0].strip())
-    settings = GenerationSettings(max_new_tokens=12, num_beams=3, eos_token=end)
-    assert expected[0] != text
-    assert generate(model, tokenizer, prompts, settings, 3, "") == expected
+    for end in (text[6:9], text.split()[1]):  # of several tokens, and one token
+        rows = [
+            model.generate(
+                torch.tensor([prompt]),
+                max_new_tokens=12,
+                num_beams=3,
+                stop_strings=[end],
+                tokenizer=tokenizer,
+                pad_token_id=2,
+            )[0, len(prompt) :]
+            for prompt in prompts
+        ]
+        whole = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+        expected = [each.partition(end)[0].strip() for each in whole]
+        settings = GenerationSettings(max_new_tokens=12, num_beams=3, eos_token=end)
+        assert expected[0] != text
+        assert generate(model, tokenizer, prompts, settings, 3, "") == expected, end
 
 
 def test_a_text_stops_at_its_end_and_not_later() -> None:
@@ -224,27 +225,23 @@ def test_sampling_is_from_all_that_is_asked_for() -> None:
 # ------------------------------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize(
-    ("settings", "dtype"),
-    [({}, torch.float16), ({"num_beams": 2}, torch.bfloat16), ({"sampling": True}, torch.bfloat16)],
-)
-def test_logits_that_are_not_finite(settings: dict[str, Any], dtype: torch.dtype) -> None:
-    model = tiny_model("llama").to(dtype)
-    model.lm_head.weight.data[7] = torch.nan
-    remedy = "--load_bfloat16" if dtype == torch.float16 else "--learning_rate"
-    name = str(dtype).removeprefix("torch.")
-    with pytest.raises(NotFinite, match=f"logits are not finite in {name}: .*{remedy}"):
-        generate(model, tiny_tokenizer(), prompts_of(2), GenerationSettings(4, **settings), 2, "")
+def test_logits_that_are_not_finite() -> None:
+    for settings, dtype, remedy in (
+        (GenerationSettings(4), torch.float16, "float16: .*--load_bfloat16"),
+        (GenerationSettings(4, num_beams=2), torch.bfloat16, "bfloat16: .*--learning_rate"),
+        (GenerationSettings(4, sampling=True), torch.bfloat16, "bfloat16: .*--learning_rate"),
+    ):
+        model = tiny_model("llama").to(dtype)
+        model.lm_head.weight.data[7] = torch.nan
+        with pytest.raises(NotFinite, match=f"logits are not finite in {remedy}"):
+            generate(model, tiny_tokenizer(), prompts_of(2), settings, 2, "")
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
+def test_settings_that_do_not_fit() -> None:
+    check_generation(GenerationSettings(8, eos_token="."), word_tokenizer(), 64)
+    for settings, message in (
         (GenerationSettings(64), "--max_new_tokens 64 leaves no room for a prompt .* of 64 tokens"),
         (GenerationSettings(8), r"--eos_token '\\n': the model's tokenizer has no token"),
-    ],
-)
-def test_settings_that_do_not_fit(settings: GenerationSettings, message: str) -> None:
-    check_generation(GenerationSettings(8, eos_token="."), word_tokenizer(), 64)
-    with pytest.raises(InputError, match=message):
-        check_generation(settings, word_tokenizer(), 64)
+    ):
+        with pytest.raises(InputError, match=message):
+            check_generation(settings, word_tokenizer(), 64)
