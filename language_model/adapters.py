@@ -29,10 +29,8 @@ from transformers.pytorch_utils import Conv1D
 from utils import InputError, first_line
 
 # The query and value projections, or the layer that a family has fused them into.
-PROJECTIONS = (
-    *(("q_proj", "v_proj"), ("query", "value")),
-    *(("query_key_value",), ("qkv_proj",), ("c_attn",), ("Wqkv",)),
-)
+FUSED = ("query_key_value", "qkv_proj", "c_attn", "Wqkv")
+PROJECTIONS = (("q_proj", "v_proj"), ("query", "value"), *((name,) for name in FUSED))
 # Hidden size of the network that makes the prefix (Li and Liang 2021, arXiv 2101.00190, 512).
 REPARAMETERISATION_SIZE = 512
 PROMPT_ENCODER_FILE = "prompt_encoder.safetensors"

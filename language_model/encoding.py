@@ -50,20 +50,16 @@ class EncodedExample:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns samples into tokens.
+    """Turns samples into tokens, at most ``max_length`` with generated ones.
 
-    Attributes:
-        max_length: tokens of a whole text at most, generated ones included; a longer text loses
-            tokens on the left, after its first.
-        max_new_tokens: room that a prompt leaves for generated tokens.
-        chat: turns texts into a conversation; None: plain text.
+    A longer text loses tokens on the left, after its first.
     """
 
     task: Task
     tokenizer: PreTrainedTokenizerBase
     max_length: int
-    max_new_tokens: int = 0
-    chat: Chat | None = None
+    max_new_tokens: int = 0  # the room that a prompt leaves
+    chat: Chat | None = None  # None: plain text, no conversation
 
     def options(
         self,
@@ -107,21 +103,19 @@ class Encoder:
         if self.chat:
             tokens = self.chat.tokens(self._conversation(prompt, sample, demonstrations))
         else:
-            before = self._demonstrations(demonstrations)
-            tokens = self._tokens(self._whole_text(before, prompt.strip(" ")))
+            tokens = self._tokens(self._whole_text(demonstrations, prompt.strip(" ")))
         return self._cut(tokens, self.max_length - self.max_new_tokens)
 
     def _plain(
         self, prompt: str, options: Sequence[str], demonstrations: Sequence[Sample]
     ) -> Iterator[tuple[list[int], int]]:
         """Yield the tokens of the text with each option, and how many of them are scored."""
-        before = self._demonstrations(demonstrations)
         prompt_length = len(self._tokens(prompt.strip(" ")))
         for option in options:
             text = (prompt + option).strip(" ")
             # Where the tokenizer merges an option into its prompt, its last token is still scored.
             scored = max(1, len(self._tokens(text)) - prompt_length)
-            yield self._tokens(self._whole_text(before, text)), scored
+            yield self._tokens(self._whole_text(demonstrations, text)), scored
 
     def _turns(
         self, prompt: str, options: Sequence[str], sample: Sample, demonstrations: Sequence[Sample]
@@ -148,15 +142,13 @@ class Encoder:
         ]
         return self.chat.text([*shown, *self.task.messages(prompt, sample)])
 
-    def _demonstrations(self, samples: Sequence[Sample]) -> str:
-        texts = (
+    def _whole_text(self, demonstrations: Sequence[Sample], text: str) -> str:
+        shown = (
             (self.task.prompt(sample) + self.task.option(sample, sample.correct[0])).strip()
-            for sample in samples
+            for sample in demonstrations
         )
-        return DEMONSTRATION_SEPARATOR.join(texts).strip()
-
-    def _whole_text(self, demonstrations: str, text: str) -> str:
-        return (demonstrations + DEMONSTRATION_SEPARATOR + text).lstrip().strip(" ")
+        before = DEMONSTRATION_SEPARATOR.join(shown).strip()
+        return (before + DEMONSTRATION_SEPARATOR + text).lstrip().strip(" ")
 
     def _tokens(self, text: str) -> list[int]:
         tokens = self.tokenizer.encode(text)

@@ -64,16 +64,10 @@ def load_model(
     adapter = SavedAdapter.find(name)
     base = adapter.base if adapter else name
     gguf = GgufFile.find(base)
-    if quantised_bits and gguf:
-        raise InputError(
-            f"--load_int{quantised_bits}: the weights of a GGUF file, quantised ones too, are "
-            "loaded as ordinary ones; leave it out, or give the model as a directory"
-        )
-    if quantised_bits and not torch.cuda.is_available():
-        raise InputError(
-            f"--load_int{quantised_bits} needs a CUDA GPU (bitsandbytes): leave it out on this "
-            "machine"
-        )
+    if quantised_bits and (gguf or not torch.cuda.is_available()):
+        of_file = "the weights of a GGUF file, quantised ones too, are loaded as ordinary ones"
+        reason = of_file if gguf else "bitsandbytes needs a CUDA GPU"
+        raise InputError(f"--load_int{quantised_bits}: {reason}; leave it out")
     several_processes = int(os.environ.get("WORLD_SIZE", "1")) > 1
     spread = auto_device and torch.cuda.is_available() and not several_processes
     how: dict[str, Any] = {
