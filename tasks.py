@@ -7,7 +7,7 @@ files takes no code (task_data/own_tasks.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -59,16 +59,16 @@ class Task:
 
     Attributes:
         name: as papers write it.
-        template: how a row becomes text.
         hub_path: the data set's id on the Hugging Face Hub; None for the user's own files.
         hub_config: its configuration there, if it has several.
         answer_column: the column that says which answer is correct; None: a reward says so.
-        candidates: a row -> the answers to choose from; None: answers are generated.
-        correct: (a row, its candidates) -> the acceptable answers.
+        candidates: a row -> the answers to choose from; None: the template's labels, or if it has
+            none, answers are generated.
+        correct: (a row, its candidates) -> the acceptable answers; None: the one that the answer's
+            column holds.
         more_text_columns: columns that hold text, beside those of the prompt.
         option_columns: columns that hold no text, which ``candidates`` needs.
         answer_metric: the first metric of generated answers: f1 or em.
-        train_as_classification: what the published runs do, as the scripts' default.
         reward: how good a generated text is; None: the gold answers say so.
     """
 
@@ -76,19 +76,19 @@ class Task:
     template: Template
     hub_path: str | None
     hub_config: str | None
-    answer_column: str | None
-    candidates: Callable[[Row], tuple[Any, ...]] | None
-    correct: Callable[[Row, tuple[Any, ...]], tuple[Any, ...]]
-    more_text_columns: tuple[str, ...] = field(default=(), kw_only=True)
-    option_columns: tuple[str, ...] = field(default=(), kw_only=True)
-    answer_metric: str = field(default="f1", kw_only=True)
-    train_as_classification: bool = field(default=False, kw_only=True)
-    reward: Reward | None = field(default=None, kw_only=True)
+    answer_column: str | None = "label"
+    _: KW_ONLY
+    candidates: Callable[[Row], tuple[Any, ...]] | None = None
+    correct: Callable[[Row, tuple[Any, ...]], tuple[Any, ...]] | None = None
+    more_text_columns: tuple[str, ...] = ()
+    option_columns: tuple[str, ...] = ()
+    answer_metric: str = "f1"
+    reward: Reward | None = None
 
     @property
     def generation(self) -> bool:
         """Whether answers are generated, not chosen from options."""
-        return self.candidates is None
+        return self.candidates is None and not self.template.labels
 
     @property
     def text_columns(self) -> tuple[str, ...]:
@@ -108,14 +108,16 @@ class Task:
 
     def sample(self, row: Row, index: int, with_answer: bool = True) -> Sample:
         """Turn row number ``index`` (from 0) into a ``Sample``; a question has no answer yet."""
-        hidden = () if with_answer else (self.answer_column,)
-        needed = [column for column in self.columns if column not in hidden]
+        needed = [c for c in self.columns if with_answer or c != self.answer_column]
         self.check_columns(row, needed)
         for column in self.text_columns:
             if not isinstance(row[column], str):
                 raise InputError(f"{column} is {shown(row[column])}: expected a text")
-        candidates = self.candidates(row) if self.candidates else ()
-        correct = self.correct(row, candidates) if with_answer and self.answer_column else ()
+        candidates = self.candidates(row) if self.candidates else tuple(self.template.labels)
+        correct: tuple[Any, ...] = ()
+        if with_answer and self.answer_column:
+            of_row = self.correct or partial(_labelled, self.answer_column)
+            correct = of_row(row, candidates)
         return Sample(index, self.kept(row, needed), candidates, correct)
 
     def check_columns(self, row: Row, needed: Iterable[str]) -> None:
@@ -144,20 +146,12 @@ class Task:
         """Return the text that is scored or generated for one candidate."""
         return self.template.option(sample.row, candidate)
 
-    def content_free_prompt(self, sample: Sample) -> str:
-        """Return the prompt of SFC calibration (arXiv 2104.08315)."""
-        return self.template.content_free_prompt(sample.row)
-
-    def content_free_option(self, sample: Sample, candidate: Any) -> str:
-        """Return the option as it follows ``content_free_prompt``."""
-        return self.template.content_free_option(sample.row, candidate)
-
     @property
     def metric_names(self) -> tuple[str, ...]:
         """The metrics that ``score`` returns, the one to look at first."""
         if not self.generation:
             return ("accuracy",)
-        of_answers = sorted(("f1", "em"), key=lambda name: name != self.answer_metric)
+        of_answers = ("em", "f1") if self.answer_metric == "em" else ("f1", "em")
         return (*(["reward"] if self.reward else []), *(of_answers if self.answer_column else []))
 
     @property
@@ -198,35 +192,7 @@ def listed(names: Iterable[Any]) -> str:
 # Functions and partials, no closures: a checkpoint keeps its task among its arguments.
 
 
-def classification(
-    name: str,
-    template: Template,
-    hub_path: str,
-    hub_config: str | None,
-    answer_column: str = "label",
-) -> Task:
-    """Return a task whose options are the template's labels."""
-    return Task(
-        *(name, template, hub_path, hub_config, answer_column),
-        partial(_labels, tuple(template.labels)),
-        partial(_label, answer_column),
-        train_as_classification=True,
-    )
-
-
-def generation(
-    name: str, template: Template, hub_path: str, answer_column: str, answer_field: str
-) -> Task:
-    """Return a task of free text; the gold answers lie in a field of the answer column."""
-    correct = partial(_gold_answers, answer_column, answer_field)
-    return Task(name, template, hub_path, None, answer_column, None, correct)
-
-
-def _labels(labels: tuple[Any, ...], row: Row) -> tuple[Any, ...]:
-    return labels
-
-
-def _label(column: str, row: Row, labels: tuple[Any, ...]) -> tuple[Any]:
+def _labelled(column: str, row: Row, labels: tuple[Any, ...]) -> tuple[Any]:
     return (_pick(labels, row, column),)
 
 
@@ -275,25 +241,34 @@ _SUPER_GLUE = "aps/super_glue"
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        classification("SST2", templates.SST2, "nyu-mll/glue", "sst2"),
-        classification("RTE", templates.RTE, _SUPER_GLUE, "rte"),
-        classification("CB", templates.CB, _SUPER_GLUE, "cb"),
-        classification("BoolQ", templates.BoolQ, "google/boolq", None, "answer"),
-        classification("WSC", templates.WSC, _SUPER_GLUE, "wsc.fixed"),
-        classification("WIC", templates.WIC, _SUPER_GLUE, "wic"),
-        classification("MultiRC", templates.MultiRC, _SUPER_GLUE, "multirc"),
+        Task("SST2", templates.SST2, "nyu-mll/glue", "sst2"),
+        Task("RTE", templates.RTE, _SUPER_GLUE, "rte"),
+        Task("CB", templates.CB, _SUPER_GLUE, "cb"),
+        Task("BoolQ", templates.BoolQ, "google/boolq", None, "answer"),
+        Task("WSC", templates.WSC, _SUPER_GLUE, "wsc.fixed"),
+        Task("WIC", templates.WIC, _SUPER_GLUE, "wic"),
+        Task("MultiRC", templates.MultiRC, _SUPER_GLUE, "multirc"),
         Task(
-            *("Copa", templates.Copa, _SUPER_GLUE, "copa", "label", _choices, _choice),
+            *("Copa", templates.Copa, _SUPER_GLUE, "copa"),
+            candidates=_choices,
+            correct=_choice,
             more_text_columns=("choice1", "choice2"),
         ),
         Task(
             *("ReCoRD", templates.ReCoRD, _SUPER_GLUE, "record", "answers"),
-            *(_entities, _right_entities),
+            candidates=_entities,
+            correct=_right_entities,
             more_text_columns=("query",),
             option_columns=("entities",),
         ),
-        generation("SQuAD", templates.SQuAD, "rajpurkar/squad", "answers", "text"),
-        generation("DROP", templates.DROP, "ucinlp/drop", "answers_spans", "spans"),
+        Task(
+            *("SQuAD", templates.SQuAD, "rajpurkar/squad", None, "answers"),
+            correct=partial(_gold_answers, "answers", "text"),
+        ),
+        Task(
+            *("DROP", templates.DROP, "ucinlp/drop", None, "answers_spans"),
+            correct=partial(_gold_answers, "answers_spans", "spans"),
+        ),
     )
 }
 

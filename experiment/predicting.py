@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from experiment.folders import locked
 from experiment.options import Options
-from experiment.preparation import load_pretrained, prepare_encoder
+from experiment.preparation import check_conversations, load_pretrained, prepare_encoder
 from experiment.results import check_predictions, prediction_rows
 from language_model.encoding import Encoder
 from language_model.prediction import Prediction, predict
@@ -55,6 +55,7 @@ def predict_rows(options: Options, file: str) -> None:
         train, _ = load_samples(task, data.data_dir, with_validation=False)
     # Demonstrations are drawn as before eval examples, in whose order the answers come.
     (drawn,) = data.draw(train, questions, num_dev=0, num_eval=None)
+    check_conversations(encoder, drawn, file)
     with locked("--predictions_file", path):
         model = load_pretrained(options.model)
         shown = (drawn.evaluation, drawn.demonstrations)

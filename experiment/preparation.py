@@ -22,6 +22,7 @@ from language_model.head import freeze_all_but_head, head_is_tied, untie_head
 from language_model.loading import choose_max_length, load_config_and_tokenizer, load_model
 from language_model.manifest import MANIFEST, damage
 from language_model.saved_adapters import SavedAdapter
+from task_data.files import errors_name, row_place
 from task_data.loading import load_samples
 from task_data.sampling import ExampleSet
 from training.checkpoints import STATE
@@ -45,7 +46,24 @@ def prepare(options: Options) -> Prepared:
     """
     encoder, data = prepare_encoder(options), options.data
     train, validation = load_samples(data.task, data.data_dir)
-    return Prepared(encoder, data.draw(train, validation))
+    sets = data.draw(train, validation)
+    for examples in sets:
+        check_conversations(encoder, examples, "validation data")
+    return Prepared(encoder, sets)
+
+
+def check_conversations(encoder: Encoder, examples: ExampleSet, evaluated: str) -> None:
+    """Refuse examples that a chat template changes; ``evaluated`` is where those to report on are.
+
+    Raises:
+        InputError: names the row, and what the template did.
+    """
+    shown = zip(examples.evaluation, examples.demonstrations, strict=True)
+    trained = ((sample, ()) for sample in examples.train + examples.dev)
+    for source, pairs in (("training data", trained), (evaluated, shown)):
+        for sample, demonstrations in pairs if encoder.chat else ():
+            with errors_name(row_place(source, sample.id)):
+                encoder.check_conversation(sample, demonstrations)
 
 
 def prepare_encoder(options: Options) -> Encoder:

@@ -69,15 +69,16 @@ class Encoder:
         content_free: bool = False,
     ) -> EncodedExample:
         """Encode the prompt, or the content-free prompt of SFC, with every candidate."""
-        task = self.task
-        prompt_of = task.content_free_prompt if content_free else task.prompt
-        option_of = task.content_free_option if content_free else task.option
+        template = self.task.template
+        prompt_of = template.content_free_prompt if content_free else template.prompt
+        option_of = template.content_free_option if content_free else template.option
+        prompt = prompt_of(sample.row)
         candidates = sample.candidates if candidates is None else candidates
-        texts = [option_of(sample, candidate) for candidate in candidates]
+        texts = [option_of(sample.row, candidate) for candidate in candidates]
         if self.chat:
-            pairs = self._turns(prompt_of(sample), texts, sample, demonstrations)
+            pairs = self._turns(prompt, texts, sample, demonstrations)
         else:
-            pairs = self._plain(prompt_of(sample), texts, demonstrations)
+            pairs = self._plain(prompt, texts, demonstrations)
         encoded = []
         for tokens, scored in pairs:
             if len(tokens) <= scored:
@@ -101,10 +102,20 @@ class Encoder:
         """Encode the prompt of an answer that is generated."""
         prompt = self.task.prompt(sample)
         if self.chat:
-            tokens = self.chat.tokens(self._conversation(prompt, sample, demonstrations))
+            messages = self._messages(prompt, sample, demonstrations)
+            tokens = self.chat.tokens(self.chat.text(messages))
         else:
             tokens = self._tokens(self._whole_text(demonstrations, prompt.strip(" ")))
         return self._cut(tokens, self.max_length - self.max_new_tokens)
+
+    def check_conversation(self, sample: Sample, demonstrations: Sequence[Sample] = ()) -> None:
+        """Refuse a sample whose turns or answer the chat template changes.
+
+        Raises:
+            InputError: names what the template did.
+        """
+        messages = self._messages(self.task.prompt(sample), sample, demonstrations)
+        self.chat.check_conversation(messages, self._answer(sample) if sample.correct else None)
 
     def _plain(
         self, prompt: str, options: Sequence[str], demonstrations: Sequence[Sample]
@@ -124,23 +135,29 @@ class Encoder:
 
         Answers of generation tasks end as the template ends them.
         """
-        opening = self._conversation(prompt, sample, demonstrations)
+        opening = self.chat.text(self._messages(prompt, sample, demonstrations))
         length = len(self.chat.tokens(opening))
         end = self.chat.end_of_answer if self.task.generation else ""
         for option in options:
             tokens = self.chat.tokens(opening + option.strip() + end)
             yield tokens, max(1, len(tokens) - length)
 
-    def _conversation(self, prompt: str, sample: Sample, demonstrations: Sequence[Sample]) -> str:
+    def _messages(
+        self, prompt: str, sample: Sample, demonstrations: Sequence[Sample]
+    ) -> list[dict[str, str]]:
+        """Return the turns of a conversation before the answer."""
         shown = [
             turn
             for each in demonstrations
             for turn in (
                 *self.task.messages(self.task.prompt(each), each),
-                assistant(self.task.option(each, each.correct[0]).strip()),
+                assistant(self._answer(each)),
             )
         ]
-        return self.chat.text([*shown, *self.task.messages(prompt, sample)])
+        return [*shown, *self.task.messages(prompt, sample)]
+
+    def _answer(self, sample: Sample) -> str:
+        return self.task.option(sample, sample.correct[0]).strip()
 
     def _whole_text(self, demonstrations: Sequence[Sample], text: str) -> str:
         shown = (

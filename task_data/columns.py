@@ -57,28 +57,32 @@ class Columns:
 
     def looked_up(self, file: Path, row: Row) -> Columns:
         """Return the columns with what the first of the user's files, and its first row, say."""
-        if not (self.text or self.label or self.template or self.answer):
-            found = any(column in row for column in CONVERSATIONS)
-            return replace(self, from_messages=found and "prompt" not in row)
-        with errors_name(file):
-            self._check(row, with_label=True)
-        if not self.label:
-            return self
-        names = _class_names(file, self.label)
-        return replace(self, labels=names or _labels(file, self.label), by_number=bool(names))
+        named = [("--text_column", self.text), ("--label_column", self.label)]
+        named += [("--answer_column", self.answer)]
+        named += [("--prompt_template", name) for name in _FIELD.findall(self.template or "")]
+        for option, name in named:
+            if name and name not in row:
+                raise InputError(f"{file}: {option}: no column {name!r}; there are {listed(row)}")
+        if self.label:
+            names = _class_names(file, self.label)
+            return replace(self, labels=names or _labels(file, self.label), by_number=bool(names))
+        given = self.text or self.template or self.answer or "prompt" in row
+        return replace(self, from_messages=not given and any(c in row for c in CONVERSATIONS))
 
     def arranged(self, row: Row) -> Row:
         """Return a row with what it has of prompt, options and answer beside its own columns."""
         if self.from_messages:
             return {**row, **_conversation(row)}
-        self._check(row)
         arranged: dict[str, Any] = dict(row)
-        if self.template:
-            # A backslash and n, as a shell hands them over, are a newline.
-            template = self.template.replace("\\n", "\n")
-            arranged["prompt"] = _FIELD.sub(lambda field: str(_value(row[field[1]])), template)
-        elif self.text:
-            arranged["prompt"] = row[self.text]
+        try:
+            if self.template:
+                # A backslash and n, as a shell hands them over, are a newline.
+                template = self.template.replace("\\n", "\n")
+                arranged["prompt"] = _FIELD.sub(lambda field: as_text(row[field[1]]), template)
+            elif self.text:
+                arranged["prompt"] = row[self.text]
+        except KeyError as error:
+            raise InputError(f"no column {error}; there are {listed(row)}") from error
         if self.answer in row:
             arranged["answer"] = row[self.answer]
         if self.labels:
@@ -89,17 +93,13 @@ class Columns:
                 arranged["answer"] = self.labels[value] if by_number else _label(value)
         return arranged
 
-    def _check(self, row: Row, with_label: bool = False) -> None:
-        named = {
-            "--text_column": [self.text] if self.text else [],
-            "--label_column": [self.label] if self.label and with_label else [],
-            "--answer_column": [self.answer] if self.answer and with_label else [],
-            "--prompt_template": _FIELD.findall(self.template or ""),
-        }
-        for option, names in named.items():
-            for name in names:
-                if name not in row:
-                    raise InputError(f"{option}: no column {name!r}; there are {listed(row)}")
+
+def as_text(value: Any, what: str = "the value") -> str:
+    """Return a text or a number as text; pandas writes 1 as 1.0 where a column has gaps."""
+    is_float = isinstance(value, float)
+    if value is None or isinstance(value, list | dict) or (is_float and not math.isfinite(value)):
+        raise InputError(f"{what} is {shown(value)}: expected a text or a number")
+    return str(value).removesuffix(".0") if is_float else str(value)
 
 
 def _class_names(file: Path, column: str) -> tuple[str, ...]:
@@ -122,41 +122,33 @@ def _labels(file: Path, column: str) -> tuple[str, ...]:
     if not 2 <= len(labels) <= MOST_LABELS:
         raise InputError(
             f"--label_column {column}: {file} has {len(labels)} different values in it, 2 to "
-            f"{MOST_LABELS} make classes; leave it out and call the column answer, and the answers "
-            "are generated"
+            f"{MOST_LABELS} make classes; give --answer_column {column} for generated answers"
         )
     numbers = all(re.fullmatch(r"[-+]?\d+(\.\d+)?", label) for label in labels)
     return tuple(sorted(labels, key=lambda label: (float(label) if numbers else 0, label)))
 
 
 def _label(value: Any) -> str:
-    """Return a label as text; pandas writes 1 as 1.0 where a column has gaps."""
-    text = str(_value(value)).strip()
+    text = as_text(value, "the label").strip()
     if not text:
         raise InputError(f"the label is {shown(value)}: expected a text or a number")
-    return text.removesuffix(".0") if isinstance(value, float) else text
-
-
-def _value(value: Any) -> Any:
-    missing = value is None or (isinstance(value, float) and math.isnan(value))
-    if missing or isinstance(value, list | dict):
-        raise InputError(f"the value is {shown(value)}: expected a text or a number")
-    return value
+    return text
 
 
 def _conversation(row: Row) -> dict[str, Any]:
     """Return a conversation up to its answer, the answer, and as the prompt what was said last."""
-    said = next((row[column] for column in CONVERSATIONS if column in row), None)
+    column = next((column for column in CONVERSATIONS if column in row), "messages")
+    said = row.get(column)
     turns = [_turn(turn) for turn in said] if isinstance(said, list) else []
     if not turns or None in turns:
         raise InputError(
-            f"messages is {shown(said)}: expected a list of "
+            f"{column} is {shown(said)}: expected a list of "
             '{"role": "user", "content": "…"} and the like'
         )
     answer = {"answer": turns.pop()["content"]} if turns[-1]["role"] == "assistant" else {}
     if not turns or turns[-1]["role"] != "user":
         raise InputError(
-            f"messages is {shown(said)}: the last turns have to be the user's and the assistant's"
+            f"{column} is {shown(said)}: the last turns have to be the user's and the assistant's"
         )
     return {"messages": turns, "prompt": turns[-1]["content"], **answer}
 

@@ -14,6 +14,7 @@ import csv
 import io
 import itertools
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ from templates import Row
 from utils import InputError, first_line
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+# Cells of CSV in which Python and pandas write that there is no value.
+MISSING = dict.fromkeys(("nan", "NaN"), math.nan)
 
 PlacedRow = tuple[str, Row]
 
@@ -32,15 +35,14 @@ PlacedRow = tuple[str, Row]
 def read_rows(path: Path) -> Iterator[PlacedRow]:
     """Yield a file's rows, each with its place: ``path:line``, or ``path, row N``.
 
-    The cells of a CSV file are texts.
+    The cells of a CSV file are texts, or NaN.
     """
     readers = {".parquet": _parquet_rows, ".csv": _csv_rows}
-    rows = readers.get(path.suffix.lower(), _json_rows)(path)
-    first = next(rows, None)
-    if first is None:
+    row = None
+    for row in readers.get(path.suffix.lower(), _json_rows)(path):
+        yield row
+    if row is None:
         raise InputError(f"{path} has no rows: give at least one example")
-    yield first
-    yield from rows
 
 
 def row_place(source: object, index: int) -> str:
@@ -119,7 +121,7 @@ def _csv_rows(path: Path) -> Iterator[PlacedRow]:
                     f"{listed(columns)}; put quotes around a text with commas, quotes or lines"
                 )
             else:
-                yield place, dict(zip(columns, cells, strict=True))
+                yield place, dict(zip(columns, (MISSING.get(c, c) for c in cells), strict=True))
     except csv.Error as error:
         raise InputError(
             f"{path}:{reader.line_num}: not CSV ({first_line(error)}); check its quotes"

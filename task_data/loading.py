@@ -29,19 +29,20 @@ def load_samples(
         return _load_hub(task)
     train, validation = files
     samples = read_samples(task, train) if train else []
-    if validation is None:
-        return _held_out(samples, train)
-    return samples, read_samples(task, validation) if with_validation else []
+    if not with_validation:
+        return samples, []
+    return (samples, read_samples(task, validation)) if validation else _held_out(samples, train)
 
 
 def _held_out(samples: list[Sample], file: Path) -> tuple[list[Sample], list[Sample]]:
     """Return nine tenths of the samples to train on, and the others, always the same ones."""
-    count = max(1, len(samples) // 10)
+    if len(samples) < 2:
+        raise InputError(f"{file} has one row, too few to hold any out: give --validation_file")
+    held_out = permutation_subset(samples, max(1, len(samples) // 10), seed=0)
     logger.warning(
         "no --validation_file: %d of the %d rows of %s are held out to report on",
-        *(count, len(samples), file),
+        *(len(held_out), len(samples), file),
     )
-    held_out = permutation_subset(samples, count, seed=0)
     chosen = {sample.id for sample in held_out}
     return [sample for sample in samples if sample.id not in chosen], held_out
 
@@ -59,19 +60,18 @@ def split_files(task: Task, data_dir: str | None) -> tuple[Path | None, Path | N
     root = Path(data_dir)
     if not root.is_dir():
         raise InputError(f"--data_dir {data_dir}: no such folder")
-    folders = sorted(path for path in root.iterdir() if path.is_dir())
-    folder = next((path for path in folders if path.name.lower() == task.name.lower()), None)
-    if folder is None:
-        found = listed(path.name for path in folders) or "none"
-        raise InputError(
-            f"--data_dir {data_dir}: no folder for {task.name}; folders found: {found}"
-        )
-    return _split_file(folder, "train"), _split_file(folder, "validation")
+    folders = {path.name: path for path in sorted(root.iterdir()) if path.is_dir()}
+    for name, folder in folders.items():
+        if name.lower() == task.name.lower():
+            return _split_file(folder, "train"), _split_file(folder, "validation")
+    raise InputError(
+        f"--data_dir {data_dir}: no folder for {task.name}; folders found: "
+        f"{listed(folders) or 'none'}"
+    )
 
 
 def _split_file(folder: Path, split: str) -> Path:
-    for suffix in (".jsonl", ".parquet"):
-        path = folder / f"{split}{suffix}"
+    for path in (folder / f"{split}.jsonl", folder / f"{split}.parquet"):
         if path.is_file():
             return path
     raise InputError(f"{folder}: neither {split}.jsonl nor {split}.parquet is there")
@@ -103,11 +103,10 @@ def _load_hub(task: Task) -> tuple[list[Sample], list[Sample]]:
             f"cannot load {hub_id} from the Hub ({first_line(error)}): "
             f"give the files with --data_dir DIR, in DIR/{task.name}"
         ) from error
-    train, validation = (
-        _samples(
-            task,
-            ((row_place(f"{hub_id} {name}", i), row) for i, row in enumerate(split.to_list())),
-        )
-        for name, split in zip(names, splits, strict=True)
-    )
+
+    def samples_of(name: str, split: datasets.Dataset) -> list[Sample]:
+        rows = enumerate(split.to_list())
+        return _samples(task, ((row_place(f"{hub_id} {name}", i), row) for i, row in rows))
+
+    train, validation = map(samples_of, names, splits)
     return train, validation

@@ -6,23 +6,39 @@ import ast
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import templates
-from task_data.columns import Columns
+from task_data.columns import Columns, as_text
 from task_data.files import PlacedRow, errors_name, own_file, read_rows
 from task_data.rewards import Reward
 from tasks import Sample, Task, get_task, shown
 from templates import Row
 from utils import InputError
 
+# Columns as other programs write them, and the arguments that read them.
+LAYOUTS = {
+    ("instruction", "input", "output"): (
+        "give --prompt_template '{instruction}\\n{input}' --answer_column output"
+    ),
+    ("instruction", "output"): "give --text_column instruction --answer_column output",
+    ("prompt", "completion"): "give --answer_column completion",
+    ("question", "answer"): "give --text_column question",
+    ("text", "label"): "give --text_column text --label_column label",
+}
+NAMED = (
+    "name other columns with --text_column or --prompt_template, and with --label_column (classes) "
+    "or --answer_column (generated answers)"
+)
+
 
 @dataclass(frozen=True)
 class OwnTask(Task):
     """Examples of the user's own files: prompt, answer and, to choose from, options."""
 
+    _: KW_ONLY
     train_file: Path | None
     validation_file: Path | None
     own_columns: Columns
@@ -43,7 +59,7 @@ class OwnTask(Task):
         for place, row in read_rows(path):
             with errors_name(place):
                 arranged = self.own_columns.arranged(row)
-                if is_csv and not self.own_columns.labels:
+                if is_csv and self.generation:
                     arranged = _with_a_list(arranged)
                 if "prompt" in arranged:
                     _check_text(arranged["prompt"], "prompt")
@@ -60,10 +76,8 @@ class OwnTask(Task):
         try:
             super().check_columns(row, needed)
         except InputError as error:
-            raise InputError(
-                f"{error}; other columns are named with --text_column or --prompt_template, and "
-                "with --label_column (classes) or --answer_column (generated answers)"
-            ) from error
+            known = [each for names, each in LAYOUTS.items() if set(names) <= set(row)]
+            raise InputError(f"{error}; {(known or [NAMED])[0]}") from error
 
     def kept(self, row: Row, needed: Iterable[str]) -> Row:
         """Return the whole row."""
@@ -87,7 +101,9 @@ def choose_task(
     ``reward`` is ``FILE.py:function``, which says how good generated answers are.
     """
     if train_file or validation_file:
-        task = _own_task(train_file, validation_file, metric, bool(reward), columns or Columns())
+        train = own_file("--train_file", train_file) if train_file else None
+        validation = own_file("--validation_file", validation_file) if validation_file else None
+        task = _own_task((train, validation), columns or Columns(), metric, bool(reward))
     elif name:
         task = get_task(name)
     else:
@@ -104,21 +120,17 @@ def choose_task(
 
 
 def _own_task(
-    train_file: str | None,
-    validation_file: str | None,
-    metric: str | None,
-    has_reward: bool,
-    columns: Columns,
+    files: tuple[Path | None, Path | None], columns: Columns, metric: str | None, has_reward: bool
 ) -> OwnTask:
-    train = own_file("--train_file", train_file) if train_file else None
-    validation = own_file("--validation_file", validation_file) if validation_file else None
+    train, validation = files
     first = train or validation
     _, row = next(read_rows(first))
     columns = columns.looked_up(first, row)
     chosen = "options" in row or bool(columns.labels)
-    fitting = ("accuracy",) if chosen else ("f1", "em")
-    if metric is not None and metric not in fitting:
-        kind = "chosen from options" if chosen else "generated"
+    kind, fitting = ("generated", ("f1", "em"))
+    if chosen:
+        kind, fitting = ("chosen from options", ("accuracy",))
+    if metric not in (None, *fitting):
         raise InputError(
             f"--metric {metric}: the answers in {first} are {kind}; give {' or '.join(fitting)}"
         )
@@ -129,12 +141,11 @@ def _own_task(
         template=templates.OWN_CHOICE if chosen else templates.OWN_ANSWER,
         hub_path=None,
         hub_config=None,
-        option_columns=("options",) if chosen else (),
         answer_column="answer" if has_answers else None,
         candidates=_options if chosen else None,
         correct=_right_option if chosen else _answers,
+        option_columns=("options",) if chosen else (),
         answer_metric="em" if metric == "em" else "f1",
-        train_as_classification=chosen,
         train_file=train,
         validation_file=validation,
         own_columns=columns,
@@ -147,30 +158,32 @@ def _own_task(
 def _options(row: Row) -> tuple[str, ...]:
     options = row["options"]
     if isinstance(options, str):
-        options = _listed(options)
+        options = _list_in(options)
     if not isinstance(options, list) or len(options) < 2:
         raise InputError(
             f"options is {shown(row['options'])}: expected a list of at least 2 texts, as in "
             '["yes", "no"]; without options in any row the answers are generated'
         )
+    options = tuple(as_text(option, "one of the options") for option in options)
     for option in options:
         _check_text(option, "one of the options")
     # Spaces around an option are not always part of what is scored.
     if len({option.strip() for option in options}) < len(options):
-        raise InputError(f"options is {shown(options)}: the same text twice; leave one out")
-    return tuple(options)
+        raise InputError(f"options is {shown(list(options))}: the same text twice; leave one out")
+    return options
 
 
 def _right_option(row: Row, options: tuple[str, ...]) -> tuple[str]:
     """Return the option that the answer names by its text, or else by its number from 0."""
     answer = row["answer"]
+    by_name = {str(number): option for number, option in enumerate(options)}
+    by_name |= {option.strip(): option for option in options}
     if isinstance(answer, str | int | float) and not isinstance(answer, bool):
+        text = str(answer).strip()
         # pandas writes 1 as 1.0 where a column has gaps.
-        text, number = str(answer), str(answer).removesuffix(".0")
-        if text in options or number in options:
-            return (text if text in options else number,)
-        if number.isdecimal() and int(number) < len(options):
-            return (options[int(number)],)
+        for name in (text, text.removesuffix(".0")):
+            if name in by_name:
+                return (by_name[name],)
     raise InputError(
         f"answer is {shown(answer)}: expected one of the options {shown(list(options))}, or its "
         f"number from 0 to {len(options) - 1}"
@@ -195,14 +208,15 @@ def _answers(row: Row, _: tuple[()]) -> tuple[str, ...]:
 
 
 def _with_a_list(cells: Row) -> Row:
-    """Read an answer of CSV, where every cell is text, as the list of answers that it holds."""
-    answers = _listed(cells.get("answer", ""))
-    return cells if answers is None else {**cells, "answer": answers}
+    """Read an answer of CSV, where every cell is text, as the list of texts that it holds."""
+    answers = _list_in(cells.get("answer"))
+    is_list = answers is not None and all(isinstance(answer, str) for answer in answers)
+    return {**cells, "answer": answers} if is_list else cells
 
 
-def _listed(cell: str) -> list[str] | None:
-    """Return the texts in a cell that holds a list, as JSON or as pandas writes it, or None."""
-    if not cell.lstrip().startswith(("[", "{", "array(")):
+def _list_in(cell: Any) -> list[Any] | None:
+    """Return the list that a text holds, as JSON or as pandas writes it, or None."""
+    if not isinstance(cell, str) or not cell.lstrip().startswith(("[", "{", "array(")):
         return None
     try:
         value = json.loads(cell)
@@ -215,7 +229,7 @@ def _listed(cell: str) -> list[str] | None:
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             return None
     texts = value.get("text") if isinstance(value, dict) else value
-    return texts if isinstance(texts, list) and all(isinstance(t, str) for t in texts) else None
+    return texts if isinstance(texts, list) else None
 
 
 def _check_text(value: Any, column: str) -> None:

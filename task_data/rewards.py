@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +14,8 @@ from utils import InputError, one_line
 
 # Prompts, texts and rows, as many of each -> a number for each text, the larger the better.
 Function = Callable[[list[str], list[str], list[dict[str, Any]]], Sequence[float]]
+# Means of larger rewards, and their differences over μ, would overflow float32.
+LARGEST = 1e30
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,7 @@ class Reward:
             raise InputError(f"--reward {text}: give FILE.py:function")
         if not file.is_file():
             raise InputError(f"--reward {text}: there is no file {file}")
-        module = _imported(file, text)
-        function = getattr(module, name, None)
+        function = getattr(_imported(file, text), name, None)
         if not callable(function):
             raise InputError(f"--reward {text}: {file} has no function {name}")
         return cls(file, name, function)
@@ -46,18 +46,25 @@ class Reward:
         """Return the reward of each text, which follows the prompt made of its row."""
         try:
             returned = self.function(list(prompts), list(texts), [dict(row) for row in rows])
+            unordered = isinstance(returned, str | bytes | Mapping | Set)
+            if isinstance(returned, Iterable) and not unordered:
+                returned = list(returned)
         except (Exception, SystemExit) as error:
             kind = type(error).__name__
             raise InputError(f"--reward: {self.name} raised {kind}: {one_line(error)}") from error
-        values = _numbers(returned)
-        if values and len(values) == len(texts) and all(map(math.isfinite, values)):
+        values = [_number(value) for value in returned] if isinstance(returned, list) else None
+        if values is None:
+            got = type(returned).__name__
+        elif None in values:
+            bad = returned[values.index(None)]
+            got = f"a list with {bad if isinstance(bad, float) else type(bad).__name__}"
+        elif len(values) != len(texts):
+            got = f"{len(values)} values"
+        else:
             return values
-        got = type(returned).__name__
-        if values is not None:
-            got = next((str(v) for v in values if not math.isfinite(v)), f"{len(values)} values")
         raise InputError(
             f"--reward: {self.name} returned {got} for {len(texts)} texts; return a list with a "
-            "finite number for each"
+            f"number for each, between -{LARGEST:g} and {LARGEST:g}"
         )
 
 
@@ -77,11 +84,12 @@ def _imported(file: Path, text: str) -> ModuleType:
     return module
 
 
-def _numbers(returned: Any) -> list[float] | None:
-    """Return what a function returned as numbers; None for texts, mappings and the like."""
-    if not isinstance(returned, Iterable) or isinstance(returned, str | bytes | Mapping | set):
+def _number(value: Any) -> float | None:
+    """Return a reward as a number; None of a text, and of what float32 could not hold."""
+    if isinstance(value, str | bytes):
         return None
     try:
-        return [float(value) for value in returned]
-    except (TypeError, ValueError, OverflowError):
+        number = float(value)
+    except Exception:  # TypeError, OverflowError, or torch's RuntimeError
         return None
+    return number if abs(number) <= LARGEST else None

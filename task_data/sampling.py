@@ -52,7 +52,7 @@ def draw_example_sets(
     num_eval = len(validation) if num_eval is None else num_eval
     if num_train_sets is None and train_set_seed is None and in_context and num_train:
         evaluation = permutation_subset(validation, num_eval, seed=0)
-        seeds = demonstration_seeds(len(evaluation))
+        seeds = np.random.RandomState(0).randint(0, 10000, len(evaluation)).tolist()
         shown = [permutation_subset(train, num_train, seed) for seed in seeds]
         _warn_of_few(len(train), num_train, 0)
         return [ExampleSet(0, [], [], evaluation, shown)]
@@ -93,7 +93,8 @@ def with_a_correct_option(
 def permutation_subset(samples: Sequence[Sample], k: int, seed: int) -> list[Sample]:
     """Return k samples drawn without replacement as MeZO draws them; all of them if k is more."""
     if k and not samples:
-        raise _no_train_file(k)
+        # Files without examples are refused: this is the user's own data without a training file.
+        raise InputError("--num_train and --num_dev need --train_file: give examples to draw from")
     order = np.random.RandomState(seed).permutation(len(samples))[:k]
     return [samples[index] for index in order]
 
@@ -105,22 +106,15 @@ def sample_train_dev(
 
     Asking for more than there is warns: dev stays whole and train is shorter.
     """
+    drawn = permutation_subset(samples, num_train + num_dev, seed)
     available = len(samples)
-    if num_train and not samples:
-        raise _no_train_file(num_train)
     if num_train + num_dev > available and num_dev >= available:
         raise InputError(
             f"{num_dev} dev examples leave none to train on, of {available}: lower --num_dev"
         )
     _warn_of_few(available, num_train, num_dev)
-    drawn = permutation_subset(samples, num_train + num_dev, seed)
     split = len(drawn) - num_dev
     return drawn[:split], drawn[split:]
-
-
-def demonstration_seeds(num_eval: int) -> list[int]:
-    """Return the seed of each evaluation example's own demonstrations, as MeZO draws them."""
-    return np.random.RandomState(0).randint(0, 10000, num_eval).tolist()
 
 
 def _warn_of_few(available: int, num_train: int, num_dev: int) -> None:
@@ -130,8 +124,3 @@ def _warn_of_few(available: int, num_train: int, num_dev: int) -> None:
             "only %d examples for --num_train %d%s: num_train is %d",
             *(available, num_train, dev, available - num_dev),
         )
-
-
-def _no_train_file(num_train: int) -> InputError:
-    # Files without examples are refused: this is the user's own data without a training file.
-    return InputError(f"--num_train {num_train} needs --train_file: give examples to draw from")

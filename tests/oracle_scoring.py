@@ -56,8 +56,8 @@ class Oracle:
     ) -> tuple[list[int], int]:
         """Return the tokens of a whole text, and how many at its end are scored."""
         if content_free:
-            prompt = self.task.content_free_prompt(sample)
-            option = self.task.content_free_option(sample, candidate)
+            prompt = self.task.template.content_free_prompt(sample.row)
+            option = self.task.template.content_free_option(sample.row, candidate)
         else:
             prompt, option = self.task.prompt(sample), self.task.option(sample, candidate)
         text = ""

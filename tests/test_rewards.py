@@ -25,6 +25,7 @@ from utils import InputError
 EXAMPLES = ROOT / "examples" / "rewards"
 
 REWARD = """\
+import sys, torch
 calls = []
 
 def length(prompts, texts, rows):
@@ -57,6 +58,30 @@ def by_number(prompts, texts, rows):
 
 def huge(prompts, texts, rows):
     return [10**400 for text in texts]
+
+def too_large_for_a_mean(prompts, texts, rows):
+    return [1e308 for text in texts]
+
+def minus_infinite(prompts, texts, rows):
+    return [0.0, float("-inf"), 1.0, 1.0]
+
+def texts_of_numbers(prompts, texts, rows):
+    return ["1" for text in texts]
+
+def keys(prompts, texts, rows):
+    return {number: 1 for number in range(len(texts))}.keys()
+
+def fails_late(prompts, texts, rows):
+    return (1 / 0 for text in texts)
+
+def leaves_late(prompts, texts, rows):
+    return (sys.exit(0) for text in texts)
+
+def vectors(prompts, texts, rows):
+    return torch.ones(len(texts), 2)
+
+def tensor(prompts, texts, rows):
+    return torch.arange(len(texts)) / 2
 """
 
 
@@ -191,15 +216,22 @@ BAD_REWARDS = (
     ("mine.py:fails", "--reward: fails raised ZeroDivisionError: division by zero"),
     ("mine.py:leaves", "--reward: leaves raised SystemExit: 0"),
     ("mine.py:too_few", "--reward: too_few returned 1 values for 4 texts; return a list"),
-    ("mine.py:no_numbers", "--reward: no_numbers returned list for 4 texts"),
+    ("mine.py:no_numbers", "--reward: no_numbers returned a list with NoneType for 4 texts"),
     ("mine.py:one_number", "--reward: one_number returned float for 4 texts"),
     (
         "mine.py:infinite",
-        "--reward: infinite returned nan for 4 texts; return a list with a fi",
+        "--reward: infinite returned a list with nan for 4 texts; return a list with a number",
     ),
     ("mine.py:digits", "--reward: digits returned str for 4 texts"),
     ("mine.py:by_number", "--reward: by_number returned dict for 4 texts"),
-    ("mine.py:huge", "--reward: huge returned list for 4 texts"),
+    ("mine.py:huge", "--reward: huge returned a list with int for 4 texts"),
+    ("mine.py:too_large_for_a_mean", "returned a list with 1e+308 for 4 texts; return a list with"),
+    ("mine.py:minus_infinite", "--reward: minus_infinite returned a list with -inf"),
+    ("mine.py:texts_of_numbers", "--reward: texts_of_numbers returned a list with str"),
+    ("mine.py:keys", "--reward: keys returned dict_keys for 4 texts"),
+    ("mine.py:fails_late", "--reward: fails_late raised ZeroDivisionError: division by zero"),
+    ("mine.py:leaves_late", "--reward: leaves_late raised SystemExit: 0"),
+    ("mine.py:vectors", "--reward: vectors returned a list with Tensor"),
 )
 
 
@@ -214,17 +246,22 @@ def test_bad_functions_are_told_in_one_line(
         with pytest.raises(InputError) as refusal:
             Reward.load(reward)(["a"] * 4, ["b"] * 4, [{}] * 4)
         assert said in str(refusal.value) and "\n" not in str(refusal.value)
+    assert Reward.load("mine.py:tensor")(["a"] * 3, ["b"] * 3, [{}] * 3) == [0, 0.5, 1]
 
 
 def test_a_function_that_fails_in_training_ends_it(
     tmp_path: Path, reward_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = rows_file(tmp_path)
-    assert run.main(own(tmp_path, rows, reward=f"{reward_file}:fails")) == 2
-    assert capsys.readouterr().err == (
-        "error: --reward: fails raised ZeroDivisionError: division by zero\n"
-    )
-    assert not (tmp_path / "result.json").exists()
+    for name, said in (
+        ("fails", "fails raised ZeroDivisionError: division by zero\n"),
+        ("leaves", "leaves raised SystemExit: 0\n"),
+        ("infinite", "infinite returned a list with nan for"),
+    ):
+        assert run.main(own(tmp_path, rows, reward=f"{reward_file}:{name}")) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"error: --reward: {said}") and err.count("\n") == 1
+        assert not (tmp_path / "result.json").exists()
 
 
 @pytest.mark.parametrize(

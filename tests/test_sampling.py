@@ -8,7 +8,6 @@ from running import SAMPLES
 
 from task_data.loading import load_samples
 from task_data.sampling import (
-    demonstration_seeds,
     draw_example_sets,
     permutation_subset,
     sample_train_dev,
@@ -16,6 +15,12 @@ from task_data.sampling import (
 )
 from tasks import get_task
 from utils import InputError
+
+
+def in_context(train, validation, num_train):
+    draws = {"num_dev": 0, "num_eval": None, "num_train_sets": None, "train_set_seed": None}
+    (drawn,) = draw_example_sets(train, validation, num_train=num_train, in_context=True, **draws)
+    return drawn
 
 
 def test_permutation_subset_is_numpys():
@@ -36,7 +41,7 @@ def test_sampling_leaves_the_global_random_state_alone():
     expected = np.random.rand()
     np.random.seed(5)
     permutation_subset(list(range(10)), 3, seed=0)
-    demonstration_seeds(3)
+    in_context(list(range(10)), list(range(3)), num_train=2)
     assert np.random.rand() == expected
 
 
@@ -49,7 +54,7 @@ def test_nothing_to_draw_from():
     assert permutation_subset([], 0, seed=0) == []
     assert sample_train_dev([], 0, 0, seed=0) == ([], [])
     for draw in (lambda: permutation_subset([], 4, 0), lambda: sample_train_dev([], 4, 2, 0)):
-        with pytest.raises(InputError, match="--num_train 4 needs --train_file"):
+        with pytest.raises(InputError, match="--num_train and --num_dev need --train_file"):
             draw()
 
 
@@ -74,9 +79,7 @@ def test_more_than_there_is(caplog):
 
 def test_more_demonstrations_than_there_are(caplog):
     """All are shown, in another order before every example."""
-    samples = load_samples(get_task("SST2"), str(SAMPLES))[1][:9]
-    draws = {"num_dev": 0, "num_eval": 2, "num_train_sets": None, "train_set_seed": None}
-    (drawn,) = draw_example_sets(samples, samples, num_train=10**8, in_context=True, **draws)
+    drawn = in_context([*range(9)], [*range(2)], num_train=10**8)
     assert [len(shown) for shown in drawn.demonstrations] == [9, 9]
     (record,) = caplog.records
     assert record.message == "only 9 examples for --num_train 100000000: num_train is 9"
@@ -113,8 +116,10 @@ def test_numbers_that_do_not_fit():
             sample_train_dev(list(range(50)), 10, num_dev, seed=0)
 
 
-def test_demonstration_seeds():
-    np.random.seed(0)
-    expected = np.random.randint(0, 10000, 5).tolist()
-    assert demonstration_seeds(5) == expected == [2732, 9845, 3264, 4859, 9225]
-    assert demonstration_seeds(0) == []
+def test_every_eval_example_has_demonstrations_of_its_own():
+    train, validation = list(range(100, 150)), list(range(5))
+    seeds = [2732, 9845, 3264, 4859, 9225]
+    assert np.random.RandomState(0).randint(0, 10000, 5).tolist() == seeds
+    drawn = in_context(train, validation, num_train=4)
+    assert drawn.evaluation == permutation_subset(validation, 5, seed=0)
+    assert drawn.demonstrations == [permutation_subset(train, 4, seed) for seed in seeds]

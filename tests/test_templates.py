@@ -1,7 +1,5 @@
 """Every prompt, option and content-free text, spelled out: each character changes results."""
 
-import pytest
-
 from tasks import TASKS
 
 ROWS = {
@@ -94,15 +92,16 @@ def test_every_task_is_spelled_out():
     assert set(CONTENT_FREE) == set(TASKS) - {"SQuAD", "DROP"}
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_texts(name):
-    template, row = TASKS[name].template, ROWS[name]
-    assert template.prompt(row) == PROMPTS[name]
-    assert {each: template.option(row, each) for each in OPTIONS[name]} == OPTIONS[name]
-    if name in CONTENT_FREE:
-        text, options = CONTENT_FREE[name]
-        assert template.content_free_prompt(row) == text
-        assert {each: template.content_free_option(row, each) for each in options} == options
+def test_texts():
+    for name, task in TASKS.items():
+        template, row = task.template, ROWS[name]
+        assert template.prompt(row) == PROMPTS[name], name
+        assert {each: template.option(row, each) for each in OPTIONS[name]} == OPTIONS[name], name
+        if name in CONTENT_FREE:
+            text, options = CONTENT_FREE[name]
+            assert template.content_free_prompt(row) == text, name
+            found = {each: template.content_free_option(row, each) for each in options}
+            assert found == options, name
 
 
 def test_braces_in_a_row_are_text():
@@ -113,19 +112,16 @@ def test_sst2_inner_and_outer_spaces():
     assert prompt("SST2", sentence="\thide new  secretions \n") == "hide new  secretions It was"
 
 
-@pytest.mark.parametrize(
-    ("question", "asked"),
-    [
+def test_boolq_question():
+    for question, asked in (
         ("is it wet", "Is it wet?"),
         (" is it wet ?", "Is it wet?"),
         ("is it wet? ?\n", "Is it wet?"),
         ("Is NASA old", "Is NASA old?"),
         ("3d printers are new", "3d printers are new?"),
         ("", "?"),
-    ],
-)
-def test_boolq_question(question, asked):
-    assert prompt("BoolQ", passage="It rains.", question=question) == f"It rains. {asked}\n"
+    ):
+        assert prompt("BoolQ", passage="It rains.", question=question) == f"It rains. {asked}\n"
 
 
 def test_wsc_lower_cases_the_pronoun_only():
@@ -136,32 +132,27 @@ def test_wsc_lower_cases_the_pronoun_only():
     )
 
 
-@pytest.mark.parametrize(
-    ("premise", "question", "text"),
-    [
+def test_copa_prompt():
+    for premise, question, text in (
         ("The grass grew.", "cause", "The grass grew because "),
         ("The grass grew. ", "effect", "The grass grew so "),
         ("The grass grew", "effect", "The grass grew so "),
         ("He waited...", "effect", "He waited.. so "),
         ("He lives in the U.S. now.", "cause", "He lives in the U.S. now because "),
-    ],
-)
-def test_copa_prompt(premise, question, text):
-    assert prompt("Copa", premise=premise, question=question) == text
+    ):
+        assert prompt("Copa", premise=premise, question=question) == text
 
 
-@pytest.mark.parametrize(
-    ("choice", "option"),
-    [
+def test_copa_option():
+    template = TASKS["Copa"].template
+    for choice, option in (
         ("The Sun rose.", "the Sun rose."),
         ("I saw Ann.", "I saw Ann."),
         ("NASA called.", "nasa called."),
         ("Rain.", "rain."),
-    ],
-)
-def test_copa_option(choice, option):
-    assert TASKS["Copa"].template.option({"question": "cause"}, choice) == option
-    assert TASKS["Copa"].template.content_free_prompt({"question": "cause"}) == "because"
+    ):
+        assert template.option({"question": "cause"}, choice) == option
+    assert template.content_free_prompt({"question": "cause"}) == "because"
 
 
 def test_record_without_highlights():
