@@ -94,7 +94,7 @@ def permutation_subset(samples: Sequence[Sample], k: int, seed: int) -> list[Sam
     """Return k samples drawn without replacement as MeZO draws them; all of them if k is more."""
     if k and not samples:
         # Files without examples are refused: this is the user's own data without a training file.
-        raise InputError("--num_train and --num_dev need --train_file: give examples to draw from")
+        raise InputError(f"nothing to draw {k} examples from: give --train_file")
     order = np.random.RandomState(seed).permutation(len(samples))[:k]
     return [samples[index] for index in order]
 

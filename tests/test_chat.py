@@ -12,6 +12,7 @@ from running import SAMPLES, command, finish, refused_line, small_model, trainin
 from tiny_models import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+import language_model.chat
 import run
 from language_model.chat import Chat
 from language_model.encoding import Encoder
@@ -127,29 +128,98 @@ def test_every_kind_of_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "--apply_chat_template True, not False" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("template", "arguments", "said"),
-    [
-        (None, {}, "--apply_chat_template: the tokenizer of "),
-        (NO_SYSTEM, {"system_prompt": "Hello"}, "refuses it (no system here); leave it out"),
-        ("{{ messages[9].x.y }}", {}, "--apply_chat_template: the chat template of"),
-    ],
+# A template, and what is refused of the conversation "Who?", "Ann Lee." by it.
+CHANGING: dict[str, tuple[str, str]] = {
+    "lower-cases": (
+        TEMPLATE.replace("m['content']", "m['content'] | lower"),
+        "what the user says, 'Who?': it makes '</s><user>\\nwho?<end>",
+    ),
+    "strips": (
+        TEMPLATE.replace("m['content']", "m['content'].strip('.')"),
+        "the answer 'Ann Lee.': the conversation ends in '</s><user>\\nWho?<end>",
+    ),
+    "drops": (
+        "{% for m in messages if m['role'] != 'assistant' %}{{ m['content'] }}{% endfor %}",
+        "leaves out the answer 'Ann Lee.'",
+    ),
+    "constant": ("hello", "what the user says, 'Who?': it makes 'hello'"),
+    "empty": ("{# nothing #}", "what the user says, 'Who?': it makes ''"),
+    "refuses": ("{{ messages[9].x.y }}", "refuses [{'role': 'user', 'content': 'Who?'}] ("),
+    "no template": ("{% for %}", "refuses [{'role': 'user', 'content': 'Who?'}] ("),
+    "never ends": (
+        "".join(f"{{% for {name} in range(99999) %}}" for name in "abc") + "{% endfor %}" * 3,
+        "(it takes longer than 0.2 seconds)",
+    ),
+}
+
+
+def test_a_template_that_changes_a_conversation_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(language_model.chat, "SECONDS", 0.2)
+    asked, failures = [turn("user", "Who?")], []
+    for case, (template, said) in CHANGING.items():
+        with pytest.raises(InputError) as refusal:
+            Chat(chat_tokenizer(template)).check_conversation(asked, "Ann Lee.")
+        line = str(refusal.value)
+        if said not in line or "\n" in line or "leave out --apply_chat_template" not in line:
+            failures.append((case, line))
+    assert not failures
+    # What is fine: spaces at both ends, an end of another kind, reasoning left out of history.
+    for template in (
+        *(TEMPLATE, TEMPLATE.replace("m['content']", "m['content'] | trim"), NO_SYSTEM),
+        TEMPLATE.replace("m['content']", "m['content'].split('</think>')[-1]"),
+        TEMPLATE.replace("<assistant>\n", "<assistant>\n<think>\n"),
+    ):
+        history = [*asked, turn("assistant", "<think>Hm.</think>Bob."), *asked]
+        Chat(chat_tokenizer(template)).check_conversation(history, "Ann Lee.")
+
+
+ALTERNATING = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}" + TEMPLATE
 )
-def test_refusals(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    template: str | None,
-    arguments: dict[str, Any],
-    said: str,
+
+
+def test_rows_are_rendered_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = save(tmp_path / "model", template)
-    chat = {"model_name": model, "apply_chat_template": True} | arguments
-    argv = command(**chat, result_file=tmp_path / "result.json")
-    assert said in refused_line(argv, capsys, tmp_path)
+    """Of the files for training, for validation and to predict."""
+    good = {"messages": [turn("user", "Who?"), turn("assistant", "Ann")]}
+    rows = {
+        "system": {"messages": [turn("system", "Be short."), *good["messages"]]},
+        "two": {"messages": [turn("user", "Hi"), *good["messages"]]},
+        "good": good,
+    }
+    for name, row in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (good, row)))
+    file = {name: tmp_path / f"{name}.jsonl" for name in rows}
+    chat = {"apply_chat_template": True, "task_name": None, "data_dir": None, "num_eval": None}
+    plain = {**chat, "train_as_classification": None, "no_eval": None, "max_new_tokens": 2}
+    failures = []
+    for template, files, said in (
+        (NO_SYSTEM, {"train_file": file["system"], "validation_file": file["good"]}, "training"),
+        (NO_SYSTEM, {"train_file": file["good"], "validation_file": file["system"]}, "validation"),
+        (ALTERNATING, {"train_file": file["two"], "validation_file": file["good"]}, "training"),
+    ):
+        model = save(tmp_path / "model", template)
+        argv = training(tmp_path, model_name=model, num_train=2, **plain, **files)
+        line = refused_line(argv, capsys, tmp_path)
+        reason = "no system here" if template is NO_SYSTEM else "roles must alternate"
+        if not line.startswith(f"{said} data, row 1 ") or reason not in line:
+            failures.append(line)
+    predicted = {"predict_file": file["two"], "predictions_file": tmp_path / "p.jsonl"}
+    argv = command(model_name=model, **chat, max_new_tokens=2, **predicted)
+    line = refused_line(argv, capsys, tmp_path)
+    if not line.startswith(f"{file['two']}, row 1 "):
+        failures.append(line)
+    assert not failures
 
 
-def test_a_template_without_a_system_is_fine_without_one() -> None:
-    Chat(chat_tokenizer(NO_SYSTEM)).check("m")
-    with pytest.raises(InputError, match="has no chat template"):
+def test_what_a_tokenizer_needs(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(InputError, match="the tokenizer of m has no chat template"):
         Chat(tiny_tokenizer()).check("m")
-    assert json.dumps(Chat(chat_tokenizer()).end_of_answer) == '"<end>"'
+    with pytest.raises(InputError, match=r"no system here\); .*, or --system_prompt"):
+        Chat(chat_tokenizer(NO_SYSTEM), "Hello").text([turn("user", "Who?")])
+    assert Chat(chat_tokenizer()).end_of_answer == "<end>" and not caplog.messages
+    Chat(chat_tokenizer(TEMPLATE + "{{ strftime_now('%Y') }}")).check("m")
+    (line,) = caplog.messages
+    assert line == "the chat template of m writes today's date: prompts differ from day to day"

@@ -102,7 +102,7 @@ def test_labels_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
 
 
 def test_a_row_without_a_label_is_named(tmp_path: Path) -> None:
-    for missing in (float("nan"), None, " ", [1]):
+    for missing in (float("nan"), float("inf"), None, " ", [1]):
         rows = [
             {"text": "a", "label": 1.0},
             {"text": "b", "label": 0.0},
@@ -113,6 +113,13 @@ def test_a_row_without_a_label_is_named(tmp_path: Path) -> None:
             InputError, match=r"rows\.jsonl:3: the (label|value) is .*expected a text"
         ):
             labels_of(file)
+    # A text of JSON stays a text.
+    rows[2] = {"text": "c", "label": "nan"}
+    assert labels_of(write(tmp_path / "rows.jsonl", rows))[0] == ("0", "1", "nan")
+    csv = tmp_path / "rows.csv"
+    csv.write_text("text,label\na,good\nb,bad\nc,nan\n")
+    with pytest.raises(InputError, match=r"rows\.csv:4: the label is nan: expected a text"):
+        labels_of(csv)
 
 
 def test_class_labels_of_parquet_have_names(tmp_path: Path) -> None:
@@ -159,9 +166,8 @@ def test_bad_columns(tmp_path: Path) -> None:
             choose_task(None, None, str(file), None, None, columns)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
+def test_refusals(reviews: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, said in (
         ({"text_column": "review", "prompt_template": "{review}"}, "exclude each other"),
         ({"predict_file": "reviews.csv"}, "give --predictions_file, for the answers"),
         (
@@ -169,13 +175,9 @@ def test_bad_columns(tmp_path: Path) -> None:
             "train with --save_model first",
         ),
         ({"label_column": None}, "column 'answer' is missing"),
-    ],
-)
-def test_refusals(
-    reviews: Path, capsys: pytest.CaptureFixture[str], arguments: dict[str, Any], said: str
-) -> None:
-    argv = own(reviews, **({"text_column": "review", "label_column": "stars"} | arguments))
-    assert said in refused_line(argv, capsys)
+    ):
+        argv = own(reviews, **({"text_column": "review", "label_column": "stars"} | arguments))
+        assert said in refused_line(argv, capsys)
 
 
 # -------------------------------------------------------------------------------------- messages
@@ -255,29 +257,29 @@ def test_answers_to_rows_without_any(
     assert run.main([*argv, "--overwrite_output_dir"]) == 0
 
 
-@pytest.mark.parametrize("task", ["Copa", "ReCoRD", "SQuAD", "BoolQ"])
-def test_answers_are_those_of_an_evaluation(tmp_path: Path, task: str) -> None:
+def test_answers_are_those_of_an_evaluation(tmp_path: Path) -> None:
     """The same rows with their answers, evaluated."""
-    folder = SAMPLES / task.lower()
-    rows = read(folder / "validation.jsonl")[:6]
-    for name in ("train", "validation"):
-        (tmp_path / task).mkdir(exist_ok=True)
-        write(tmp_path / task / f"{name}.jsonl", rows)
-    model = {"model_name": small_model().name, "data_dir": tmp_path, "num_eval": None}
-    if task == "SQuAD":
-        model["max_new_tokens"] = 3
-    files = {"predictions_file": tmp_path / "a.jsonl", "result_file": tmp_path / "r.json"}
-    finish(command(task, **model, **files))
-    answer = get_task(task).answer_column
-    bare = [{name: value for name, value in row.items() if name != answer} for row in rows]
-    files = {"predict_file": write(tmp_path / "bare.jsonl", bare)}
-    assert run.main(command(task, **model, **files, predictions_file=tmp_path / "b.jsonl")) == 0
-    evaluated = {row["id"]: row for row in read(tmp_path / "a.jsonl")}
-    for row in read(tmp_path / "b.jsonl"):
-        expected = evaluated[row["id"]]
-        assert row["prediction"] == expected["prediction"] and "correct" not in row
-        if task != "SQuAD":
-            assert row["scores"] == pytest.approx(expected["scores"], abs=1e-5)
+    for task in ("Copa", "ReCoRD", "SQuAD", "BoolQ"):
+        folder = tmp_path / task
+        folder.mkdir()
+        rows = read(SAMPLES / task.lower() / "validation.jsonl")[:6]
+        for name in ("train", "validation"):
+            write(folder / f"{name}.jsonl", rows)
+        model = {"model_name": small_model().name, "data_dir": tmp_path, "num_eval": None}
+        model |= {"max_new_tokens": 3} if task == "SQuAD" else {}
+        answers, result = folder / "a.jsonl", folder / "r.json"
+        finish(command(task, **model, predictions_file=answers, result_file=result))
+        column = get_task(task).answer_column
+        bare = [{name: value for name, value in row.items() if name != column} for row in rows]
+        files = {"predict_file": write(folder / "bare.jsonl", bare)}
+        files["predictions_file"] = folder / "b.jsonl"
+        assert run.main(command(task, **model, **files)) == 0
+        evaluated = {row["id"]: row for row in read(answers)}
+        for row in read(folder / "b.jsonl"):
+            expected = evaluated[row["id"]]
+            assert row["prediction"] == expected["prediction"] and "correct" not in row
+            if task != "SQuAD":
+                assert row["scores"] == pytest.approx(expected["scores"], abs=1e-5)
 
 
 def test_a_predict_file_alone_is_a_task(tmp_path: Path) -> None:

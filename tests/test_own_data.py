@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from running import MODEL, command, contents, finish, log_of
+from running import MODEL, command, finish, log_of
 
 import run
 from language_model.encoding import Encoder
@@ -94,7 +95,6 @@ def load(folder: Path, suffix: str, rows: Rows) -> tuple[Task, list[Sample]]:
 def test_choice(tmp_path: Path, suffix: str) -> None:
     task, samples = load(tmp_path, suffix, CHOICE)
     assert (task.name, task.generation, task.metric_name) == ("mine", False, "accuracy")
-    assert task.train_as_classification
     assert [sample.id for sample in samples] == [0, 1, 2, 3]
     assert [sample.candidates for sample in samples] == CANDIDATES
     assert [sample.correct for sample in samples] == [(correct,) for correct in CORRECT]
@@ -106,7 +106,6 @@ def test_choice(tmp_path: Path, suffix: str) -> None:
 def test_generation(tmp_path: Path, suffix: str) -> None:
     task, samples = load(tmp_path, suffix, GENERATION)
     assert (task.name, task.generation, task.metric_name) == ("mine", True, "f1")
-    assert not task.train_as_classification
     assert [sample.candidates for sample in samples] == [(), (), ()]
     assert [sample.correct for sample in samples] == [("Paris",), ("Ann Lee", "Lee"), ("12",)]
 
@@ -118,6 +117,9 @@ def test_a_number_is_an_option_or_else_a_position(tmp_path: Path, suffix: str) -
     for options, answer, correct in (
         *((stars, 1, "1"), (stars, "5", "5"), (stars, 3.0, "3"), (stars, 0, "1")),
         *((["yes", "no"], 1, "no"), (["yes", "no"], "0", "yes"), (["1", "2", "0"], "1", "1")),
+        # Spaces around an option do not count; numbers are texts.
+        *(([" yes ", "no"], "yes", " yes "), (["yes", "no"], " yes", "yes")),
+        *(([1, 2, 3], 2, "2"), ([1, 2, 3], "3", "3"), ([0.5, 1.5], 0.5, "0.5")),
     ):
         rows = [{"prompt": "p", "options": options, "answer": answer}]
         _, (sample,) = load(tmp_path, suffix, rows)
@@ -169,8 +171,8 @@ def test_one_space_before_the_option(tmp_path: Path) -> None:
         task, (sample,) = load(tmp_path, "jsonl", rows)
         assert task.prompt(sample) == prompt
         assert task.option(sample, option) == text
-        assert task.content_free_prompt(sample) == ""
-        assert task.content_free_option(sample, option) == text
+        assert task.template.content_free_prompt(sample.row) == ""
+        assert task.template.content_free_option(sample.row, option) == text
         task, (sample,) = load(tmp_path, "jsonl", [{"prompt": prompt, "answer": option}])
         assert task.prompt(sample) == prompt
         assert task.option(sample, option) == f"{text}\n"
@@ -210,6 +212,12 @@ def test_without_a_validation_file_rows_are_held_out(
     assert sorted(int(sample.row["prompt"]) for sample in train + held_out) == [*range(25)]
     assert [held_out, held_out] == [load_samples(task, None)[1] for _ in range(2)]
     assert f"2 of the 25 rows of {path} are held out to report on" in caplog.text
+    caplog.clear()
+    # Nothing to report on is wanted: all rows are for training, without a word.
+    assert len(load_samples(task, None, with_validation=False)[0]) == 25 and not caplog.text
+    write_jsonl(path, [{"prompt": "1", "answer": "a"}])
+    with pytest.raises(InputError, match=r"has one row, .* give --validation_file"):
+        load_samples(choose_task(None, str(path), None, None), None)
 
 
 # -------------------------------------------------------------------------------------- bad files
@@ -253,7 +261,20 @@ BAD_FILES: dict[str, tuple[str, str | bytes, list[str]]] = {
     "options are none": ("v.jsonl", GOOD.replace('["yes", "no"]', "null"), ["options is None"]),
     "same option twice": ("v.jsonl", GOOD.replace("yes", " no"), ["v.jsonl:1:", "[' no', 'no']"]),
     "option is empty": ("v.jsonl", GOOD.replace("yes", ""), ["v.jsonl:1:", "options is ''"]),
-    "option is a number": ("v.jsonl", GOOD.replace('"yes"', "3"), ["v.jsonl:1:", "options is 3"]),
+    "option is none": ("v.jsonl", GOOD.replace('"yes"', "null"), ["v.jsonl:1:", "options is None"]),
+    "nan in csv": ("v.csv", "prompt,answer\np,a\np,nan\n", ["v.csv:3: answer is nan"]),
+    "NaN in csv": ("v.csv", "prompt,answer\np,a\nNaN,a\n", ["v.csv:3: prompt is nan"]),
+    "alpaca": (
+        "v.json",
+        '[{"instruction": "Do.", "input": "", "output": "Done."}]',
+        ["row 0", "--prompt_template '{instruction}\\n{input}' --answer_column output"],
+    ),
+    "completion": ("v.json", '{"prompt": "p", "completion": "c"}', ["--answer_column completion"]),
+    "nested deeply": (
+        "v.jsonl",
+        TEXT + TEXT.replace('"no"', "[" * 1200 + "]" * 1200),
+        ["v.jsonl:2: not JSON (maximum recursion depth"],
+    ),
     "options in a later row": ("v.jsonl", TEXT + GOOD, ["v.jsonl:2: options", "in none"]),
     "options not in all rows": ("v.jsonl", GOOD + TEXT, ["v.jsonl:2: no options", "in every row"]),
     "not JSON": ("v.jsonl", GOOD + "\n{'prompt': 'p'}\n", ["v.jsonl:3: not JSON", "each line"]),
@@ -327,11 +348,11 @@ def test_zero_shot_without_a_train_file(tmp_path: Path) -> None:
     assert sum(line["correct"] for line in lines) == 4 * result["metric"]["accuracy"]
 
 
-@pytest.mark.parametrize("calibration", ["sfc", "icl_sfc"])
-def test_calibrated(tmp_path: Path, calibration: str) -> None:
-    shots = 2 if calibration == "icl_sfc" else 0
-    result = finish(own_command(tmp_path, CHOICE, num_train=shots, **{calibration: True}))
-    assert list(result["metric"]) == ["accuracy"]
+def test_calibrated(tmp_path: Path) -> None:
+    for calibration, shots in (("sfc", 0), ("icl_sfc", 2)):
+        asked = {calibration: True, "result_file": f"{calibration}.json"}
+        result = finish(own_command(tmp_path, CHOICE, num_train=shots, **asked))
+        assert list(result["metric"]) == ["accuracy"]
 
 
 def test_in_context_generation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -365,10 +386,11 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "missing file": ({"validation_file": "no.jsonl"}, ["--validation_file no.jsonl", "no such"]),
     "missing train file": ({"train_file": "no.csv"}, ["--train_file no.csv", "no such"]),
     "a folder": ({"validation_file": "folder.json"}, ["--validation_file folder.json", "no such"]),
-    "nothing to show": ({"num_train": 4}, ["--num_train 4 needs --train_file"]),
+    "a fifo": ({"validation_file": "fifo.jsonl"}, ["--validation_file fifo.jsonl", "no such"]),
+    "nothing to show": ({"num_train": 4}, ["nothing to draw 4 examples from", "--train_file"]),
     "nothing to train on": (
         {"num_train": 4, "num_dev": 2, "trainer": "zo", "max_steps": 2, "output_dir": "out"},
-        ["--num_train 4 needs --train_file"],
+        ["nothing to draw 6 examples from", "--train_file"],
     ),
     "f1 of options": ({"metric": "f1"}, ["--metric f1", "v.jsonl", "options", "accuracy"]),
     "accuracy of texts": (
@@ -388,21 +410,20 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("case", BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
-def test_bad_arguments_are_one_line(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], case: tuple[dict[str, Any], list[str]]
-) -> None:
-    arguments, parts = case
+def test_bad_arguments_are_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     Path("folder.json").mkdir()
+    os.mkfifo("fifo.jsonl")
     Path("v.jsonl").write_text(GOOD)
     Path("texts.jsonl").write_text(TEXT)
     Path("bad.jsonl").write_text(TEXT.replace('"p"', "null"))
     values = {"task_name": None, "data_dir": None, "num_eval": None, "validation_file": "v.jsonl"}
-    argv = [word for word in command(**(values | arguments)) if word != "None"]
-    before = contents(tmp_path)
-    assert run.main(argv) == 2
-    out, err = capfd.readouterr()
-    assert out == "" and contents(tmp_path) == before
-    assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1
-    for part in parts:
-        assert part in err
+    before, failures = sorted(tmp_path.iterdir()), []
+    for case, (arguments, parts) in BAD_ARGUMENTS.items():
+        argv = [word for word in command(**(values | arguments)) if word != "None"]
+        code = run.main(argv)
+        out, err = capfd.readouterr()
+        one_line = err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1
+        unchanged = sorted(tmp_path.iterdir()) == before
+        if code != 2 or out or not one_line or not unchanged or any(p not in err for p in parts):
+            failures.append((case, code, out, err))
+    assert not failures
