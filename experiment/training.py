@@ -23,7 +23,6 @@ from language_model.encoding import Encoder
 from language_model.objectives import (
     NegativeTextMetric,
     Objective,
-    PromptExample,
     classification_loss,
     collate_prompts,
     language_model_loss,
@@ -70,9 +69,7 @@ def choose_objective(
     objective = NegativeTextMetric(
         task, metric, encoder.tokenizer, generation, count, arguments.seed
     )
-    return Training(
-        objective, lambda sample: PromptExample(encoder.prompt(sample), sample), collate_prompts
-    )
+    return Training(objective, lambda sample: (encoder.prompt(sample), sample), collate_prompts)
 
 
 def make_trainer(

@@ -5,9 +5,8 @@ Every objective takes a model and a batch and returns a scalar.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,20 +59,10 @@ def by_example(of_options: Tensor, batch: dict[str, Tensor], missing: float) -> 
     return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=missing)
 
 
-@dataclass(frozen=True)
-class PromptExample:
-    """Tokens of a prompt, and the sample that the text generated after it is compared with."""
-
-    prompt: tuple[int, ...]
-    sample: Sample
-
-
-def collate_prompts(examples: Sequence[PromptExample]) -> dict[str, Any]:
-    """Make a batch for ``NegativeTextMetric``."""
-    return {
-        "prompts": [example.prompt for example in examples],
-        "samples": [example.sample for example in examples],
-    }
+def collate_prompts(examples: Sequence[tuple[tuple[int, ...], Sample]]) -> dict[str, Any]:
+    """Make a batch for ``NegativeTextMetric`` of prompts' tokens, each with its sample."""
+    prompts, samples = zip(*examples, strict=True)
+    return {"prompts": prompts, "samples": samples}
 
 
 @dataclass
@@ -96,20 +85,14 @@ class NegativeTextMetric:
         """Generate texts after every prompt of the batch; NaN if logits or a reward are."""
         prompts = [prompt for prompt in batch["prompts"] for _ in range(self.samples)]
         samples = [sample for sample in batch["samples"] for _ in range(self.samples)]
+        numbers = (self.seed, 0 if self.step is None else self.step + 1)
+        seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+        devices = [model.device] if model.device.type == "cuda" else []
         try:
-            with self._random_numbers(model.device):
+            with torch.random.fork_rng(devices=devices):
+                torch.manual_seed(seed)
                 texts = generate(model, self.tokenizer, prompts, self.settings, len(prompts), None)
             value = self.task.score(texts, samples)[self.metric]
         except NotFinite:
             value = math.nan
         return torch.tensor(-value, dtype=torch.float32, device=model.device)
-
-    @contextlib.contextmanager
-    def _random_numbers(self, device: torch.device) -> Iterator[None]:
-        """Seed torch for the step, and restore its random state afterwards."""
-        numbers = (self.seed, 0 if self.step is None else self.step + 1)
-        seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-        devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            yield

@@ -47,7 +47,7 @@ def test_what_is_not_finite_is_a_loss_that_is_not_finite() -> None:
     examples = [encoder("SST2").options(sample) for sample in samples_of("SST2")[1][:4]]
     assert objectives.negative_accuracy(model, packing.collate(examples)).isnan()
     sample = samples_of("SQuAD")[1][0]
-    example = objectives.PromptExample(encoder("SQuAD").prompt(sample), sample)
+    example = (encoder("SQuAD").prompt(sample), sample)
     settings = GenerationSettings(4)
     objective = objectives.NegativeTextMetric(get_task("SQuAD"), "f1", tiny_tokenizer(), settings)
     assert objective(model, objectives.collate_prompts([example])).isnan()
@@ -91,7 +91,7 @@ def test_negative_metric_of_generated_text(name: str, metric: object) -> None:
     # Some of the texts are right, so that the value is neither 0 nor 1.
     answers = [(texts[0],), (texts[1], "another"), *((f"{text} word",) for text in texts[2:])]
     examples = [
-        objectives.PromptExample(prompt, dataclasses.replace(sample, correct=right))
+        (prompt, dataclasses.replace(sample, correct=right))
         for prompt, sample, right in zip(prompts, samples, answers, strict=True)
     ]
     objective = objectives.NegativeTextMetric(get_task("SQuAD"), name, tokenizer, settings)

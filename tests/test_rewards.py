@@ -16,7 +16,7 @@ from command_line.arguments import parse_arguments
 from command_line.settings import experiment_hash
 from language_model import objectives
 from language_model.generation import GenerationSettings
-from language_model.objectives import NegativeTextMetric, PromptExample, collate_prompts
+from language_model.objectives import NegativeTextMetric, collate_prompts
 from task_data.loading import load_samples
 from task_data.own_tasks import choose_task
 from task_data.rewards import Reward
@@ -154,7 +154,7 @@ def test_both_sides_of_a_direction_draw_the_same_numbers(
     objective = NegativeTextMetric(
         task, "reward", None, GenerationSettings(sampling=True), 3, seed=5
     )
-    batch = collate_prompts([PromptExample((1, 2), sample) for sample in samples[:2]])
+    batch = collate_prompts([((1, 2), sample) for sample in samples[:2]])
     model = torch.nn.Linear(1, 1)
     model.device = torch.device("cpu")
     before = torch.get_rng_state()
