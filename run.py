@@ -31,8 +31,7 @@ import transformers
 
 from command_line.arguments import parse_arguments
 from command_line.checks import check
-from command_line.settings import name_run, settle_dtype
-from command_line.showing import config_lines
+from command_line.settings import config_lines, name_run, settle_dtype
 from experiment.folders import locked_places
 from experiment.options import Options, options_of
 from experiment.plan import make_plan

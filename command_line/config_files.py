@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ DEEPEST = 20
 
 
 class Loader(yaml.BaseLoader):
-    """Reads every scalar as text; refuses names given twice, aliases, and deep nesting.
+    """Reads every scalar as text; refuses names given twice, aliases, tags and deep nesting.
 
     Aliases of aliases and thousands of nested lists would take all memory, or end in a traceback.
     """
@@ -25,13 +24,15 @@ class Loader(yaml.BaseLoader):
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Compose a node unless it is an alias or nested too deeply."""
-        mark = self.peek_event().start_mark
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(problem="aliases are not read", problem_mark=mark)
-        if self.depth > DEEPEST:
-            problem = f"nested more than {DEEPEST} times"
-            raise yaml.composer.ComposerError(problem=problem, problem_mark=mark)
+        """Compose a node unless it is an alias, has a tag, or is nested too deeply."""
+        event = self.peek_event()
+        for problem, found in (
+            ("aliases are not read", isinstance(event, yaml.AliasEvent)),
+            ("tags are not read", getattr(event, "tag", None)),
+            (f"nested more than {DEEPEST} times", self.depth > DEEPEST),
+        ):
+            if found:
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
@@ -39,14 +40,14 @@ class Loader(yaml.BaseLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
         """Make a dictionary unless it has a name twice."""
-        names: set[str] = set()
+        made = super().construct_mapping(node, deep)
+        names = set()
         for key, _ in node.value:
-            if str(key.value) in names:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"{key.value} is given twice", problem_mark=key.start_mark
-                )
-            names.add(str(key.value))
-        return super().construct_mapping(node, deep)
+            if key.value in names:
+                problem = f"{key.value} is given twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            names.add(key.value)
+        return made
 
 
 class Entry(NamedTuple):
@@ -67,18 +68,16 @@ def read_yaml(path: Path) -> dict[str, Entry]:
     try:
         if path.exists() and not path.is_file():
             raise OSError(0, "it is no file")  # to read a pipe might never end
-        text = path.read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader)
-        values = yaml.load(text, Loader)
+        loader = Loader(path.read_text(encoding="utf-8"))
+        root = loader.get_single_node()
+        values = loader.construct_document(root) if root else None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}" if mark else f"{path}"
-        problem = getattr(error, "problem", None) or first_line(error)
-        if not isinstance(error, yaml.composer.ComposerError | yaml.constructor.ConstructorError):
-            problem = f"not YAML ({problem})"
-        raise InputError(f"{place}: {problem}") from error
+        parts = (getattr(error, "context", None), getattr(error, "problem", None))
+        problem = ", ".join(filter(None, parts)) or f"not YAML ({first_line(error)})"
+        raise InputError(f"{path}{f':{mark.line + 1}' if mark else ''}: {problem}") from error
     if not isinstance(values, dict) or not values:
         raise InputError(f"{path}: give arguments by name, as in learning_rate: 1e-6")
     return {
@@ -93,11 +92,23 @@ def typed(place: str, name: str, value: Any) -> str:
     Raises:
         InputError: it is a list.
     """
-    if isinstance(value, Mapping):
-        return json.dumps({key: yaml.safe_load(str(each)) for key, each in value.items()})
+    if isinstance(value, dict):
+        return json.dumps(_read_scalars(value))
     if isinstance(value, list):
         raise InputError(f"{place}: {name} is a list; give one value (sweep.py reads lists)")
-    return str(value)
+    return value
+
+
+def _read_scalars(value: Any) -> Any:
+    """Return what JSON reads in the texts of nested lists and dictionaries, else the text."""
+    if isinstance(value, dict):
+        return {key: _read_scalars(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_read_scalars(each) for each in value]
+    try:
+        return json.loads({"True": "true", "False": "false", "~": "null"}.get(value, value))
+    except (ValueError, RecursionError):
+        return value
 
 
 def words_of_config(path: Path) -> dict[str, tuple[str, str]]:

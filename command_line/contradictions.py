@@ -23,7 +23,6 @@ EXCLUDE_EACH_OTHER = (
     ("load_int8", "load_int4"),
     *(("load_saved_dtype", other) for other in WEIGHTS),
     ("sfc", "icl_sfc"),
-    ("train_set_seed", "num_train_sets"),
     ("reward", "non_diff"),
     ("train_as_classification", "non_diff"),
     ("text_column", "prompt_template"),

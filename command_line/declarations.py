@@ -63,8 +63,13 @@ class Declaration:
         Raises:
             ValueError: says what the value must be.
         """
+        if any("\ud800" <= character <= "\udfff" for character in "".join(words)):
+            raise ValueError("not UTF-8; rename it")
         if not words and self.kind is bool:
             return True
+        if self.kind is object:  # transformers reads it; conditions look at it
+            word = words[-1] if words else "true"
+            return {"true": True, "false": False}.get(word.lower(), word)
         if self.many and len(words) > 1:
             return list(words)
         if len(words) != 1:

@@ -115,7 +115,11 @@ PREDICTION = Effect(
     lambda v: v.trainer == "none",
     refused=True,
 )
-SETS = Effect("there are no demonstrations", lambda v: v.trainer != "none" or v.num_train)
+SETS = Effect(
+    "there are no demonstrations",
+    lambda v: v.trainer != "none" or v.num_train,
+    Effect("--train_set_seed decides", lambda v: v.train_set_seed is None),
+)
 DRAWS = Effect(
     "demonstrations are drawn by --train_set_seed",
     lambda v: (v.trainer != "none" and not v.linear_probing) or v.sampling,

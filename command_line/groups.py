@@ -236,7 +236,8 @@ class Training:
     too."""
     train_as_classification: bool = argument(False)
     """Train with the cross-entropy over the options' mean log-probabilities. Not for SQuAD and
-    DROP; published runs leave it out for Copa and ReCoRD too."""
+    DROP; published runs leave it out for Copa and ReCoRD too. Your own files with options train
+    with it unless --only_train_option, --non_diff or False says otherwise."""
     warmup_steps: float = argument(0, "--warmup_step", at_least=0, fraction=True)
     """Steps over which the learning rate rises from 0; below 1: a fraction of the run."""
     decay_step: int = argument(0, at_least=0, effect=when.DECAY)

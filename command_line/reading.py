@@ -14,7 +14,7 @@ from typing import Any
 
 from command_line import groups
 from command_line.config_files import words_of_config
-from command_line.declarations import AUTO, FALSE, OFF, TRUE, Declaration, declared
+from command_line.declarations import AUTO, OFF, Declaration, declared
 from command_line.scripts import choose_defaults
 from command_line.trainer_arguments import IGNORED, NOT_OFFERED, OTHERS, MostUsed
 from task_data.columns import Columns
@@ -47,6 +47,11 @@ SYNONYMS = {
     **{"bs": "per_device_train_batch_size", "epochs": "num_train_epochs", "steps": "max_steps"},
     **{"warmup_ratio": "warmup_steps"},
 }
+# Arguments that become names of files.
+PATHS = (
+    *("model_name", "data_dir", "train_file", "validation_file", "predict_file", "config", "tag"),
+    *("output_dir", "result_file", "predictions_file", "resume_from_checkpoint"),
+)
 # The ways to train something else than all weights, and what a run's name calls them.
 TUNING_MODES = {
     "lora": "lora",
@@ -131,17 +136,32 @@ def read_values(argv: Sequence[str], environment: Mapping[str, str] | None = Non
     """
     reader = _Reader()
     script, words = (argv[1], argv[2:]) if argv[:1] == ["--script"] else ("", argv)
-    typed = dict(reader.split(words))
-    of_file = reader.config(typed["config"]) if "config" in typed else {}
-    user = reader.read(of_file | {name: (each, "") for name, each in typed.items()})
+    typed = {name: (each, "") for name, each in reader.split(words)}
+    user = reader.read((reader.config(typed["config"][0]) if "config" in typed else {}) | typed)
     chosen: dict[str, Any] = {}
     if script and not reader.problems:
         defaults = choose_defaults(script, os.environ if environment is None else environment, user)
         chosen = reader.read({name: ([word], label) for name, (word, label) in defaults.items()})
-        of_file = {name: ([word], "") for name, (word, _) in defaults.items()} | of_file
     raise_problems(reader.problems)
-    words_of_others = {name: each for name, (each, _) in of_file.items()} | typed
-    return Values(chosen | user, frozenset(user), words_of_others, reader.ignored)
+    values = Values(chosen | user, frozenset(user), reader.words, reader.ignored)
+    if _train_classes(values, bool(script)):
+        values.given["train_as_classification"] = values.train_as_classification = True
+    return values
+
+
+def _train_classes(values: Values, of_script: bool) -> bool:
+    """Whether rows with options train as classification though nobody says how they train.
+
+    The user's own do, and in a script those of the tasks that are published so.
+    """
+    own = values.train_file or values.validation_file
+    said = {"train_as_classification", "only_train_option"} & values.given.keys()
+    if said or values.non_diff or values.reward or values.trainer == "none":
+        return False
+    try:
+        return bool(own or of_script) and values.task.train_as_classification
+    except InputError:
+        return False  # ``check_values`` says it
 
 
 class _Reader:
@@ -150,6 +170,7 @@ class _Reader:
     def __init__(self) -> None:
         self.problems: list[str] = []
         self.ignored: list[str] = []
+        self.words: dict[str, list[str]] = {}
 
     def split(self, words: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
         """Yield the arguments of a command line with the words that follow them."""
@@ -193,14 +214,15 @@ class _Reader:
 
     def read(self, words: Mapping[str, tuple[list[str], str]]) -> dict[str, Any]:
         """Return values by name; beside the words stands what they are called, if not by it."""
+        self.words |= {name: each for name, (each, _) in words.items()}
         values = {}
         for name, (each, label) in words.items():
-            declaration = DECLARED[name]
             try:
-                known = name in OWN or declaration.kind is not object
-                values[name] = declaration.read(each) if known else _plain(each)
+                values[name] = DECLARED[name].read(each)
                 if name == "max_steps" and values[name] == 0:
                     raise ValueError("must be at least 1, or -1 for --num_train_epochs")
+                if name in PATHS and any(len(part) > 240 for part in each[0].encode().split(b"/")):
+                    raise ValueError("a name of more than 240 bytes; file systems take few more")
             except ValueError as error:
                 self.problems.append(f"{label or ' '.join([f'--{name}', *each])}: {error}")
         return values
@@ -210,14 +232,6 @@ def raise_problems(problems: Sequence[str]) -> None:
     """Raise InputError with problems, a line each, if there are any."""
     if problems:
         raise InputError("\n       ".join(dict.fromkeys(problems)))
-
-
-def _plain(words: Sequence[str]) -> Any:
-    """Return a value that transformers will read, as far as conditions look at it."""
-    text = words[-1] if words else "True"
-    if text.lower() in TRUE[:1] + FALSE[:1]:
-        return text.lower() == "true"
-    return text
 
 
 def explain_unknown(word: str) -> str:

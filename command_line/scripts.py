@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from task_data.columns import Columns
+from command_line import launchers
 from task_data.files import read_rows
-from task_data.own_tasks import choose_task
 from utils import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,15 +21,16 @@ VARIABLES: dict[str, dict[str, str]] = {
     }
 }
 _TRAINING = VARIABLES["icl.sh"] | {
-    **{"BS": "per_device_train_batch_size", "LR": "learning_rate", "DEV": "num_dev", "MODE": ""}
+    **{"SEED": "train_set_seed seed", "BS": "per_device_train_batch_size", "LR": "learning_rate"},
+    **{"DEV": "num_dev", "MODE": ""},
 }
 VARIABLES["finetune.sh"] = _TRAINING | {"EPOCH": "num_train_epochs", "NUM_GPU": ""}
 VARIABLES["finetune_fsdp.sh"] = VARIABLES["finetune.sh"]
 VARIABLES["HiZOO.sh"] = _TRAINING | {
     **{"EPS": "zo_eps", "HESSIAN_SMOOTH_TYPE": "hessian_smooth_type", "STEPS": "max_steps"},
-    **{"DIRECTIONS": "zo_num_samples", "EVAL_STEPS": "eval_steps", "WARMUP_STEP": "warmup_steps"},
-    **{"DECAY_STEP": "decay_step", "ZO_LR_SCHEDULER_TYPE": "lr_scheduler_type"},
-    "WEIGHT_DECAY": "weight_decay",
+    **{"DIRECTIONS": "zo_num_samples", "EVAL_STEPS": "eval_steps save_steps"},
+    **{"WARMUP_STEP": "warmup_steps", "DECAY_STEP": "decay_step"},
+    **{"ZO_LR_SCHEDULER_TYPE": "lr_scheduler_type", "WEIGHT_DECAY": "weight_decay"},
 }
 # What each script gives to run.py, unless a variable or the user says something else.
 _EXAMPLES = {"num_train": 1000, "num_dev": 500, "num_eval": 1000, "seed": 0, "train_set_seed": 0}
@@ -53,17 +50,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 DEFAULTS["finetune_fsdp.sh"] = DEFAULTS["finetune.sh"] | {"fsdp": True}
 # The bundled model has a thousandth of the parameters and learns in far fewer steps.
-_SHOWN = {"num_dev": 200, "per_device_eval_batch_size": 64, "eval_before_training": True}
-BUNDLED: dict[str, dict[str, Any]] = {
-    "HiZOO.sh": _SHOWN
-    | {
-        **{"learning_rate": "auto", "hessian_smooth_type": "constant1e-5", "zo_num_samples": 2},
-        **{"max_steps": 150, "eval_steps": 50},
-    },
-    "finetune.sh": _SHOWN,
-    # Before training nothing is sharded yet, nor whole.
-    "finetune_fsdp.sh": _SHOWN | {"eval_before_training": False},
-    "icl.sh": {},
+BUNDLED: dict[str, Any] = {
+    **{"num_dev": 200, "per_device_eval_batch_size": 64, "eval_before_training": True}
+}
+BUNDLED_ZO: dict[str, Any] = {
+    **{"learning_rate": "auto", "hessian_smooth_type": "constant1e-5", "zo_num_samples": 2},
+    **{"max_steps": 150, "eval_steps": 50},
 }
 # The middle of the MeZO paper's grids: prefixes and LoRA matrices take larger steps than weights.
 MODES: dict[str, dict[str, Any]] = {
@@ -74,8 +66,6 @@ MODES: dict[str, dict[str, Any]] = {
 RATE_OF_ADAMW = "1e-5"
 # CB and Copa have fewer than 500 training examples.
 FEW_DEV = {"cb": 100, "copa": 100}
-# Published runs train these with the language-model loss; SQuAD and DROP have no options.
-WITHOUT_CLASSES = ("copa", "record")
 WEIGHTS = ("load_float16", "load_bfloat16", "load_int8", "load_int4")
 
 
@@ -95,17 +85,25 @@ def choose_defaults(
     if script not in VARIABLES:
         raise InputError(f"--script {script}: choose from {', '.join(VARIABLES)}")
     found = {name: environment[name] for name in VARIABLES[script] if environment.get(name)}
-    named = {VARIABLES[script][name]: name for name in found if VARIABLES[script][name]}
-    values = {argument: found[name] for argument, name in named.items()}
     _refuse(script, found, user)
-    chosen = _defaults(script, found.get("MODE"), values | user) | values
-    if _is_bundled(chosen["model_name"]):
-        chosen["model_name"] = str(BUNDLED_MODEL)
+    variables = {each: name for name in found for each in VARIABLES[script][name].split()}
+    values = {argument: found[name] for argument, name in variables.items()}
+    said = values | user
+    chosen = {"model_name": str(BUNDLED_MODEL)} | DEFAULTS[script]
+    is_bundled = _is_bundled(said.get("model_name", BUNDLED_MODEL))
+    if not _own_file(said):
+        chosen |= {"task_name": "SST2"} | ({"data_dir": BUNDLED_DATA} if is_bundled else {})
+    if script != "icl.sh":
+        chosen |= _of_mode(script, found.get("MODE"), said)
+        chosen |= BUNDLED | (BUNDLED_ZO if script == "HiZOO.sh" else {}) if is_bundled else {}
+        chosen |= _examples(said, chosen["num_dev"])
+    elif _own_file(said) and "train_file" not in said:
+        chosen["num_train"] = 0
+    chosen |= values | ({"model_name": BUNDLED_MODEL} if is_bundled else {})
     _follow(chosen, user)
     if script != "icl.sh":
-        chosen["seed"] = found.get("SEED", 0)
         _share(script, chosen, environment, user)
-    labels = {argument: f"{name}={found[name]}" for argument, name in named.items()}
+    labels = {argument: f"{name}={found[name]}" for argument, name in variables.items()}
     return {
         name: (str(word), labels.get(name, f"--{name} {word}"))
         for name, word in chosen.items()
@@ -131,42 +129,23 @@ def _own_file(said: Mapping[str, Any]) -> str | None:
     return said.get("train_file") or said.get("validation_file")
 
 
-def _is_bundled(model: str) -> bool:
+def _is_bundled(model: str | Path) -> bool:
     return Path(model).exists() and Path(model).resolve() == BUNDLED_MODEL
 
 
-def _defaults(script: str, mode: str | None, said: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a script's defaults beside what is said by variables and by the user."""
-    chosen = {"model_name": str(BUNDLED_MODEL)} | DEFAULTS[script]
-    bundled = _is_bundled(said.get("model_name", chosen["model_name"]))
-    if not _own_file(said):
-        chosen |= {"task_name": "SST2"} | ({"data_dir": BUNDLED_DATA} if bundled else {})
-    elif script == "icl.sh" and "train_file" not in said:
-        chosen["num_train"] = 0
-    if any(name in said for name in WEIGHTS):
-        chosen.pop("load_saved_dtype", None)
-    if script == "icl.sh":
-        return chosen
-    typed = "lora" if said.get("lora") else "prefix" if said.get("prefix_tuning") else "ft"
-    chosen |= MODES[mode or typed]
-    if script != "HiZOO.sh":
-        del chosen["zo_eps"]
-        chosen |= {"learning_rate": RATE_OF_ADAMW} if (mode or typed) == "ft" else {}
-        chosen |= _precision(said)
-    chosen |= BUNDLED[script] if bundled else {}
-    if "fsdp" in said:
-        chosen.pop("eval_before_training", None)
-    return chosen | _examples(said, chosen["num_dev"]) | _objective(said)
-
-
-def _precision(said: Mapping[str, Any]) -> dict[str, Any]:
-    """Choose mixed precision: AdamW on float16 weights would lose most updates."""
+def _of_mode(script: str, mode: str | None, said: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is trained, at which rate; for AdamW the precision too."""
+    mode = mode or ("lora" if said.get("lora") else "prefix" if said.get("prefix_tuning") else "ft")
+    if script == "HiZOO.sh":
+        return MODES[mode]
+    chosen = MODES[mode] | ({"learning_rate": RATE_OF_ADAMW} if mode == "ft" else {})
     given = any(name in said for name in ("fp16", "bf16", "use_cpu", *WEIGHTS))
-    found = [] if given else gpus("compute_cap")
-    if not found:
-        return {}
-    # float16 overflows in models that were trained in bfloat16, which newer GPUs have.
-    return {"bf16" if all(float(each) >= 8 for each in found) else "fp16": True}
+    if capabilities := [] if given else launchers.gpus("compute_cap"):
+        # AdamW on float16 weights would lose most updates, so precision is mixed. float16 overflows
+        # in models that were trained in bfloat16, which newer GPUs have.
+        newer = all(float(each) >= 8 for each in capabilities)
+        chosen |= {"bf16" if newer else "fp16": True}
+    return chosen
 
 
 def _examples(said: Mapping[str, Any], dev: int) -> dict[str, Any]:
@@ -182,28 +161,17 @@ def _examples(said: Mapping[str, Any], dev: int) -> dict[str, Any]:
     return {"num_train": min(1000, rows - dev), "num_dev": dev}
 
 
-def _objective(said: Mapping[str, Any]) -> dict[str, Any]:
-    """Choose classification wherever there are options, but for Copa and ReCoRD."""
-    if any(name in said for name in ("non_diff", "only_train_option", "reward")):
-        return {}
-    name = None if _own_file(said) else said.get("task_name", "SST2")
-    names = ("text_column", "label_column", "prompt_template", "answer_column")
-    columns = (said.get(each) for each in names)
-    files = (said.get("train_file"), said.get("validation_file"), said.get("metric"))
-    try:
-        task = choose_task(name, *files, columns=Columns(*columns))
-    except InputError:
-        return {}  # it is said later
-    classes = not task.generation and str(name).lower() not in WITHOUT_CLASSES
-    return {"train_as_classification": True} if classes else {}
-
-
 def _follow(chosen: dict[str, Any], user: Mapping[str, Any]) -> None:
-    """Let defaults follow what the user types: seeds, lengths, dev losses and checkpoints."""
+    """Let defaults follow what else is said: dtypes, seeds, lengths, dev losses, checkpoints."""
+    if any(name in user for name in WEIGHTS):
+        chosen.pop("load_saved_dtype", None)
     if "num_train_sets" in user:
         chosen.pop("train_set_seed", None)
     if "num_train_epochs" in user:
         chosen.pop("max_steps", None)
+    if chosen.get("fsdp") or "fsdp" in user:
+        # Before training nothing is sharded yet, nor whole.
+        chosen.pop("eval_before_training", None)
     steps = user.get("eval_steps") or user.get("save_steps") or chosen.get("eval_steps")
     if steps:
         chosen |= {"eval_steps": steps, "save_steps": steps}
@@ -235,60 +203,16 @@ def _share(
     chosen["per_device_train_batch_size"] = int(examples) // int(processes)
 
 
-def processes_of(script: str, environment: Mapping[str, str], user: Mapping[str, Any]) -> int:
-    """Return how many processes finetune.sh starts; 0: this one does it all.
-
-    Raises:
-        InputError: NUM_GPU is no number, or there is no GPU.
-    """
-    if not script.startswith("finetune") or "WORLD_SIZE" in environment:
-        return 0
-    number = environment.get("NUM_GPU") or ""
-    if not number and script == "finetune_fsdp.sh":
-        visible = environment.get("CUDA_VISIBLE_DEVICES")
-        number = str(len(visible.split(",") if visible else gpus("index")))
-        if number == "0":
-            raise InputError("no NVIDIA GPU found: run finetune.sh, or give NUM_GPU for other GPUs")
-    if number and (not number.isdecimal() or int(number) < 1):
-        raise InputError(f"NUM_GPU={number}: give the number of GPUs, at least 1")
-    # The Trainer shards only in processes that torchrun has started, even if it is one.
-    sharded = script == "finetune_fsdp.sh" or "fsdp" in user
-    return int(number or 1) if sharded or int(number or 1) > 1 else 0
-
-
-def gpus(query: str) -> list[str]:
-    """Return what nvidia-smi answers for each visible GPU, nothing without one."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        return []
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return done.stdout.split()
-
-
-def become_torchrun(processes: int, argv: list[str]) -> None:
-    """Replace this process by torchrun, which starts so many of them."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, "--nproc_per_node", str(processes), str(ROOT / "run.py"), *argv]
-    # What ends a run lets it save a checkpoint first: the processes get the signal, and the time.
-    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGINT,SIGTERM,SIGHUP,SIGUSR1,SIGUSR2")
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
-    os.execv(sys.executable, command)
-
-
 def warnings_of_variables(script: str, environment: Mapping[str, str]) -> list[str]:
     """Return a line for every variable that is set and not read, as far as it is meant."""
     known = VARIABLES[script]
-    by_argument = {argument.upper(): name for name, argument in known.items() if argument}
-    by_argument |= {"BATCH_SIZE": "BS"}
+    meant_by = {each.upper(): name for name, text in known.items() for each in text.split()}
+    meant_by |= {"BATCH_SIZE": "BS"} | {name: name for name in known}
     others = {name for names in VARIABLES.values() for name in names}
     lines = []
     for name in sorted(environment.keys() - known.keys()):
-        upper = name.upper()
-        near = difflib.get_close_matches(upper, [n for n in known if len(n) > 3], 1, 0.87)
-        meant = by_argument.get(upper) or (upper if upper in known else next(iter(near), None))
+        near = difflib.get_close_matches(name.upper(), [n for n in known if len(n) > 3], 1, 0.87)
+        meant = meant_by.get(name.upper()) or next(iter(near), None)
         if name in others:
             lines.append(f"warning: {name} is not read by {script}, see bash {script} --help")
         elif meant and len(name) > 1:

@@ -1,15 +1,17 @@
-"""The settings of a run: those that its result holds, those that its checkpoints and name go by."""
+"""The settings of a run: what its name, its result and its checkpoints go by, and --show_config."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from command_line.arguments import Arguments, plain_value
 from command_line.contradictions import has_effect
@@ -26,8 +28,9 @@ NOT_OF_THE_RESULT = {name for name, each in DECLARED.items() if each.decides == 
 # When checkpoints are saved matters where one of them is chosen.
 CHOICE_OF_CHECKPOINT = ("save_strategy", "save_steps")
 GENERATION = [each.name for each in dataclasses.fields(Generation)]
-# File systems allow 255 bytes; a suffix and a temporary file's name come on top.
-READABLE_CHARACTERS = 120
+NOT_OF_A_FILE = ("config", "show_config", "dry_run")
+# File systems allow 255 bytes; length, hash, suffix and a temporary file's name come on top.
+READABLE_BYTES = 120
 
 
 def settle_dtype(arguments: Arguments) -> None:
@@ -49,6 +52,9 @@ def settle_dtype(arguments: Arguments) -> None:
         arguments.load_bfloat16 = dtype == torch.bfloat16 and torch.cuda.is_bf16_supported(False)
 
 
+# ------------------------------------------------------------------------------------------- names
+
+
 def name_run(arguments: Arguments) -> None:
     """Give a run its hash, and a tag and a folder of its name where the command line gives none.
 
@@ -63,38 +69,32 @@ def name_run(arguments: Arguments) -> None:
 
 
 def default_tag(arguments: Arguments) -> str:
-    """Name a run after what distinguishes it: a readable part, and a hash of all settings.
-
-    The length of a run is in the readable part alone, so that a longer run of the same settings has
-    the same hash.
-    """
-    parts = [_task_part(arguments), _model_part(arguments.model_name), arguments.trainer]
-    if arguments.trainer == "none":
-        parts += [f"{arguments.num_train}-shot"]
-    else:
-        parts += [next((name for m, name in TUNING_MODES.items() if getattr(arguments, m)), "ft")]
-    parts += [arguments.task.reward.name] if arguments.task.reward else []
-    parts += ["chat"] if arguments.apply_chat_template else []
-    parts += [name for name in ("non_diff", "sfc", "icl_sfc") if getattr(arguments, name)]
+    """Name a run after what distinguishes it: a readable part, its length, and its hash."""
+    trains, zeroth_order = arguments.trainer != "none", arguments.trainer == "zo"
+    mode = next((name for each, name in TUNING_MODES.items() if getattr(arguments, each)), "ft")
     batch = arguments.per_device_train_batch_size
-    batch = batch_and_processes(arguments, "").get("per_device_train_batch_size", batch)
-    if arguments.trainer != "none" and not arguments.linear_probing:
-        parts += [
-            f"lr{_shown(arguments.learning_rate)}",
-            f"bs{batch}",
-        ]
-    if arguments.trainer == "zo":
-        parts += [f"eps{_shown(arguments.zo_eps)}", arguments.hessian_smooth_type]
-        parts += ["lowrank"] if arguments.hessian == "lowrank" else []
-    parts += ["fsdp"] if arguments.fsdp else []
+    batch = examples_of_a_batch(arguments) if zeroth_order else batch
+    reward = arguments.task.reward
+    parts = [
+        _task_part(arguments),
+        _model_part(arguments.model_name),
+        arguments.trainer,
+        mode if trains else f"{arguments.num_train}-shot",
+        reward and reward.name,
+        arguments.apply_chat_template and "chat",
+        *(name for name in ("non_diff", "sfc", "icl_sfc") if getattr(arguments, name)),
+        trains and mode != "probe" and f"lr{_shown(arguments.learning_rate)}-bs{batch}",
+        zeroth_order and f"eps{_shown(arguments.zo_eps)}-{arguments.hessian_smooth_type}",
+        zeroth_order and arguments.hessian == "lowrank" and "lowrank",
+        arguments.fsdp and "fsdp",
+        arguments.train_set_seed is not None and f"set{arguments.train_set_seed}",
+        f"seed{arguments.seed}",
+    ]
+    readable = "-".join(filter(None, parts)).encode()[:READABLE_BYTES].decode(errors="ignore")
     length = [
         f"{name.removeprefix('num_train_').removeprefix('max_')}{value:g}"
         for name, value in length_of_run(arguments).items()
     ]
-    if arguments.train_set_seed is not None:
-        parts += [f"set{arguments.train_set_seed}"]
-    parts += [f"seed{arguments.seed}"]
-    readable = "-".join(parts)[:READABLE_CHARACTERS]
     return "-".join([readable, *length, arguments.experiment])
 
 
@@ -103,16 +103,13 @@ def _shown(value: float | str) -> str:
 
 
 def _task_part(arguments: Arguments) -> str:
-    if not arguments.train_file and not arguments.validation_file:
-        return arguments.task.name
-    own = Path(arguments.train_file or arguments.validation_file).absolute()
-    return f"{own.parent.name}-{own.stem}"[:40]
+    own = arguments.train_file or arguments.validation_file
+    path = Path(own or "").absolute()
+    return f"{path.parent.name}-{path.stem}"[:40] if own else arguments.task.name
 
 
 def _model_part(name: str) -> str:
-    path = Path(name)
-    if path.is_dir():
-        path = path.resolve()
+    path = Path(name).resolve() if Path(name).is_dir() else Path(name)
     # Checkpoints of all runs are called alike.
     part = f"{path.parent.name}-{path.name}" if path.name.startswith("checkpoint-") else path.name
     return part.removesuffix(".gguf")[-40:].lstrip("-")
@@ -140,15 +137,13 @@ def experiment_hash(arguments: Arguments) -> str:
     if not arguments.load_best_model_at_end:
         names -= {*CHOICE_OF_CHECKPOINT}
     model, reward = Path(arguments.model_name), arguments.task.reward
+    data = split_files(arguments.task, arguments.data_dir) or ()
     identity = {
         **_plain_values(arguments, names),
-        **batch_and_processes(arguments, "processes"),
+        **_batch_and_processes(arguments, "processes"),
         "task": arguments.task.name,
         "model": fingerprint(model_files(model)) if model.exists() else arguments.model_name,
-        "data": [
-            path and fingerprint([path])
-            for path in split_files(arguments.task, arguments.data_dir) or ()
-        ],
+        "data": [path and fingerprint([path]) for path in data],
         "reward": reward and (reward.name, fingerprint([reward.file])),
     }
     text = json.dumps(identity, sort_keys=True, default=str)
@@ -163,6 +158,9 @@ def model_files(model: Path) -> list[Path]:
     return sorted(path for path in model.iterdir() if path.suffix in suffixes and path.is_file())
 
 
+# ---------------------------------------------------------------------------------------- settings
+
+
 def changed_settings(arguments: Arguments) -> dict[str, Any]:
     """Return what was given, and all that changes the result of such a run; no secrets."""
     names = {
@@ -172,6 +170,20 @@ def changed_settings(arguments: Arguments) -> dict[str, Any]:
     }
     names = {name for name in names if has_effect(arguments, name)}
     return _plain_values(arguments, {*arguments.given, *names} - {"hub_token"})
+
+
+def config_lines(arguments: Arguments) -> Iterator[str]:
+    """Yield the arguments as a file of ``--config``, and the defaults as its comments."""
+    lines = {}
+    for name, value in changed_settings(arguments).items():
+        if value is not None and name not in NOT_OF_A_FILE:
+            text = yaml.safe_dump(
+                value, default_flow_style=True, allow_unicode=True, width=math.inf
+            )
+            lines[name] = f"{name}: " + text.removesuffix("\n").removesuffix("\n...")
+    yield from (line for name, line in lines.items() if name in arguments.given)
+    yield "# defaults"
+    yield from (f"# {line}" for name, line in lines.items() if name not in arguments.given)
 
 
 def settings_of_a_checkpoint(arguments: Arguments) -> dict[str, Any]:
@@ -187,18 +199,14 @@ def settings_of_a_checkpoint(arguments: Arguments) -> dict[str, Any]:
         "task_name": arguments.task.name if arguments.task.hub_path else None,
         "reward": reward and f"{reward.file.name}:{reward.name}",
         **_plain_values(arguments, {name for name in names if has_effect(arguments, name)}),
-        **batch_and_processes(arguments, "nproc_per_node"),
+        **_batch_and_processes(arguments, "nproc_per_node"),
     }
 
 
-def batch_and_processes(arguments: Arguments, name: str) -> dict[str, int]:
-    """Return what a run's processes have to do with its course: the examples of a step.
+def _batch_and_processes(arguments: Arguments, name: str) -> dict[str, int]:
+    """Return the examples of a step, and under ``name`` the number of processes where it counts.
 
     Zeroth-order steps are the same however many processes share them, up to rounding.
-
-    Args:
-        arguments: of the run.
-        name: what the number of processes is called, where it counts.
     """
     if arguments.trainer == "zo":
         return {"per_device_train_batch_size": examples_of_a_batch(arguments), name: 1}
@@ -213,9 +221,5 @@ def examples_of_a_batch(arguments: Arguments) -> int:
 
 def _plain_values(arguments: Arguments, names: Collection[str]) -> dict[str, Any]:
     """Return the values as JSON has them, in the order of the fields."""
-    values = {
-        field.name: getattr(arguments, field.name)
-        for field in dataclasses.fields(arguments)
-        if field.name in names
-    }
-    return {name: plain_value(value) for name, value in values.items()}
+    fields = (each.name for each in dataclasses.fields(arguments))
+    return {name: plain_value(getattr(arguments, name)) for name in fields if name in names}

@@ -7,17 +7,12 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from command_line import launchers
 from command_line.contradictions import check_values
 from command_line.help import HELP, USAGE, help_text
 from command_line.reading import read_values
-from command_line.scripts import (
-    BUNDLED_MODEL,
-    become_torchrun,
-    processes_of,
-    warnings_of_variables,
-)
-from command_line.slurm import take_slurm_variables, take_store_of_restart
-from utils import exit_code, speaks_for_all
+from command_line.scripts import BUNDLED_MODEL, warnings_of_variables
+from utils import InputError, exit_code, speaks_for_all
 
 
 def begin(argv: Sequence[str]) -> None:
@@ -33,25 +28,41 @@ def begin(argv: Sequence[str]) -> None:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as in --help | head
         print(help_text(everything="--help_all" in asked))
         sys.exit(0)
-    if code := exit_code(lambda: _begin(list(argv))):
+    by_torchrun = "WORLD_SIZE" in os.environ  # its processes would warn a second time
+    try:
+        _check_environment()
+    except InputError as error:
+        # Which process speaks for all is what cannot be known here.
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if code := exit_code(lambda: _begin(list(argv), by_torchrun)):
         sys.exit(code)
 
 
-def _begin(argv: list[str]) -> None:
-    by_torchrun = "WORLD_SIZE" in os.environ  # its processes would warn a second time
-    take_slurm_variables(os.environ)
-    take_store_of_restart(os.environ)
+def _check_environment() -> None:
+    launchers.take_slurm_variables(os.environ)
+    launchers.check_variables(os.environ)
+    launchers.take_store_of_restart(os.environ)
+    try:
+        os.getcwd().encode()
+    except FileNotFoundError as error:
+        raise InputError("the working directory was deleted: change to another one") from error
+    except UnicodeEncodeError as error:
+        raise InputError(f"the working directory {os.getcwd()} is not UTF-8: rename it") from error
+
+
+def _begin(argv: list[str], by_torchrun: bool) -> None:
     values = read_values(argv)
     check_values(values)
     if argv[0] != "--script":
         return
     script = argv[1]
-    processes = processes_of(script, os.environ, values.given)
+    processes = launchers.processes_to_start(script, os.environ, "fsdp" in values.given)
     if speaks_for_all() and not by_torchrun:
         for line in warnings_of_variables(script, os.environ):
             print(line, file=sys.stderr)
     if processes:
-        become_torchrun(processes, argv)
+        launchers.become_torchrun(processes, argv)
     if values.model_name == str(BUNDLED_MODEL):
         # A model this small gains nothing from a second thread, and loses much beside a process.
         os.environ.setdefault("OMP_NUM_THREADS", "1")

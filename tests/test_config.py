@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from running import MODEL, SAMPLES, command, contents, finish, refused_line, tra
 import run
 from command_line.arguments import parse_arguments
 from command_line.checks import check
+from command_line.config_files import words_of_config
 from command_line.settings import experiment_hash, settle_dtype
 from experiment import running
 
@@ -62,41 +64,58 @@ def test_a_file_is_the_same_run_as_its_command_line(tmp_path: Path) -> None:
     assert len({experiment_hash(parse_arguments(argv)) for argv in both}) == 1
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("learning_rat: 1e-3\n", ":1: unknown argument --learning_rat: did you mean --learning_ra"),
-        (
-            "task_name: SST2\n\nlr: 1e-3\n",
-            ":3: unknown argument --lr: did you mean --learn",
-        ),
-        ("seed: 1\nseed: 2\n", ":2: seed is given twice"),
-        ("num_eval: 1\nnum_test: 2\n", ":2: --num_eval is given twice, under another name"),
-        ("seed: [1, 2]\n", ":1: seed is a list; give one value (sweep.py reads lists)"),
-        ("num_eval: many\n", ":1: --num_eval many: must be a whole number"),
-        ("config: other.yaml\n", ":1: config in a file of --config"),
-        ("", ": give arguments by name, as in learning_rate: 1e-6"),
-        ("- a\n", ": give arguments by name"),
-        ("a: [1\n", ":2: not YAML"),
-        ("num_eval: -1\n", ":1: --num_eval -1: must be at least 1"),
-        ("a: &a [1]\nseed: *a\n", ":2: aliases are not read"),
-        ("seed: {{a: 1, a: 2}}\n", ":1: a is given twice"),
-        pytest.param("a: " + "[" * 2000, ": nested more than 20 times", id="2000 lists"),
-    ],
+# A file's text, and what is said of it.
+BAD = (
+    ("learning_rat: 1e-3\n", ":1: unknown argument --learning_rat: did you mean --learning_rate?"),
+    ("task_name: SST2\n\nlr: 1e-3\n", ":3: unknown argument --lr: did you mean --learn"),
+    ("seed: 1\nseed: 2\n", ":2: seed is given twice"),
+    ("num_eval: 1\nnum_test: 2\n", ":2: --num_eval is given twice, under another name"),
+    ("seed: [1, 2]\n", ":1: seed is a list; give one value (sweep.py reads lists)"),
+    ("num_eval: many\n", ":1: --num_eval many: must be a whole number"),
+    ("config: other.yaml\n", ":1: config in a file of --config"),
+    ("", ": give arguments by name, as in learning_rate: 1e-6"),
+    ("- a\n", ": give arguments by name"),
+    ("a: [1\n", ":2: while parsing a flow sequence, expected ',' or ']'"),
+    ("a: 1\n---\nb: 2\n", ":2: expected a single document"),
+    ("? [a]\n: b\n", ":1: while constructing a mapping, found unhashable key"),
+    ("num_eval: -1\n", ":1: --num_eval -1: must be at least 1"),
+    ("a: &a [1]\nb: &b [*a, *a]\nseed: [*b, *b]\n", ":2: aliases are not read"),
+    ("seed: {a: 1, a: 2}\n", ":1: a is given twice"),
+    ("seed: !!python/object/apply:os.system [touch x]\n", ":1: tags are not read"),
+    ("seed: \x01\n", ": not YAML (unacceptable character"),
+    ("a: " + "[" * 1200 + "]" * 1200, ":1: nested more than 20 times"),
 )
+
+
 def test_a_bad_file_is_refused_by_its_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, said: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = write_config(tmp_path, text)
-    line = refused_line(["--config", config], capsys, tmp_path)
-    assert said in line and (said.startswith("--") or line.startswith(f"{config}:"))
+    monkeypatch.chdir(tmp_path)
+    path, failures = Path("config.yaml"), {}
+    for text, said in BAD:
+        path.write_text(text, encoding="utf-8")
+        line = refused_line(["--config", path], capsys, tmp_path)
+        if not line.startswith(f"config.yaml{said}"):
+            failures[text[:99]] = line
+    os.mkfifo("fifo")
+    for name, said in (
+        ("none.yaml", "cannot be read (No such file or directory)"),
+        ("fifo", "cannot be read (it is no file)"),
+        (".", "cannot be read (it is no file)"),
+    ):
+        line = refused_line(["--config", name], capsys)
+        if line != f"{name}: {said}":
+            failures[name] = line
+    assert not failures
 
 
-def test_no_file(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run.main(["--config", "none.yaml"]) == 2
-    assert capsys.readouterr().err == (
-        "error: none.yaml: cannot be read (No such file or directory)\n"
-    )
+def test_dictionaries_of_a_file_are_json(tmp_path: Path) -> None:
+    """Numbers, truths and nothing are what JSON takes them for; all else is text, and never run."""
+    text = "a: {b: 1e-7, c: true, d: ~, e: '!!python/name:os.system', f: [1, x]}\n"
+    (tmp_path / "config.yaml").write_text(text)
+    _, word = words_of_config(tmp_path / "config.yaml")["a"]
+    expected = {"b": 1e-7, "c": True, "d": None, "e": "!!python/name:os.system", "f": [1, "x"]}
+    assert json.loads(word) == expected
 
 
 def test_shown_arguments_are_a_file_of_the_same_run(

@@ -20,11 +20,12 @@ import torch
 from running import MODEL, ROOT, SAMPLES, log_of, weights
 
 import run
-from command_line import scripts
+from command_line import launchers
 from command_line.arguments import make_arguments
 from command_line.contradictions import check_values
+from command_line.launchers import processes_to_start
 from command_line.reading import Values, read_values
-from command_line.scripts import VARIABLES, processes_of, warnings_of_variables
+from command_line.scripts import VARIABLES, warnings_of_variables
 from utils import InputError
 
 TASKS = ["SST2", "RTE", "CB", "BoolQ", "WSC", "WIC", "MultiRC", "Copa", "ReCoRD", "SQuAD", "DROP"]
@@ -127,25 +128,42 @@ def test_line_of_the_paper() -> None:
     assert values_of("icl.sh", **OWN_MODEL).train_set_seed is None
 
 
-@pytest.mark.parametrize("script", ["HiZOO.sh", "finetune.sh", "icl.sh"])
-def test_every_variable_is_an_argument(script: str) -> None:
+def test_every_variable_is_an_argument() -> None:
     samples = {
         **{"TASK": "RTE", "MODEL": "a/b", "DATA_DIR": "some where", "MODE": "", "NUM_GPU": ""},
-        "HESSIAN_SMOOTH_TYPE": "linear1e-6",
-        "ZO_LR_SCHEDULER_TYPE": "cosine",
+        **{"HESSIAN_SMOOTH_TYPE": "linear1e-6", "ZO_LR_SCHEDULER_TYPE": "cosine"},
+        **{"STEPS": "80", "DECAY_STEP": "70"},
     }
-    samples |= {"STEPS": "80", "DECAY_STEP": "70"}
-    numbers = iter(range(2, 30))
-    variables = {name: samples.get(name, str(next(numbers))) for name in VARIABLES[script]}
-    values = values_of(script, **variables)
-    for name, argument in VARIABLES[script].items():
-        if argument:
-            shown = getattr(values, argument)
-            assert variables[name] == (f"{shown:g}" if isinstance(shown, float) else str(shown))
-    if script != "icl.sh":
-        assert values.seed == int(variables["SEED"])
-    if script == "HiZOO.sh":
-        assert values.save_steps == values.eval_steps == int(variables["EVAL_STEPS"])
+    for script in ("HiZOO.sh", "finetune.sh", "icl.sh"):
+        numbers = iter(range(2, 30))
+        variables = {name: samples.get(name, str(next(numbers))) for name in VARIABLES[script]}
+        values = values_of(script, **variables)
+        for name, arguments in VARIABLES[script].items():
+            for argument in arguments.split():
+                shown = getattr(values, argument)
+                shown = f"{shown:g}" if isinstance(shown, float) else str(shown)
+                assert variables[name] == shown, (script, argument)
+
+
+def test_every_number_is_checked_in_one_place() -> None:
+    """Bash would run some of these words; each is named with its variable, once."""
+    texts = {"MODEL", "DATA_DIR", "TASK", "MODE", "HESSIAN_SMOOTH_TYPE", "ZO_LR_SCHEDULER_TYPE"}
+    floats = {"LR", "EPS", "EPOCH", "WEIGHT_DECAY", "WARMUP_STEP", "EVAL_STEPS"}
+    failures = []
+    for script, variables in VARIABLES.items():
+        for name in variables.keys() - texts:
+            words = ["a[$(touch x)]", "1.5.2", "nan", "1e999", "-3", "0x10"]
+            for word in words if name in floats else [*words, "1.5", "99999999999999999999"]:
+                found = {"NUM_GPU": "1", name: word}
+                try:
+                    values_of(script, **found)
+                    processes_to_start(script, found, False)
+                    failures.append((script, name, word, "taken"))
+                except InputError as error:
+                    good = (f"{name}={word}: ", "BS=8: give a multiple of the 99999")
+                    if not str(error).startswith(good):
+                        failures.append((script, name, word, str(error)))
+    assert not failures
 
 
 def test_what_the_user_types_wins() -> None:
@@ -232,7 +250,7 @@ def test_own_files(tmp_path: Path) -> None:
 
 
 def test_what_makes_no_sense_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scripts, "gpus", lambda query: [])
+    monkeypatch.setattr(launchers, "gpus", lambda query: [])
     for script, line, variables, message in (
         ("HiZOO.sh", "--train_file a.csv", {"TASK": "CB"}, "TASK=CB and --train_file"),
         ("HiZOO.sh", "--train_file a.csv", {"DATA_DIR": "b"}, "DATA_DIR=b and --train_file"),
@@ -256,7 +274,7 @@ def test_what_makes_no_sense_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         ({}, "no NVIDIA GPU found: run finetune.sh"),
     ):
         with pytest.raises(InputError, match=message):
-            processes_of("finetune_fsdp.sh", variables, {})
+            processes_to_start("finetune_fsdp.sh", variables, True)
 
 
 def test_processes() -> None:
@@ -266,35 +284,34 @@ def test_processes() -> None:
     assert values_of("HiZOO.sh", line, **two).per_device_train_batch_size == 6
     assert values_of("finetune.sh", NUM_GPU="2").per_device_train_batch_size == 4
     assert values_of("finetune_fsdp.sh", NUM_GPU="4").per_device_train_batch_size == 2
-    assert processes_of("finetune.sh", {"NUM_GPU": "2"}, {}) == 2
-    assert (
-        processes_of("finetune.sh", {}, {}) == processes_of("HiZOO.sh", {"NUM_GPU": "2"}, {}) == 0
-    )
-    # One process is started by torchrun too: without it the Trainer refuses --fsdp.
-    assert processes_of("finetune.sh", {}, {"fsdp": True}) == 1
-    assert processes_of("finetune_fsdp.sh", {"CUDA_VISIBLE_DEVICES": "4,7"}, {}) == 2
-    assert processes_of("finetune_fsdp.sh", {"WORLD_SIZE": "2"}, {}) == 0
+    for script, variables, has_fsdp, number in (
+        *(("finetune.sh", {"NUM_GPU": "2"}, False, 2), ("finetune.sh", {}, False, 0)),
+        ("HiZOO.sh", {"NUM_GPU": "2"}, False, 0),
+        # One process is started by torchrun too: without it the Trainer refuses --fsdp.
+        *(("finetune.sh", {}, True, 1), ("finetune_fsdp.sh", {"WORLD_SIZE": "2"}, True, 0)),
+        ("finetune_fsdp.sh", {"CUDA_VISIBLE_DEVICES": "4,7"}, True, 2),
+    ):
+        assert processes_to_start(script, variables, has_fsdp) == number
 
 
-def test_precision_where_a_gpu_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_precision_where_a_gpu_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nvidia-smi says of every visible GPU."""
     for capability, chosen in (("7.5", "fp16"), ("8.6", "bf16")):
-        monkeypatch.setattr(scripts, "gpus", lambda query, found=capability: [found])
+        monkeypatch.setattr(launchers, "gpus", lambda query, found=capability: [found])
         assert values_of("finetune.sh").given.get(chosen) is True
         assert "fp16" not in values_of("finetune.sh", "--bf16").given
         assert not {"fp16", "bf16"} & {*values_of("finetune.sh", "--load_bfloat16").given}
-
-
-def test_gpus_are_those_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 8.0\necho 9.0\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    assert scripts.gpus("compute_cap") == ["8.0", "9.0"]
+    assert launchers.gpus("compute_cap") == ["8.0", "9.0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert scripts.gpus("compute_cap") == []
+    assert launchers.gpus("compute_cap") == []
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
-    assert scripts.gpus("compute_cap") == []
+    assert launchers.gpus("compute_cap") == []
 
 
 def test_variables_that_are_not_read_are_pointed_out() -> None:
@@ -315,20 +332,18 @@ def test_variables_that_are_not_read_are_pointed_out() -> None:
 # ----------------------------------------------------------------------------------- the scripts
 
 
-@pytest.mark.parametrize("name", VARIABLES)
-def test_help_lists_every_variable(tmp_path: Path, name: str) -> None:
-    done = run_script(tmp_path, "--help", script=name, python="#!/bin/sh\nexit 1\n")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "python run.py --help" in done.stdout
-    listed = re.findall(r"^([A-Z][A-Z_]*)  ", done.stdout, re.MULTILINE)
-    if name != "finetune_fsdp.sh":
-        assert sorted(listed) == sorted(VARIABLES[name])
+def test_help_lists_every_variable(tmp_path: Path) -> None:
+    for name, variables in VARIABLES.items():
+        done = run_script(tmp_path, "--help", script=name, python="#!/bin/sh\nexit 1\n")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "python run.py --help" in done.stdout
+        listed = re.findall(r"^([A-Z][A-Z_]*)  ", done.stdout, re.MULTILINE)
+        if name != "finetune_fsdp.sh":
+            assert sorted(listed) == sorted(variables)
 
 
-@pytest.mark.parametrize("name", ["HiZOO.sh", "finetune.sh"])
-def test_help_tells_the_defaults(tmp_path: Path, name: str) -> None:
-    """Of every mode, with a model of one's own and with the bundled one."""
-    lines = run_script(tmp_path, "--help", script=name).stdout.splitlines()
+def told_defaults(lines: list[str], arguments: dict[str, str]) -> dict[tuple[str, str], tuple]:
+    """What a script's help says by variable and mode: for a model of one's own, and the bundled."""
     start = next(index for index, line in enumerate(lines) if line.startswith("variable "))
     columns = [lines[start].index(word) for word in ("variable", "default", "bundled", "meaning")]
     told, variable = {}, ""
@@ -338,16 +353,23 @@ def test_help_tells_the_defaults(tmp_path: Path, name: str) -> None:
             for first, last, before in zip(columns, columns[1:], (variable, "", ""), strict=False)
         )
         mode = line.rpartition("with MODE=")[2] if "with MODE=" in line else "ft"
-        if default and VARIABLES[name][variable] not in ("", "model_name", "data_dir"):
+        if default and arguments[variable] not in ("", "model_name", "data_dir"):
             told[variable, mode] = (default, bundled or default)
-    for mode in ("ft", "prefix", "lora"):
-        own, bundled = (values_of(name, MODE=mode, **model) for model in (OWN_MODEL, {}))
-        for variable, argument in VARIABLES[name].items():
-            expected = told.get((variable, mode)) or told.get((variable, "ft"))
-            for values, text in zip((own, bundled), expected or (), strict=False):
-                found = getattr(values, argument)
-                assert str(found) == text or float(found) == float(text), variable
-    assert len({variable for variable, _ in told}) >= 8
+    return told
+
+
+def test_help_tells_the_defaults(tmp_path: Path) -> None:
+    for name in ("HiZOO.sh", "finetune.sh"):
+        lines = run_script(tmp_path, "--help", script=name).stdout.splitlines()
+        told = told_defaults(lines, VARIABLES[name])
+        for mode in ("ft", "prefix", "lora"):
+            own, bundled = (values_of(name, MODE=mode, **model) for model in (OWN_MODEL, {}))
+            for variable, arguments in VARIABLES[name].items():
+                expected = told.get((variable, mode)) or told.get((variable, "ft"))
+                for values, text in zip((own, bundled), expected or (), strict=False):
+                    found = getattr(values, arguments.split()[0])
+                    assert str(found) == text or float(found) == float(text), variable
+        assert len({variable for variable, _ in told}) >= 8
 
 
 def test_python_and_folders(tmp_path: Path) -> None:
@@ -395,18 +417,22 @@ def test_end_to_end_on_the_bundled_model(tmp_path: Path) -> None:
     assert sorted(entry.name for entry in folder.iterdir()) == [".commands", "result"]
 
 
-@pytest.mark.parametrize("task", ["Copa", "SQuAD"])
-def test_other_tasks_train(tmp_path: Path, task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def train_a_task(folder: Path, task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"STEPS": "2", "EVAL_STEPS": "1", "TRAIN": "4", "DEV": "2", "EVAL": "3", "BS": "2"}
     line = "--max_new_tokens 4" if task == "SQuAD" else ""
-    result = finish(tmp_path, monkeypatch, "HiZOO.sh", line, TASK=task, LR="1e-4", **small)
+    result = finish(folder / task, monkeypatch, "HiZOO.sh", line, TASK=task, LR="1e-4", **small)
     assert result["steps"] == 2 and result["task"] == task
 
 
+def test_other_tasks_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for task in ("Copa", "SQuAD"):
+        train_a_task(tmp_path, task, monkeypatch)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("task", TASKS)
-def test_every_task_trains(tmp_path: Path, task: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    test_other_tasks_train(tmp_path, task, monkeypatch)
+def test_every_task_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for task in TASKS:
+        train_a_task(tmp_path, task, monkeypatch)
 
 
 def test_icl_from_a_folder_with_spaces(
@@ -470,7 +496,7 @@ def test_torchrun_gets_signals_and_time(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(os, "execv", lambda _, command: started.append(command))
     for name in ("PET_SIGNALS_TO_HANDLE", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
         monkeypatch.delenv(name, raising=False)
-    scripts.become_torchrun(2, ["--script", "finetune.sh", "--tag", "x"])
+    launchers.become_torchrun(2, ["--script", "finetune.sh", "--tag", "x"])
     (command,) = started
     assert command[3:6] == ["--standalone", "--nproc_per_node", "2"]
     assert command[6:] == [str(ROOT / "run.py"), "--script", "finetune.sh", "--tag", "x"]
