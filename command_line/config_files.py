@@ -74,9 +74,10 @@ def read_yaml(path: Path) -> dict[str, Entry]:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        parts = (getattr(error, "context", None), getattr(error, "problem", None))
-        problem = ", ".join(filter(None, parts)) or f"not YAML ({first_line(error)})"
+        mark, context = (getattr(error, name, None) for name in ("problem_mark", "context"))
+        problem = getattr(error, "problem", None) or first_line(error)
+        if context or not mark:
+            problem = f"not YAML ({context + ', ' if context else ''}{problem})"
         raise InputError(f"{path}{f':{mark.line + 1}' if mark else ''}: {problem}") from error
     if not isinstance(values, dict) or not values:
         raise InputError(f"{path}: give arguments by name, as in learning_rate: 1e-6")

@@ -199,6 +199,8 @@ def test_objective_and_dev_examples_of_a_task() -> None:
             classes = task not in ("Copa", "ReCoRD", "SQuAD", "DROP")
             assert values.train_as_classification is classes, task
             assert values.num_dev == (100 if task in ("CB", "Copa") else 500)
+            published = read_values(["--task_name", spelling, "--trainer", "zo"])
+            assert not published.train_as_classification
     assert not values_of("HiZOO.sh", "--non_diff").train_as_classification
     assert not values_of("finetune.sh", "--only_train_option False").train_as_classification
 
@@ -220,7 +222,7 @@ def test_best_checkpoint_needs_dev_losses_and_checkpoints() -> None:
 
 
 def test_own_files(tmp_path: Path) -> None:
-    """Options train as classification, however they are given; a fifth of few rows is dev."""
+    """Options train as classification, however given, by run.py too; a fifth of few rows is dev."""
     rows = [{"prompt": f"{n}. It was", "options": ["bad", "good"], "answer": 1} for n in range(20)]
     texts = [{"prompt": f'{n}. Which "options"?', "answer": "four"} for n in range(20)]
     for kind, table in (("options", rows), ("texts", texts)):
@@ -241,6 +243,12 @@ def test_own_files(tmp_path: Path) -> None:
         assert (values.task_name, values.data_dir) == (None, None)
         assert values.train_as_classification is classes, name
         assert (values.num_train, values.num_dev, values.eval_strategy) == (16, 4, "steps")
+        for line, of_run_py in (
+            *(("zo", classes), ("regular", classes), ("none", False), ("zo --non_diff", False)),
+            *(("zo --only_train_option", False), ("zo --train_as_classification False", False)),
+        ):
+            values = read_values([*own, "--trainer", *line.split()])
+            assert values.train_as_classification is of_run_py, (name, line)
         values = values_of("HiZOO.sh", own, DEV="0")
         assert (values.eval_strategy, values.load_best_model_at_end) == ("no", False)
         assert values_of("icl.sh", own).num_train == 32
