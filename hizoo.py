@@ -40,13 +40,7 @@ from torch import Tensor
 
 from zeroth_order import step_rule
 from zeroth_order.checks import check_parameter, check_perturbation_scale, check_repeats
-from zeroth_order.config import (
-    AUTO,
-    HiZOOConfig,
-    check_above_0,
-    check_at_least_0,
-    check_smoothing,
-)
+from zeroth_order.config import AUTO, HiZOOConfig, check_settings
 from zeroth_order.curvature import mean_and_max
 from zeroth_order.in_place import InPlaceWeights
 from zeroth_order.layerwise import Layers, LayerwiseWeights, OnlyInPlace
@@ -88,7 +82,6 @@ class HiZOO(torch.optim.Optimizer):
     Parameters that do not require a gradient when a step begins are left alone.
 
     Attributes:
-        config: the settings it was made with.
         projected_gradient, curvature: the last g and c that were measured, for the first group's μ.
         losses: of the last ``estimate``, in the order of its forward passes.
         shares: None, or where several processes take some of a step's directions each: an object
@@ -211,7 +204,7 @@ class HiZOO(torch.optim.Optimizer):
         """
         gradients, curvatures = self._g_and_c(self.param_groups[0], first, second)
         self.projected_gradient = sum(gradients)
-        if self._measured:
+        if curvatures is not None:
             self.curvature = sum(curvatures)
             noted = step_rule.with_curvature(self.param_groups[0], self.curvature)
             for group in self.param_groups:
@@ -219,8 +212,7 @@ class HiZOO(torch.optim.Optimizer):
         steps = []
         for group in self.param_groups:
             gradients, curvatures = self._g_and_c(group, first, second)
-            measured = curvatures if self._measured else None
-            steps.append(GroupStep(gradients, measured, self.learning_rate(group)))
+            steps.append(GroupStep(gradients, curvatures, self.learning_rate(group)))
         self.weights.update(steps)
 
     def pending(self) -> tuple[float, float | None, float]:
@@ -230,20 +222,19 @@ class HiZOO(torch.optim.Optimizer):
         """
         group = self.param_groups[0]
         gradients, curvatures = self._g_and_c(group, *self._mean_differences())
-        c = sum(curvatures) if self._measured else None
+        c = None if curvatures is None else sum(curvatures)
         noted = {} if c is None else step_rule.with_curvature(group, c)
         return sum(gradients), c, self.learning_rate(group | noted)
 
     def _g_and_c(
         self, group: dict[str, Any], first: list[float], second: list[float]
-    ) -> tuple[list[float], list[float]]:
+    ) -> tuple[list[float], list[float] | None]:
         """Return g and c of every direction with a group's μ, divided by their number."""
         eps, samples = group["eps"], self.config.num_samples
         eps_of_c = eps * self._curvature_ratio()
-        return (
-            [difference / (2 * eps) / samples for difference in first],
-            [abs(difference) / (2 * eps_of_c**2) / samples for difference in second],
-        )
+        gradients = [difference / (2 * eps) / samples for difference in first]
+        curvatures = [abs(difference) / (2 * eps_of_c**2) / samples for difference in second]
+        return gradients, curvatures if self._measured else None
 
     def learning_rate(self, group: dict[str, Any]) -> float:
         """Return η of a group's next step."""
@@ -255,10 +246,8 @@ class HiZOO(torch.optim.Optimizer):
         """Add a group of parameters, with its own ``lr``, ``eps`` and so on; before training."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        for name in ("lr", "weight_decay"):
-            check_at_least_0(name, group[name])
-        check_above_0("eps", group["eps"])
-        check_smoothing(group["hessian_smooth"])
+        names = ("lr", "weight_decay", "eps", "hessian_smooth")
+        check_settings({name: group[name] for name in names})
         for parameter in group["params"]:
             if parameter.requires_grad:
                 check_parameter(parameter)
@@ -337,8 +326,7 @@ class HiZOO(torch.optim.Optimizer):
 
     def hessian_mean_and_max(self) -> tuple[float, float]:
         """Return the mean and the maximum of h over all trained parameters; reads all of h."""
-        trained = (parameter for _, parameter in self._parameters() if parameter.requires_grad)
-        return mean_and_max(self.state.get(parameter, {}) for parameter in trained)
+        return mean_and_max(self.state.get(parameter, {}) for parameter in self._trained())
 
     # ---- when c is measured
 
@@ -381,8 +369,11 @@ class HiZOO(torch.optim.Optimizer):
         """Yield every parameter with its group, frozen ones too, in the order of state_dict."""
         return ((group, p) for group in self.param_groups for p in group["params"])
 
+    def _trained(self) -> list[Tensor]:
+        return [parameter for _, parameter in self._parameters() if parameter.requires_grad]
+
     def _check_trained(self) -> None:
-        trained = {parameter for _, parameter in self._parameters() if parameter.requires_grad}
+        trained = set(self._trained())
         if not trained:
             raise ValueError("no parameter requires a gradient: there is nothing to train")
         if self.layers is not None and set(self.layers.uses) != trained:
@@ -390,9 +381,8 @@ class HiZOO(torch.optim.Optimizer):
 
     def _prepare(self, closure: Callable[[], Any]) -> None:
         """Do what has to wait for an estimate: before it weights may move, or be frozen."""
-        trained = [parameter for _, parameter in self._parameters() if parameter.requires_grad]
         known = self.weights.trained if self.weights else ()
-        if not self._estimates and [*map(id, known)] != [*map(id, trained)]:
+        if not self._estimates and [*map(id, known)] != [*map(id, self._trained())]:
             self._check_trained()
             self.check_perturbation_scale()
             kind = partial(LayerwiseWeights, self.layers) if self.layers else InPlaceWeights

@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
 
 from hizoo import HiZOO, Layers
-from zeroth_order.chunks import bundles
+from zeroth_order.chunk_noise import Noise, bundles, drawn
 from zeroth_order.kernels import Pieces, write
-from zeroth_order.noise import Noise, drawn
-from zeroth_order.weights import GroupStep, run
+from zeroth_order.running import kernel
+from zeroth_order.weights import GroupStep
 
 SHAPES = {
     "tiny": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 64},
@@ -136,7 +136,7 @@ def make_noise(optimizer: HiZOO, target: Tensor) -> None:
         pieces = chunk.view(target[: chunk.of.parameter.numel()])
         if chunk.of.copies:
             pieces = [piece.to(torch.float32) for piece in pieces]
-        run(write_noise, chunk.of)(pieces, noise)
+        kernel(write_noise, chunk.of)(pieces, noise)
 
 
 def make_noise_with_torch(optimizer: HiZOO, target: Tensor) -> None:

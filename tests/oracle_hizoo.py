@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from hizoo import HiZOO
-from zeroth_order.noise import chunk_key, counters, hashed, standard_normals, stream_of
+from zeroth_order.noise import chunk_key, counters, hashed, mix_seed, standard_normals
 
 
 def read_noise(optimizer: HiZOO, direction: int = 0) -> list[Tensor]:
     """u of the optimizer's coming step as whole float64 tensors, one per parameter."""
     group = optimizer.param_groups[0]
-    stream = stream_of(group["seed"], group["step"], direction)
+    stream = mix_seed(group["seed"], group["step"], direction)
     noise = []
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -31,8 +31,20 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+# float64 shows the mathematics, float32 that nothing is lost by rounding.
+IN_FLOAT32 = ("step of HiZOO", "own eps, two directions")
+ORACLE_CASES = [
+    pytest.param(
+        *(dtype, settings),
+        id=f"{dtype}-{name}".removeprefix("torch."),
+        marks=[pytest.mark.slow] if dtype == torch.float32 and name not in IN_FLOAT32 else [],
+    )
+    for dtype in (torch.float32, torch.float64)
+    for name, settings in SETTINGS.items()
+]
+
+
+@pytest.mark.parametrize(("dtype", "settings"), ORACLE_CASES)
 def test_steps_follow_the_oracle(dtype: torch.dtype, settings: dict[str, Any]) -> None:
     parameters = make_parameters(dtype)
     lr = 1e-3 if "lr" in settings else 1e-4
@@ -141,19 +153,6 @@ def test_losses_along_a_direction(layerwise: bool) -> None:
     optimizer.estimate(lambda: float(model(inputs)))
     with pytest.raises(RuntimeError, match="would lose the estimate"):
         optimizer.loss_along(lambda: 0.0, 0.1)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"lr": "newton"}, "lr must be at least 0 and finite, not 'newton'"),
-        ({"curvature_every": 0}, "curvature_every must be at least 1, not 0"),
-        ({"curvature_eps": 0.0}, "curvature_eps must be larger than 0 and finite, not 0.0"),
-    ],
-)
-def test_bad_arguments_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        HiZOO([nn.Parameter(torch.ones(3))], **settings)
 
 
 @pytest.fixture(autouse=True)

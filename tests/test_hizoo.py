@@ -14,7 +14,7 @@ from oracle_hizoo import OracleHiZOO, read_noise
 from torch import Tensor, nn
 
 from hizoo import HiZOO, Layers
-from zeroth_order import chunks, kernels
+from zeroth_order import chunks, running
 from zeroth_order.curvature import start as start_hessian
 from zeroth_order.noise import (
     chunk_key,
@@ -24,7 +24,7 @@ from zeroth_order.noise import (
     rounding_bits,
     standard_normals,
 )
-from zeroth_order.rounding import rounded_stochastically
+from zeroth_order.rounding import rounded_sum
 
 SHAPES = [(37, 19), (50,), (3, 4, 5), (), (1, 700)]
 # With some seeds a second difference of the losses is so small that few of its digits are left.
@@ -71,18 +71,25 @@ def largest_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("hessian", ["full", "lowrank"])
-@pytest.mark.parametrize("smooth", [0.0, 1e-2])
-@pytest.mark.parametrize(
-    "decay, groups, batches, samples",
-    [(0.0, 1, 1, 1), (0.1, 2, 3, 1), (0.1, 2, 2, 3)],
-)
-def test_steps_follow_the_oracle(
-    dtype, hessian, smooth, decay, groups, batches, samples, monkeypatch
-) -> None:
-    if hessian == "lowrank" and smooth == 0:
-        return  # the same as full: no curvature at all
+KINDS = {"mezo": ("full", 0.0), "full": ("full", 1e-2), "lowrank": ("lowrank", 1e-2)}
+# Weight decay, groups, batches and directions.
+PLAIN, GROUPS, DIRECTIONS = (0.0, 1, 1, 1), (0.1, 2, 3, 1), (0.1, 2, 2, 3)
+# float64 shows the mathematics, float32 that nothing is lost by rounding.
+ORACLE_CASES = [
+    pytest.param(
+        *(dtype, kind, variant),
+        id=f"{dtype}-{kind}-{'-'.join(map(str, variant))}".removeprefix("torch."),
+        marks=[pytest.mark.slow] if dtype == torch.float32 and variant != differing else [],
+    )
+    for dtype in (torch.float32, torch.float64)
+    for kind, differing in (("mezo", DIRECTIONS), ("full", GROUPS), ("lowrank", PLAIN))
+    for variant in (PLAIN, GROUPS, DIRECTIONS)
+]
+
+
+@pytest.mark.parametrize("dtype, kind, variant", ORACLE_CASES)
+def test_steps_follow_the_oracle(dtype, kind, variant, monkeypatch) -> None:
+    (hessian, smooth), (decay, groups, batches, samples) = KINDS[kind], variant
     # Several tiles of each large parameter: rows of a matrix in several, the last one shorter.
     monkeypatch.setattr(chunks, "CACHED_CHUNK", 256)
     parameters = make_parameters(dtype)
@@ -267,10 +274,10 @@ def test_small_updates_of_half_precision_are_right_on_average(dtype) -> None:
         for sign in (1, -1)
     ]
     numbers = torch.cat([torch.full((count,), start, dtype=dtype) for start, _ in kinds])
-    change = torch.cat([torch.full((count,), 1e-3 * unit) for _, unit in kinds])
-    for step in range(10_000):
+    change = torch.cat([torch.full((count,), 4e-3 * unit) for _, unit in kinds])
+    for step in range(2_500):
         bits = torch.cat(rounding_bits(hashed_numbers(step, 0, len(numbers) // 2)))
-        numbers.copy_(rounded_stochastically(numbers.float(), change, bits, dtype))
+        numbers.copy_(rounded_sum(numbers.float(), change, bits, dtype))
     for moved, (start, unit) in zip(numbers.double().split(count), kinds, strict=True):
         units = (moved - start) / unit
         assert units.mean().item() == pytest.approx(10, abs=0.5)
@@ -318,8 +325,8 @@ def test_low_rank_hessian_is_under_one_percent_of_opt_13b() -> None:
     weights = h = 0
     for shape in shapes:
         parameter = nn.Parameter(torch.empty(shape, device="meta", dtype=torch.float16))
-        trained = chunks.TrainedParameter.cut(parameter, {}, 0, True, False, torch.bfloat16)
-        state = start_hessian(trained, low_rank=True)
+        trained = chunks.TrainedParameter(parameter, {}, 0, True, False, torch.bfloat16)
+        state = start_hessian(trained)
         weights += parameter.numel() * parameter.element_size()
         h += sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     vectors = layers * (9 * hidden + 4 * hidden) * 2
@@ -396,12 +403,12 @@ def noise_of(seed: int, parameter: int, pairs: int) -> Tensor:
     return torch.cat(standard_normals(bits)).double()
 
 
-@pytest.mark.parametrize("elements", [60, 1 << 17])
-def test_noise_does_not_depend_on_chunks(elements, monkeypatch) -> None:
+def test_noise_does_not_depend_on_chunks(monkeypatch) -> None:
     """The oracle makes all of it at once."""
-    monkeypatch.setattr(chunks, "CACHED_CHUNK", elements)
-    for shape in [(1000,), (999,), (7, 30), (8, 31), (1, 500), (2, 3, 50), ()]:
-        check_noise_of_chunks(shape)
+    for elements in (60, 1 << 17):
+        monkeypatch.setattr(chunks, "CACHED_CHUNK", elements)
+        for shape in [(1000,), (999,), (7, 30), (8, 31), (1, 500), (2, 3, 50), ()]:
+            check_noise_of_chunks(shape)
 
 
 def check_noise_of_chunks(shape: tuple[int, ...]) -> None:
@@ -431,7 +438,7 @@ def test_noise_is_box_and_mullers_of_the_hashed_numbers() -> None:
         np.testing.assert_allclose(found.numpy(), numbers, rtol=5e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_noise_is_standard_normal(seed) -> None:
     count = 1 << 22
     noise = noise_of(seed, 5, count // 2)
@@ -446,31 +453,32 @@ def test_noise_is_standard_normal(seed) -> None:
     assert 4.8 < noise.abs().max() < 5.4
 
 
-@pytest.mark.parametrize("function", [torch.Tensor.clone, torch.square])
-def test_noise_is_independent_of_its_neighbours(function) -> None:
+def test_noise_is_independent_of_its_neighbours() -> None:
     """No correlation between indices, parameters, steps and seeds, of u and u²."""
     count, room = 1 << 20, 8192
     streams = [noise_of(*place, (count + room) // 2) for place in ((0, 0), (0, 1), (1, 0), (2, 0))]
-    values = [function(stream) - function(stream).mean() for stream in streams]
-    deviation = values[0].square().mean().item()
-    correlations = []
-    for lag in (0, 1, 2, 3, 7, 16, 64, 768, 1024, 4096, 8192):
-        for number, other in enumerate(values):
-            if lag or number:
-                product = values[0][:count] * other[lag : lag + count]
-                correlations.append(product.mean().item() / deviation * math.sqrt(count))
-    # 43 standard normal numbers: one above 4 comes once in 400 such tests.
-    assert max(map(abs, correlations)) < 4
+    correlations = {}
+    for function in (torch.Tensor.clone, torch.square):
+        values = [function(stream) - function(stream).mean() for stream in streams]
+        deviation = values[0].square().mean().item()
+        for lag in (0, 1, 2, 3, 7, 16, 64, 768, 1024, 4096, 8192):
+            for number, other in enumerate(values):
+                if lag or number:
+                    product = values[0][:count].dot(other[lag : lag + count]).item()
+                    size = deviation * math.sqrt(count)
+                    correlations[function.__name__, lag, number] = product / size
+    # 86 standard normal numbers: one above 4 comes once in 200 such tests.
+    assert not {place: found for place, found in correlations.items() if abs(found) >= 4}
 
 
-@pytest.mark.parametrize("function", [torch.Tensor.clone, torch.square, torch.sign])
-def test_the_numbers_of_a_pair_are_independent(function) -> None:
+def test_the_numbers_of_a_pair_are_independent() -> None:
     """They have one hash; of the four corners of u and v beyond 2 none is more frequent, too."""
     count = 1 << 21
     first, second = noise_of(0, 0, count).chunk(2)
-    pairs = [function(numbers) - function(numbers).mean() for numbers in (first, second)]
-    size = math.prod(numbers.square().mean().sqrt().item() for numbers in pairs)
-    assert abs(pairs[0].dot(pairs[1]).item()) / size < 4 * math.sqrt(count)
+    for function in (torch.Tensor.clone, torch.square, torch.sign):
+        pairs = [function(numbers) - function(numbers).mean() for numbers in (first, second)]
+        size = math.prod(numbers.square().mean().sqrt().item() for numbers in pairs)
+        assert abs(pairs[0].dot(pairs[1]).item()) / size < 4 * math.sqrt(count), function
     expected = count * torch.special.ndtr(torch.tensor(-2.0, dtype=torch.float64)).item() ** 2
     for sign in (1, -1):
         for other in (1, -1):
@@ -490,18 +498,21 @@ def test_bits_of_the_hash_are_fair_and_depend_on_every_bit() -> None:
         assert ((mixed >> bit) & 1).double().mean().item() == pytest.approx(0.5, abs=0.01)
 
 
+# Each takes some seconds a kernel; those of the first are the ones of a compiled run, too.
 COMPILED_KINDS = [
-    (torch.float32, "full", 1),
-    (torch.float32, "lowrank", 2),
-    (torch.bfloat16, "full", 1),
-    (torch.float16, "mezo", 1),
+    (torch.float32, "full", 1, 0.0),
+    (torch.float32, "lowrank", 1, 0.1),
+    (torch.bfloat16, "full", 1, 0.1),
+    (torch.float16, "mezo", 2, 0.0),
 ]
 
 
-@pytest.mark.parametrize("dtype, hessian, samples", COMPILED_KINDS, ids=str)
-def test_compiled_kernels_do_the_same(dtype, hessian, samples, monkeypatch) -> None:
+@pytest.mark.xdist_group("compiled")
+@pytest.mark.parametrize("dtype, kind, samples, decay", COMPILED_KINDS, ids=str)
+def test_compiled_kernels_do_the_same(dtype, kind, samples, decay, monkeypatch) -> None:
     """With the same losses, up to rounding."""
-    if kernels.why_not_compiled(torch.device("cpu")):
+    hessian, smooth = KINDS[kind]
+    if running.why_not_compiled(torch.device("cpu")):
         pytest.skip("torch.compile needs a C++ compiler")
     # Large parameters in a few tiles, where nothing is compiled.
     monkeypatch.setattr(chunks, "CACHED_CHUNK", 1 << 15)
@@ -509,21 +520,21 @@ def test_compiled_kernels_do_the_same(dtype, hessian, samples, monkeypatch) -> N
     for compiles in (False, True):
         parameters = [
             nn.Parameter(torch.linspace(-1, 1, size).to(dtype).view(shape))
-            for size, shape in ((40 * 1700, (40, 1700)), (70_000, (70_000,)), (30, (30,)))
+            for size, shape in ((40 * 1700, (40, 1700)), (46 * 1500, (46, 1500)), (30, (30,)))
         ]
         optimizer = HiZOO(
             parameters,
             lr=1e-3,
             eps=1e-2,
-            weight_decay=0.1,
-            hessian="full" if hessian == "mezo" else hessian,
-            hessian_smooth=0.0 if hessian == "mezo" else 1e-2,
+            weight_decay=decay,
+            hessian=hessian,
+            hessian_smooth=smooth,
             num_samples=samples,
             compile=compiles,
         )
         for step in range(3):
             values = [1.0, 1.0021 + 1e-4 * step, 0.9981, 1.0012, 0.9991]
-            values = values[: 2 if hessian == "mezo" else 1 + 2 * samples]
+            values = values[: 2 * samples + (smooth > 0)]
             # The first step takes its last loss twice.
             losses = itertools.chain(values, values[-1:])
             optimizer.step(lambda losses=losses: next(losses))
@@ -546,7 +557,7 @@ def test_compiled_kernels_do_the_same(dtype, hessian, samples, monkeypatch) -> N
 
 
 def test_without_a_compiler_the_step_runs_all_the_same(monkeypatch) -> None:
-    monkeypatch.setattr(kernels, "why_not_compiled", lambda device: "no C++ compiler found")
+    monkeypatch.setattr(running, "why_not_compiled", lambda device: "no C++ compiler found")
     model = quadratic_model(torch.float32)
     optimizer = HiZOO(model.parameters(), lr=1e-3, compile=True)
     with pytest.warns(UserWarning, match="torch.compile fails here: no C\\+\\+ compiler found"):
@@ -560,9 +571,9 @@ def test_without_a_compiler_the_step_runs_all_the_same(monkeypatch) -> None:
 def test_only_large_models_are_compiled(monkeypatch) -> None:
     asked = []
     monkeypatch.setattr(
-        kernels, "why_not_compiled", lambda device: asked.append(device) or "not now"
+        running, "why_not_compiled", lambda device: asked.append(device) or "not now"
     )
-    monkeypatch.setattr(kernels, "COMPILE_FROM", 200)
+    monkeypatch.setattr(running, "COMPILE_FROM", 200)
     small = nn.Linear(10, 10)
     HiZOO(small.parameters()).step(lambda: small(torch.ones(10)).sum())
     assert not asked
@@ -572,24 +583,41 @@ def test_only_large_models_are_compiled(monkeypatch) -> None:
     assert asked == [torch.device("cpu")]
 
 
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        ({"lr": -1.0}, "lr must be at least 0 and finite, not -1.0"),
-        ({"lr": math.nan}, "lr must be at least 0"),
-        ({"eps": 0}, "eps must be larger than 0"),
-        ({"eps": math.inf}, "eps must be larger than 0 and finite"),
-        ({"hessian_dtype": "int8"}, "hessian_dtype must be one of float32, bfloat16, float16"),
-        ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
-        ({"hessian_smooth": 1.0}, r"hessian_smooth must be in \[0, 1\), not 1.0"),
-        ({"hessian_smooth": -1e-3}, "hessian_smooth must be in"),
-        ({"num_samples": 0}, "num_samples must be at least 1, not 0"),
-        ({"hessian": "diagonal"}, "hessian must be one of full, lowrank, not 'diagonal'"),
-    ],
-)
-def test_bad_arguments_are_refused_with_their_value(settings, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        HiZOO([nn.Parameter(torch.zeros(3))], **settings)
+BAD_SETTINGS = [
+    ({"lr": -1.0}, "lr must be at least 0 and finite, not -1.0"),
+    ({"lr": math.nan}, "lr must be at least 0 and finite, not nan"),
+    ({"lr": "newton"}, "lr must be at least 0 and finite, not 'newton'"),
+    ({"eps": 0}, "eps must be larger than 0 and finite, not 0"),
+    ({"eps": math.inf}, "eps must be larger than 0 and finite, not inf"),
+    ({"eps": None}, "eps must be larger than 0 and finite, not None"),
+    ({"hessian_dtype": "int8"}, "hessian_dtype must be one of float32, bfloat16, float16, not"),
+    ({"weight_decay": -0.1}, "weight_decay must be at least 0 and finite, not -0.1"),
+    ({"hessian_smooth": 1.0}, "hessian_smooth must be in [0, 1), not 1.0"),
+    ({"hessian_smooth": -1e-3}, "hessian_smooth must be in [0, 1), not -0.001"),
+    ({"num_samples": 0}, "num_samples must be at least 1, not 0"),
+    ({"hessian": "diagonal"}, "hessian must be one of full, lowrank, not 'diagonal'"),
+    ({"curvature_every": 0}, "curvature_every must be at least 1, not 0"),
+    ({"curvature_eps": 0.0}, "curvature_eps must be larger than 0 and finite, not 0.0"),
+    # All at once.
+    ({"lr": -1, "eps": 0}, "eps must be larger than 0 and finite, not 0; lr must be at least 0"),
+]
+
+
+def test_bad_arguments_are_refused_with_their_value() -> None:
+    failures = []
+    for settings, message in BAD_SETTINGS:
+        try:
+            HiZOO([nn.Parameter(torch.zeros(3))], **settings)
+        except ValueError as error:
+            if message not in str(error):
+                failures.append((settings, str(error)))
+        else:
+            failures.append((settings, "was taken"))
+    assert not failures
+    # Those of a group, too: lr="auto" is one setting for all.
+    for settings in ({"lr": "auto"}, {"eps": 0.0}, {"weight_decay": math.inf}):
+        with pytest.raises(ValueError, match=f"{next(iter(settings))} must be "):
+            HiZOO([{"params": [nn.Parameter(torch.zeros(3))], **settings}])
 
 
 def test_parameters_that_do_not_fit_are_refused() -> None:
@@ -624,10 +652,10 @@ def test_weight_decay_of_float16_does_not_underflow(monkeypatch: pytest.MonkeyPa
     parameters = [parameter, nn.Parameter(torch.full((60,), 1e-5, dtype=torch.float16))]
     optimizer = HiZOO(parameters, lr=1e-4, weight_decay=0.01, hessian_smooth=0.0, eps=1e-9)
     before = parameter.detach().double().mean().item()
-    for _ in range(1000):
+    for _ in range(300):
         optimizer.step(lambda: 0.0)
     moved = parameter.detach().double().mean().item() - before
-    assert moved == pytest.approx(-2e-5, rel=0.1)
+    assert moved == pytest.approx(-6e-6, rel=0.1)
 
 
 def test_load_state_dict_takes_a_shift_back() -> None:
@@ -656,13 +684,24 @@ def test_weights_stay_finite_where_h_ends(dtype, smooth, loss) -> None:
     assert 0 < mean <= largest < math.inf
 
 
-@pytest.mark.parametrize("value, change", [(0.0, 1.003), (1.0, 1.004), (1.9921875, 0.012)])
-def test_changes_into_a_higher_last_place_are_right_on_average(value, change) -> None:
-    values = torch.full((1 << 16,), value, dtype=torch.bfloat16)
-    bits = hashed_numbers(1, 2, len(values))
-    changes = torch.full((1 << 16,), change)
-    values.copy_(rounded_stochastically(values.float(), changes, bits, values.dtype))
-    assert values.double().mean().item() == pytest.approx(value + change, abs=1e-4)
+def test_changes_into_a_higher_last_place_are_right_on_average() -> None:
+    for value, change in ((0.0, 1.003), (1.0, 1.004), (1.9921875, 0.012)):
+        values = torch.full((1 << 16,), value, dtype=torch.bfloat16)
+        bits = hashed_numbers(1, 2, len(values))
+        changes = torch.full((1 << 16,), change)
+        values.copy_(rounded_sum(values.float(), changes, bits, values.dtype))
+        assert values.double().mean().item() == pytest.approx(value + change, abs=1e-4), value
+
+
+def test_h_of_every_dtype_fits_weights_of_every_dtype() -> None:
+    dtypes = torch.float64, torch.float32, torch.bfloat16, torch.float16
+    for dtype, of_hessian in itertools.product(dtypes, ("float32", "bfloat16", "float16")):
+        model = quadratic_model(dtype)
+        optimizer = HiZOO(model.parameters(), hessian_smooth=1e-2, hessian_dtype=of_hessian)
+        for _ in range(2):
+            optimizer.step(lambda model=model: model_loss(model))
+        mean, largest = optimizer.hessian_mean_and_max()
+        assert 0 < mean < largest < 2, (dtype, of_hessian)
 
 
 def test_parameters_without_elements() -> None:

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from tiny_models import of_families, tiny_model
+from tiny_models import FAMILIES, USUAL, of_families, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BartConfig
 
@@ -30,8 +30,22 @@ def assert_bits_equal(model: nn.Module, before: dict[str, torch.Tensor]) -> None
         assert torch.equal(tensor, before[name]), name
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@of_families
+# One half-precision dtype for each usual family; make test-all has all of both.
+PAIRS = {("opt", torch.float16), ("llama", torch.bfloat16)}
+EVERY_FAMILY = [
+    pytest.param(
+        *(family, dtype),
+        id=f"{family}-{dtype}",
+        marks=[]
+        if family in USUAL and (dtype == torch.float32 or (family, dtype) in PAIRS)
+        else [pytest.mark.slow],
+    )
+    for family in FAMILIES
+    for dtype in DTYPES
+]
+
+
+@pytest.mark.parametrize("family, dtype", EVERY_FAMILY)
 def test_every_family_runs_with_exactly_the_perturbed_weights(family, dtype) -> None:
     model = tiny_model(family).to(dtype)
     shifted = copy.deepcopy(model)
@@ -79,9 +93,9 @@ def test_generation_draws_no_noise_for_every_token(monkeypatch) -> None:
     before = bits_of(model)
     optimizer = HiZOO(model.parameters(), hessian_smooth=0.0, layers=Layers(model))
     drawn = []
-    draw = weights.standard_normals
+    draw = weights.noise_of_bundle
     monkeypatch.setattr(
-        weights, "standard_normals", lambda bits: (drawn.append(None), draw(bits))[1]
+        weights, "noise_of_bundle", lambda *bundle: (drawn.append(None), draw(*bundle))[1]
     )
 
     def generated(count: int) -> list[torch.Tensor]:
@@ -153,7 +167,7 @@ def test_scratch_is_the_largest_module_and_a_tied_embedding(tied) -> None:
     largest = max(sum(p.numel() * 4 for p in owned) for owned in matrices)
     vectors = sum(p.numel() * 4 + 64 for p in layers.vectors)
     embedding = model.lm_head.weight.numel() * 4
-    scratch = sum(piece.nbytes() for piece in layers.free)
+    scratch = sum(piece.nbytes() for piece in layers.scratch.free)
     assert scratch <= largest + 64 * 2 + vectors + (embedding if tied else 0)
 
 
@@ -183,12 +197,9 @@ class ReadsAnothersWeight(nn.Module):
         return self.second(self.first(inputs) @ self.second.weight)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_check_finds_weights_that_another_module_reads(dtype) -> None:
-    for model, inputs in (
-        (ReadsAnothersWeight().to(dtype), torch.ones(2, 3, dtype=dtype)),
-        (tiny_model("lfm2").to(dtype), None),
-    ):
+def test_check_finds_weights_that_another_module_reads() -> None:
+    small = [(ReadsAnothersWeight().to(dtype), torch.ones(2, 3, dtype=dtype)) for dtype in DTYPES]
+    for model, inputs in (*small, *((tiny_model("lfm2").to(dtype), None) for dtype in DTYPES)):
         before = bits_of(model)
         layers = Layers(model)
 

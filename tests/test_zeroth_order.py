@@ -58,7 +58,14 @@ def optimizers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return made
 
 
-@pytest.mark.parametrize("arguments", MODES.values(), ids=MODES)
+MODE_CASES = [
+    # The kernels are those of test_hizoo.py: one process compiles them once.
+    pytest.param(mode, id=name, marks=[pytest.mark.xdist_group(name)] if name == "compiled" else [])
+    for name, mode in MODES.items()
+]
+
+
+@pytest.mark.parametrize("arguments", MODE_CASES)
 def test_every_mode_resumes_bit_for_bit(
     tmp_path: Path, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,21 +99,18 @@ def assert_differs_by_rounding(run_folder: Path) -> None:
     assert (max(differences) > 0) == (outcome.different == 4)
 
 
-@pytest.mark.parametrize(
-    "arguments, layerwise",
-    [
-        ({}, False),
-        ({"load_bfloat16": True}, True),
-        ({"load_float16": True}, True),
-        ({"load_float16": True, "zo_perturbation": "inplace"}, False),
-        ({"zo_perturbation": "layerwise"}, True),
-    ],
-)
-def test_auto_perturbs_half_precision_layer_by_layer(
-    tmp_path: Path, optimizers: list[Any], arguments: dict[str, Any], layerwise: bool
-) -> None:
-    finish(training(tmp_path, max_steps=1, save_strategy="no", **arguments))
-    assert (optimizers[-1].layers is not None) == layerwise
+def test_auto_perturbs_half_precision_layer_by_layer(tmp_path: Path, optimizers: list[Any]) -> None:
+    for number, (arguments, layerwise) in enumerate(
+        [
+            ({}, False),
+            ({"load_bfloat16": True}, True),
+            ({"load_float16": True}, True),
+            ({"load_float16": True, "zo_perturbation": "inplace"}, False),
+            ({"zo_perturbation": "layerwise"}, True),
+        ]
+    ):
+        finish(training(tmp_path / str(number), max_steps=1, save_strategy="no", **arguments))
+        assert (optimizers[-1].layers is not None) == layerwise, arguments
 
 
 def test_a_model_that_cannot_be_perturbed_layer_by_layer_is_shifted_in_place(
@@ -124,14 +128,14 @@ def test_a_model_that_cannot_be_perturbed_layer_by_layer_is_shifted_in_place(
     assert line.endswith("use --zo_perturbation inplace")
 
 
-@pytest.mark.parametrize("eps", ["1e30", "1e-30"])
 def test_perturbation_scale_that_does_not_fit_is_one_line(
-    tmp_path: Path, eps: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run.main(training(tmp_path, zo_eps=eps)) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
-    assert line.startswith(f"error: --zo_eps {float(eps):g}: eps ") and "give a " in line
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    for eps in ("1e30", "1e-30"):
+        assert run.main(training(tmp_path, zo_eps=eps)) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+        assert line.startswith(f"error: --zo_eps {float(eps):g}: eps ") and "give a " in line
+        assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_hessian_arguments_reach_the_optimizer(tmp_path: Path, optimizers: list[Any]) -> None:
@@ -188,20 +192,12 @@ def test_losses_that_are_not_finite_stop_the_run_with_a_checkpoint(
     assert all(torch.allclose(before[n], after[n], rtol=0, atol=1e-6) for n in before)
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
+def test_bad_values_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
         ({"hessian": "diagonal"}, "--hessian"),
         ({"hessian_dtype": "float8"}, "--hessian_dtype"),
         ({"zo_perturbation": "sideways"}, "--zo_perturbation"),
         ({"zo_num_samples": 0}, "--zo_num_samples 0: must be at least 1"),
         ({"max_skipped_steps": 0}, "--max_skipped_steps 0: must be at least 1"),
-    ],
-)
-def test_bad_values_are_refused(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    arguments: dict[str, Any],
-    message: str,
-) -> None:
-    assert message in refused_line(training(tmp_path, **arguments), capsys, tmp_path)
+    ):
+        assert message in refused_line(training(tmp_path, **arguments), capsys, tmp_path)

@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 AUTO = "auto"
 HESSIANS = ("full", "lowrank")
 HESSIAN_DTYPES = ("float32", "bfloat16", "float16")
+
+Bound = tuple[str, Callable[[Any], bool]]
+NOT_NEGATIVE: Bound = "at least 0 and finite", lambda value: 0 <= value < math.inf
+POSITIVE: Bound = "larger than 0 and finite", lambda value: 0 < value < math.inf
+AT_LEAST_1: Bound = "at least 1", lambda value: value >= 1
+BOUNDS: dict[str, Bound] = {
+    "lr": NOT_NEGATIVE,
+    "weight_decay": NOT_NEGATIVE,
+    "eps": POSITIVE,
+    "hessian_smooth": ("in [0, 1)", lambda value: 0 <= value < 1),
+    "hessian": (f"one of {', '.join(HESSIANS)}", lambda value: value in HESSIANS),
+    "hessian_dtype": (f"one of {', '.join(HESSIAN_DTYPES)}", lambda value: value in HESSIAN_DTYPES),
+    "num_samples": AT_LEAST_1,
+    "curvature_eps": POSITIVE,
+    "curvature_every": AT_LEAST_1,
+}
+# What a setting may be beside the values within its bounds.
+SPECIAL = {"lr": AUTO, "hessian_dtype": None, "curvature_eps": None, "curvature_every": None}
 
 
 @dataclass(frozen=True)
@@ -29,7 +49,7 @@ class HiZOOConfig:
         compile: whether torch.compile makes the kernels; None: for 16 million weights and more.
 
     Raises:
-        ValueError: a value is out of its bounds.
+        ValueError: values are out of their bounds.
     """
 
     lr: float | str = 1e-6
@@ -49,37 +69,20 @@ class HiZOOConfig:
             # A torch.dtype is kept by its name.
             name = str(self.hessian_dtype).removeprefix("torch.")
             object.__setattr__(self, "hessian_dtype", name)
-        if self.lr != AUTO:
-            check_at_least_0("lr", self.lr)
-        check_at_least_0("weight_decay", self.weight_decay)
-        check_above_0("eps", self.eps)
-        check_smoothing(self.hessian_smooth)
-        if self.hessian not in HESSIANS:
-            raise ValueError(f"hessian must be one of {', '.join(HESSIANS)}, not {self.hessian!r}")
-        if self.hessian_dtype not in (None, *HESSIAN_DTYPES):
-            known = ", ".join(HESSIAN_DTYPES)
-            raise ValueError(f"hessian_dtype must be one of {known}, not {self.hessian_dtype!r}")
-        if self.num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, not {self.num_samples!r}")
-        if self.curvature_eps is not None:
-            check_above_0("curvature_eps", self.curvature_eps)
-        if self.curvature_every is not None and self.curvature_every < 1:
-            raise ValueError(f"curvature_every must be at least 1, not {self.curvature_every!r}")
+        settings = vars(self).items()
+        check_settings({n: v for n, v in settings if n not in SPECIAL or v != SPECIAL[n]})
 
 
-def check_at_least_0(name: str, value: float | str) -> None:
-    """Raise ValueError unless a number is finite and at least 0."""
-    if isinstance(value, str) or not (value >= 0 and math.isfinite(value)):
-        raise ValueError(f"{name} must be at least 0 and finite, not {value!r}")
-
-
-def check_above_0(name: str, value: float) -> None:
-    """Raise ValueError unless a number is finite and above 0."""
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name} must be larger than 0 and finite, not {value!r}")
-
-
-def check_smoothing(value: float) -> None:
-    """Raise ValueError unless α is in [0, 1)."""
-    if not 0 <= value < 1:
-        raise ValueError(f"hessian_smooth must be in [0, 1), not {value!r}")
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError, which names all of them, if settings are out of their bounds."""
+    wrong = []
+    for name in sorted(BOUNDS.keys() & settings.keys()):
+        (bound, is_within), value = BOUNDS[name], settings[name]
+        try:
+            fits = is_within(value)
+        except TypeError:  # a text in place of a number
+            fits = False
+        if not fits:
+            wrong.append(f"{name} must be {bound}, not {value!r}")
+    if wrong:
+        raise ValueError("; ".join(wrong))

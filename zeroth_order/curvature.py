@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ def dtype_of_hessian(parameter: Tensor, state: State, wanted: str | None) -> tor
     return torch.bfloat16 if parameter.dtype == torch.float16 else parameter.dtype
 
 
-def start(trained: TrainedParameter, low_rank: bool) -> State:
+def start(trained: TrainedParameter) -> State:
     """Return the state of h = 1.
 
     A full h is kept as h - 1: it changes by as little as α = 1e-10 a step, and near 1 float32 would
@@ -39,11 +38,10 @@ def start(trained: TrainedParameter, low_rank: bool) -> State:
     h is a float64 vector for the rows and one for the columns.
     """
     parameter = trained.parameter
-    if not low_rank:
+    if not trained.low_rank:
         return {OFFSET: torch.zeros_like(parameter, dtype=trained.hessian_dtype)}
     one = torch.ones((), dtype=torch.float64, device=parameter.device)
-    rows, *columns = parameter.shape
-    return {ROWS: one.repeat(rows), COLUMNS: one.repeat(math.prod(columns))}
+    return {ROWS: one.repeat(len(parameter)), COLUMNS: one.repeat(trained.columns)}
 
 
 def hessian_of_chunk(chunk: Chunk, state: State) -> list[Tensor] | tuple[Tensor, ...] | None:
@@ -62,45 +60,41 @@ def hessian_of_chunk(chunk: Chunk, state: State) -> list[Tensor] | tuple[Tensor,
     return tuple(factors[piece] * columns for piece in chunk.rows())
 
 
-class RowAndColumnMeans:
-    """The means of h u² over the columns and over the rows of a matrix, summed chunk by chunk."""
-
-    def __init__(self, state: State) -> None:
-        self.rows = torch.zeros_like(state[ROWS])
-        self.columns = torch.zeros_like(state[COLUMNS])
-
-    def add(self, chunk: Chunk, squares: Sequence[Tensor]) -> None:
-        """Add h u² of a chunk's pieces."""
-        for rows, square in zip(chunk.rows(), squares, strict=True):
-            self.rows[rows] += square.sum(1) / len(self.columns)
-            self.columns += square.sum(0) / len(self.rows)
-
-
 def averaged(
-    state: State, smooth: float, curvatures: Sequence[float], means: Sequence[RowAndColumnMeans]
+    state: State,
+    smooth: float,
+    curvatures: Sequence[float],
+    measured: Sequence[Iterator[tuple[Chunk, list[Tensor]]]],
 ) -> State:
-    """Return a low-rank h after a step with smoothing α, from each direction's c and means."""
+    """Return a low-rank h after a step: moving averages of the row and column means of c h u².
+
+    ``measured`` are all chunks of each direction with h u² of their pieces.
+    """
     rows, columns = (1 - smooth) * state[ROWS], (1 - smooth) * state[COLUMNS]
-    for curvature, of_direction in zip(curvatures, means, strict=True):
-        rows += smooth * curvature * of_direction.rows
-        columns += smooth * curvature * of_direction.columns
+    for curvature, chunks in zip(curvatures, measured, strict=True):
+        row_means, column_means = torch.zeros_like(rows), torch.zeros_like(columns)
+        for chunk, squares in chunks:
+            for of_piece, square in zip(chunk.rows(), squares, strict=True):
+                row_means[of_piece] += square.sum(1) / len(columns)
+                column_means += square.sum(0) / len(rows)
+        rows += smooth * curvature * row_means
+        columns += smooth * curvature * column_means
     return {ROWS: rows, COLUMNS: columns}
 
 
 def mean_and_max(states: Iterable[State]) -> tuple[float, float]:
     """Return the mean and the maximum of h over all parameters that have one; (1, 1) for none."""
-    total, count, largest = 0.0, 0, 1.0
+    total, count, maxima = 0.0, 0, []
     for state in states:
         if ROWS in state:
             rows, columns = state[ROWS], state[COLUMNS]
             size, mean = rows.numel() * columns.numel(), columns.mean().item()
-            maximum = ((rows / rows.mean()).max() * columns.max()).item()
+            maxima.append(((rows / rows.mean()).max() * columns.max()).item())
         elif OFFSET in state and state[OFFSET].numel():
             offset = state[OFFSET]
             size, mean = offset.numel(), 1 + offset.mean(dtype=torch.float32).item()
-            maximum = 1 + offset.max().item()
+            maxima.append(1 + offset.max().item())
         else:
             continue
-        largest = max(largest, maximum) if count else maximum
         total, count = total + mean * size, count + size
-    return (total / count, largest) if count else (1.0, 1.0)
+    return (total / count, max(maxima)) if count else (1.0, 1.0)

@@ -56,7 +56,7 @@ class InPlaceWeights(Weights):
         Half precision comes back to θ first: it rounds to the nearest there, and stochastically in
         the update. So do weights with a low-rank h, which the update changes as a whole.
         """
-        if any(is_half(trained.parameter.dtype) or trained.columns for trained in self.parameters):
+        if any(is_half(trained.parameter.dtype) or trained.low_rank for trained in self.parameters):
             self.restore()
         try:
             super().update(steps)

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zeroth_order.scratch import Scratch
 from zeroth_order.weights import Weights
 
 Copies = dict[nn.Parameter, Tensor]
-# Bytes: a module's weights lie in one piece of scratch, each as a tensor of its own would.
-ALIGNMENT = 64
+# Puts weights into the tensors that it is given.
+Write = Callable[[Copies], None]
 
 
 class OnlyInPlace(RuntimeError):
@@ -41,25 +42,18 @@ class Layers:
     def __init__(self, module: nn.Module) -> None:
         self.owners: list[tuple[nn.Module, list[nn.Parameter]]] = []
         for part in module.modules():
-            trained = [p for p in part._parameters.values() if p is not None and p.requires_grad]
-            if trained:
+            if trained := [p for p in part.parameters(recurse=False) if p.requires_grad]:
                 self.owners.append((part, trained))
         self.uses = Counter(parameter for _, owned in self.owners for parameter in owned)
         self.vectors = [parameter for parameter in self.uses if parameter.dim() < 2]
         self.names = {parameter: name for name, parameter in module.named_parameters()}
-        self.free: list[torch.UntypedStorage] = []
+        self.scratch = Scratch()
         # Whether ``check`` has found that this model can be perturbed so.
         self.checked = False
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what ``copy`` and ``pickle`` keep: scratch memory is made anew."""
-        return {**self.__dict__, "free": []}
-
     @contextlib.contextmanager
-    def replaced(
-        self, write: Callable[[Copies], None], alone: bool = False
-    ) -> Iterator[set[nn.Parameter]]:
-        """Evaluate with the weights that ``write`` puts into the tensors it is given.
+    def replaced(self, write: Write, alone: bool = False) -> Iterator[set[nn.Parameter]]:
+        """Evaluate with the weights that ``write`` makes.
 
         With ``alone`` all weights are NaN but those of the modules that run, so that it shows in
         what they return if one reads another one's weights. Yields the parameters whose modules
@@ -71,17 +65,17 @@ class Layers:
             idle = {p: data.new_full((), torch.nan).expand(data.shape) for p, data in own.items()}
         running: set[nn.Parameter] = set()
         reached: set[nn.Parameter] = set()
+        depth: Counter[nn.Parameter] = Counter()
         kept: Copies = {}
         for device in {vector.device for vector in self.vectors}:
             kept |= self._written([v for v in self.vectors if v.device == device], write)
-        depth: Counter[nn.Parameter] = Counter()
 
         def enter(parameters: list[nn.Parameter], *_: Any) -> None:
             entering = [p for p in parameters if p not in running]
             fresh = [p for p in entering if p not in kept]
             give({p: own[p] for p in fresh})
-            fresh = self._written(fresh, write)
-            give({p: fresh[p] if p in fresh else kept[p] for p in entering})
+            copies = self._written(fresh, write)
+            give({p: copies[p] if p in copies else kept[p] for p in entering})
             running.update(entering)
             depth.update(parameters)
 
@@ -94,7 +88,7 @@ class Layers:
             if any(self.uses[p] > 1 or p in reached for p in used):
                 kept.update(used)
             else:
-                self._give_back(used)
+                self.scratch.give_back(used)
             reached.update(leaving)
 
         with contextlib.ExitStack() as hooks:
@@ -108,7 +102,14 @@ class Layers:
                 yield reached
             finally:
                 give(own)
-                self._give_back(kept)
+                self.scratch.give_back(kept)
+
+    def _written(self, parameters: list[nn.Parameter], write: Write) -> Copies:
+        """Scratch for parameters that lie together, with the weights that ``write`` makes."""
+        weights = self.scratch.borrow(parameters)
+        if weights:
+            write(weights)
+        return weights
 
     def check(self, loss: Callable[[], Any]) -> list[str]:
         """Try whether a model's weights are read by their own modules alone, while these run.
@@ -125,8 +126,8 @@ class Layers:
         own = {parameter: parameter.data for parameter in self.uses}
 
         def write(weights: Copies) -> None:
-            for parameter, scratch in weights.items():
-                scratch.copy_(own[parameter])
+            for parameter, copy in weights.items():
+                copy.copy_(own[parameter])
 
         expected = self._count_nan(loss)
         try:
@@ -158,38 +159,6 @@ class Layers:
             found.append(math.isnan(float(loss())))
         return sum(found)
 
-    def _written(self, parameters: list[nn.Parameter], write: Callable[[Copies], None]) -> Copies:
-        """Scratch for parameters that lie together, with the weights that ``write`` puts there."""
-        weights = self._borrow(parameters)
-        if weights:
-            write(weights)
-        return weights
-
-    def _borrow(self, parameters: list[nn.Parameter]) -> Copies:
-        """Scratch for a module's parameters, in the smallest free piece that is large enough."""
-        if not parameters:
-            return {}
-        sizes = [-(-p.numel() * p.element_size() // ALIGNMENT) * ALIGNMENT for p in parameters]
-        device = parameters[0].device
-        pieces = [piece for piece in self.free if piece.device == device]
-        pieces.sort(key=torch.UntypedStorage.nbytes)
-        piece = next((piece for piece in pieces if piece.nbytes() >= sum(sizes)), None)
-        # Where none is, the largest piece makes room for a larger one.
-        taken = piece or (pieces[-1] if pieces else None)
-        self.free = [free for free in self.free if free is not taken]
-        piece = piece or torch.UntypedStorage(sum(sizes), device=device)
-        weights, start = {}, 0
-        for parameter, size in zip(parameters, sizes, strict=True):
-            empty = torch.empty(0, dtype=parameter.dtype, device=device)
-            offset = start // parameter.element_size()
-            weights[parameter] = empty.set_(piece, offset, parameter.shape)
-            start += size
-        return weights
-
-    def _give_back(self, weights: Copies) -> None:
-        pieces = [tensor.untyped_storage() for tensor in weights.values()]
-        self.free += {piece.data_ptr(): piece for piece in pieces}.values()
-
 
 def give(weights: Copies) -> None:
     """Let parameters hold these weights."""
@@ -203,24 +172,14 @@ def kind_of(name: str) -> str:
 
 
 class LayerwiseWeights(Weights):
-    """Runs each module with a perturbed copy of its weights: exact in every dtype.
+    """Runs each module with a perturbed copy of its weights: exact in every dtype."""
 
-    Args:
-        layers: of the model that the closure runs.
-        *args: of ``Weights``, likewise keyword arguments.
-    """
-
-    def __init__(self, layers: Layers, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, layers: Layers, *args: Any) -> None:
+        super().__init__(*args)
         self.layers = layers
 
     def prepare(self, closure: Callable[[], Any]) -> None:
-        """Try once whether the closure's model can be perturbed module by module.
-
-        Raises:
-            OnlyInPlace: it cannot.
-            RuntimeError: the loss does not depend on a weight.
-        """
+        """Check the closure's model once; raise RuntimeError if a weight plays no part in it."""
         if not self.layers.checked and (unused := self.layers.check(closure)):
             raise RuntimeError(
                 f"the loss does not depend on {unused[0]}: freeze it before Layers(model), with "

@@ -8,8 +8,7 @@ what a seed stands for.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -33,11 +32,6 @@ def mix_seed(*numbers: int) -> int:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & MASK_64
         state ^= state >> 31
     return state
-
-
-def stream_of(seed: int, step: int, direction: int) -> int:
-    """Return the 64-bit seed of one direction of one step."""
-    return mix_seed(seed, step, direction)
 
 
 def chunk_key(stream: int, parameter: int, first: int) -> tuple[int, int]:
@@ -109,46 +103,6 @@ def standard_normals(bits: Tensor) -> tuple[Tensor, Tensor]:
     # Those angles are half a circle: the sign of the cosine is the twelfth bit.
     signed = (radius.view(torch.int32) ^ ((bits << 11) & SIGN_BIT)).view(torch.float32)
     return sine.mul_(radius), cosine.mul_(signed)
-
-
-class NoiseSource(NamedTuple):
-    """Where a compiled kernel finds the random numbers of a chunk.
-
-    Attributes:
-        key: of the ``counters`` of the chunk's pairs, int32 (2,).
-        index: of the pairs, int32, from the chunk's first one; it may be longer than the chunk.
-            None: the kernel counts.
-    """
-
-    key: Tensor
-    index: Tensor | None
-
-
-# Random numbers of a chunk: those of each piece, or where a kernel finds them.
-Noise = NoiseSource | Sequence[Tensor]
-
-
-def numbers_of_chunk(
-    noise: Noise, pieces: Sequence[Tensor], of_pairs: Callable[[Tensor], tuple[Tensor, Tensor]]
-) -> list[Tensor]:
-    """Return random numbers for each piece of a chunk, in its shape.
-
-    ``of_pairs`` (``standard_normals`` or ``rounding_bits``) makes them of hashed counters, if
-    ``noise`` does not hold them already.
-    """
-    if not isinstance(noise, NoiseSource):
-        return [numbers.view(piece.shape) for numbers, piece in zip(noise, pieces, strict=True)]
-    first, index = pieces[0], noise.index
-    if index is None:
-        index = torch.arange(first.numel(), dtype=torch.int32, device=first.device)
-    pairs = counters(noise.key, index.narrow(0, 0, first.numel())).view(first.shape)
-    return list(of_pairs(hashed(pairs))[: len(pieces)])
-
-
-def drawn(noise: Noise, pieces: Sequence[Tensor]) -> list[Tensor]:
-    """Return u of each piece of a chunk, in its shape and the dtype of arithmetic."""
-    dtype = compute_dtype(pieces[0].dtype)
-    return [u.to(dtype) for u in numbers_of_chunk(noise, pieces, standard_normals)]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# The bits that bfloat16 keeps of a float32.
-UPPER_HALF = -(1 << 16)
+# The bits of a float32: its exponent, and those that bfloat16 keeps.
+EXPONENT, UPPER_HALF = 0x7F800000, -(1 << 16)
 
 
 def is_half(dtype: torch.dtype) -> bool:
@@ -14,27 +14,21 @@ def is_half(dtype: torch.dtype) -> bool:
     return dtype.itemsize < 4
 
 
-def added(value: Tensor, change: Tensor, bits: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return ``value`` + ``change`` as numbers that ``dtype`` can hold."""
-    if is_half(dtype):
-        return rounded_stochastically(value, change, bits, dtype)
-    return value + change.to(value.dtype)
+def rounded_sum(value: Tensor, change: Tensor, bits: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return ``value`` + ``change`` as numbers that ``dtype`` can hold.
 
-
-def rounded_stochastically(
-    value: Tensor, change: Tensor, bits: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """Return ``value`` + ``change`` in float32, rounded to ``dtype``, right on average.
-
-    A change far below one unit in the last place is neither lost nor biased, for normal and
-    subnormal numbers; a change of 0 moves nothing.
+    Half precision rounds at random, right on average: a change far below one unit in the last place
+    is neither lost nor biased, for normal and subnormal numbers; a change of 0 moves nothing.
 
     Args:
-        value: float32 numbers that ``dtype`` can hold.
-        change: float32.
-        bits: random, int32; the upper ones count most.
-        dtype: bfloat16 or float16.
+        value: numbers that ``dtype`` can hold, in float32 where it is of half precision.
+        change: what is added.
+        bits: random, int32, the upper ones count most; None for full precision.
+        dtype: what the sum rounds to.
     """
+    change = change.to(value.dtype)
+    if not is_half(dtype):
+        return value + change
     if dtype == torch.bfloat16:
         return rounded_to_bfloat16(value, change, bits)
     return rounded_to_units(value, change, bits, dtype)
@@ -46,7 +40,7 @@ def rounded_to_bfloat16(value: Tensor, change: Tensor, bits: Tensor) -> Tensor:
     The sum in float32, whose last place is 2**-16 units, rounds at random too: half a last place
     at most is added to it before.
     """
-    power = (value.view(torch.int32) & 0x7F800000).view(torch.float32)
+    power = (value.view(torch.int32) & EXPONENT).view(torch.float32)
     below = (bits & 0xFFFF).to(torch.float32).sub_(0x7FFF + 0.5).mul_(2**-39)
     total = value + below.mul_(power).add_(change)
     total = torch.where(change == 0, value, total)
@@ -59,11 +53,11 @@ def rounded_to_units(value: Tensor, change: Tensor, bits: Tensor, dtype: torch.d
 
     That is ``change`` in those units, rounded up with the probability of its fraction.
     """
-    information = torch.finfo(dtype)
+    limits = torch.finfo(dtype)
     total = value + change
     largest = torch.maximum(value.abs(), total.abs())
-    power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)
-    unit = power.clamp(min=information.smallest_normal).mul_(information.eps)
+    power = (largest.view(torch.int32) & EXPONENT).view(torch.float32)
+    unit = power.clamp(min=limits.smallest_normal).mul_(limits.eps)
     # Where the last place of the sum is a higher one, the sum itself is rounded to it.
     outgrown = value.abs() < power
     value = torch.where(outgrown, 0.0, value)

@@ -129,9 +129,9 @@ FAULTS = [
     ),
     Fault(
         "noise: a chunk begins one number late",
-        "zeroth_order/chunks.py",
-        "return chunk_key(stream, self.of.number, self.starts[0])",
-        "return chunk_key(stream, self.of.number, self.starts[0] + (self.starts[0] > 0))",
+        "zeroth_order/chunk_noise.py",
+        "chunk_key(stream, chunk.of.number, chunk.starts[0])",
+        "chunk_key(stream, chunk.of.number, chunk.starts[0] + (chunk.starts[0] > 0))",
         "hizoo",
     ),
     Fault(
@@ -144,8 +144,8 @@ FAULTS = [
     Fault(
         "restore: the NaN of a check stay",
         "zeroth_order/layerwise.py",
-        "                give(own)\n                self._give_back(kept)",
-        "                self._give_back(kept)",
+        "                give(own)\n                self.scratch.give_back(kept)",
+        "                self.scratch.give_back(kept)",
         "hizoo layerwise",
     ),
     Fault(
