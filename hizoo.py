@@ -180,14 +180,14 @@ class HiZOO(torch.optim.Optimizer):
                 "step() needs a closure, or estimate(closure) before it; with transformers take "
                 "ZerothOrderTrainer (trainer.py), a plain Trainer calls neither"
             )
-        first, second = self._mean_differences()
-        skipped = not all(map(math.isfinite, first + second))
+        differences = itertools.chain.from_iterable(self._mean_differences())
+        skipped = not all(map(math.isfinite, differences))
         with signals_wait():
             try:
                 if skipped:
                     self.restore()
                 else:
-                    self._update(first, second)
+                    self._update()
             finally:
                 self._forget_estimates()
             for group in self.param_groups:
@@ -197,23 +197,16 @@ class HiZOO(torch.optim.Optimizer):
         torch.clear_autocast_cache()
         return loss
 
-    def _update(self, first: list[float], second: list[float]) -> None:
-        """Make g, c and η of every group, and update θ and h.
-
-        ``first`` and ``second`` are l+ - l- and l+ + l- - 2 l0 of every direction.
-        """
-        gradients, curvatures = self._g_and_c(self.param_groups[0], first, second)
-        self.projected_gradient = sum(gradients)
-        if curvatures is not None:
-            self.curvature = sum(curvatures)
-            noted = step_rule.with_curvature(self.param_groups[0], self.curvature)
+    def _update(self) -> None:
+        """Make g, c and η of every group, and update θ and h."""
+        self.projected_gradient, c, _ = self.pending()
+        if c is not None:
+            self.curvature = c
+            noted = step_rule.with_curvature(self.param_groups[0], c)
             for group in self.param_groups:
                 group.update(noted)
-        steps = []
-        for group in self.param_groups:
-            gradients, curvatures = self._g_and_c(group, first, second)
-            steps.append(GroupStep(gradients, curvatures, self.learning_rate(group)))
-        self.weights.update(steps)
+        groups = self.param_groups
+        self.weights.update([GroupStep(*self._g_and_c(g), self.learning_rate(g)) for g in groups])
 
     def pending(self) -> tuple[float, float | None, float]:
         """Return g, c (None: not measured) and η of the step that ``step()`` is about to take.
@@ -221,15 +214,14 @@ class HiZOO(torch.optim.Optimizer):
         They are the first group's, g and c means over the directions.
         """
         group = self.param_groups[0]
-        gradients, curvatures = self._g_and_c(group, *self._mean_differences())
+        gradients, curvatures = self._g_and_c(group)
         c = None if curvatures is None else sum(curvatures)
         noted = {} if c is None else step_rule.with_curvature(group, c)
         return sum(gradients), c, self.learning_rate(group | noted)
 
-    def _g_and_c(
-        self, group: dict[str, Any], first: list[float], second: list[float]
-    ) -> tuple[list[float], list[float] | None]:
+    def _g_and_c(self, group: dict[str, Any]) -> tuple[list[float], list[float] | None]:
         """Return g and c of every direction with a group's μ, divided by their number."""
+        first, second = self._mean_differences()
         eps, samples = group["eps"], self.config.num_samples
         eps_of_c = eps * self._curvature_ratio()
         gradients = [difference / (2 * eps) / samples for difference in first]
