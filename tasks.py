@@ -24,7 +24,6 @@ class Sample:
 
     Attributes:
         id: the row's index in its split, from 0.
-        row: the columns that the task needs; all of them for the user's own files and for rewards.
         candidates: labels or texts in the order of the options; empty where answers are generated.
         correct: the acceptable candidates, or the gold answers; the first is the one trained on and
             shown in demonstrations.
@@ -34,11 +33,6 @@ class Sample:
     row: Row
     candidates: tuple[Any, ...]
     correct: tuple[Any, ...]
-
-    @property
-    def has_correct_option(self) -> bool:
-        """Whether a candidate is correct; always true where answers are generated."""
-        return not self.candidates or any(choice in self.correct for choice in self.candidates)
 
 
 class Reward(Protocol):
@@ -116,9 +110,11 @@ class Task:
         candidates = self.candidates(row) if self.candidates else tuple(self.template.labels)
         correct: tuple[Any, ...] = ()
         if with_answer and self.answer_column:
-            of_row = self.correct or partial(_labelled, self.answer_column)
-            correct = of_row(row, candidates)
-        return Sample(index, self.kept(row, needed), candidates, correct)
+            if self.correct:
+                correct = self.correct(row, candidates)
+            else:
+                correct = (_pick(candidates, row, self.answer_column),)
+        return Sample(index, row, candidates, correct)
 
     def check_columns(self, row: Row, needed: Iterable[str]) -> None:
         """Refuse a row without one of the columns."""
@@ -128,11 +124,6 @@ class Task:
                 f"column {missing[0]!r} is missing: {self.name} needs {listed(needed)}; "
                 f"found {listed(row) or 'none'}"
             )
-
-    def kept(self, row: Row, needed: Iterable[str]) -> Row:
-        """Return what a sample keeps of its row."""
-        kept = [*needed, *({"id"} & row.keys())]
-        return dict(row) if self.reward else {column: row[column] for column in kept}
 
     def prompt(self, sample: Sample) -> str:
         """Return the text before the option."""
@@ -192,14 +183,16 @@ def listed(names: Iterable[Any]) -> str:
 # Functions and partials, no closures: a checkpoint keeps its task among its arguments.
 
 
-def _labelled(column: str, row: Row, labels: tuple[Any, ...]) -> tuple[Any]:
-    return (_pick(labels, row, column),)
-
-
-def _gold_answers(column: str, field: str, row: Row, _: tuple[()]) -> tuple[str, ...]:
-    answers = row[column]
-    texts = answers.get(field) if isinstance(answers, Mapping) else None
-    return _distinct_texts(texts, f"{column}.{field}")
+def _texts(place: str, row: Row, *_: Any) -> tuple[str, ...]:
+    """Return the texts of a column, or as in ``answers.text`` of its field, each once."""
+    column, _, name = place.partition(".")
+    values = row[column]
+    if name:
+        values = values.get(name) if isinstance(values, Mapping) else None
+    is_list = isinstance(values, list | tuple) and all(isinstance(value, str) for value in values)
+    if not is_list or not values:
+        raise InputError(f"{place} is {shown(values)}: expected a list of at least one text")
+    return tuple(dict.fromkeys(values))
 
 
 def _choices(row: Row) -> tuple[str, str]:
@@ -211,14 +204,6 @@ def _choice(row: Row, choices: tuple[str, ...]) -> tuple[str]:
     return (choices[_pick((0, 1), row, "label")],)
 
 
-def _entities(row: Row) -> tuple[str, ...]:
-    return _distinct_texts(row["entities"], "entities")
-
-
-def _right_entities(row: Row, _: tuple[str, ...]) -> tuple[str, ...]:
-    return _distinct_texts(row["answers"], "answers")
-
-
 def _pick(known: Iterable[Any], row: Row, column: str) -> Any:
     """Return the known value equal to the row's (a file may write 1.0 for 1, or 1 for true)."""
     known = tuple(known)
@@ -226,14 +211,6 @@ def _pick(known: Iterable[Any], row: Row, column: str) -> Any:
         expected = " or ".join(map(repr, known))
         raise InputError(f"{column} is {shown(row[column])}: expected {expected}")
     return known[known.index(row[column])]
-
-
-def _distinct_texts(values: Any, column: str) -> tuple[str, ...]:
-    """Return the texts in order, each once."""
-    is_list = isinstance(values, list | tuple) and all(isinstance(value, str) for value in values)
-    if not is_list or not values:
-        raise InputError(f"{column} is {shown(values)}: expected a list of at least one text")
-    return tuple(dict.fromkeys(values))
 
 
 _SUPER_GLUE = "aps/super_glue"
@@ -256,18 +233,18 @@ TASKS: dict[str, Task] = {
         ),
         Task(
             *("ReCoRD", templates.ReCoRD, _SUPER_GLUE, "record", "answers"),
-            candidates=_entities,
-            correct=_right_entities,
+            candidates=partial(_texts, "entities"),
+            correct=partial(_texts, "answers"),
             more_text_columns=("query",),
             option_columns=("entities",),
         ),
         Task(
             *("SQuAD", templates.SQuAD, "rajpurkar/squad", None, "answers"),
-            correct=partial(_gold_answers, "answers", "text"),
+            correct=partial(_texts, "answers.text"),
         ),
         Task(
             *("DROP", templates.DROP, "ucinlp/drop", None, "answers_spans"),
-            correct=partial(_gold_answers, "answers_spans", "spans"),
+            correct=partial(_texts, "answers_spans.spans"),
         ),
     )
 }

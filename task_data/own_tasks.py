@@ -79,13 +79,10 @@ class OwnTask(Task):
             known = [each for names, each in LAYOUTS.items() if set(names) <= set(row)]
             raise InputError(f"{error}; {(known or [NAMED])[0]}") from error
 
-    def kept(self, row: Row, needed: Iterable[str]) -> Row:
-        """Return the whole row."""
-        return dict(row)
-
     def messages(self, prompt: str, sample: Sample) -> list[dict[str, str]]:
         """Return the turns of a conversation before its answer."""
-        return sample.row.get("messages") or super().messages(prompt, sample)
+        said = self.own_columns.from_messages
+        return sample.row["messages"] if said else super().messages(prompt, sample)
 
 
 def choose_task(

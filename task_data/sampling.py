@@ -75,7 +75,10 @@ def with_a_correct_option(
     They are left out after the draw, so that a seed means the same rows. Evaluation keeps them:
     every answer to them is wrong.
     """
-    kept_train, kept_dev = ([s for s in part if s.has_correct_option] for part in (train, dev))
+    kept_train, kept_dev = (
+        [s for s in part if not s.candidates or {*s.candidates}.intersection(s.correct)]
+        for part in (train, dev)
+    )
     if train and not kept_train:
         raise InputError(
             f"none of the {len(train)} training examples has a correct answer among its options; "

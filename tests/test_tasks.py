@@ -61,12 +61,6 @@ EXAMPLES = {
 }
 
 
-def kept_of(name):
-    """What a sample keeps of its row: the columns that the task needs, and the file's own id."""
-    row = EXAMPLES[name][0]
-    return {column: row[column] for column in row if column in ("id", *TASKS[name].columns)}
-
-
 def write_jsonl(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -127,7 +121,7 @@ def test_sample():
         task = TASKS[name]
         sample = task.sample(row, 7)
         assert (sample.id, sample.candidates, sample.correct) == (7, candidates, correct), name
-        assert sample.row == kept_of(name), name
+        assert sample.row == row, name
         # BoolQ's labels stay booleans: 1 == True would hide an integer.
         assert [type(value) for value in sample.correct] == [type(value) for value in correct], name
         assert task.prompt(sample) == task.template.prompt(row), name
@@ -195,7 +189,7 @@ def test_load_local_files(suffix, tmp_path):
         assert [sample.id for sample in train] == [0, 1]
         assert [sample.id for sample in validation] == [0]
         for sample in train + validation:
-            assert sample.row == kept_of(name)
+            assert sample.row == row
             assert (sample.candidates, sample.correct) == (candidates, correct)
 
 
@@ -325,7 +319,7 @@ def test_load_from_hub(monkeypatch):
         assert asked.pop() == (task.hub_path, task.hub_config, ["train", "validation"])
         assert ([s.id for s in train], [s.id for s in validation]) == ([0, 1], [0])
         assert (train[1].candidates, train[1].correct) == (candidates, correct)
-        assert train[1].row == kept_of(name)
+        assert train[1].row == row
 
 
 def test_hub_unreachable(monkeypatch):
