@@ -20,18 +20,13 @@ from utils import InputError
 
 @dataclass(frozen=True)
 class Sample:
-    """One example.
+    """One example."""
 
-    Attributes:
-        id: the row's index in its split, from 0.
-        candidates: labels or texts in the order of the options; empty where answers are generated.
-        correct: the acceptable candidates, or the gold answers; the first is the one trained on and
-            shown in demonstrations.
-    """
-
-    id: int
+    id: int  # the row's index in its split, from 0
     row: Row
+    # Labels or texts in the order of the options; empty where answers are generated.
     candidates: tuple[Any, ...]
+    # The acceptable candidates, or the gold answers; training and demonstrations take the first.
     correct: tuple[Any, ...]
 
 
@@ -49,35 +44,23 @@ class Reward(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """A data set with its prompt and its metric.
+    """A data set with its prompt and its metric."""
 
-    Attributes:
-        name: as papers write it.
-        hub_path: the data set's id on the Hugging Face Hub; None for the user's own files.
-        hub_config: its configuration there, if it has several.
-        answer_column: the column that says which answer is correct; None: a reward says so.
-        candidates: a row -> the answers to choose from; None: the template's labels, or if it has
-            none, answers are generated.
-        correct: (a row, its candidates) -> the acceptable answers; None: the one that the answer's
-            column holds.
-        more_text_columns: columns that hold text, beside those of the prompt.
-        option_columns: columns that hold no text, which ``candidates`` needs.
-        answer_metric: the first metric of generated answers: f1 or em.
-        reward: how good a generated text is; None: the gold answers say so.
-    """
-
-    name: str
+    name: str  # as papers write it
     template: Template
-    hub_path: str | None
-    hub_config: str | None
-    answer_column: str | None = "label"
+    hub_path: str | None  # the data set's id on the Hugging Face Hub; None for the user's own files
+    hub_config: str | None  # its configuration there, if it has several
+    answer_column: str | None = "label"  # says which answer is correct; None: a reward does
     _: KW_ONLY
+    # A row -> the answers to choose from; None: the template's labels. Without either answers are
+    # generated.
     candidates: Callable[[Row], tuple[Any, ...]] | None = None
+    # (A row, its candidates) -> the acceptable answers; None: what the answer's column holds.
     correct: Callable[[Row, tuple[Any, ...]], tuple[Any, ...]] | None = None
-    more_text_columns: tuple[str, ...] = ()
-    option_columns: tuple[str, ...] = ()
-    answer_metric: str = "f1"
-    reward: Reward | None = None
+    more_text_columns: tuple[str, ...] = ()  # beside those of the prompt
+    option_columns: tuple[str, ...] = ()  # hold no text; ``candidates`` needs them
+    answer_metric: str = "f1"  # the first metric of generated answers: f1 or em
+    reward: Reward | None = None  # how good a text is; None: the gold answers say so
 
     @property
     def generation(self) -> bool:

@@ -16,22 +16,17 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Template:
-    """How a row becomes text: ``prompt(row) + option(row, candidate)`` is a whole example.
+    """How a row becomes text: ``prompt(row) + option(row, candidate)`` is a whole example."""
 
-    Attributes:
-        text: the prompt, with columns in braces.
-        labels: the text of each label, in the order of the options; empty: see ``write``.
-        write: the text of a candidate that each row brings along.
-        clean: what changes a column before it goes into a prompt.
-        content_free: the prompt that says nothing about the row, against which ``--sfc`` calibrates
-            (surface form competition; Holtzman et al. 2021, arXiv 2104.08315).
-        before_content_free_option: what an option needs in front of it behind that prompt.
-    """
-
-    text: str
+    text: str  # the prompt, with columns in braces
+    # The text of each label, in the order of the options; empty: see ``write``.
     labels: Mapping[Any, str] = field(default_factory=dict)
+    # Makes the text of a candidate that each row brings along.
     write: Callable[[Row, Any], str] | None = None
+    # What changes a column before it goes into a prompt.
     clean: Mapping[str, Callable[[str], str]] = field(default_factory=dict)
+    # The prompt that says nothing about the row, against which ``--sfc`` calibrates (surface form
+    # competition; Holtzman et al. 2021, arXiv 2104.08315), and what goes before an option there.
     content_free: str = ""
     before_content_free_option: str = ""
 

@@ -25,23 +25,15 @@ _FIELD = re.compile(r"\{([^{}]+)\}")
 
 @dataclass(frozen=True)
 class Columns:
-    """How rows of the user's own files become rows with prompt, answer and maybe options.
+    """How rows of the user's own files become rows with prompt, answer and maybe options."""
 
-    Attributes:
-        text: the prompt's column; None: ``prompt``.
-        label: the column of the classes, whose different values are the options; None: ``options``
-            and ``answer``.
-        template: the prompt, with columns in braces; None: the text as it is.
-        answer: the column of generated answers; None: ``answer``.
-        labels: the options, as the first file's label column has them (``looked_up``).
-        by_number: the label column may hold a label's number in place of its text.
-        from_messages: rows are conversations, whose last turn is the answer.
-    """
-
-    text: str | None = None
+    text: str | None = None  # the prompt's column; None: ``prompt``
+    # The column of the classes, whose different values are the options; None: ``options``, if any.
     label: str | None = None
-    template: str | None = None
-    answer: str | None = None
+    template: str | None = None  # the prompt, with columns in braces
+    answer: str | None = None  # the column of generated answers; None: ``answer``
+    # What ``looked_up`` finds in the first file: the classes; whether a row may hold a class's
+    # number in place of its text; whether rows are conversations, whose last turn is the answer.
     labels: tuple[str, ...] = ()
     by_number: bool = False
     from_messages: bool = False

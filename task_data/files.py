@@ -59,8 +59,10 @@ def errors_name(place: object) -> Iterator[None]:
         raise InputError(f"{place}: {error}") from error
 
 
-def own_file(option: str, name: str) -> Path:
-    """Return a file of the user's own that can be read."""
+def own_file(option: str, name: str | None) -> Path | None:
+    """Return a file of the user's own that can be read; None if none is given."""
+    if not name:
+        return None
     if Path(name).suffix.lower() not in SUFFIXES:
         raise InputError(f"{option} {name}: give a file that ends in {', '.join(SUFFIXES)}")
     if not os.path.isfile(name) or not os.access(name, os.R_OK):

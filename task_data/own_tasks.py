@@ -98,9 +98,9 @@ def choose_task(
     ``reward`` is ``FILE.py:function``, which says how good generated answers are.
     """
     if train_file or validation_file:
-        train = own_file("--train_file", train_file) if train_file else None
-        validation = own_file("--validation_file", validation_file) if validation_file else None
-        task = _own_task((train, validation), columns or Columns(), metric, bool(reward))
+        train = own_file("--train_file", train_file)
+        validation = own_file("--validation_file", validation_file)
+        task = _own_task(train, validation, columns or Columns(), metric, bool(reward))
     elif name:
         task = get_task(name)
     else:
@@ -117,9 +117,12 @@ def choose_task(
 
 
 def _own_task(
-    files: tuple[Path | None, Path | None], columns: Columns, metric: str | None, has_reward: bool
+    train: Path | None,
+    validation: Path | None,
+    columns: Columns,
+    metric: str | None,
+    has_reward: bool,
 ) -> OwnTask:
-    train, validation = files
     first = train or validation
     _, row = next(read_rows(first))
     columns = columns.looked_up(first, row)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from utils import InputError, one_line
@@ -33,9 +33,14 @@ class Reward:
         file = Path(path)
         if not path or not name.isidentifier():
             raise InputError(f"--reward {text}: give FILE.py:function")
-        if not file.is_file():
-            raise InputError(f"--reward {text}: there is no file {file}")
-        function = getattr(_imported(file, text), name, None)
+        if file.suffix != ".py" or not file.is_file():
+            raise InputError(f"--reward {text}: there is no file {file} that ends in .py")
+        spec = importlib.util.spec_from_file_location(f"reward_{file.stem}", file)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # Dataclasses and pickle look their module up there.
+        with _errors_in_one_line(f"--reward {text}: {file}"):
+            spec.loader.exec_module(module)
+        function = getattr(module, name, None)
         if not callable(function):
             raise InputError(f"--reward {text}: {file} has no function {name}")
         return cls(file, name, function)
@@ -44,14 +49,11 @@ class Reward:
         self, prompts: Sequence[str], texts: Sequence[str], rows: Sequence[Mapping[str, Any]]
     ) -> list[float]:
         """Return the reward of each text, which follows the prompt made of its row."""
-        try:
+        with _errors_in_one_line(f"--reward: {self.name}"):
             returned = self.function(list(prompts), list(texts), [dict(row) for row in rows])
             unordered = isinstance(returned, str | bytes | Mapping | Set)
             if isinstance(returned, Iterable) and not unordered:
                 returned = list(returned)
-        except (Exception, SystemExit) as error:
-            kind = type(error).__name__
-            raise InputError(f"--reward: {self.name} raised {kind}: {one_line(error)}") from error
         values = [_number(value) for value in returned] if isinstance(returned, list) else None
         if values is None:
             got = type(returned).__name__
@@ -68,20 +70,13 @@ class Reward:
         )
 
 
-def _imported(file: Path, text: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"reward_{file.stem}", file)
-    if spec is None or spec.loader is None:
-        raise InputError(f"--reward {text}: {file} is no Python file; its name ends in .py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # Dataclasses and pickle look their module up there.
+@contextlib.contextmanager
+def _errors_in_one_line(what: str) -> Iterator[None]:
     try:
-        spec.loader.exec_module(module)
+        yield
     except (Exception, SystemExit) as error:
         kind = type(error).__name__
-        raise InputError(
-            f"--reward {text}: {file} does not import ({kind}: {one_line(error)})"
-        ) from error
-    return module
+        raise InputError(f"{what} raised {kind}: {one_line(error)}") from error
 
 
 def _number(value: Any) -> float | None:
