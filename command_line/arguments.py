@@ -14,6 +14,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from command_line.contradictions import warning, without_effect
+from command_line.effects import ON_GPU
 from command_line.groups import (
     EvaluationAndResults,
     Generation,
@@ -52,8 +53,9 @@ class Arguments(
     given_by_user: frozenset[str] = field(default=frozenset(), init=False)
     # Names what is given without an effect.
     warning: str | None = field(default=None, init=False)
-    # The hash of all settings that change the result (settings.name_run).
+    # The hash of all settings that change the result, and the run's name (settings.name_run).
     experiment: str = field(default="", init=False)
+    name: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
         output_dir = self.output_dir
@@ -68,6 +70,7 @@ class Arguments(
         if self.disable_tqdm is None or self.quiet:
             # In a file a bar would be one endless line.
             self.disable_tqdm = self.quiet or not sys.stderr.isatty()
+        self.lr_scheduler_type = self.lr_scheduler_type or self.default_schedule
         # The Trainer refuses the best model without checkpoints; a replay makes it.
         replays_best = self.replays_best
         if replays_best:
@@ -116,6 +119,9 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
 def make_arguments(values: Values) -> Arguments:
     """Return the arguments of a command line that was read; see ``parse_arguments``."""
     unmet = without_effect(values)
+    on_gpu = torch.accelerator.is_available() and not values.use_cpu
+    if values.fp16 and values.trainer == "regular" and not on_gpu:
+        unmet["fp16"] = ON_GPU
     names = [name for name in values.given if name not in unmet]
     try:
         arguments = Arguments(

@@ -39,8 +39,6 @@ def check(arguments: Arguments) -> None:
     _check_report_targets(arguments)
     if arguments.trainer == "regular":
         _check_optimizer(arguments)
-        if arguments.fp16 and not torch.accelerator.is_available():
-            raise InputError("--fp16 needs a GPU: leave it out on this machine, or give --bf16")
 
 
 def steps_of_run(arguments: Arguments) -> int:

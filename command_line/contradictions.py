@@ -82,8 +82,9 @@ def warning(values: Any, unmet: dict[str, Effect]) -> str | None:
     for name, effect in unmet.items():
         if name in values.given_by_user and asks_for_something(values, name):
             reasons.setdefault(_reason(effect, values), []).append(f"--{name}")
+    for option, reason in values.ignored.items():
+        reasons.setdefault(reason, []).append(option)
     shown = [f"{', '.join(names)} ({reason})" for reason, names in reasons.items()]
-    shown += values.ignored
     return f"warning: no effect here: {', '.join(shown)}" if shown else None
 
 
@@ -173,8 +174,6 @@ def _problems_of_task(values: Any, task: Task) -> Iterator[str]:
 
 def _problems_of_weights(values: Any) -> Iterator[str]:
     """Yield what cannot be trained, or saved."""
-    if values.linear_probing and values.trainer == "zo":
-        yield "--linear_probing is a logistic regression: use --trainer regular"
     quantised = next((name for name in ("load_int8", "load_int4") if getattr(values, name)), None)
     if quantised and values.trainer != "none" and not (values.lora or values.prefix_tuning):
         yield f"--{quantised}: quantised weights are not trained; add --lora or --prefix_tuning"
@@ -203,10 +202,6 @@ def _problems_of_steps(values: Any) -> Iterator[str]:
         yield "--sampling: the loss of --non_diff would change with every draw; leave it out"
     if values.zo_parallel == "directions" and values.trainer == "zo" and values.zo_num_samples < 2:
         yield "--zo_parallel directions: there is one direction only; give --zo_num_samples"
-    evaluation = getattr(values.eval_strategy, "value", values.eval_strategy)
-    if not values.num_dev and (evaluation != "no" or values.eval_on_start):
-        shown = f"eval_strategy {evaluation}" if evaluation != "no" else "eval_on_start"
-        yield f"--{shown} needs dev examples: give --num_dev, or leave it out"
     metric = values.metric_for_best_model
     if values.save_strategy == "best" and metric is None:
         yield "--save_strategy best needs --metric_for_best_model: give loss, or a task's metric"
@@ -235,5 +230,3 @@ def _problems_of_schedule(values: Any) -> Iterator[str]:
             yield f"--{name} {step:g}: the run has {steps} steps (--max_steps)"
     if decay and warmup > decay:
         yield f"--warmup_steps {warmup:g}: must be at most --decay_step {decay}"
-    if decay and values.lr_scheduler_kwargs:
-        yield "--lr_scheduler_kwargs: it has no effect with --decay_step; give one"

@@ -38,6 +38,7 @@ def with_(name: str, inside: Effect | None = None) -> Effect:
 TRAINED = Effect("nothing is trained", lambda v: v.trainer != "none")
 STEPS = Effect("--linear_probing has no steps", lambda v: not v.linear_probing, TRAINED)
 BACKWARD = Effect("--trainer zo has no backward pass", lambda v: v.trainer == "regular", STEPS)
+ON_GPU = Effect("there is no GPU: float32", bool)  # arguments.py knows
 GRADIENT = replace(BACKWARD, refused=True)
 SHARDS = replace(BACKWARD, otherwise="--trainer zo has no states to shard", refused=True)
 FORWARD = is_("trainer", "zo", STEPS)
@@ -59,8 +60,8 @@ LANGUAGE_MODEL_LOSS = Effect(
 )
 EPOCHS = Effect("--max_steps decides", lambda v: v.max_steps < 1, STEPS)
 DECAY = Effect(
-    "for --lr_scheduler_type linear and cosine",
-    lambda v: v.lr_scheduler_type in ("linear", "cosine"),
+    "for --lr_scheduler_type linear, cosine and polynomial",
+    lambda v: v.lr_scheduler_type in ("linear", "cosine", "polynomial"),
     STEPS,
 )
 LORA, PREFIX = with_("lora", TRAINED), with_("prefix_tuning", TRAINED)
@@ -128,7 +129,10 @@ CONVERSATION = with_("apply_chat_template")
 CALIBRATION = Effect(
     "scores are calibrated with --trainer none only", lambda v: v.trainer == "none", refused=True
 )
-EVALUATION = Effect("nothing is evaluated", lambda v: evaluates(v) and not v.predict_file)
+EVALUATION = Effect(
+    "nothing is evaluated",
+    lambda v: (evaluates(v) and not v.predict_file) or (measures_dev_losses(v) and not v.num_dev),
+)
 SCORES = Effect(
     "nothing is evaluated",
     lambda v: evaluates(v) or v.linear_probing or measures_dev_losses(v),

@@ -156,7 +156,8 @@ class EvaluationAndResults:
     dry_run: bool = argument(False)
     """Check everything but the weights, print steps, forward passes and memory, and do nothing."""
     tag: str | None = argument(None)
-    """Name of the run, of its result file and output_dir. Default: made of the settings."""
+    """Name of the run behind task and model, for its result file and output_dir. Default: made of
+    the settings."""
     quiet: bool = argument(False)
     """Show neither bars nor lines of steps: only the metrics and the places of files."""
     verbose: bool = argument(False, effect=when.END)
@@ -229,8 +230,8 @@ class Training:
     _effect, _decides = when.STEPS, TRAINING
 
     trainer: str = argument("none", effect=None, choices=("none", "regular", "zo"))
-    """none: zero-shot or in context. regular: backpropagation with --optim. zo: HiZOO (MeZO with
-    --hessian_smooth_type constant0), forward passes only."""
+    """none: zero-shot or in context. regular: backpropagation with --optim. zo: forward passes
+    only, MeZO, or HiZOO with a --hessian_smooth_type above 0."""
     only_train_option: bool = argument(True, effect=when.LANGUAGE_MODEL_LOSS)
     """Language-model loss on the correct option's tokens only (MeZO paper); False: on the prompt's
     too."""
@@ -238,18 +239,19 @@ class Training:
     """Train with the cross-entropy over the options' mean log-probabilities. Not for SQuAD and
     DROP; published runs leave it out for Copa and ReCoRD too. Your own files with options train
     with it unless --only_train_option, --non_diff or False says otherwise."""
-    warmup_steps: float = argument(0, "--warmup_step", at_least=0, fraction=True)
+    warmup_steps: float = argument(0, "--warmup_step", "--warmup_ratio", at_least=0, fraction=True)
     """Steps over which the learning rate rises from 0; below 1: a fraction of the run."""
     decay_step: int = argument(0, at_least=0, effect=when.DECAY)
-    """Step until which the learning rate stays constant before it decays to 0 at the end of the
-    run. 0: the scheduler's own course."""
-    lr_scheduler_type: str = argument("constant", "--zo_lr_scheduler_type", choices=SCHEDULES)
+    """Step until which the learning rate stays constant before it takes the scheduler's course to
+    the end of the run. 0: it takes it from the start."""
+    lr_scheduler_type: str | None = argument(None, "--zo_lr_scheduler_type", choices=SCHEDULES)
     """Learning-rate schedule of transformers, per step; with warmup_steps constant means
-    constant_with_warmup."""
+    constant_with_warmup. Default: constant; with --trainer regular linear."""
     eval_strategy: str = argument(
         "no", "--evaluation_strategy", choices=("no", "steps", "epoch"), decides=RESULT
     )
-    """When the dev loss is computed: no, steps (every --eval_steps) or epoch. Needs --num_dev."""
+    """When the dev loss is computed: no, steps (every --eval_steps) or epoch. Without --num_dev on
+    the eval examples, as in MeZO."""
     eval_metric: bool = argument(False, effect=when.DEV_LOSSES, decides=NOTHING)
     """Measure the task's metrics on the dev set with every dev loss: as many forward passes again.
     A metric as --metric_for_best_model does it anyway."""
@@ -287,9 +289,9 @@ class ZerothOrder:
     curvature_every: int | None = argument(None, at_least=1, effect=when.CURVATURE)
     """Steps from one measurement of c to the next. Default: 1; 10 where c has a μ of its own, or
     with --learning_rate auto and no smoothing."""
-    hessian_smooth_type: str = argument("constant1e-8")
+    hessian_smooth_type: str = argument("constant0")
     """Smoothing α of the diagonal Hessian: constant<number>, or linear<number> and cosine<number>,
-    which fall to 0. constant0 is MeZO. HiZOO paper: 1e-10 to 1e-4."""
+    which fall to 0. constant0 is MeZO; HiZOO paper: 1e-10 to 1e-4."""
     hessian: str = argument("full", effect=when.HESSIAN, choices=("full", "lowrank"))
     """full: an entry of h for each weight. lowrank: HiZOO-L, a row and a column vector for each
     matrix (Adafactor's factorisation, arXiv 1804.04235)."""
@@ -300,7 +302,7 @@ class ZerothOrder:
     zo_perturbation: str = argument("auto", choices=("auto", "inplace", "layerwise"))
     """inplace: shift the weights and back, which rounds. layerwise: perturb one module at a time in
     scratch memory. auto: layerwise for half precision."""
-    zo_num_samples: int = argument(1, at_least=1)
+    zo_num_samples: int = argument(1, "--q", at_least=1)
     """Directions a step, averaged: n-SPSA (arXiv 2305.17333). n directions take 2n forward passes,
     and one more for HiZOO."""
     zo_compile: str = argument("auto", decides=RESULT, choices=("auto", "yes", "no"))

@@ -24,7 +24,7 @@ python run.py --task_name TASK --model_name MODEL [arguments]
   in context     python run.py --task_name SST2 --model_name facebook/opt-125m --num_train 32
   HiZOO          python run.py --task_name SST2 --model_name facebook/opt-125m --trainer zo \\
                      --train_as_classification --num_train 1000 --num_dev 500 --num_eval 1000 \\
-                     --max_steps 20000 --learning_rate 1e-6 --zo_eps 1e-3
+                     --max_steps 20000 --learning_rate 1e-6 --hessian_smooth_type constant1e-8
 
   MODEL is a Hub id, a local directory or a GGUF file (pip install gguf); --data_dir DIR reads
   DIR/<task>/*.jsonl, no Hub needed.

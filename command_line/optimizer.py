@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from command_line.arguments import Arguments
 from command_line.declarations import AUTO
+from zeroth_order import step_rule
 from zeroth_order.config import HiZOOConfig
 from zeroth_order.smoothing import SmoothingSchedule
 
@@ -36,3 +37,28 @@ def optimizer_config(arguments: Arguments) -> HiZOOConfig:
         seed=arguments.seed,
         compile=COMPILE[arguments.zo_compile],
     )
+
+
+def passes_of_a_batch(config: HiZOOConfig) -> tuple[int, int, int]:
+    """Return the passes for g, those for c, and n of "every n-th step measures c", 0 for none."""
+    grows, directions = config.hessian_smooth > 0, config.num_samples
+    own_scale = config.curvature_eps not in (None, config.eps)
+    every = config.curvature_every or (1 if grows and not own_scale else step_rule.RARELY)
+    is_measured = grows or config.lr == AUTO
+    return 2 * directions, 1 + 2 * directions * own_scale, every if is_measured else 0
+
+
+def method(arguments: Arguments) -> str:
+    """Return what trains, and its forward passes: ``HiZOO, α 1e-8: 3 forward passes a step``."""
+    config, schedule = optimizer_config(arguments), smoothing(arguments)
+    of_g, of_c, every = passes_of_a_batch(config)
+    name = "HiZOO-L" if config.hessian == "lowrank" else "HiZOO"
+    course = "" if schedule.kind == "constant" else f" ({schedule.kind})"
+    parts = [name, f"α {schedule.value:g}{course}".replace("e-0", "e-")]
+    parts = parts if schedule.value else ["MeZO"]
+    parts += [f"{config.num_samples} directions"] if config.num_samples > 1 else []
+    parts += ["η auto"] if config.lr == AUTO else []
+    passes = of_g + (of_c if every == 1 else 0)
+    unit = "step" if arguments.gradient_accumulation_steps == 1 else "batch"
+    more = f", {of_c} more in every {every}th" if every > 1 else ""
+    return f"{', '.join(parts)}: {passes} forward passes a {unit}{more}"

@@ -15,8 +15,9 @@ from typing import Any
 from command_line import groups
 from command_line.config_files import words_of_config
 from command_line.declarations import AUTO, OFF, Declaration, declared
+from command_line.published import AS_HERE, IGNORED, NOT_HERE, TRANSLATED
 from command_line.scripts import choose_defaults
-from command_line.trainer_arguments import IGNORED, NOT_OFFERED, OTHERS, MostUsed
+from command_line.trainer_arguments import NOT_OFFERED, OTHERS, MostUsed
 from task_data.columns import Columns
 from task_data.own_tasks import choose_task
 from tasks import Task
@@ -45,7 +46,7 @@ SYNONYMS = {
     **{"task": "task_name", "model": "model_name", "model_name_or_path": "model_name"},
     **{"lr": "learning_rate", "eps": "zo_eps", "batch_size": "per_device_train_batch_size"},
     **{"bs": "per_device_train_batch_size", "epochs": "num_train_epochs", "steps": "max_steps"},
-    **{"warmup_ratio": "warmup_steps"},
+    "no_cuda": "use_cpu",
 }
 # Arguments that become names of files.
 PATHS = (
@@ -93,6 +94,11 @@ class Meaning:
         return self.load_best_model_at_end and replayed
 
     @property
+    def default_schedule(self) -> str:
+        """The learning rate's schedule where none is given, as in the published scripts."""
+        return "linear" if self.trainer == "regular" else "constant"
+
+    @property
     def probed(self) -> list[str]:
         """The arguments whose values are measured."""
         may_be = [name for name, each in OWN.items() if AUTO in each.words]
@@ -101,7 +107,7 @@ class Meaning:
     @property
     def result_path(self) -> Path:
         """Where the result JSON goes."""
-        return Path(self.result_file or Path("result") / f"{self.tag}.json")
+        return Path(self.result_file or Path("result") / f"{self.name}.json")
 
 
 class Values(Meaning):
@@ -112,13 +118,17 @@ class Values(Meaning):
         given: dict[str, Any],
         given_by_user: frozenset[str],
         words: dict[str, list[str]],
-        ignored: list[str],
+        ignored: dict[str, str],
     ) -> None:
         self.given = given  # what a user or a script gives
         self.given_by_user = given_by_user  # the names of what a user gives
         self.words = words  # of each argument; transformers reads those of the Trainer's others
-        self.ignored = ignored  # published arguments that change nothing here, as typed
+        self.ignored = ignored  # published arguments that change nothing here, and why
         self.__dict__.update({name: each.default for name, each in DECLARED.items()} | given)
+        if self.linear_probing and self.trainer == "zo":  # as in MeZO
+            self.trainer = given["trainer"] = "regular"
+            ignored["--trainer zo"] = "--linear_probing is a logistic regression"
+        self.lr_scheduler_type = self.lr_scheduler_type or self.default_schedule
 
 
 def read_values(argv: Sequence[str], environment: Mapping[str, str] | None = None) -> Values:
@@ -141,7 +151,13 @@ def read_values(argv: Sequence[str], environment: Mapping[str, str] | None = Non
     chosen: dict[str, Any] = {}
     if script and not reader.problems:
         defaults = choose_defaults(script, os.environ if environment is None else environment, user)
-        chosen = reader.read({name: ([word], label) for name, (word, label) in defaults.items()})
+        words_of_script = {
+            ours: ([each], label)
+            for name, (word, label) in defaults.items()
+            for ours, each in TRANSLATED.get((name, word.lower()), {name: word}).items()
+            if ours not in user
+        }
+        chosen = reader.read(words_of_script)
     raise_problems(reader.problems)
     values = Values(chosen | user, frozenset(user), reader.words, reader.ignored)
     if _train_classes(values, bool(script)):
@@ -170,7 +186,9 @@ class _Reader:
 
     def __init__(self) -> None:
         self.problems: list[str] = []
-        self.ignored: list[str] = []
+        self.ignored: dict[str, str] = {}
+        self.unknown: list[str] = []
+        self.missing: dict[str, list[str]] = {}  # why it is not here -> as typed
         self.words: dict[str, list[str]] = {}
 
     def split(self, words: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
@@ -184,20 +202,36 @@ class _Reader:
                 found[-1][1].append(word)
             else:
                 self.problems.append(f"{word}: no argument stands before it")
-        for option, values in found:
+        for option, values in sorted(found, key=_precedence):
             yield from self._named(option, values)
+        if self.unknown:
+            self.problems.append(explain_unknown(*self.unknown))
+        if self.missing:
+            shown = (f"{', '.join(each)} ({reason})" for reason, each in self.missing.items())
+            self.problems.append(f"not here: {', '.join(shown)}")
+        self.unknown, self.missing = [], {}
 
     def _named(self, option: str, words: list[str]) -> Iterator[tuple[str, list[str]]]:
         typed = option.removeprefix("--").replace("-", "_")
         switched = typed.removeprefix("no_")
-        if typed in NAMES:
-            yield NAMES[typed], words
+        name, value = NAMES.get(typed, typed), words[-1].lower() if words else ""
+        trainers = OWN["trainer"].choices
+        if (name, value) in TRANSLATED:
+            yield from ((ours, [each]) for ours, each in TRANSLATED[name, value].items())
+        elif name == "trainer" and words and value not in trainers:
+            reason = f"choose from {', '.join(trainers)}"
+            self.missing.setdefault(reason, []).append(f"{option} {value}")
+        elif typed in NAMES:
+            yield name, words
         elif switched in OWN and OWN[switched].kind is bool and not words:
             yield switched, ["False"]
         elif typed in IGNORED:
-            self.ignored.append(f"{option} ({IGNORED[typed]})")
+            self.ignored[option] = IGNORED[typed]
+        elif typed in NOT_HERE:
+            if not words or words[-1] not in OFF + AS_HERE:
+                self.missing.setdefault(NOT_HERE[typed], []).append(" ".join([option, *words]))
         elif typed not in NOT_OFFERED:
-            self.problems.append(explain_unknown(option))
+            self.unknown.append(option)
         elif not words or words[-1] not in OFF:
             self.problems.append(f"{option} is not offered: {NOT_OFFERED[typed]}; leave it out")
 
@@ -229,22 +263,39 @@ class _Reader:
         return values
 
 
+def _precedence(option: tuple[str, list[str]]) -> int:
+    """Order two names of one argument, of which the last wins: a ratio of 0 is none."""
+    name, words = option
+    if name == "--warmup_ratio":
+        return -1 if words[-1:] in (["0"], ["0.0"]) else 1
+    return int(name == "--zo_lr_scheduler_type")
+
+
 def raise_problems(problems: Sequence[str]) -> None:
     """Raise InputError with problems, a line each, if there are any."""
     if problems:
         raise InputError("\n       ".join(dict.fromkeys(problems)))
 
 
-def explain_unknown(word: str) -> str:
-    """Return one line on a word of the command line that is no argument of run.py.
+def explain_unknown(*options: str) -> str:
+    """Return lines on words of the command line that are no arguments of run.py.
 
     Args:
-        word: as it was typed, ``--lr`` or ``--lr=1e-6``.
+        options: as they were typed, ``--lr`` or ``--lr=1e-6``.
     """
-    name = word.partition("=")[0].removeprefix("--").replace("-", "_").lower()
-    near = [SYNONYMS[name]] if name in SYNONYMS else difflib.get_close_matches(name, NAMES, 1, 0.75)
-    hint = f"did you mean --{near[0]}?" if near else "python run.py --help lists the arguments"
-    return f"unknown argument {word}: {hint}"
+    lines, others = [], []
+    for option in options:
+        name = option.partition("=")[0].removeprefix("--").replace("-", "_").lower()
+        near = difflib.get_close_matches(name, NAMES, 1, 0.75)
+        if found := SYNONYMS.get(name) or (near and near[0]):
+            lines.append(f"unknown argument {option}: did you mean --{found}?")
+        else:
+            others.append(option)
+    if others:
+        lines.append(
+            f"unknown argument {', '.join(others)}: python run.py --help lists the arguments"
+        )
+    return "\n       ".join(lines)
 
 
 def show_argument(values: Any, name: str) -> str:

@@ -26,9 +26,11 @@ _TRAINING = VARIABLES["icl.sh"] | {
 }
 VARIABLES["finetune.sh"] = _TRAINING | {"EPOCH": "num_train_epochs", "NUM_GPU": ""}
 VARIABLES["finetune_fsdp.sh"] = VARIABLES["finetune.sh"]
-VARIABLES["HiZOO.sh"] = _TRAINING | {
-    **{"EPS": "zo_eps", "HESSIAN_SMOOTH_TYPE": "hessian_smooth_type", "STEPS": "max_steps"},
-    **{"DIRECTIONS": "zo_num_samples", "EVAL_STEPS": "eval_steps save_steps"},
+VARIABLES["mezo.sh"] = _TRAINING | {
+    **{"EPS": "zo_eps", "STEPS": "max_steps", "EVAL_STEPS": "eval_steps save_steps"},
+}
+VARIABLES["HiZOO.sh"] = VARIABLES["mezo.sh"] | {
+    **{"HESSIAN_SMOOTH_TYPE": "hessian_smooth_type", "DIRECTIONS": "zo_num_samples"},
     **{"WARMUP_STEP": "warmup_steps", "DECAY_STEP": "decay_step"},
     **{"ZO_LR_SCHEDULER_TYPE": "lr_scheduler_type", "WEIGHT_DECAY": "weight_decay"},
 }
@@ -45,17 +47,21 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "finetune.sh": _EXAMPLES
     | {
         **{"trainer": "regular", "per_device_train_batch_size": 8, "num_train_epochs": 5},
-        **{"lr_scheduler_type": "linear", "eval_strategy": "epoch", "save_total_limit": 1},
+        **{"eval_strategy": "epoch", "save_total_limit": 1},
     },
+}
+DEFAULTS["mezo.sh"] = DEFAULTS["HiZOO.sh"] | {
+    **{"model_name": "facebook/opt-1.3b", "hessian_smooth_type": "constant0", "eval_steps": 4000},
 }
 DEFAULTS["finetune_fsdp.sh"] = DEFAULTS["finetune.sh"] | {"fsdp": True}
 # The bundled model has a thousandth of the parameters and learns in far fewer steps.
 BUNDLED: dict[str, Any] = {
     **{"num_dev": 200, "per_device_eval_batch_size": 64, "eval_before_training": True}
 }
-BUNDLED_ZO: dict[str, Any] = {
-    **{"learning_rate": "auto", "hessian_smooth_type": "constant1e-5", "zo_num_samples": 2},
-    **{"max_steps": 150, "eval_steps": 50},
+_FAST = {"learning_rate": "auto", "max_steps": 150, "eval_steps": 50}
+BUNDLED_ZO: dict[str, dict[str, Any]] = {
+    "HiZOO.sh": _FAST | {"hessian_smooth_type": "constant1e-5", "zo_num_samples": 2},
+    "mezo.sh": _FAST,
 }
 # The middle of the MeZO paper's grids: prefixes and LoRA matrices take larger steps than weights.
 MODES: dict[str, dict[str, Any]] = {
@@ -90,12 +96,12 @@ def choose_defaults(
     values = {argument: found[name] for argument, name in variables.items()}
     said = values | user
     chosen = {"model_name": str(BUNDLED_MODEL)} | DEFAULTS[script]
-    is_bundled = _is_bundled(said.get("model_name", BUNDLED_MODEL))
+    is_bundled = _is_bundled(said.get("model_name", chosen["model_name"]))
     if not _own_file(said):
         chosen |= {"task_name": "SST2"} | ({"data_dir": BUNDLED_DATA} if is_bundled else {})
     if script != "icl.sh":
         chosen |= _of_mode(script, found.get("MODE"), said)
-        chosen |= BUNDLED | (BUNDLED_ZO if script == "HiZOO.sh" else {}) if is_bundled else {}
+        chosen |= BUNDLED | BUNDLED_ZO.get(script, {}) if is_bundled else {}
         chosen |= _examples(said, chosen["num_dev"])
     elif _own_file(said) and "train_file" not in said:
         chosen["num_train"] = 0
@@ -135,9 +141,12 @@ def _is_bundled(model: str | Path) -> bool:
 
 def _of_mode(script: str, mode: str | None, said: Mapping[str, Any]) -> dict[str, Any]:
     """Return what is trained, at which rate; for AdamW the precision too."""
-    mode = mode or ("lora" if said.get("lora") else "prefix" if said.get("prefix_tuning") else "ft")
+    typed = "lora" if said.get("lora") else "prefix" if said.get("prefix_tuning") else None
+    mode = typed or mode or "ft"
     if script == "HiZOO.sh":
         return MODES[mode]
+    if script == "mezo.sh":  # the same rate and scale in all modes there
+        return MODES[mode] | {"learning_rate": "1e-5", "zo_eps": "1e-3"}
     chosen = MODES[mode] | ({"learning_rate": RATE_OF_ADAMW} if mode == "ft" else {})
     given = any(name in said for name in ("fp16", "bf16", "use_cpu", *WEIGHTS))
     if capabilities := [] if given else launchers.gpus("compute_cap"):
@@ -193,7 +202,7 @@ def _share(
     """Give each process its share of the examples of a step."""
     examples = str(chosen["per_device_train_batch_size"])
     processes = environment.get("WORLD_SIZE") or "1"
-    if script != "HiZOO.sh":  # processes are to be started, or have been
+    if script.startswith("finetune"):  # processes are to be started, or have been
         processes = environment.get("NUM_GPU") or processes
     numbers = examples.isdecimal() and processes.isdecimal() and int(processes)
     if user.get("zo_parallel") == "directions" or not numbers:

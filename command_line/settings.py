@@ -56,19 +56,22 @@ def settle_dtype(arguments: Arguments) -> None:
 
 
 def name_run(arguments: Arguments) -> None:
-    """Give a run its hash, and a tag and a folder of its name where the command line gives none.
+    """Give a run its hash and its name, and a folder of that name if it has none.
+
+    With ``--tag`` the name is task, model and tag, as in MeZO; else it is made of the settings.
 
     Raises:
         InputError: a file of data is missing.
     """
     arguments.experiment = experiment_hash(arguments)
-    if arguments.tag is None:
-        arguments.tag = default_tag(arguments)
+    task_and_model = f"{_task_part(arguments)}-{_model_part(arguments.model_name)}"
+    tag = arguments.tag
+    arguments.name = f"{task_and_model}-{tag}" if tag else default_name(arguments)
     if arguments.output_dir is None:
-        arguments.output_dir = str(Path("result") / arguments.tag)
+        arguments.output_dir = str(Path("result") / arguments.name)
 
 
-def default_tag(arguments: Arguments) -> str:
+def default_name(arguments: Arguments) -> str:
     """Name a run after what distinguishes it: a readable part, its length, and its hash."""
     trains, zeroth_order = arguments.trainer != "none", arguments.trainer == "zo"
     mode = next((name for each, name in TUNING_MODES.items() if getattr(arguments, each)), "ft")

@@ -19,6 +19,7 @@ from command_line.declarations import (
     Effect,
     argument,
 )
+from command_line.published import by_name
 
 
 @dataclass
@@ -121,22 +122,8 @@ OTHERS: dict[str, Declaration] = {
 }
 
 
-def _by_name(reasons: dict[str, str]) -> dict[str, str]:
-    return {name: reason for reason, names in reasons.items() for name in names.split()}
-
-
-# Published command lines have them; here they change nothing -> why.
-IGNORED = _by_name(
-    {
-        "--trainer and --no_eval decide": "do_train do_eval do_predict",
-        "logs lie in --output_dir": "logging_dir",
-        "checkpoints are safetensors": "save_safetensors",
-        "batches are packed": "group_by_length",
-        "transformers finds the layers": "fsdp_transformer_layer_cls_to_wrap",
-    }
-)
 # The Trainer's arguments that would change nothing, or break a run -> why.
-NOT_OFFERED = _by_name(
+NOT_OFFERED = by_name(
     {
         "neither loss has label smoothing": "label_smoothing_factor",
         "--save_on_interrupt saves a checkpoint on SIGTERM": "enable_jit_checkpoint",

@@ -12,8 +12,9 @@ sys.path.insert(0, str(ROOT))
 
 from command_line.declarations import Declaration, declared
 from command_line.help import explanation
+from command_line.published import IGNORED, NOT_HERE
 from command_line.reading import DECLARED, GROUPS
-from command_line.trainer_arguments import IGNORED, NOT_OFFERED, OTHERS
+from command_line.trainer_arguments import NOT_OFFERED, OTHERS
 
 PAGE = ROOT / "docs" / "arguments.md"
 INTRODUCTION = """\
@@ -51,7 +52,7 @@ These change nothing and are accepted, as published command lines have them:
 {table(("arguments", "why"), grouped(IGNORED))}
 These are refused:
 
-{table(("arguments", "why"), grouped(NOT_OFFERED))}""")
+{table(("arguments", "why"), grouped(NOT_OFFERED | NOT_HERE))}""")
     return "\n".join(sections)
 
 

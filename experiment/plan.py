@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM
 
 from command_line.arguments import Arguments
 from command_line.checks import steps_of_run
-from command_line.optimizer import optimizer_config
+from command_line.optimizer import optimizer_config, passes_of_a_batch
 from command_line.settings import examples_of_a_batch
 from experiment.options import Options
 from experiment.preparation import Prepared, choose_trained_weights
+from experiment.training import dev_samples
 from language_model.loading import load_config_and_tokenizer
 from task_data.sampling import ExampleSet
 from zeroth_order import step_rule
-from zeroth_order.config import AUTO
 
 
 @dataclass(frozen=True)
@@ -93,16 +93,12 @@ def training_passes(arguments: Arguments) -> tuple[int, int]:
     batches = (epoch * math.ceil(steps / len(epoch)))[:steps]
     if arguments.trainer != "zo":
         return sum(batches), sum(batches)
-    config = optimizer_config(arguments)
-    grows, directions = config.hessian_smooth > 0, config.num_samples
-    own_scale = config.curvature_eps not in (None, config.eps)
-    of_c = 1 + 2 * directions * own_scale
+    of_g, of_c, every = passes_of_a_batch(optimizer_config(arguments))
     measured = 0
-    if grows or config.lr == AUTO:
-        every = config.curvature_every or (1 if grows and not own_scale else step_rule.RARELY)
+    if every:
         measured = sum(n for step, n in enumerate(batches) if step_rule.is_measured(step, every))
     # The first loss is taken twice.
-    return 2 * directions * sum(batches) + of_c * measured + 1, 0
+    return of_g * sum(batches) + of_c * measured + 1, 0
 
 
 def _evaluated_samples(options: Options, examples: ExampleSet) -> int:
@@ -113,6 +109,7 @@ def _evaluated_samples(options: Options, examples: ExampleSet) -> int:
     number = test * arguments.eval_before_training + (test + dev) * (not arguments.no_eval)
     if options.weights.mode == "linear_probing":
         return number + len(examples.train)
+    dev = len(dev_samples(options, examples))
     if arguments.eval_strategy == "epoch":
         return number + dev * math.ceil(arguments.num_train_epochs)
     every = arguments.eval_steps or arguments.logging_steps

@@ -101,7 +101,10 @@ def summarize(
         "trainer": options.arguments.trainer,
         "experiment": options.arguments.experiment,
         "data": fingerprint(filter(None, files or ()))[:8],
-        **(runs[0] if len(runs) == 1 else {**over_sets(runs), "runs": runs}),
+        **(outcome := runs[0] if len(runs) == 1 else {**over_sets(runs), "runs": runs}),
+        # MeZO's names of the metrics.
+        **outcome.get("metric", {}),
+        **{f"dev_{name}": value for name, value in outcome.get("dev_metric", {}).items()},
         **provenance(options.model.device),
         "settings": {**options.settings, **used, **chosen},
         "versions": {"python": platform.python_version()}

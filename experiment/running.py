@@ -5,22 +5,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from command_line.declarations import AUTO
-from command_line.optimizer import COMPILE
+from command_line.optimizer import COMPILE, method
 from experiment.options import Options
 from experiment.predicting import answers
 from experiment.preparation import Prepared, choose_trained_weights, load_pretrained
 from experiment.results import history, prediction_rows
 from experiment.resuming import Start, find_start, journal_of_first_process, with_contents
 from experiment.telling import describe, example_lines, metric_names
-from experiment.training import make_trainer, save_model, used_by_optimizer
+from experiment.training import dev_samples, make_trainer, save_model, used_by_optimizer
 from language_model.adapters import check_merge, save_merged
 from language_model.head import fit_head
 from language_model.precision import advice_for_losses
@@ -35,6 +36,18 @@ from training.scales import ChooseScales
 from utils import Diverged, Interrupted, process_index
 
 Model = PreTrainedModel | PeftModel
+
+
+class SayAtStart(TrainerCallback):
+    """Says lines when training begins: nothing is refused any more."""
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        self.lines = lines
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Say them."""
+        for line in self.lines:
+            say(line)
 
 
 @dataclass
@@ -106,6 +119,7 @@ class Experiment:
             trainer.add_callback(RemoveEarlierCheckpoints())
         if arguments.save_on_interrupt:
             trainer.add_callback(interrupt)
+        trainer.add_callback(SayAtStart(self.first_lines(examples)))
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         self.used = used_by_optimizer(trainer.optimizer)
         # Metrics come from the model's own dtype, not from mixed precision.
@@ -140,6 +154,13 @@ class Experiment:
             **({"probe": probe.found} if probe else {}),
             "history": history(state.log_history, options.data.task.metric_name),
         }
+
+    def first_lines(self, examples: ExampleSet) -> Iterator[str]:
+        """Yield what trains, and on what dev losses are measured."""
+        if self.options.arguments.trainer == "zo":
+            yield method(self.options.arguments)
+        if not examples.dev and dev_samples(self.options, examples):
+            yield "dev losses are those of the eval examples: there is no --num_dev"
 
     def return_to_best(self, model: Model, folder: Path, step: int) -> None:
         """Give ``model`` the weights of the best step, from its journal."""

@@ -87,17 +87,18 @@ def make_trainer(
     """
     arguments = options.arguments
     chosen = choose_objective(options, model, prepared.encoder)
+    dev = dev_samples(options, examples)
     shared = {
         "model": model,
         "args": trainers_own(arguments, output_dir),
         "train_dataset": [chosen.encode(sample) for sample in examples.train],
-        "eval_dataset": [chosen.encode(sample) for sample in examples.dev] or None,
+        "eval_dataset": [chosen.encode(sample) for sample in dev] or None,
         "processing_class": prepared.encoder.tokenizer,
         "objective": chosen.objective,
         "data_collator": chosen.collate,
         "decay_step": arguments.decay_step,
         "max_skipped_steps": arguments.max_skipped_steps,
-        "dev_metric": dev_metric(options, prepared.encoder, examples.dev),
+        "dev_metric": dev_metric(options, prepared.encoder, dev),
         "quiet": arguments.quiet,
         "settings": options.of_run,
     }
@@ -129,6 +130,14 @@ def trainers_own(arguments: Arguments, output_dir: Path) -> TrainingArguments:
     vars(own).update({name: each for name, each in vars(arguments).items() if name not in ours})
     own.output_dir = str(output_dir)
     return own
+
+
+def dev_samples(options: Options, examples: ExampleSet) -> list[Sample]:
+    """Return what dev losses are of: without dev examples the eval examples, as in MeZO."""
+    arguments = options.arguments
+    if examples.dev or (arguments.eval_strategy == "no" and not arguments.eval_on_start):
+        return examples.dev
+    return [sample for sample in examples.evaluation if sample.has_correct_option]
 
 
 def dev_metric(

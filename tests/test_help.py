@@ -10,9 +10,10 @@ from running import ROOT
 
 from command_line.arguments import parse_arguments
 from command_line.help import help_text, help_texts
+from command_line.published import IGNORED, NOT_HERE
 from command_line.reading import DECLARED, GROUPS, OWN, SYNONYMS
 from command_line.starting import begin
-from command_line.trainer_arguments import IGNORED, NOT_OFFERED
+from command_line.trainer_arguments import NOT_OFFERED
 from utils import InputError
 
 
@@ -59,9 +60,9 @@ def test_unknown_arguments() -> None:
         assert str(error.value).startswith(f"unknown argument {option}: did you mean --"), typed
         assert typed.removeprefix("--") in SYNONYMS or meant in str(error.value)
     assert {*SYNONYMS.values()} <= {*DECLARED} and len(SYNONYMS) <= 10
-    for far in ("--foo", "--qqqqq", "--N", "--"):
-        with pytest.raises(InputError, match=r"--help lists the arguments$"):
-            parse_arguments([far, "1"])
+    for far in (["--foo"], ["--qqqqq"], ["--"], ["--foo", "--bar=2", "--baz"]):
+        with pytest.raises(InputError, match=r"^unknown argument .*--help lists the arguments$"):
+            parse_arguments([*far, "1"])
 
 
 def test_arguments_that_would_break_a_run_are_not_offered() -> None:
@@ -75,7 +76,7 @@ def test_page_of_the_arguments_is_that_of_the_command_line() -> None:
     made = runpy.run_path(str(ROOT / "docs" / "make_arguments.py"))["make_page"]()
     page = (ROOT / "docs" / "arguments.md").read_text(encoding="utf-8")
     assert page == made, "run: python docs/make_arguments.py"
-    for name in {*DECLARED, *NOT_OFFERED, *IGNORED}:
+    for name in {*DECLARED, *NOT_OFFERED, *IGNORED, *NOT_HERE}:
         assert f"`--{name}`" in page
     for each in OWN.values():
         assert all(f"`{alias}`" in page for alias in each.aliases)

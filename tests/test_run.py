@@ -231,7 +231,7 @@ def test_default_files_are_named_after_the_settings(
     assert folder == "result"
     assert re.fullmatch(r"result/SST2-tiny-opt-none-0-shot-seed42-[0-9a-f]{8}\.json", file)
     assert run.main(command(num_eval=2, tag="mine")) == 0
-    assert (tmp_path / "result/mine.json").is_file()
+    assert (tmp_path / "result/SST2-tiny-opt-mine.json").is_file()
 
 
 def test_rows_of_own_files_have_their_ids_and_columns(tmp_path: Path) -> None:

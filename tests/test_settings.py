@@ -17,14 +17,14 @@ from command_line.checks import check
 from command_line.contradictions import WEIGHTS
 from command_line.settings import (
     NOT_OF_THE_RESULT,
-    default_tag,
+    default_name,
     name_run,
     settle_dtype,
 )
 
 
 def tag(**arguments: Any) -> str:
-    return named(parse_arguments(command(**arguments))).tag
+    return named(parse_arguments(command(**arguments))).name
 
 
 def named(arguments: Arguments) -> Arguments:
@@ -58,7 +58,8 @@ BEST_CHECKPOINTS = ({"save_steps": 2}, {"save_steps": 4}, {"save_steps": 2, "eva
 
 def test_every_setting_that_changes_the_result_changes_the_name() -> None:
     tags = [tag(**arguments) for arguments in EVALUATIONS]
-    tags += [tag(**TRAINED | arguments) for arguments in TRAININGS]
+    hizoo = TRAINED | {"hessian_smooth_type": "constant1e-8"}
+    tags += [tag(**hizoo | arguments) for arguments in TRAININGS]
     tags += [tag(**BEST | arguments) for arguments in BEST_CHECKPOINTS]
     hashes = {name: hash_of(name) for name in tags}
     assert len(tags) == len(set(hashes.values())) == len({*tags})
@@ -124,16 +125,18 @@ def test_own_files_count_by_their_content(tmp_path: Path) -> None:
     assert names[0].startswith(f"{tmp_path.name}"[:40]) and hash_of(names[0]) != hash_of(names[1])
 
 
-@pytest.mark.parametrize("given", ["tag", "output_dir"])
-def test_given_names_stay(given: str) -> None:
-    arguments = parse_arguments(command(**TRAINED, **{given: "mine"}))
-    name_run(arguments)
-    assert getattr(arguments, given) == "mine"
-    if given == "tag":
-        assert arguments.output_dir == "result/mine"
-        assert str(arguments.result_path) == "result/mine.json"
-    else:
-        assert str(arguments.result_path) == f"result/{default_tag(arguments)}.json"
+def test_given_names() -> None:
+    """A tag stands behind task and model, as in MeZO; an empty one is none."""
+    for given, name, folder in (
+        ({"tag": "mine"}, "SST2-tiny-opt-mine", "result/SST2-tiny-opt-mine"),
+        ({"tag": ""}, None, None),
+        ({"output_dir": "mine"}, None, "mine"),
+        ({"tag": "a", "output_dir": "mine"}, "SST2-tiny-opt-a", "mine"),
+    ):
+        arguments = named(parse_arguments(command(**TRAINED, **given)))
+        name = name or default_name(arguments)
+        assert arguments.output_dir == (folder or f"result/{name}")
+        assert str(arguments.result_path) == f"result/{name}.json"
 
 
 def test_long_names_fit_the_file_system(tmp_path: Path) -> None:
@@ -173,4 +176,4 @@ def test_saved_dtype_is_that_of_a_flag(
     settle_dtype(arguments)
     assert {name for name in WEIGHTS if getattr(arguments, name)} == expected
     flagged = parse_arguments([*plain, *(f"--{name}" for name in expected)])
-    assert named(arguments).tag == named(flagged).tag
+    assert named(arguments).name == named(flagged).name

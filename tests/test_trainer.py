@@ -410,6 +410,7 @@ def test_no_warnings_and_no_bars_of_files(
     # The table at the end begins with spaces.
     lines = [line for line in out.splitlines() if ":" in line]
     assert [line.split(":")[0] for line in lines] == [
+        "HiZOO, α 0.01",
         "step 3",
         "step 6",
         "checkpoint",

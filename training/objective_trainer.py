@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback
 from transformers.optimization import get_scheduler
@@ -43,8 +44,8 @@ class ObjectiveTrainer(ResumableTrainer):
 
     Args:
         objective: what is minimised, one of objectives.py.
-        decay_step: the learning rate stays constant until this step and decays from there on, with
-            the scheduler ``linear`` or ``cosine``; 0: the scheduler's own start.
+        decay_step: the learning rate stays constant until this step and takes the course of the
+            scheduler ``linear``, ``cosine`` or ``polynomial`` from there on; 0: from the start.
         max_skipped_steps: steps in a row without a finite loss, after which the run stops with a
             checkpoint.
         dev_metric: measures a model on the dev set, beside the dev loss; returns metrics by name.
@@ -277,15 +278,16 @@ class ObjectiveTrainer(ResumableTrainer):
         """Create the Trainer's scheduler, or one that is constant until ``decay_step``."""
         if self.lr_scheduler is not None or not self.decay_step:
             return super().create_scheduler(num_training_steps, optimizer)
-        self.lr_scheduler = get_scheduler(
-            "warmup_stable_decay",
-            optimizer or self.optimizer,
-            self.args.get_warmup_steps(num_training_steps),
-            num_training_steps,
-            {
-                "num_decay_steps": num_training_steps - self.decay_step,
-                "decay_type": self.args.lr_scheduler_type.value,
-            },
-        )
+        optimizer, args = optimizer or self.optimizer, self.args
+        warmup = args.get_warmup_steps(num_training_steps)
+        steps, options = num_training_steps - self.decay_step, dict(args.lr_scheduler_kwargs or {})
+        course = get_scheduler(args.lr_scheduler_type, optimizer, 0, steps, options).lr_lambdas[0]
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return step / warmup
+            return 1.0 if step < self.decay_step else course(step - self.decay_step)
+
+        self.lr_scheduler = LambdaLR(optimizer, factor)
         self._created_lr_scheduler = True
         return self.lr_scheduler
