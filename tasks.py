@@ -68,6 +68,11 @@ class Task:
         return self.candidates is None and not self.template.labels
 
     @property
+    def train_as_classification(self) -> bool:
+        """Whether published runs train with the cross-entropy over the options."""
+        return bool(self.template.labels)
+
+    @property
     def text_columns(self) -> tuple[str, ...]:
         """Columns that hold text."""
         return self.template.columns + self.more_text_columns

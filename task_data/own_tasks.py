@@ -49,6 +49,11 @@ class OwnTask(Task):
         return self.train_file or self.validation_file
 
     @property
+    def train_as_classification(self) -> bool:
+        """Whether there are options."""
+        return not self.generation
+
+    @property
     def prompt_columns(self) -> tuple[str, ...]:
         """Columns of the user's file that the prompt is made of."""
         return self.own_columns.of_prompt
