@@ -36,6 +36,7 @@ from experiment.results import commit, history, over_sets
 from experiment.resuming import find_start, with_contents
 from experiment.telling import concerns
 from trainer import ZerothOrderTrainer
+from training.watching import Costs
 
 SHORT = {"max_steps": 2, "num_train": 4, "per_device_train_batch_size": 2}
 
@@ -378,7 +379,17 @@ CONCERNS = {
 }
 
 
-def test_history_and_concerns() -> None:
+def test_history_and_concerns(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What is done once, in the first step, is no part of the time that is left.
+    monkeypatch.setattr("time.perf_counter", iter((0.0, 1.0, 60.0, 60.0, 61.0, 62.0)).__next__)
+    costs = Costs()
+    costs.begin_step()
+    costs.end_step()
+    assert "seconds_per_step" not in costs.logged()
+    costs.begin_step()
+    costs.end_step()
+    assert costs.logged()["seconds_per_step"] == 1.0
+    monkeypatch.undo()
     log = [{"loss": 0.5, "step": 1}, {"eval_loss": math.inf, "step": 1}, {"loss": 0.4, "step": 2}]
     expected = {"loss": {"1": 0.5, "2": 0.4}, "dev_loss": {"1": None}}
     assert history([*log, {"train_runtime": 3.0, "step": 2}]) == expected
