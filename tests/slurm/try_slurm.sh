@@ -5,8 +5,8 @@
 #
 #   bash tests/slurm/try_slurm.sh FOLDER       FOLDER: where all of it goes, new or empty
 set -euo pipefail
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-FOLDER=$(mkdir -p "$1" && cd "$1" && pwd)
+ROOT=$(CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+FOLDER=$(mkdir -p "$1" && CDPATH='' cd "$1" && pwd)
 PYTHON=${PYTHON:-python}
 STEPS=${STEPS:-400}
 HOST=$(hostname -s)
@@ -134,7 +134,7 @@ wait_for "$OTHER" RUNNING COMPLETED
 wait_for "$JOB" PENDING
 wait_for "$JOB" RUNNING
 wait_for "$JOB" COMPLETED FAILED TIMEOUT CANCELLED
-grep "going on\|interrupted\|accuracy" limit.out
+grep "resuming from\|interrupted\|accuracy" limit.out
 same_weights outside inside
 
 echo "--- two tasks: one distributed job"
