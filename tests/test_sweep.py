@@ -163,7 +163,6 @@ BAD_GRIDS = (
     ("adam_beta1: [0.9, 0.90]\n", "the grid has the same run twice"),
     ("a: &x [1]\nseed: *x\n", "grid.yaml:2: aliases are not read"),
     (f"seed: {'[' * 1200}{']' * 1200}\n", "grid.yaml:1: nested more than 20 times"),
-    (),
     ("seed: [[1, 2], 3]\n", "grid.yaml:1: seed is a list; give one value"),
     ("tag: [a, b]\n", "--tag in a sweep: every run has files of its own"),
     ("show_config: [true, false]\n", "--show_config of the runs of a sweep: they write no result"),
