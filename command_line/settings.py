@@ -144,7 +144,7 @@ def experiment_hash(arguments: Arguments) -> str:
     identity = {
         **_plain_values(arguments, names),
         **_batch_and_processes(arguments, "processes"),
-        "task": arguments.task.name,
+        "task": arguments.task.name if arguments.task.hub_path else None,
         "model": fingerprint(model_files(model)) if model.exists() else arguments.model_name,
         "data": [path and fingerprint([path]) for path in data],
         "reward": reward and (reward.name, fingerprint([reward.file])),

@@ -191,6 +191,14 @@ def test_what_was_trained_on_counts_by_its_content(
     for name in runs:
         moved = {"model_name": tmp_path / "elsewhere", "data_dir": tmp_path / "rows"}
         assert finish(argv(name, max_steps=3, **moved))["resumed_from"], name
+    rows = [{"prompt": f"{n}?", "options": ["no", "yes"], "answer": n % 2} for n in range(9)]
+    own = {"task_name": None, "data_dir": None}
+    for name, steps in {"first": 1, "second": 2}.items():
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        files = {"train_file": file, "validation_file": file}
+        result = finish(training(tmp_path / "own", **SHORT | own | files | {"max_steps": steps}))
+        assert bool(result["resumed_from"]) == (name == "second")
 
 
 def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
