@@ -557,6 +557,23 @@ def test_compiled_kernels_do_the_same(dtype, kind, samples, decay, monkeypatch) 
             assert (difference > 0).double().mean() < 5e-3
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("compiled")
+def test_compiled_steps_of_every_kind_follow_one_another() -> None:
+    """In one process, as in a notebook: torch.compile asks why it has to compile once more."""
+    model = nn.Linear(300, 240)
+    for kind, layerwise in (("full", True), ("mezo", False), ("lowrank", False), ("mezo", True)):
+        hessian, smooth = KINDS[kind]
+        optimizer = HiZOO(
+            model.parameters(),
+            hessian_smooth=smooth,
+            hessian=hessian,
+            compile=True,
+            layers=Layers(model) if layerwise else None,
+        )
+        assert math.isfinite(optimizer.step(lambda: model(torch.ones(300)).square().mean()))
+
+
 def test_without_a_compiler_the_step_runs_all_the_same(monkeypatch) -> None:
     monkeypatch.setattr(running, "why_not_compiled", lambda device: "no C++ compiler found")
     model = quadratic_model(torch.float32)

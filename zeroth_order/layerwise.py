@@ -59,8 +59,7 @@ class Layers:
         what they return if one reads another one's weights. Yields the parameters whose modules
         have run so far.
         """
-        own = {parameter: parameter.data for parameter in self.uses}
-        idle = own
+        own = idle = {parameter: parameter.data for parameter in self.uses}
         if alone:
             idle = {p: data.new_full((), torch.nan).expand(data.shape) for p, data in own.items()}
         running: set[nn.Parameter] = set()
@@ -105,9 +104,8 @@ class Layers:
                 self.scratch.give_back(kept)
 
     def _written(self, parameters: list[nn.Parameter], write: Write) -> Copies:
-        """Scratch for parameters that lie together, with the weights that ``write`` makes."""
-        weights = self.scratch.borrow(parameters)
-        if weights:
+        """Return scratch for parameters of one device, with the weights that ``write`` makes."""
+        if weights := self.scratch.borrow(parameters):
             write(weights)
         return weights
 
