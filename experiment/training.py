@@ -30,7 +30,7 @@ from language_model.objectives import (
 )
 from language_model.packing import collate
 from language_model.shared_tokens import can_share_prompt
-from task_data.sampling import ExampleSet
+from task_data.sampling import ExampleSet, has_correct_option
 from tasks import Sample
 from trainer import ZerothOrderTrainer
 from training.checkpoints import write_together
@@ -137,7 +137,7 @@ def dev_samples(options: Options, examples: ExampleSet) -> list[Sample]:
     arguments = options.arguments
     if examples.dev or (arguments.eval_strategy == "no" and not arguments.eval_on_start):
         return examples.dev
-    return [sample for sample in examples.evaluation if sample.has_correct_option]
+    return [sample for sample in examples.evaluation if has_correct_option(sample)]
 
 
 def dev_metric(

@@ -75,10 +75,7 @@ def with_a_correct_option(
     They are left out after the draw, so that a seed means the same rows. Evaluation keeps them:
     every answer to them is wrong.
     """
-    kept_train, kept_dev = (
-        [s for s in part if not s.candidates or {*s.candidates}.intersection(s.correct)]
-        for part in (train, dev)
-    )
+    kept_train, kept_dev = ([s for s in part if has_correct_option(s)] for part in (train, dev))
     if train and not kept_train:
         raise InputError(
             f"none of the {len(train)} training examples has a correct answer among its options; "
@@ -91,6 +88,11 @@ def with_a_correct_option(
             *(total - kept, total),
         )
     return kept_train, kept_dev
+
+
+def has_correct_option(sample: Sample) -> bool:
+    """Whether a candidate is correct; always true where answers are generated."""
+    return not sample.candidates or not {*sample.candidates}.isdisjoint(sample.correct)
 
 
 def permutation_subset(samples: Sequence[Sample], k: int, seed: int) -> list[Sample]:
