@@ -41,11 +41,10 @@ from sweeps.grid import Grid, Run, words_of
 from sweeps.results import (
     MISSING,
     SEEDS,
-    check_record,
     name_data,
     read_outcomes,
     read_sweep,
-    write_record,
+    record,
 )
 from sweeps.running import Job, Processes, follow
 from sweeps.slurm import JobArray
@@ -146,9 +145,8 @@ def carry_out(sweep: Sweep, options: Namespace) -> list[Job]:
         InputError: the folder holds something else, or this machine cannot run so many at a time.
         Interrupted: a signal ended the sweep.
     """
-    check_record(sweep.folder, sweep.entries())
     jobs = [sweep.job(run) for run in sweep.runs]
-    write_record(sweep.folder, sweep.entries())
+    record(sweep.folder, sweep.entries(), writes=True)
     done = sum(job.is_over for job in jobs)
     print(f"{len(jobs)} runs in {sweep.folder}" + (f", {done} finished before" if done else ""))
     if options.slurm is None:
@@ -196,7 +194,7 @@ def sweep_command_line(argv: Sequence[str]) -> int:
     options, grid = read_command_line(argv)
     sweep = Sweep(grid, options.output_dir)
     if options.dry_run:
-        check_record(sweep.folder, sweep.entries())
+        record(sweep.folder, sweep.entries(), writes=False)
         print_plans(sweep)
         return 0
     with locked("--output_dir", sweep.folder, is_folder=True):

@@ -5,17 +5,14 @@ Needs matplotlib, which is loaded only when a picture is drawn.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from sweeps.results import Outcome, differing_settings
 from utils import InputError, new_figure, save_figure
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 HEIGHTS = {"dev_loss": "dev loss", "dev_metric": "dev {metric}"}
 WIDTHS = {"passes": "forward passes", "seconds": "seconds of training"}
@@ -87,37 +84,30 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
             "passes until then"
         )
     labels = list(dict.fromkeys(label for panel in found.values() for label in panel))
+    runs = [int(course["runs"].iloc[0]) for panel in found.values() for course in panel.values()]
+    has_bands = min(runs) > 1  # bands for all lines or for none
     figure = new_figure(path, (5 * len(widths), 3 * len(heights) + 0.25 * len(labels)))
     axes = figure.subplots(len(heights), len(widths), squeeze=False, sharex="col", sharey="row")
-    runs = [int(course["runs"].iloc[0]) for panel in found.values() for course in panel.values()]
-    for row, height in zip(axes, heights, strict=True):
-        for panel, width in zip(row, widths, strict=True):
-            # Bands for all lines or for none.
-            _draw_panel(panel, found[height, width], labels, has_bands=min(runs) > 1)
-        drawn = [course for width in widths for course in found[height, width].values()]
-        if height == "dev_loss" and all((course["low"] > 0).all() for course in drawn):
-            row[0].set_yscale("log")
-        row[0].set_ylabel(HEIGHTS[height].format(metric=outcomes[0].metric))
-    for panel, width in zip(axes[-1], widths, strict=True):
+    for (row, height), (column, width) in itertools.product(enumerate(heights), enumerate(widths)):
+        panel, lines = axes[row, column], found[height, width]
+        for label, course in lines.items():
+            color = f"C{labels.index(label)}"
+            panel.plot("width", "mean", "o-", data=course, color=color, label=label, markersize=3)
+            if has_bands:
+                band = course["width"], course["low"], course["high"]
+                panel.fill_between(*band, color=color, alpha=0.15, linewidth=0)
+        if height == "dev_loss" and all((course["low"] > 0).all() for course in lines.values()):
+            panel.set_yscale("log")
         backward = width == "passes" and any(each.curves["backward_passes"] for each in outcomes)
         panel.set_xlabel(WIDTHS[width] + " (a backward pass as two)" * backward)
+        panel.set_ylabel(HEIGHTS[height].format(metric=outcomes[0].metric))
+        panel.label_outer()
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
     handles, names = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", frameon=False, fontsize=8)
     number = f"{min(runs)}" if min(runs) == max(runs) else f"{min(runs)} to {max(runs)}"
     of_runs = f"mean of {number} runs" if max(runs) > 1 else "single runs"
-    bands = "; bands from the lowest to the highest" if min(runs) > 1 else ""
+    bands = "; bands from the lowest to the highest" if has_bands else ""
     figure.suptitle(f"{tasks[0]}: {of_runs}{bands}", fontsize=10)
     save_figure(figure, path)
-
-
-def _draw_panel(
-    panel: Axes, found: dict[str, pd.DataFrame], labels: Sequence[str], has_bands: bool
-) -> None:
-    for label, course in found.items():
-        style = {"color": f"C{labels.index(label)}"}
-        panel.plot(course["width"], course["mean"], label=label, marker="o", markersize=3, **style)
-        if has_bands:
-            band = course["width"], course["low"], course["high"]
-            panel.fill_between(*band, alpha=0.15, linewidth=0, **style)
-    panel.grid(alpha=0.25)
-    panel.spines[["top", "right"]].set_visible(False)

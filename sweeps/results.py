@@ -97,11 +97,11 @@ def read_record(folder: Path) -> dict[str, dict[str, Any]]:
     return {name: run for name, run in runs.items() if isinstance(run, dict) and "/" not in name}
 
 
-def check_record(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse a folder that holds another grid; the same grid may grow or shrink.
+def record(folder: Path, entries: Mapping[str, Mapping[str, Any]], writes: bool) -> None:
+    """Record what the runs are; those of an earlier and larger grid stay.
 
     Raises:
-        InputError: names a run that differs.
+        InputError: the folder holds another grid; the same grid may grow or shrink.
     """
     recorded = read_record(folder)
     words = {name: entry["words"] for name, entry in entries.items()}
@@ -112,11 +112,8 @@ def check_record(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> None
             f"--output_dir {folder} holds another grid, as {other} shows: give another "
             "--output_dir, or the same grid, which may grow"
         )
-
-
-def write_record(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write what the runs are; those of an earlier and larger grid stay."""
-    write_json(folder / RECORD, {"runs": read_record(folder) | dict(entries)})
+    if writes:
+        write_json(folder / RECORD, {"runs": recorded | dict(entries)})
 
 
 def read_sweep(folder: Path) -> dict[Path, list[Outcome]]:
