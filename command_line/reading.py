@@ -220,7 +220,7 @@ class _Reader:
             yield from ((ours, [each]) for ours, each in TRANSLATED[name, value].items())
         elif name == "trainer" and words and value not in trainers:
             reason = f"choose from {', '.join(trainers)}"
-            self.missing.setdefault(reason, []).append(f"{option} {value}")
+            self.missing.setdefault(reason, []).append(f"{option} {words[-1]}")
         elif typed in NAMES:
             yield name, words
         elif switched in OWN and OWN[switched].kind is bool and not words:

@@ -119,7 +119,8 @@ class Experiment:
             trainer.add_callback(RemoveEarlierCheckpoints())
         if arguments.save_on_interrupt:
             trainer.add_callback(interrupt)
-        trainer.add_callback(SayAtStart(self.first_lines(examples)))
+        if not arguments.quiet:
+            trainer.add_callback(SayAtStart(self.first_lines(examples)))
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         self.used = used_by_optimizer(trainer.optimizer)
         # Metrics come from the model's own dtype, not from mixed precision.

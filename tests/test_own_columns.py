@@ -335,7 +335,7 @@ def test_the_end_of_a_run_is_a_table(tmp_path: Path, capsys: pytest.CaptureFixtu
     result = finish(training(tmp_path, **curve))
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith("result: ")
-    place = next(number for number, line in enumerate(lines) if "forward passes" in line)
+    place = next(number for number, line in enumerate(lines) if "  forward passes" in line)
     names, values = lines[place : place + 2]
     assert len(names) == len(values) and names.split()[:2] == ["before", "accuracy"]
     cells = [cell.strip() for cell in values.split("  ") if cell.strip()]
