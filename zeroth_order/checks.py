@@ -33,7 +33,7 @@ def check_parameter(parameter: Tensor) -> None:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise ValueError(f"{shown} is {str(parameter.dtype).removeprefix('torch.')}: give {known}")
     if not parameter.is_contiguous():
-        raise ValueError(f"{shown} not contiguous")
+        raise ValueError(f"{shown} is not contiguous: give its contiguous()")
 
 
 def check_perturbation_scale(scales: Iterable[tuple[Tensor, float]], in_place: bool) -> None:
