@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,7 @@ def _own_file(said: Mapping[str, Any]) -> str | None:
 
 
 def _is_bundled(model: str | Path) -> bool:
-    return Path(model).exists() and Path(model).resolve() == BUNDLED_MODEL
+    return os.path.exists(model) and Path(model).resolve() == BUNDLED_MODEL
 
 
 def _of_mode(script: str, mode: str | None, said: Mapping[str, Any]) -> dict[str, Any]:
