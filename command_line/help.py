@@ -10,7 +10,6 @@ import itertools
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator
 
 from command_line.contradictions import EXCLUDE_EACH_OTHER
 from command_line.declarations import Declaration, declared
@@ -32,30 +31,28 @@ python run.py --task_name TASK --model_name MODEL [arguments]
   arguments, python run.py --help_all those of transformers' Trainer too.
 """
 HELP = ("-h", "--help", "--help_all")
-# Where the explanations begin.
-INDENT = 24
+INDENT = " " * 24
 
 
 def help_text(everything: bool = False) -> str:
     """Return the explanation of every argument of ours; ``everything``: of the Trainer's too."""
     lines = [f"usage: {USAGE}", "options:"]
-    lines += _explained("-h, --help", "show this help message and exit")
-    lines += _explained(
-        "--help_all", "show this help with all of the Trainer's arguments, and exit"
-    )
+    lines.append(_explained("-h, --help", "show this help message and exit"))
+    text = "show this help with all of the Trainer's arguments, and exit"
+    lines.append(_explained("--help_all", text))
     for group in GROUPS:
         title, _, remark = group.__doc__.partition(".")
         lines += ["", f"{title}:", *([f"  {remark.strip()}", ""] if remark.strip() else [])]
         for each in declared(group):
-            lines += _explained(_shown_name(each), _with_default(explanation(each), each.default))
+            lines.append(_explained(_shown_name(each), explanation(each), each.default))
     if everything:
         from transformers import TrainingArguments  # takes seconds
 
         lines += ["", "The Trainer's others:"]
         for field in dataclasses.fields(TrainingArguments):
             if field.name in OTHERS:
-                text = _with_default(field.metadata["help"], field.default)
-                lines += _explained(f"--{field.name} {field.name.upper()}", text)
+                names = f"--{field.name} {field.name.upper()}"
+                lines.append(_explained(names, field.metadata["help"], field.default))
     return "\n".join(lines)
 
 
@@ -87,14 +84,8 @@ def explanation(declaration: Declaration) -> str:
     return f"{text} Excludes {', '.join(others)}." if others else text
 
 
-def _with_default(text: str, default: object) -> str:
-    return text if default is None else f"{text} (default: {getattr(default, 'value', default)})"
-
-
-def _explained(names: str, text: str) -> Iterator[str]:
+def _explained(names: str, text: str, default: object = None) -> str:
+    text += "" if default is None else f" (default: {getattr(default, 'value', default)})"
     width = min(100, max(60, shutil.get_terminal_size().columns))
-    yield f"  {names}"
-    indent = " " * INDENT
-    yield from textwrap.wrap(
-        text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
-    )
+    indents = {"initial_indent": INDENT, "subsequent_indent": INDENT}
+    return f"  {names}\n" + textwrap.fill(text, width, **indents, break_on_hyphens=False)

@@ -145,11 +145,12 @@ def read_values(argv: Sequence[str], environment: Mapping[str, str] | None = Non
         InputError: names everything that is unknown or out of its bounds.
     """
     reader = _Reader()
-    script, words = (argv[1], argv[2:]) if argv[:1] == ["--script"] else ("", argv)
+    of_script = argv[:1] == ["--script"]
+    script, words = ("".join(argv[1:2]), argv[2:]) if of_script else ("", argv)
     typed = {name: (each, "") for name, each in reader.split(words)}
     user = reader.read((reader.config(typed["config"][0]) if "config" in typed else {}) | typed)
     chosen: dict[str, Any] = {}
-    if script and not reader.problems:
+    if of_script and not reader.problems:
         defaults = choose_defaults(script, os.environ if environment is None else environment, user)
         words_of_script = {
             ours: ([each], label)
@@ -160,7 +161,7 @@ def read_values(argv: Sequence[str], environment: Mapping[str, str] | None = Non
         chosen = reader.read(words_of_script)
     raise_problems(reader.problems)
     values = Values(chosen | user, frozenset(user), reader.words, reader.ignored)
-    if _train_classes(values, bool(script)):
+    if _train_classes(values, of_script):
         values.given["train_as_classification"] = values.train_as_classification = True
         values.words["train_as_classification"] = ["True"]
     return values

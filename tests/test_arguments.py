@@ -259,6 +259,7 @@ EARLY: tuple[tuple[list[str], dict[str, str], str], ...] = (
     (command(sfc=True, icl_sfc=True), {}, "exclude each other"),
     (command(trainer="zo", num_train=4, fp16=True), {}, "--fp16"),
     (["--script", "HiZOO.sh", "--lora", "--head_tuning"], {}, "exclude each other"),
+    (["--script"], {}, "--script : choose from"),
     (["--config", "nowhere.yaml"], {}, "nowhere.yaml: cannot be read"),
     (["--lr_scheduler_type", "linaer"], {}, "--lr_scheduler_type linaer: choose from linear, "),
     (["--script", "HiZOO.sh"], {"RANK": "2"}, "RANK=2: expected WORLD_SIZE beside it"),
