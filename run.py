@@ -29,9 +29,14 @@ from collections.abc import Sequence
 
 import transformers
 
-from command_line.arguments import parse_arguments
+from command_line.arguments import Arguments, parse_arguments
 from command_line.checks import check
-from command_line.settings import config_lines, name_run, settle_dtype
+from command_line.settings import (
+    config_lines,
+    name_run,
+    settings_of_all_processes,
+    settle_dtype,
+)
 from experiment.folders import locked_places
 from experiment.options import Options, options_of
 from experiment.plan import make_plan
@@ -41,6 +46,7 @@ from experiment.results import earlier_result, is_wanted_again, summarize
 from experiment.running import Experiment, say
 from experiment.telling import result_lines, table
 from language_model.loading import leave_out_loading_bars
+from training.processes import check_same, in_all_processes, naming_lost_processes
 from utils import (
     exit_code,
     leave_process_group_at_exit,
@@ -59,7 +65,8 @@ def run_experiment(options: Options) -> None:
         say("\n".join(result_lines(options, earlier)))
         return
     transformers.set_seed(options.weights.seed)
-    experiment = Experiment(options, prepare(options), has_result=earlier is not None)
+    prepared = in_all_processes(lambda: prepare(options))
+    experiment = Experiment(options, prepared, has_result=earlier is not None)
     runs = zip(experiment.prepared.example_sets, options.folders, strict=True)
     results, predictions = zip(*(experiment.run(*each) for each in runs), strict=True)
     if process_index() == 0:
@@ -75,9 +82,16 @@ def run_experiment(options: Options) -> None:
 
 
 def run_command_line(argv: Sequence[str]) -> None:
-    """Read and check the command line, and do what it says."""
+    """Read the command line, and do what it says."""
     arguments = parse_arguments(argv)
-    check(arguments)
+    with naming_lost_processes(arguments.ddp_timeout):
+        do(arguments)
+
+
+def do(arguments: Arguments) -> None:
+    """Check the arguments, and do what they say."""
+    check_same(settings_of_all_processes(arguments))
+    in_all_processes(lambda: check(arguments))
     if arguments.warning and process_index() == 0:
         print(arguments.warning, file=sys.stderr)
     settle_dtype(arguments)
@@ -92,6 +106,7 @@ def run_command_line(argv: Sequence[str]) -> None:
         predict_rows(options_of(arguments), arguments.predict_file)
     else:
         name_run(arguments)
+        check_same({"the content of the model or of the data": arguments.experiment})
         options = options_of(arguments)
         with locked_places(options):
             run_experiment(options)

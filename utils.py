@@ -42,6 +42,10 @@ class Disagreement(Exception):
     """Processes that train together have other weights; exit code 1."""
 
 
+class Lost(Exception):
+    """Another process of the run is gone or never came; exit code 1."""
+
+
 class NotWritten(OSError):
     """A file could not be written: the message is one line that names it; exit code 1."""
 
@@ -106,6 +110,10 @@ def exit_code(command: Callable[[], int | None]) -> int:
         return 130
     except (Diverged, NotWritten, Disagreement) as error:
         say_last(f"stopped: {error}")
+        return 1
+    except Lost as error:
+        # The first process may be the one that is gone.
+        print(f"stopped: rank {os.environ.get('RANK')}: {error}", file=sys.stderr)
         return 1
 
 

@@ -28,6 +28,7 @@ from command_line.groups import (
 )
 from command_line.reading import OWN, Meaning, Values, read_values
 from command_line.trainer_arguments import OTHERS, MostUsed
+from training.processes import join, naming_lost_processes
 from utils import InputError, one_line
 
 
@@ -76,7 +77,9 @@ class Arguments(
         if replays_best:
             self.metric_for_best_model = self.metric_for_best_model or "loss"
             self.load_best_model_at_end = False
-        super().__post_init__()
+        join(self.use_cpu, self.ddp_backend, self.ddp_timeout)
+        with naming_lost_processes(self.ddp_timeout):
+            super().__post_init__()
         self.load_best_model_at_end = self.load_best_model_at_end or replays_best
         # The Trainer would call it trainer_output; settings.name_run names it after the run.
         self.output_dir = output_dir

@@ -189,6 +189,13 @@ def config_lines(arguments: Arguments) -> Iterator[str]:
     yield from (f"# {line}" for name, line in lines.items() if name not in arguments.given)
 
 
+def settings_of_all_processes(arguments: Arguments) -> dict[str, Any]:
+    """Return what has to be the same in all processes of a run, as a user types it."""
+    own = {"local_rank", "disable_tqdm", "log_level", "log_level_replica", "hub_token"}
+    names = {field.name for field in dataclasses.fields(arguments) if field.init} - own
+    return {f"--{name}": value for name, value in _plain_values(arguments, names).items()}
+
+
 def settings_of_a_checkpoint(arguments: Arguments) -> dict[str, Any]:
     """Return what decides the course of a training run, whatever its length and its folders."""
     names = {name for name, each in DECLARED.items() if each.decides == TRAINING}

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
+import threading
+import time
 from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any, NamedTuple
@@ -60,20 +64,29 @@ class SaveOnInterrupt(TrainerCallback):
     """Saves a checkpoint and stops after the current step when a signal arrives.
 
     SIGINT is Ctrl-C. Slurm sends SIGTERM, or SIGUSR1 (``sbatch --signal``), before a job's time is
-    over.
+    over. A process that waits for another one cannot end its step: it ends ``PATIENCE`` seconds
+    after the signal, Slurm's SIGKILL comes after 30.
 
     ``received`` is the signal's name, None as long as none arrived.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    PATIENCE = 20.0
 
     def __init__(self) -> None:
         self.received: str | None = None
         self._previous: dict[int, Any] = {}
+        self._pipe: tuple[int, int] | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         """Listen for the signals."""
         self._previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        if args.world_size > 1:
+            # Python's handlers wait for the main thread, which may wait in a library.
+            self._pipe = os.pipe()
+            os.set_blocking(self._pipe[1], False)
+            signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+            threading.Thread(target=self._end_a_waiting_process, daemon=True).start()
 
     def on_step_end(
         self, args: TrainingArguments, state: Any, control: TrainerControl, **_: Any
@@ -91,9 +104,25 @@ class SaveOnInterrupt(TrainerCallback):
         """Restore the signals' handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        self._previous = {}
+        if self._pipe:
+            signal.set_wakeup_fd(-1)
+            os.close(self._pipe[1])  # which ends the thread
+            self._pipe = None
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
+
+    def _end_a_waiting_process(self) -> None:
+        reader = self._pipe[0]
+        while number := os.read(reader, 1):
+            time.sleep(self.PATIENCE if number[0] in self.SIGNALS else 0)
+            frame = sys._current_frames()[threading.main_thread().ident]
+            if not self.received and "distributed" in frame.f_code.co_filename:
+                name = signal.Signals(number[0]).name
+                print(f"interrupted: {name} while waiting for another process", file=sys.stderr)
+                os._exit(130)
+        os.close(reader)
 
 
 def save_and_stop(control: TrainerControl) -> None:

@@ -1,4 +1,4 @@
-"""How processes share a zeroth-order step: its batch, or its directions.
+"""Several processes of one run: how they meet, agree, and share a zeroth-order step.
 
 Every process has the same weights and makes the same noise, so they exchange losses only. The
 batches are those of one process, whatever the number of processes.
@@ -6,8 +6,11 @@ batches are those of one process, whatever the number of processes.
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +19,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from utils import Disagreement, InputError
+from utils import Disagreement, InputError, Lost, NotWritten, one_line
 
 Value = TypeVar("Value")
 # Where a loss is taken: a direction and a multiple of μ; None: at θ.
@@ -24,6 +27,113 @@ Shift = tuple[int, float] | None
 
 # The key of a padding batch: a borrowed example with weight 0.
 BORROWED = "borrowed"
+
+
+# ------------------------------------------------------------------------------ meet and agree
+
+
+def join(cpu: bool, backend: str | None, seconds: int) -> None:
+    """Wait for all processes that torchrun or srun has started; nothing where there is one.
+
+    Raises:
+        Lost: one of the others does not come, or this process is one too many.
+    """
+    rank, world = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    if rank.isdecimal() and world.isdecimal() and int(rank) >= int(world):
+        raise Lost(f"there are {world} processes (WORLD_SIZE), numbered from 0 (RANK)")
+    if cpu and "LOCAL_RANK" in os.environ:
+        # transformers hands --ddp_timeout on where there are GPUs only.
+        with naming_lost_processes(seconds):
+            PartialState(cpu=True, backend=backend, timeout=timedelta(seconds=seconds))
+
+
+@contextlib.contextmanager
+def naming_lost_processes(seconds: int) -> Iterator[None]:
+    """Raise ``Lost``, which is one line, where torch finds that another process is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = one_line(error)
+        if not isinstance(error, torch.distributed.DistError) and "gloo" not in text:
+            raise
+        # Without the line of C++, and what it thinks of the cause.
+        text = text.split("] ", 1)[-1].split(". ")[0]
+        if "timed out" in text.lower() or "timeout" in text.lower():
+            reason = f"another process did not answer for {seconds} seconds (--ddp_timeout)"
+        else:
+            reason = f"another process has ended, its own last lines may say why ({text})"
+        raise Lost(f"{reason}; the same command resumes") from error
+
+
+def check_same(settings: Mapping[str, Any]) -> None:
+    """Compare settings between the processes.
+
+    Raises:
+        InputError: in all processes; names what differs first.
+    """
+    of_all = gather_object([dict(settings)])
+    for name in of_all[0]:
+        values = [str(each.get(name)) for each in of_all]
+        if len(set(values)) > 1:
+            other = next(rank for rank, value in enumerate(values) if value != values[0])
+            raise InputError(
+                f"processes of one run differ: {name} is {values[0]} in rank 0 and "
+                f"{values[other]} in rank {other}; give all of them the same command"
+            )
+
+
+def in_all_processes(do: Callable[[], Value]) -> Value:
+    """Do something in every process; where one cannot, all of them raise its error.
+
+    Raises:
+        InputError: of the first process that raises one.
+        NotWritten: likewise.
+    """
+    value = failure = None
+    try:
+        value = do()
+    except (InputError, NotWritten) as error:
+        failure = error
+    failures = [each for each in gather_object([failure]) if each is not None]
+    if failures:
+        raise failures[0]
+    return value
+
+
+def from_first_process(compute: Callable[[], Value]) -> Value:
+    """Return in every process what the first one computes, or raise its ``InputError``."""
+    value = refusal = None
+    if PartialState().is_main_process:
+        try:
+            value = compute()
+        except InputError as error:
+            refusal = error
+    value, refusal = broadcast_object_list([value, refusal])
+    if refusal is not None:
+        raise refusal
+    return value
+
+
+def check_agreement(checksum: str, step: int) -> None:
+    """Compare the checksum of the weights between the processes.
+
+    Raises:
+        Disagreement: in all processes; names those whose weights are not the most frequent.
+    """
+    if PartialState().num_processes == 1:
+        return
+    found = gather_object([checksum])
+    (usual, count), *others = Counter(found).most_common()
+    if others:
+        ranks = [str(rank) for rank, value in enumerate(found) if value != usual or count == 1]
+        raise Disagreement(
+            f"after step {step} the weights of rank {', '.join(ranks)} differ from the others "
+            "(a fault of the machine, or devices that round differently); the same command "
+            "resumes from the last checkpoint and the journal"
+        )
+
+
+# -------------------------------------------------------------------------------- share a step
 
 
 def own_part(collate: Callable[[list[Any]], dict[str, Any]], examples: list[Any]) -> dict[str, Any]:
@@ -42,20 +152,6 @@ def see_every_batch(loader: DataLoader) -> DataLoader:
     if hasattr(sampler, "process_index"):
         sampler.num_processes, sampler.process_index, sampler.even_batches = 1, 0, False
     return loader
-
-
-def from_first_process(compute: Callable[[], Value]) -> Value:
-    """Return in every process what the first one computes, or raise its ``InputError``."""
-    value, refusal = None, None
-    if PartialState().is_main_process:
-        try:
-            value = compute()
-        except InputError as error:
-            refusal = str(error)
-    value, refusal = broadcast_object_list([value, refusal])
-    if refusal is not None:
-        raise InputError(refusal)
-    return value
 
 
 class Exchange:
@@ -92,22 +188,3 @@ class SharedDirections:
         own = [float(loss) if self.owns(shift) else 0.0 for shift, loss in losses.items()]
         of_all = self.exchange.sum(torch.tensor(own, dtype=torch.float64)).tolist()
         return dict(zip(losses, of_all, strict=True))
-
-
-def check_agreement(checksum: str, step: int) -> None:
-    """Compare the checksum of the weights between the processes.
-
-    Raises:
-        Disagreement: in all processes; names those whose weights are not the most frequent.
-    """
-    if PartialState().num_processes == 1:
-        return
-    found = gather_object([checksum])
-    (usual, count), *others = Counter(found).most_common()
-    if others:
-        ranks = [str(rank) for rank, value in enumerate(found) if value != usual or count == 1]
-        raise Disagreement(
-            f"after step {step} the weights of rank {', '.join(ranks)} differ from the others "
-            "(a fault of the machine, or devices that round differently); the same command "
-            "resumes from the last checkpoint and the journal"
-        )
