@@ -9,6 +9,7 @@ kind of machine. --verify compares with the checksums that the run has left.
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,12 +29,13 @@ from language_model.loading import (
     leave_out_loading_bars,
     load_config_and_tokenizer,
 )
-from language_model.manifest import damage
+from language_model.manifest import MANIFEST, damage
+from training.checkpoints import STATE, UNFINISHED, write_together
 from training.journal import Journal, read_journal
 from training.recording import checksum_of, checksum_of_trained
 from training.replaying import Outcome, load_state, optimizer_of, play, rows_until
 from training.rows import Header, Step
-from utils import InputError, NotWritten, exit_code
+from utils import InputError, exit_code, one_line
 
 
 def parser() -> argparse.ArgumentParser:
@@ -110,7 +112,7 @@ def load_start(
     """
     began, weights = model_and_weights(header, options)
     folder = Path(began.name)
-    is_checkpoint = (folder / "optimizer.pt").is_file()
+    is_checkpoint = any((folder / name).exists() for name in (MANIFEST, STATE, "optimizer.pt"))
     if is_checkpoint and (reason := damage(folder)):
         raise InputError(f"--model_name {folder} is damaged: {reason}; give another checkpoint")
     _, tokenizer = load_config_and_tokenizer(began.name, began.trust_remote_code)
@@ -143,24 +145,44 @@ def replay(options: argparse.Namespace, journal: Journal) -> int:
         NotWritten: the disk is full.
     """
     model, tokenizer, optimizer, done = load_start(options, journal.header)
-    rows, is_whole = rows_until(journal, done, options.steps)
+    rows, fault = rows_until(journal, done, options.steps)
     total = sum(isinstance(row, Step) for row in rows)
     with tqdm(total=total, unit="step", disable=None) as bar:
         outcome = play(rows, optimizer, model, options.verify, bar.update)
-    if options.output_dir:
-        try:
-            model.save_pretrained(options.output_dir)
-            tokenizer.save_pretrained(options.output_dir)
-        except OSError as error:
-            raise NotWritten.of(options.output_dir, error) from error
     print(f"{done + outcome.steps:,} steps")
-    if not is_whole:
-        print(f"damaged: {options.journal} ends there; a checkpoint behind it gives later steps")
+    if fault:
+        print(f"damaged: {options.journal} ends there ({fault}); a checkpoint gives later steps")
     if options.verify:
         print(verdict(outcome))
+    if outcome.different is not None:
+        return 1
     if options.output_dir:
+        save(model, tokenizer, options.output_dir)
         print(f"model: {options.output_dir}")
-    return 0 if is_whole and outcome.different is None else 1
+    return 1 if fault else 0
+
+
+def save(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """Write a model whole or not at all: beside its place, which it moves to.
+
+    Raises:
+        NotWritten: the disk is full.
+    """
+    unfinished = folder / UNFINISHED
+
+    def write() -> None:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        # The configuration, whose presence makes it a model, is the last one.
+        for file in sorted(unfinished.iterdir(), key=lambda file: "config.json" in file.name):
+            file.replace(folder / file.name)
+
+    try:
+        write_together(folder, write)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def verdict(outcome: Outcome) -> str:
@@ -168,7 +190,8 @@ def verdict(outcome: Outcome) -> str:
     if outcome.different is not None:
         return (
             f"different: after step {outcome.different:,} the weights are not, bit for bit, those "
-            "of the run; another device, or --compile, rounds differently"
+            "of the run; another device, or --compile, rounds differently (without --verify they "
+            "are saved)"
         )
     if outcome.compared:
         return f"verified: bit for bit the weights of the run after step {outcome.compared[-1]:,}"

@@ -205,11 +205,13 @@ class ZerothOrderTrainer(ObjectiveTrainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Return the dev metrics; those that are in the journal are not computed again."""
         step = self.state.global_step
-        recorded = self.recording.evaluation(step)
-        if recorded is not None:
-            return EvalLoopOutput(None, None, recorded, len(self.eval_dataset))
+        recorded = self.recording.take(Evaluation, step)
+        best = self.args.metric_for_best_model or "loss"
+        if recorded and {"eval_loss", f"eval_{best.removeprefix('eval_')}"} <= {*recorded.metrics}:
+            return EvalLoopOutput(None, None, dict(recorded.metrics), len(self.eval_dataset))
         output = super().evaluation_loop(*args, **kwargs)
-        self.recording.write(Evaluation(step, dict(output.metrics)))
+        if not recorded:
+            self.recording.write(Evaluation(step, dict(output.metrics)))
         return output
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
@@ -246,14 +248,16 @@ class ZerothOrderTrainer(ObjectiveTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        self.recording.sync()
+        if self.recording.file:
+            self.recording.file.sync()
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
         """Train; the journal is whole and closed whatever happens."""
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
-            self.recording.close()
+            if self.recording.file:
+                self.recording.file.close()
 
     def skipped_steps(self) -> int:
         """Return how many steps had no finite loss, those before a checkpoint included."""

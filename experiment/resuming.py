@@ -219,13 +219,14 @@ def _replay(options: Options, journal: Journal, step: int) -> Replay:
             f"{path} begins with step {header.step}, whose checkpoint is gone: a new one"
         )
         return Replay()
-    rows, end = journal.after(step)
+    rows, end, fault = journal.after(step)
     replay = Replay(rows, end, header.start if step == header.step else None)
     if replay.steps:
         _check_length(options, path, step + replay.steps)
-    if end < journal.ends[-1]:
+    if fault:
         logger.warning(
-            f"{path} is damaged after step {step + replay.steps}: what follows is computed again"
+            f"{path} is damaged after step {step + replay.steps} ({fault}): what follows is "
+            "computed again"
         )
     return replay
 

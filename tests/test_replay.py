@@ -164,8 +164,8 @@ def test_what_replay_refuses(
         (["--journal", plain / "result.json", *new], "is no journal"),
         (["--journal", journal, "--steps", 5, *new], "has 4 steps, not 5; give --steps 4"),
         (["--journal", journal, "--steps", -1, *new], "--steps -1: must be at least 0"),
-        (["--journal", harmed, "--steps", 4, *new], "has 1 steps before a damaged line, not 4"),
-        (["--journal", journal, "--model_name", copied, *new], "not those that the run began with"),
+        (["--journal", harmed, "--steps", 4, *new], "has 1 steps (line 3: its checksum is wrong)"),
+        (["--journal", journal, "--model_name", copied, *new], "optimizer.pt is missing"),
         (["--journal", adapter, "--model_name", copied, *new], "not those that the run began with"),
         (["--journal", journal, "--model_name", damaged, *new], "optimizer.pt is not what was"),
         (

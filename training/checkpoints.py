@@ -11,13 +11,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from language_model.manifest import damage, flush, write_manifest
-from training.processes import from_first_process
+from training.processes import from_first_process, in_all_processes
 from utils import InputError, NotWritten, write_json
 
 logger = logging.getLogger(__name__)
@@ -83,21 +82,22 @@ def write_together(place: Path, write: Callable[[], None]) -> None:
     Raises:
         NotWritten: in all processes, where one could not write, as on a full disk.
     """
-    failure = None
-    try:
-        write()
-    except NotWritten as error:
-        failure = str(error)
-    except (OSError, SafetensorError) as error:
-        failure = str(NotWritten.of(place, error))
-    except RuntimeError as error:
-        # torch.save has no type of its own for files that it could not write.
-        if "inline_container" not in str(error):
+
+    def written() -> None:
+        try:
+            write()
+        except NotWritten:
             raise
-        failure = str(NotWritten.of(place, OSError("torch.save could not write a file")))
-    failures = [each for each in gather_object([failure]) if each is not None]
-    if failures:
-        raise NotWritten(failures[0])
+        except (OSError, SafetensorError) as error:
+            raise NotWritten.of(place, error) from error
+        except RuntimeError as error:
+            # torch.save has no type of its own for files that it could not write.
+            if "inline_container" not in str(error):
+                raise
+            reason = OSError("torch.save could not write a file")
+            raise NotWritten.of(place, reason) from error
+
+    in_all_processes(written)
 
 
 class RemoveEarlierCheckpoints(TrainerCallback):

@@ -19,6 +19,7 @@ from training.rows import VERSION, Header, Row, Step, line_of, row_of
 from utils import InputError, NotWritten
 
 FILE = "journal.jsonl"
+BEGIN = b'{"kind": "header"'
 # Seconds between two waits for the disk.
 SYNC_EVERY = 1.0
 
@@ -29,51 +30,53 @@ class Journal:
 
     path: Path
     header: Header
-    # None stands for a line that is not what was written.
-    rows: list[Row | None] = field(default_factory=list)
+    # Of a line that cannot be used: why.
+    rows: list[Row | str] = field(default_factory=list)
     # Where each line ends, in bytes; the header's first.
     ends: list[int] = field(default_factory=list)
 
     @property
     def steps(self) -> int:
         """How many steps the run has done."""
-        done = (row.step + isinstance(row, Step) for row in self.rows if row)
-        return max(done, default=self.header.step)
+        rows = (row for row in self.rows if isinstance(row, Row))
+        return max((row.step + isinstance(row, Step) for row in rows), default=self.header.step)
 
-    def after(self, step: int) -> tuple[list[Row], int]:
+    def after(self, step: int) -> tuple[list[Row], int, str | None]:
         """Return what followed when so many steps were done, until the end or a damaged line.
 
         The dev loss of that step is among the rows before step 0 only; later a checkpoint has it.
 
         Returns:
-            The rows, and where the last of them ends in bytes.
+            The rows, where the last of them ends in bytes, and what is wrong with the line behind
+            it, None at the end of the file.
         """
-        first = 0
-        if step or self.header.step:
-            at = (i for i, row in enumerate(self.rows) if is_step(row, step))
-            first = next(at, None)
-            if first is None:
-                return [], self.end_of(step)
-        rows: list[Row] = []
-        for row in self.rows[first:]:
-            if row is None or row.step != step:
+        first = self._count_before(step) if step or self.header.step else 0
+        for index in range(first, len(self.rows)):
+            if isinstance(self.rows[index], Step) and self.rows[index].step == step:
+                first = index
                 break
+        rows: list[Row] = []
+        for number, row in enumerate(self.rows[first:], first + 2):
+            if isinstance(row, str):
+                return rows, self.ends[first + len(rows)], f"line {number}: {row}"
+            if row.step != step:
+                fault = f"line {number}: step {row.step} where {step} was due"
+                return rows, self.ends[first + len(rows)], fault
             rows.append(row)
             step += isinstance(row, Step)
-        return rows, self.ends[first + len(rows)]
+        return rows, self.ends[-1], None
 
     def end_of(self, step: int) -> int:
         """Return where the rows of the first so many steps end, in bytes."""
-        end = self.ends[0]
-        for row, its_end in zip(self.rows, self.ends[1:], strict=True):
-            if row and (row.step < step or (row.step == step and not isinstance(row, Step))):
-                end = its_end
-        return end
+        return self.ends[self._count_before(step)]
 
-
-def is_step(row: Row | None, step: int) -> bool:
-    """Whether a row is the step before which so many were done."""
-    return isinstance(row, Step) and row.step == step
+    def _count_before(self, step: int) -> int:
+        """Return how many rows there are until so many steps are done, with their dev loss."""
+        count = 0
+        for number, row in enumerate(self.rows, 1):
+            if isinstance(row, Row) and row.step + isinstance(row, Step) <= step:
+                count = number
+        return count
 
 
 def read_journal(path: Path) -> Journal | None:
@@ -82,6 +85,8 @@ def read_journal(path: Path) -> Journal | None:
     Raises:
         InputError: the file is something else, of another version, or its header is damaged.
     """
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is no file")
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -89,15 +94,19 @@ def read_journal(path: Path) -> Journal | None:
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from error
     *lines, _ = content.split(b"\n")  # a half written line has no end
-    if not lines and b'{"kind": "header"'.startswith(content[:17]):
+    if not lines and BEGIN.startswith(content[: len(BEGIN)]):
         return None
-    header = row_of(lines[0]) if lines else None
-    if not isinstance(header, Header):
+    try:
+        header = row_of(lines[0] if lines else b"")
+        is_journal = isinstance(header, Header)
         fault = "it is no journal of a run"
-        if content.startswith(b'{"kind": "header"'):
-            fault = "its header is damaged"
+    except ValueError as error:
+        is_journal, fault = False, "it is no journal of a run"
+        if content.startswith(BEGIN):
+            fault = f"its header is damaged: {error}"
         elif content.startswith(b"HiZOO journal"):
             fault = "it is the journal of an earlier version, which cannot be read"
+    if not is_journal:
         raise InputError(f"{path}: {fault}")
     if header.version != VERSION:
         raise InputError(
@@ -105,10 +114,23 @@ def read_journal(path: Path) -> Journal | None:
         )
     journal = Journal(path, header, ends=[len(lines[0]) + 1])
     for line in lines[1:]:
-        row = row_of(line)
-        journal.rows.append(None if isinstance(row, Header) else row)
+        journal.rows.append(_usable_row(line, header))
         journal.ends.append(journal.ends[-1] + len(line) + 1)
     return journal
+
+
+def _usable_row(line: bytes, header: Header) -> Row | str:
+    """Return the row of a line, or why it cannot be used."""
+    try:
+        row = row_of(line)
+    except ValueError as error:
+        return str(error)
+    if isinstance(row, Header):
+        return "a second header"
+    least = 2 * header.optimizer.num_samples
+    if isinstance(row, Step) and min(map(len, row.losses)) < least:
+        return f"step {row.step} has fewer losses than {least} a batch"
+    return row
 
 
 # ------------------------------------------------------------------------------------- writing

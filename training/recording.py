@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ from hizoo import HiZOO
 from training.journal import JournalFile
 from training.optimizers import groups_in, trained_weights
 from training.processes import check_agreement
-from training.rows import VERSION, Checksum, Evaluation, Header, Row, Scales, Step
+from training.rows import VERSION, Checksum, Header, Row, Step
 from utils import InputError
 from zeroth_order import noise
 
@@ -61,7 +61,7 @@ def checksum_of_trained(model: nn.Module) -> str:
     return checksum_of(trained_weights(model).values())
 
 
-@dataclass
+@dataclass(frozen=True)
 class Replay:
     """What a run takes from its journal: the rows behind the checkpoint that it resumes from."""
 
@@ -70,26 +70,11 @@ class Replay:
     begins_at: int | None = None
     # The checksum of the weights before the first of the rows, None if not known.
     start: str | None = None
-    _position: int = field(default=0, init=False)
 
     @property
     def steps(self) -> int:
         """How many steps there are."""
         return sum(isinstance(row, Step) for row in self.rows)
-
-    def take(self, kind: type[SomeRow], step: int) -> SomeRow | None:
-        """Return the next row of a kind when so many steps are done, None if there is none.
-
-        Other rows before it are passed over, but no step.
-        """
-        for index in range(self._position, len(self.rows)):
-            row = self.rows[index]
-            if isinstance(row, kind) and row.step == step:
-                self._position = index + 1
-                return row
-            if row.step > step or isinstance(row, Step):
-                break
-        return None
 
 
 class Recording:
@@ -112,14 +97,23 @@ class Recording:
         replay: Replay | None = None,
         check_every: int = 1000,
     ) -> None:
-        self.path, self.header = path, header or {}
-        self.replay = replay or Replay()
+        self.path, self.header, self.replay = path, header or {}, replay or Replay()
         self.check_every = check_every
         self.file: JournalFile | None = None
+        self._rows = {(type(row), row.step): row for row in self.replay.rows}
         self._step = -1
         self._recorded: Step | None = None
         self._losses: list[tuple[float, ...]] = []
         self._weights: list[float] = []
+
+    def take(self, kind: type[SomeRow], step: int) -> SomeRow | None:
+        """Return the row of a kind when so many steps are done, once; None if there is none."""
+        return self._rows.pop((kind, step), None)
+
+    def write(self, row: Row) -> None:
+        """Append a row, where this process writes."""
+        if self.file is not None:
+            self.file.add(row)
 
     # ---- a step
 
@@ -127,14 +121,17 @@ class Recording:
         """Return the row of the step that is done now, None if it is not in the journal."""
         if step != self._step:
             self._step, self._losses, self._weights = step, [], []
-            self._recorded = self.replay.take(Step, step)
+            self._recorded = self.take(Step, step)
         return self._recorded
 
     def of_batch(self, closure: Closure) -> Closure:
         """Return what computes the losses of the step's next batch, or takes them back."""
         if self._recorded is None:
             return closure
-        return replayed(self._recorded.losses[len(self._losses)])
+        batch = len(self._losses)
+        if batch == len(self._recorded.losses):
+            raise self._unfit()
+        return replayed(self._recorded.losses[batch])
 
     def note(self, losses: Sequence[float], weight: float) -> None:
         """Take the losses of a batch, and what it counts beside others of the step."""
@@ -142,44 +139,28 @@ class Recording:
         self._weights.append(weight)
 
     def write_step(self, optimizer: HiZOO) -> None:
-        """Write the step, just before the update; a replayed one takes its η from there."""
+        """Write the step, just before the update; a replayed one takes its η from there.
+
+        Raises:
+            InputError: what is recorded is not a step of this run.
+        """
         if self._recorded is not None:
+            if [*map(len, self._losses)] != [*map(len, self._recorded.losses)]:
+                raise self._unfit()
             for group in optimizer.param_groups:
                 group["lr"] = self._recorded.lr
             return
         group = optimizer.param_groups[0]
         g, c, eta = optimizer.pending()
-        self.write(
-            Step(
-                self._step,
-                lr=float(group["lr"]),
-                alpha=float(group["hessian_smooth"]),
-                losses=tuple(self._losses),
-                weights=tuple(self._weights),
-                g=g,
-                c=c,
-                eta=eta,
-            )
+        lr, alpha = float(group["lr"]), float(group["hessian_smooth"])
+        losses, weights = tuple(self._losses), tuple(self._weights)
+        self.write(Step(self._step, lr, alpha, losses, weights, g, c, eta))
+
+    def _unfit(self) -> InputError:
+        return InputError(
+            f"{self.path}: step {self._step} has other batches or losses than this run takes; "
+            f"{ANOTHER_FOLDER}"
         )
-
-    def scales(self) -> dict[str, Any] | None:
-        """Return the μ that were chosen before the first step, if the journal has them."""
-        recorded = self.replay.take(Scales, 0)
-        return recorded and {"eps": recorded.eps, "curvature_eps": recorded.curvature_eps}
-
-    def note_scales(self, chosen: dict[str, Any]) -> None:
-        """Write the μ that were chosen before the first step."""
-        self.write(Scales(0, **chosen))
-
-    def evaluation(self, step: int) -> dict[str, float] | None:
-        """Return the dev metrics that are in the journal."""
-        recorded = self.replay.take(Evaluation, step)
-        return None if recorded is None else dict(recorded.metrics)
-
-    def write(self, row: Row) -> None:
-        """Append a row, where this process writes."""
-        if self.file is not None:
-            self.file.add(row)
 
     # ---- the course of a run
 
@@ -220,8 +201,7 @@ class Recording:
         step = state.global_step
         if not self.path or (step % self.check_every and step < state.max_steps):
             return
-        recorded = self.replay.take(Checksum, step)
-        checksum = checksum_of_trained(model)
+        recorded, checksum = self.take(Checksum, step), checksum_of_trained(model)
         check_agreement(checksum, step)
         if recorded is None:
             self.write(Checksum(step, checksum))
@@ -232,16 +212,6 @@ class Recording:
                 step,
                 self.path,
             )
-
-    def sync(self) -> None:
-        """Wait for the disk, as a checkpoint does."""
-        if self.file is not None:
-            self.file.sync()
-
-    def close(self) -> None:
-        """Close the journal."""
-        if self.file is not None:
-            self.file.close()
 
 
 def replayed(losses: Sequence[float]) -> Closure:

@@ -15,7 +15,7 @@ from training.journal import Journal
 from training.optimizers import checked_layers, described, make_optimizer, trained_weights
 from training.recording import checksum_of_trained, replayed
 from training.rows import Checksum, Header, Row, Scales, Step
-from utils import InputError
+from utils import InputError, one_line
 from zeroth_order import noise
 
 
@@ -30,9 +30,8 @@ class Outcome(NamedTuple):
 def optimizer_of(header: Header, model: nn.Module, compile: bool | None) -> HiZOO:
     """Return the optimizer that a journal's run had, before its first step.
 
-    Parameters that the run did not train are frozen.
-
-    ``model`` has the weights, or the adapter, that the run began with.
+    Parameters that the run did not train are frozen. ``model`` has the weights, or the adapter,
+    that the run began with.
 
     Raises:
         InputError: the model has other parameters, or the noise is another version's.
@@ -53,10 +52,10 @@ def optimizer_of(header: Header, model: nn.Module, compile: bool | None) -> HiZO
     return make_optimizer(model, header.groups, replace(header.optimizer, compile=compile), layers)
 
 
-def rows_until(journal: Journal, done: int, steps: int | None) -> tuple[list[Row], bool]:
+def rows_until(journal: Journal, done: int, steps: int | None) -> tuple[list[Row], str | None]:
     """Return the rows from ``done`` steps on, until so many steps are done in all.
 
-    With them comes whether they are all that was asked for.
+    With them comes why they are fewer than asked for, None if they are not.
 
     Args:
         journal: of the run.
@@ -66,19 +65,19 @@ def rows_until(journal: Journal, done: int, steps: int | None) -> tuple[list[Row
     Raises:
         InputError: the journal does not have them.
     """
-    rows, end = journal.after(done)
+    rows, _, fault = journal.after(done)
     found = done + sum(isinstance(row, Step) for row in rows)
     if steps is None:
-        return rows, end == journal.ends[-1]
+        return rows, fault
     if steps < done:
         raise InputError(f"--steps {steps}: the checkpoint has {done} already")
     if found < steps:
-        damaged = " before a damaged line" if found < journal.steps else ""
-        way_out = ", or a checkpoint behind it as --model_name" if damaged else ""
+        why = f" ({fault})" if fault else ""
+        way_out = " or a checkpoint behind it as --model_name" if fault else ""
         raise InputError(
-            f"{journal.path} has {found} steps{damaged}, not {steps}; give --steps {found}{way_out}"
+            f"{journal.path} has {found} steps{why}, not {steps}; give --steps {found}{way_out}"
         )
-    return [row for row in rows if row.step + isinstance(row, Step) <= steps], True
+    return [row for row in rows if row.step + isinstance(row, Step) <= steps], None
 
 
 def play(
@@ -91,6 +90,9 @@ def play(
     """Do the steps of a journal with its losses in place of forward passes.
 
     With ``compare`` the weights are compared with the run's checksums.
+
+    Raises:
+        InputError: a row does not fit the model.
     """
     steps, compared, different = 0, [], None
     for row in rows:
@@ -98,11 +100,7 @@ def play(
             for group in optimizer.param_groups:
                 group["eps"], group["curvature_eps"] = row.eps, row.curvature_eps
         elif isinstance(row, Step):
-            for group in optimizer.param_groups:
-                group["lr"], group["hessian_smooth"] = row.lr, row.alpha
-            for losses, weight in zip(row.losses, row.weights, strict=True):
-                optimizer.estimate(replayed(losses), weight)
-            optimizer.step()
+            _do(row, optimizer)
             steps += 1
             on_step()
         elif isinstance(row, Checksum) and compare and different is None:
@@ -110,6 +108,23 @@ def play(
             if checksum_of_trained(model) != row.checksum:
                 different = row.step
     return Outcome(steps, compared, different)
+
+
+def _do(step: Step, optimizer: HiZOO) -> None:
+    """Do a recorded step."""
+    for group in optimizer.param_groups:
+        group["lr"], group["hessian_smooth"] = step.lr, step.alpha
+    for losses, weight in zip(step.losses, step.weights, strict=True):
+        try:
+            optimizer.estimate(replayed(losses), weight)
+        except ValueError as error:  # μ does not fit the weights
+            raise InputError(f"step {step.step} of the journal: {one_line(error)}") from error
+        if len(optimizer.losses) != len(losses):
+            raise InputError(
+                f"step {step.step} of the journal has {len(losses)} losses, where the optimizer "
+                f"takes {len(optimizer.losses)}"
+            )
+    optimizer.step()
 
 
 @torch.no_grad()

@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import json
 import math
+import reprlib
 import types
 import typing
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any, ClassVar
+from typing import Any
 
-from zeroth_order.config import HiZOOConfig
+from utils import one_line
+from zeroth_order.config import HiZOOConfig, check_above_0, check_at_least_0, check_smoothing
 
 VERSION = 2
 
@@ -24,12 +26,14 @@ class Group:
     weight_decay: float
     parameters: dict[str, str]
 
+    def __post_init__(self) -> None:
+        check_at_least_0("weight_decay", self.weight_decay)
+
 
 @dataclass(frozen=True)
 class Header:
     """What a run began with; ``settings`` and ``versions`` are for comparison only."""
 
-    kind: ClassVar[str] = "header"
     version: int
     noise: int  # version of u
     step: int  # steps that were done before the first row
@@ -43,13 +47,27 @@ class Header:
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        check_at_least_0("step", self.step)
+        names = [name for group in self.groups for name in group.parameters]
+        if not names or len(names) > len(set(names)):
+            raise ValueError("its groups must have parameters, each of them once")
+
 
 @dataclass(frozen=True)
-class Step:
+class Row:
+    """What was written when ``step`` steps were done."""
+
+    step: int
+
+    def __post_init__(self) -> None:
+        check_at_least_0("step", self.step)
+
+
+@dataclass(frozen=True)
+class Step(Row):
     """One step; ``step`` counts those that were done before it."""
 
-    kind: ClassVar[str] = "step"
-    step: int
     lr: float  # k where it is "auto"
     alpha: float
     losses: tuple[tuple[float, ...], ...]  # of each batch, in the order of its forward passes
@@ -58,37 +76,45 @@ class Step:
     c: float | None = None  # None: not measured
     eta: float | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least_0("lr", self.lr)
+        check_smoothing(self.alpha)
+        for weight in self.weights:
+            check_at_least_0("a weight", weight)
+        if not self.losses or len(self.losses) != len(self.weights):
+            raise ValueError(f"{len(self.losses)} batches and {len(self.weights)} weights")
+
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Row):
     """The metrics of the dev examples, by name."""
 
-    kind: ClassVar[str] = "evaluation"
-    step: int
     metrics: dict[str, float]
 
 
 @dataclass(frozen=True)
-class Scales:
+class Scales(Row):
     """The μ of g and of c that "auto" has chosen; None: that of c is that of g."""
 
-    kind: ClassVar[str] = "scales"
-    step: int
     eps: float
     curvature_eps: float | None
 
+    def __post_init__(self) -> None:
+        check_above_0("eps", self.eps)
+        check_above_0("curvature_eps", self.curvature_eps or self.eps)
+        if self.step != 0:
+            raise ValueError(f"step {self.step}: μ is chosen before the first step")
+
 
 @dataclass(frozen=True)
-class Checksum:
+class Checksum(Row):
     """A checksum of the trained weights."""
 
-    kind: ClassVar[str] = "checksum"
-    step: int
     checksum: str
 
 
-Row = Step | Evaluation | Scales | Checksum
-KINDS = {each.kind: each for each in (Header, Step, Evaluation, Scales, Checksum)}
+KINDS = {each.__name__.lower(): each for each in (Header, Step, Evaluation, Scales, Checksum)}
 
 
 # ------------------------------------------------------------------------------------ as lines
@@ -96,7 +122,7 @@ KINDS = {each.kind: each for each in (Header, Step, Evaluation, Scales, Checksum
 
 def line_of(row: Header | Row) -> bytes:
     """Return a row as a line."""
-    text = json.dumps({"kind": row.kind, **_plain(asdict(row))}, allow_nan=False)
+    text = json.dumps({"kind": type(row).__name__.lower(), **_plain(asdict(row))}, allow_nan=False)
     return f'{text[:-1]}, "crc32": {zlib.crc32(text.encode())}}}\n'.encode()
 
 
@@ -111,16 +137,22 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def row_of(line: bytes) -> Header | Row | None:
-    """Return the row of a line; None if it is not what was written."""
+def row_of(line: bytes) -> Header | Row:
+    """Return the row of a line.
+
+    Raises:
+        ValueError: it is not what was written, or a value is not one that a run writes.
+    """
     text, mark, checksum = line.rpartition(b', "crc32": ')
+    if not mark or checksum.rstrip(b"}\n") != b"%d" % zlib.crc32(text + b"}"):
+        raise ValueError("its checksum is wrong")
     try:
-        if not mark or int(checksum.rstrip(b"}\n")) != zlib.crc32(text + b"}"):
-            return None
         values = json.loads(text + b"}")
-        return typed(KINDS[values.pop("kind")], values)
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return None
+        if (kind := values.pop("kind")) not in KINDS:
+            raise ValueError(f"{reprlib.repr(kind)} is no kind of row")
+        return typed(KINDS[kind], values)
+    except Exception as error:  # whatever odd values lead to
+        raise ValueError(one_line(error)) from error
 
 
 def typed(hint: Any, value: Any) -> Any:
@@ -148,7 +180,7 @@ def typed(hint: Any, value: Any) -> Any:
                 return typed(part, value)
             except ValueError:
                 continue
-    raise ValueError(f"{value!r} is no {hint}")
+    raise ValueError(f"{reprlib.repr(value)} is no {getattr(hint, '__name__', hint)}")
 
 
 hints_of = functools.cache(typing.get_type_hints)

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from hizoo import HiZOO
+from training import rows
 from training.recording import Recording
 from utils import InputError, write_json
 
@@ -307,12 +308,13 @@ class ChooseScales(TrainerCallback):
         """Choose them, or take what was chosen before."""
         if not (self.eps or self.curvature_eps):
             return
-        chosen = self.recording.scales()
+        recorded = self.recording.take(rows.Scales, 0)
+        chosen = recorded and {"eps": recorded.eps, "curvature_eps": recorded.curvature_eps}
         if chosen is None and state.global_step == 0:
             with kept_weights(model, optimizer):
                 scales = choose_scales(self.loss_at)
             chosen = self.choose(scales, optimizer)
-            self.recording.note_scales(chosen)
+            self.recording.write(rows.Scales(0, **chosen))
             self.found = asdict(scales)
             if args.process_index == 0:
                 write_json(self.file, self.found)
@@ -322,6 +324,11 @@ class ChooseScales(TrainerCallback):
             self.found = json.loads(self.file.read_text())
         for group in optimizer.param_groups:
             group |= chosen or {}
+        if recorded:
+            try:
+                optimizer.check_perturbation_scale()
+            except ValueError as error:
+                raise InputError(f"{self.recording.path}: {error}") from error
 
     def choose(self, scales: Scales, optimizer: HiZOO) -> dict[str, float | None]:
         """Return μ of g and c; one for both if it serves, since a second one takes more passes."""
