@@ -275,15 +275,19 @@ class ZerothOrderTrainer(ObjectiveTrainer):
         model._is_accelerate_prepared = True
         return model
 
+    def _get_learning_rate(self) -> float:
+        """Return η, for the log; where it is "auto" the scheduler knows k only."""
+        return self.optimizer.learning_rate(self.optimizer.param_groups[0])
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the optimizer's scalars beside the training loss."""
         if "loss" in logs:
             optimizer = self.optimizer
             logs["projected_gradient"] = optimizer.projected_gradient
-            logs["curvature"] = optimizer.curvature
-            logs["hessian_mean"], logs["hessian_max"] = optimizer.hessian_mean_and_max()
-            if self.config.lr == AUTO:
-                logs["eta"] = optimizer.learning_rate(optimizer.param_groups[0])
+            if optimizer.wants_curvature:
+                logs["curvature"] = optimizer.curvature
+            if optimizer.state:  # of MeZO h is 1
+                logs["hessian_mean"], logs["hessian_max"] = optimizer.hessian_mean_and_max()
             if self.args.world_size > 1:
                 (sent, steps), now = self._logged, (self.exchange.bytes, self.state.global_step)
                 logs["exchanged_bytes_per_step"] = (now[0] - sent) / max(1, now[1] - steps)

@@ -27,7 +27,7 @@ from running import (
 import run
 from training.journal import FILE, Journal, JournalFile, read_journal
 from training.objective_trainer import ObjectiveTrainer
-from training.recording import Replay, checksum_of
+from training.recording import Recording, Replay, checksum_of
 from training.rows import (
     VERSION,
     Checksum,
@@ -75,22 +75,10 @@ def written(path: Path, rows: list[Row] = ROWS, header: Header = HEADER) -> Jour
 
 
 def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
+    """Losses of all sizes too, and those that are not finite; pandas reads them."""
     journal = written(tmp_path / FILE)
     assert journal.header == HEADER and journal.rows == ROWS and journal.steps == 4
     assert journal.ends[-1] == (tmp_path / FILE).stat().st_size
-    nan = row_of(line_of(Step(0, 1.0, 0.0, ((math.nan, 1.0),), (1.0,))))
-    assert math.isnan(nan.losses[0][0]) and nan.losses[0][1] == 1.0
-
-
-def test_losses_of_all_sizes_survive_exactly() -> None:
-    sizes = 10.0 ** torch.randint(-300, 300, (1000,)).double()
-    losses = (torch.randn(1000, dtype=torch.float64) * sizes).tolist()
-    step = Step(7, 1e-6, 1e-8, (tuple(losses),), (1 / 3,))
-    assert row_of(line_of(step)) == step
-
-
-def test_pandas_reads_it_and_no_number_is_bare_nan(tmp_path: Path) -> None:
-    written(tmp_path / FILE)
     table = pandas.read_json(tmp_path / FILE, lines=True)
     steps = table[table.kind == "step"]
     assert steps.step.tolist() == [0, 1, 2, 3] and steps.g.tolist()[0] == pytest.approx(0.1)
@@ -99,22 +87,81 @@ def test_pandas_reads_it_and_no_number_is_bare_nan(tmp_path: Path) -> None:
     ]
     for line in (tmp_path / FILE).read_text().splitlines():
         json.loads(line, parse_constant=pytest.fail)
+    nan = row_of(line_of(Step(0, 1.0, 0.0, ((math.nan, 1.0),), (1.0,))))
+    assert math.isnan(nan.losses[0][0]) and nan.losses[0][1] == 1.0
+    sizes = 10.0 ** torch.randint(-300, 300, (1000,)).double()
+    losses = (torch.randn(1000, dtype=torch.float64) * sizes).tolist()
+    step = Step(7, 1e-6, 1e-8, (tuple(losses),), (1 / 3,))
+    assert row_of(line_of(step)) == step
 
 
-def test_fields_of_a_header_have_their_types() -> None:
+# Values that no run writes, each with a right checksum -> what the line says.
+ODD_HEADERS: dict[str, tuple[dict[str, Any], str]] = {
+    "text for a number": ({"noise": "3"}, "'3' is no int"),
+    "a number for a yes": ({"layerwise": 1}, "1 is no bool"),
+    "none for a text": ({"start": None}, "None is no str"),
+    "no groups": ({"groups": []}, "must have parameters"),
+    "groups of another kind": ({"groups": {}}, "is no tuple"),
+    "a yes for a number": ({"step": True}, "True is no int"),
+    "before the first step": ({"step": -1}, "step must be at least 0"),
+    "decay": ({"groups": [{"weight_decay": -1, "parameters": {"a": "b"}}]}, "weight_decay must"),
+    "twice": ({"groups": [{"weight_decay": 0, "parameters": {"a": "b"}}] * 2}, "each of them once"),
+    "μ": ({"optimizer": {"eps": -1.0}}, "eps must be larger than 0"),
+    "a huge number": ({"optimizer": {"lr": 10**400}}, "too large"),
+}
+STEP = {"step": 0, "lr": 1e-3, "alpha": 0.0, "losses": [[0.5, 0.25]], "weights": [1.0]}
+ODD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
+    "no kind": ({"step": 0}, "'kind'"),
+    "an unknown kind": ({"kind": "jump", "step": 0}, "'jump' is no kind of row"),
+    "a kind that is a list": ({"kind": [], "step": 0}, "unhashable"),
+    "a header": (json.loads(line_of(HEADER)), "a second header"),
+    "a missing key": ({"kind": "step", "step": 0, "lr": 1.0}, "missing 3 required"),
+    "a list for a number": ({"kind": "step"} | STEP | {"lr": [1.0]}, "[1.0] is no float"),
+    "a number for a list": ({"kind": "step"} | STEP | {"losses": 0.5}, "0.5 is no tuple"),
+    "text for a loss": ({"kind": "step"} | STEP | {"losses": [["a", 1]]}, "'a' is no float"),
+    "one loss": ({"kind": "step"} | STEP | {"losses": [[0.5]]}, "fewer losses than 2"),
+    "no losses": ({"kind": "step"} | STEP | {"losses": [], "weights": []}, "0 batches"),
+    "a weight too many": ({"kind": "step"} | STEP | {"weights": [1, 2]}, "1 batches and 2 weights"),
+    "a NaN learning rate": ({"kind": "step"} | STEP | {"lr": "nan"}, "lr must be at least 0"),
+    "a bare NaN": ({"kind": "step"} | STEP | {"alpha": math.nan}, "must be in [0, 1)"),
+    "a smoothing of 1": ({"kind": "step"} | STEP | {"alpha": 1}, "must be in [0, 1)"),
+    "a negative weight": ({"kind": "step"} | STEP | {"weights": [-1]}, "a weight must be"),
+    "an infinite weight": ({"kind": "step"} | STEP | {"weights": ["inf"]}, "a weight must be"),
+    "a huge number": ({"kind": "step"} | STEP | {"lr": 10**400}, "too large"),
+    "a negative step": ({"kind": "step"} | STEP | {"step": -1}, "step must be at least 0"),
+    "half a step": ({"kind": "step"} | STEP | {"step": 0.5}, "0.5 is no int"),
+    "a later step": ({"kind": "step"} | STEP | {"step": 2}, "step 2 where 0 was due"),
+    "a far step": ({"kind": "step"} | STEP | {"step": 10**30}, "where 0 was due"),
+    "μ of 0": (
+        {"kind": "scales", "step": 0, "eps": 0, "curvature_eps": None},
+        "eps must be larger",
+    ),
+    "late μ": ({"kind": "scales", "step": 1, "eps": 1, "curvature_eps": None}, "before the first"),
+    "a metric": ({"kind": "evaluation", "step": 0, "metrics": {"eval_loss": [1]}}, "[1] is no"),
+    "a checksum": ({"kind": "checksum", "step": 0, "checksum": 5}, "5 is no str"),
+}
+
+
+def test_odd_records_with_a_right_checksum_are_named(tmp_path: Path) -> None:
     """A value of another type, or an unknown field, is never taken from a file."""
+    path, failures = tmp_path / FILE, []
     values = json.loads(line_of(HEADER))
-    for name, value in {
-        "noise": "3",
-        "layerwise": 1,
-        "start": None,
-        "groups": {},
-        "step": True,
-    }.items():
-        assert row_of(line_of_values(values | {name: value})) is None, name
+    for name, (changed, words) in ODD_HEADERS.items():
+        path.write_bytes(line_of_values(values | changed))
+        try:
+            failures.append(f"{name}: {read_journal(path)}")
+        except InputError as error:
+            found = str(error).removeprefix(f"{path}: its header is damaged (")
+            if words not in found or found == str(error):
+                failures.append(f"{name}: {error}")
+    for name, (row, words) in ODD_ROWS.items():
+        path.write_bytes(line_of(HEADER) + line_of_values(row) + line_of(ROWS[1]))
+        rows, _, fault = read_journal(path).after(0)
+        if rows or not fault.startswith("line 2: ") or words not in fault:
+            failures.append(f"{name}: {fault}")
+    assert not failures
     optimizer = values["optimizer"] | {"trust_remote_code": True}
     assert row_of(line_of_values(values | {"optimizer": optimizer, "other": 1})) == HEADER
-    assert row_of(line_of_values(values | {"optimizer": optimizer | {"eps": -1.0}})) is None
 
 
 def line_of_values(values: dict[str, Any]) -> bytes:
@@ -148,8 +195,9 @@ def test_flipped_bits_are_noticed_and_end_a_replay(tmp_path: Path) -> None:
         for place in range(start, end):
             flip_bit(path, place)
             found = read_journal(path)
-            rows, stop = found.after(0)
+            rows, stop, fault = found.after(0)
             assert rows == ROWS[:index] and stop == start, place
+            assert fault or place == len(content) - 1  # the last line is half written
             if place < end - 1 and index < 4:  # rows behind it are found all the same
                 assert found.after(3)[0] == ROWS[5:]
             path.write_bytes(content)
@@ -162,7 +210,7 @@ def test_damaged_header_is_refused_and_kept(tmp_path: Path) -> None:
     content = path.read_bytes()
     for place in range(0, begin, 7):
         flip_bit(path, place)
-        with pytest.raises(InputError, match=r"its header is damaged|it is no journal"):
+        with pytest.raises(InputError, match=r"its header is damaged|no journal"):
             read_journal(path)
         path.write_bytes(content)
     path.write_bytes(line_of(replace(HEADER, version=1)) + content[begin:])
@@ -178,28 +226,30 @@ def test_damaged_header_is_refused_and_kept(tmp_path: Path) -> None:
 
 def test_steps_behind_a_checkpoint(tmp_path: Path) -> None:
     journal = written(tmp_path / FILE)
-    assert journal.after(0) == (ROWS, journal.ends[-1])
-    assert journal.after(2) == (ROWS[4:], journal.ends[-1])
+    assert journal.after(0) == (ROWS, journal.ends[-1], None)
+    assert journal.after(2) == (ROWS[4:], journal.ends[-1], None)
     # A checkpoint after step 2 has its dev loss.
     assert journal.end_of(2) == journal.ends[4]
-    assert journal.after(4) == ([], journal.ends[-1])
-    journal.rows[4] = None
-    assert journal.after(0) == (ROWS[:4], journal.ends[4])
-    assert journal.after(2) == ([], journal.ends[4])
-    assert journal.after(3) == (ROWS[5:], journal.ends[-1])
+    assert journal.after(4) == ([], journal.ends[-1], None)
+    journal.rows[4] = "damaged"
+    assert journal.after(0) == (ROWS[:4], journal.ends[4], "line 6: damaged")
+    assert journal.after(2) == ([], journal.ends[4], "line 6: damaged")
+    assert journal.after(3) == (ROWS[5:], journal.ends[-1], None)
+    recording = Recording(replay=Replay(ROWS))
+    for kind, row in ((Evaluation, ROWS[3]), (Step, ROWS[4]), (Checksum, None)):
+        assert [recording.take(kind, 2) for _ in range(2)] == [row, None]
     # A missing step ends a replay, too.
     del journal.rows[4], journal.ends[4]
-    assert journal.after(0)[0] == ROWS[:4]
+    assert journal.after(0) == (ROWS[:4], journal.ends[4], "line 6: step 3 where 2 was due")
 
 
-def test_nothing_is_written_before_the_first_step(tmp_path: Path) -> None:
+def test_lines_are_written_from_the_first_step_on_and_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = JournalFile(tmp_path / FILE, HEADER)
     file.add(ROWS[0])
     file.close()
     assert not (tmp_path / FILE).exists()
-
-
-def test_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = JournalFile(tmp_path / FILE, HEADER)
     file.add(ROWS[1])
     write = os.write
@@ -214,17 +264,6 @@ def test_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.Monkey
         file.add(ROWS[2])
     file.add(ROWS[2])
     assert read_journal(tmp_path / FILE).rows == ROWS[1:3]
-
-
-def test_rows_of_a_replay_are_taken_in_order() -> None:
-    replay = Replay(ROWS)
-    assert replay.steps == 4
-    assert replay.take(Step, 1) is None  # not before step 0
-    assert replay.take(Scales, 0) == ROWS[0] and replay.take(Scales, 0) is None
-    assert replay.take(Step, 0) == ROWS[1] and replay.take(Step, 1) == ROWS[2]
-    assert replay.take(Evaluation, 2) == ROWS[3] and replay.take(Checksum, 2) is None
-    assert [replay.take(Step, step) for step in (2, 3, 4)] == [*ROWS[4:6], None]
-    assert replay.take(Checksum, 4) == ROWS[6]
 
 
 def test_checksum_changes_with_every_bit_and_index() -> None:
@@ -311,26 +350,24 @@ def cut_within(folder: Path, new: Path, kind: type[Row], step: int) -> list[Row]
     return rows
 
 
-@pytest.mark.parametrize(
-    ("kind", "checkpoint"),
-    [(Step, None), (Step, 2), (Step, 4), (Evaluation, None), (Evaluation, 4)],
-)
 def test_run_resumes_behind_its_last_line(
-    plain: Path,
-    tmp_path: Path,
-    checkpoint: int | None,
-    kind: type[Row],
-    forward_passes: list[int],
+    plain: Path, tmp_path: Path, forward_passes: list[int]
 ) -> None:
-    rows = cut_within(plain, tmp_path, kind, 4)
-    if checkpoint:
-        name = f"out/checkpoint-{checkpoint}"
-        shutil.copytree(plain / name, tmp_path / name)
-    finish(training(tmp_path, **PLAIN))
-    assert set(forward_passes) == {4, 5, 6}
-    assert_same_checkpoint(plain / "out/checkpoint-6", tmp_path / "out/checkpoint-6")
-    if kind is Step or checkpoint != 4:  # which has its dev loss
-        assert read_journal(tmp_path / "out" / FILE).rows == rows
+    for kind, checkpoint in (
+        *((Step, None), (Step, 2), (Step, 4)),
+        *((Evaluation, None), (Evaluation, 4)),
+    ):
+        folder = tmp_path / f"{kind.__name__}-{checkpoint}"
+        rows = cut_within(plain, folder, kind, 4)
+        if checkpoint:
+            name = f"out/checkpoint-{checkpoint}"
+            shutil.copytree(plain / name, folder / name)
+        forward_passes.clear()
+        finish(training(folder, **PLAIN))
+        assert set(forward_passes) == {4, 5, 6}, folder
+        assert_same_checkpoint(plain / "out/checkpoint-6", folder / "out/checkpoint-6")
+        if kind is Step or checkpoint != 4:  # which has its dev loss
+            assert read_journal(folder / "out" / FILE).rows == rows, folder
 
 
 def course(result: dict[str, Any]) -> dict[str, Any]:
@@ -417,7 +454,8 @@ def test_journal_of_another_run_is_refused(
         refused(words)
         assert file.read_bytes() == header + content[journal.ends[0] :]
     file.write_bytes(content.replace(b'"layerwise"', b'"Layerwise"'))
-    refused("its header is damaged; give another --output_dir, or remove it")
+    refused("its header is damaged (its checksum is wrong); give another --output_dir, or remove")
+    assert file.read_bytes() == content.replace(b'"layerwise"', b'"Layerwise"')
     file.rename(file.with_name("journal.bin"))
     refused("journal.bin is the journal of an earlier version, which cannot be resumed; give")
 

@@ -27,7 +27,7 @@ SHOWN = {
     "projected_gradient": ("g", ".3g"),
     "curvature": ("c", ".3g"),
     "hessian_mean": ("h", ".4g"),
-    "eta": ("η", ".2g"),
+    "learning_rate": ("η", ".2g"),
     "skipped_steps": ("skipped", "d"),
 }
 METRICS = ("accuracy", "reward", "f1", "em")

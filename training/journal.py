@@ -50,11 +50,10 @@ class Journal:
             The rows, where the last of them ends in bytes, and what is wrong with the line behind
             it, None at the end of the file.
         """
-        first = self._count_before(step) if step or self.header.step else 0
-        for index in range(first, len(self.rows)):
-            if isinstance(self.rows[index], Step) and self.rows[index].step == step:
-                first = index
-                break
+        first = 0
+        if step or self.header.step:
+            found = (i for i, r in enumerate(self.rows) if isinstance(r, Step) and r.step == step)
+            first = next(found, self._count_before(step))
         rows: list[Row] = []
         for number, row in enumerate(self.rows[first:], first + 2):
             if isinstance(row, str):
@@ -103,7 +102,7 @@ def read_journal(path: Path) -> Journal | None:
     except ValueError as error:
         is_journal, fault = False, "it is no journal of a run"
         if content.startswith(BEGIN):
-            fault = f"its header is damaged: {error}"
+            fault = f"its header is damaged ({error})"
         elif content.startswith(b"HiZOO journal"):
             fault = "it is the journal of an earlier version, which cannot be read"
     if not is_journal:
