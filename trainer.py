@@ -259,13 +259,9 @@ class ZerothOrderTrainer(ObjectiveTrainer):
             if self.recording.file:
                 self.recording.file.close()
 
-    def skipped_steps(self) -> int:
-        """Return how many steps had no finite loss, those before a checkpoint included."""
-        return self.optimizer.skipped_steps
-
-    def skipped_in_a_row(self) -> int:
-        """Return how many of the last steps in a row had no finite loss."""
-        return self.optimizer.param_groups[0]["skipped_in_a_row"]
+    def was_skipped(self) -> bool:
+        """Whether the last step had no finite loss."""
+        return self.optimizer.param_groups[0]["skipped_in_a_row"] > 0
 
     def _wrap_model(
         self, model: nn.Module, training: bool = True, dataloader: Any = None

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -130,23 +130,17 @@ def save_and_stop(control: TrainerControl) -> None:
     control.should_log = control.should_save = control.should_training_stop = True
 
 
-class ShownObjective(NamedTuple):
-    """The objective's name, and its sign: -1 where it is maximised."""
-
-    name: str = "loss"
-    sign: int = 1
-
-    def text(self, value: float) -> str:
-        """Return a value of the loss as it is shown."""
-        return f"{self.sign * float(value):.4f}"
-
-
 class LogLines(TrainerCallback):
-    """A line for every entry of the log, in place of the Trainer's dictionaries."""
+    """A line for every entry of the log, in place of the Trainer's dictionaries.
 
-    def __init__(self, objective: ShownObjective) -> None:
+    Args:
+        name: of the objective.
+        sign: -1 where it is maximised.
+    """
+
+    def __init__(self, name: str = "loss", sign: int = 1) -> None:
         super().__init__()
-        self.objective = objective
+        self.name, self.sign = name, sign
 
     def on_log(
         self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **_: Any
@@ -154,29 +148,24 @@ class LogLines(TrainerCallback):
         """Show the training loss or the dev loss, whichever the entry has."""
         if not state.is_world_process_zero:
             return
-        name, text = self.objective.name, self.objective.text
         if "loss" in logs:
-            shown = {name: text(logs["loss"])}
+            values = {self.name: f"{self.sign * float(logs['loss']):.4f}"}
             for long, (short, form) in SHOWN.items():
                 if long in logs and (long != "skipped_steps" or logs[long]):
-                    shown[short] = format(logs[long], form)
+                    values[short] = format(logs[long], form)
             seconds, steps = logs.get("seconds_per_step"), state.max_steps - state.global_step
             left = None if seconds is None else steps * seconds
-            self.show(f"step {state.global_step} of {state.max_steps}", shown, left)
+            self.show(f"step {state.global_step} of {state.max_steps}", values, left)
         if "eval_loss" in logs:
-            measured = [f"dev {name} {text(logs['eval_loss'])}"]
+            measured = [f"dev {self.name} {self.sign * float(logs['eval_loss']):.4f}"]
             measured += [f"{m} {logs[f'eval_{m}']:.4f}" for m in METRICS if f"eval_{m}" in logs]
-            self.write(f"step {state.global_step}: {', '.join(measured)}")
+            tqdm.write(f"step {state.global_step}: {', '.join(measured)}")  # above a bar
 
     def show(self, step: str, values: Mapping[str, str], left: float | None) -> None:
         """Show the values of a step, and the seconds that are left if they are known."""
         shown = [f"{name} {value}" for name, value in values.items()]
         shown += [] if left is None else [f"{tqdm.format_interval(left)} left"]
-        self.write(f"{step}: {', '.join(shown)}")
-
-    def write(self, line: str) -> None:
-        """Print a line."""
-        print(line, flush=True)
+        print(f"{step}: {', '.join(shown)}", flush=True)
 
 
 class LossProgress(LogLines, ProgressCallback):
@@ -186,10 +175,6 @@ class LossProgress(LogLines, ProgressCallback):
         """Show the values of a step in the bar."""
         if self.training_bar is not None:
             self.training_bar.set_postfix(values)
-
-    def write(self, line: str) -> None:
-        """Print a line above the bar."""
-        tqdm.write(line)
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Close the bar, if training had begun."""

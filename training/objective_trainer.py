@@ -21,7 +21,7 @@ from language_model.objectives import (
     language_model_loss,
     negative_accuracy,
 )
-from training.callbacks import LogLines, LossProgress, ShownObjective, save_and_stop
+from training.callbacks import LogLines, LossProgress, save_and_stop
 from training.resumable_trainer import ResumableTrainer
 from training.watching import Divergence
 from utils import InputError
@@ -29,11 +29,11 @@ from utils import InputError
 logger = logging.getLogger(__name__)
 
 
-def shown_objective(objective: Objective) -> ShownObjective:
-    """Return how an objective is shown."""
+def shown_as(objective: Objective) -> tuple[str, int]:
+    """Return an objective's name, and its sign: -1 where it is maximised."""
     if isinstance(objective, NegativeTextMetric):
-        return ShownObjective(objective.metric, -1)
-    return ShownObjective("accuracy", -1) if objective is negative_accuracy else ShownObjective()
+        return objective.metric, -1
+    return ("accuracy", -1) if objective is negative_accuracy else ("loss", 1)
 
 
 class ObjectiveTrainer(ResumableTrainer):
@@ -65,7 +65,7 @@ class ObjectiveTrainer(ResumableTrainer):
     ) -> None:
         self.objective, self.dev_metric = objective, dev_metric
         self.decay_step, self.divergence = decay_step, Divergence(max_skipped_steps)
-        self._skipped_steps = self._skipped_in_a_row = self._ended_step = 0
+        self._was_skipped, self._ended_step = False, 0
         arguments = kwargs["args"]
         if arguments.n_gpu > 1:
             # DataParallel would cut a batch's tensors apart, and multiplies the batch size.
@@ -81,11 +81,10 @@ class ObjectiveTrainer(ResumableTrainer):
         self._loss_of_step = torch.zeros((), device=arguments.device)
         # Losses come weighted (compute_loss): the Trainer need not divide them by their number.
         self.model_accepts_loss_kwargs = True
-        shown = shown_objective(objective)
         if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(LossProgress(shown))
+            self.add_callback(LossProgress(*shown_as(objective)))
         if self.pop_callback(PrinterCallback) is not None and not quiet:
-            self.add_callback(LogLines(shown))
+            self.add_callback(LogLines(*shown_as(objective)))
 
     def warn(self, line: str) -> None:
         """Print a line on the standard error, from one process only."""
@@ -95,19 +94,13 @@ class ObjectiveTrainer(ResumableTrainer):
     # ---- steps
 
     def _run_state(self) -> dict[str, Any]:
-        return super()._run_state() | {
-            "skipped_steps": self._skipped_steps,
-            "first_loss": self.divergence.first_loss,
-            "risen_in_a_row": self.divergence.risen_in_a_row,
-        }
+        return super()._run_state() | {"divergence": self.divergence.state()}
 
     def _begin(self, saved: dict[str, Any] | None) -> None:
         super()._begin(saved)
         self._ended_step = self.state.global_step
         if saved:
-            self._skipped_steps = saved["skipped_steps"]
-            self.divergence.first_loss = saved["first_loss"]
-            self.divergence.risen_in_a_row = saved["risen_in_a_row"]
+            vars(self.divergence).update(saved["divergence"])
 
     def _begin_step(self) -> None:
         """Note that a batch of a step begins."""
@@ -129,17 +122,13 @@ class ObjectiveTrainer(ResumableTrainer):
             self.objective.step = None
         loss = float(self.accelerator.reduce(self._loss_of_step, "mean"))
         self._loss_of_step.zero_()
-        self.divergence.look(loss, self.skipped_in_a_row())
+        self.divergence.look(loss, self.was_skipped())
         if self.divergence.reason:
             save_and_stop(self.control)
 
-    def skipped_in_a_row(self) -> int:
-        """Return how many of the last steps in a row had no finite loss."""
-        return self._skipped_in_a_row
-
-    def skipped_steps(self) -> int:
-        """Return how many steps had no finite loss, those before a checkpoint included."""
-        return self._skipped_steps
+    def was_skipped(self) -> bool:
+        """Whether the last step had no finite loss."""
+        return self._was_skipped
 
     # ---- losses
 
@@ -207,8 +196,7 @@ class ObjectiveTrainer(ResumableTrainer):
         if not finite and not scaled:
             # An optimizer leaves alone what has no gradient.
             model.zero_grad(set_to_none=True)
-        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
-        self._skipped_steps += not finite
+        self._was_skipped = not finite
         self._finite = torch.ones((), dtype=torch.bool, device=self.args.device)
         return grad_norm
 
@@ -220,7 +208,7 @@ class ObjectiveTrainer(ResumableTrainer):
         if "loss" in logs or "eval_loss" in logs:
             logs |= self.costs.logged()
         if "loss" in logs:
-            logs["skipped_steps"] = self.skipped_steps()
+            logs["skipped_steps"] = self.divergence.skipped_steps
             if not any("first_loss" in row for row in self.state.log_history):
                 logs["first_loss"] = self.divergence.first_loss
         super().log(logs, start_time)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 # A run has diverged if so many losses in a row lie above the first one by so many times the first
 # one (or 1).
 RISEN_STEPS, RISEN = 50, 2.0
+GIVEN_ANEW = ("max_skipped_steps", "reason")
 
 
 class Costs:
@@ -64,24 +66,29 @@ class Costs:
         return costs
 
 
+@dataclass
 class Divergence:
-    """Tells when a run has diverged: ``reason`` says why.
+    """Counts steps without a finite loss, and tells when a run has diverged (``reason``)."""
 
-    ``max_skipped_steps`` are steps in a row without a finite loss.
-    """
+    max_skipped_steps: int  # in a row, after which it has
+    first_loss: float | None = None
+    risen_in_a_row: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    reason: str | None = None
 
-    def __init__(self, max_skipped_steps: int) -> None:
-        self.max_skipped_steps = max_skipped_steps
-        self.first_loss: float | None = None
-        self.risen_in_a_row = 0
-        self.reason: str | None = None
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {name: value for name, value in vars(self).items() if name not in GIVEN_ANEW}
 
-    def look(self, loss: float, skipped_in_a_row: int) -> None:
-        """Look at the loss of a step, and at how many had none that is finite."""
+    def look(self, loss: float, was_skipped: bool) -> None:
+        """Look at the loss of a step, and at whether it was skipped."""
+        self.skipped_steps += was_skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if was_skipped else 0
         self.first_loss = loss if self.first_loss is None else self.first_loss
         limit = self.first_loss + RISEN * max(abs(self.first_loss), 1.0)
         self.risen_in_a_row = self.risen_in_a_row + 1 if loss > limit else 0
-        if skipped_in_a_row >= self.max_skipped_steps:
+        if self.skipped_in_a_row >= self.max_skipped_steps:
             self.reason = f"no finite loss in {self.max_skipped_steps} steps in a row"
         elif self.risen_in_a_row >= RISEN_STEPS:
             self.reason = (
