@@ -35,7 +35,7 @@ from training.journal import Journal, read_journal
 from training.recording import checksum_of, checksum_of_trained
 from training.replaying import Outcome, load_state, optimizer_of, play, rows_until
 from training.rows import Header, Step
-from utils import InputError, exit_code, one_line
+from utils import InputError, exit_code
 
 
 def parser() -> argparse.ArgumentParser:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -87,12 +88,10 @@ class ZerothOrderTrainer(ObjectiveTrainer):
                 self.model.eval(), self.perturbation, self._loss_of_first_examples, self.warn
             )
             decaying = self.get_decay_parameter_names(self.model)
-            groups = groups_of(self.model, decaying, self.config.weight_decay)
-            self.optimizer = make_optimizer(self.model, groups, self.config, layers)
-            try:
-                self.optimizer.check_perturbation_scale()
-            except ValueError as error:
-                raise InputError(f"--zo_eps {self.config.eps:g}: {error}") from error
+            self.groups = groups_of(self.model, decaying, self.config.weight_decay)
+            self.optimizer = make_optimizer(
+                self.model, self.groups, self.config, layers, f"--zo_eps {self.config.eps:g}"
+            )
         return self.optimizer
 
     def _loss_of_first_examples(self) -> Tensor:
@@ -110,33 +109,21 @@ class ZerothOrderTrainer(ObjectiveTrainer):
         """Return the batches of one process, as large as all processes' together, or parts."""
         if self.args.world_size == 1:
             return super().get_train_dataloader()
-        collate = self.data_collator
+        collate, size = self.data_collator, self._train_batch_size
         if self.shares is None:
             self.data_collator = functools.partial(own_part, collate)
+        self._train_batch_size = self.examples_of_a_batch
         try:
-            loader = self._get_dataloader(
-                self.train_dataset,
-                "Training",
-                self.examples_of_a_batch,
-                self._get_train_sampler,
-                is_training=True,
-            )
+            return see_every_batch(super().get_train_dataloader())
         finally:
-            self.data_collator = collate
-        return see_every_batch(loader)
+            self.data_collator, self._train_batch_size = collate, size
 
     def batch_weight(self, batch: dict[str, Any]) -> int:
         """Return what the loss of a batch is the mean over; 0 where another process has it."""
         return 0 if BORROWED in batch else super().batch_weight(batch)
 
-    def _get_num_items_in_batch(
-        self, batch_samples: list[dict[str, Any]], device: torch.device
-    ) -> Tensor:
-        weights = sum(map(self.batch_weight, batch_samples))
-        return self._sum_of_parts(torch.tensor(weights, device=device))
-
-    def _sum_of_parts(self, tensor: Tensor) -> Tensor:
-        """Return the sum over the processes' parts of the batch."""
+    def sum_of_parts(self, tensor: Tensor) -> Tensor:
+        """Return the sum over the processes' parts of a batch."""
         return tensor if self.shares else self.exchange.sum(tensor)
 
     def training_step(
@@ -156,26 +143,29 @@ class ZerothOrderTrainer(ObjectiveTrainer):
             group["hessian_smooth"] = smooth if recorded is None else recorded.alpha
 
         weight = torch.tensor(self.batch_weight(inputs), device=self.args.device)
-        weight_of_all = self._sum_of_parts(weight)
+        weight_of_all = self.sum_of_parts(weight)
         inputs.pop(BORROWED, None)
 
         def batch_loss() -> Tensor:
             with self.compute_loss_context_manager():
                 loss = self.compute_loss(self.model, inputs)
-            return self._sum_of_parts(loss * weight) / weight_of_all
-
-        closure = self.recording.of_batch(batch_loss)
-
-        def counted_loss() -> Any:
-            # Passes whose losses come from the journal were passes of this run, too.
-            self.costs.forward_passes += 1
-            return closure()
+            return self.sum_of_parts(loss * weight) / weight_of_all
 
         self.optimizer.shares = self.shares if recorded is None else None
-        loss = self.optimizer.estimate(counted_loss, float(weight_of_all))
+        closure = self.recording.of_batch(batch_loss)
+        loss = self.optimizer.estimate(self.counted(closure), float(weight_of_all))
         self.recording.note(self.optimizer.losses, float(weight_of_all))
         loss = torch.tensor(loss, device=self.args.device) * weight_of_all / num_items_in_batch
         self._loss_of_step += loss
+        return loss
+
+    def counted(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Let forward passes count; those whose losses come from the journal were of this run."""
+
+        def loss() -> Any:
+            self.costs.forward_passes += 1
+            return closure()
+
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
@@ -199,8 +189,8 @@ class ZerothOrderTrainer(ObjectiveTrainer):
                 value = self.compute_loss(self.model, self._prepare_inputs(inputs))
             return self.accelerator.reduce(value, "mean")
 
-        self.costs.forward_passes += 1
-        return self.optimizer.loss_along(loss, distance, self.config.num_samples + direction)
+        direction += self.config.num_samples
+        return self.optimizer.loss_along(self.counted(loss), distance, direction)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Return the dev metrics; those that are in the journal are not computed again."""
@@ -239,7 +229,7 @@ class ZerothOrderTrainer(ObjectiveTrainer):
             self._tr_loss += math.nan if total is None else total  # JSON has no NaN
             self._globalstep_last_logged = self.state.global_step - steps
         if self.optimizer is not None:  # a finished run has none
-            self.recording.begin(self.model, self.optimizer, self.state)
+            self.recording.begin(self.model, self.optimizer, self.groups, self.state)
 
     def _end_step(self) -> None:
         """Compare or write a checksum of the weights, too."""

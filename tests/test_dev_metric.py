@@ -63,12 +63,15 @@ def test_the_best_checkpoint_is_best_by_the_metric(
     assert Path(result["checkpoint"]).name == f"checkpoint-{best}"
 
 
-def test_tensorboard_shows_what_the_optimizer_does(tmp_path: Path) -> None:
+def test_tensorboard_shows_what_the_optimizer_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     finish(training(tmp_path, **CURVE, eval_metric=True, report_to="tensorboard", max_steps=2))
-    (file,) = tmp_path.rglob("events.out.tfevents*")
+    (file,) = (tmp_path / "events").rglob("events.out.tfevents*")
     events = EventAccumulator(str(file))
     events.Reload()
     tags = {tag.partition("/")[2] for tag in events.Tags()["scalars"]}

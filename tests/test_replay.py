@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import math
+import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +24,11 @@ from running import (
     weights,
 )
 from safetensors.torch import load_file
+from test_checkpoints import files_of_at_most
+from test_journal import line_of_values
 
 import replay
+import run
 from language_model.adapters import PROMPT_ENCODER_FILE
 from training.journal import FILE, read_journal
 from training.objective_trainer import ObjectiveTrainer
@@ -127,16 +135,27 @@ def test_best_model_without_checkpoints(
     assert finish(argv)["best_step"] == 2
 
 
-def test_weights_that_differ_are_told(
+def test_only_verified_and_whole_models_are_saved(
     plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """After a failed --verify, or on a full disk, nothing is left, and a repeat is not refused."""
     (tmp_path / "out").mkdir()
     journal = read_journal(plain / "out" / FILE)
     content = (plain / "out" / FILE).read_bytes()[: journal.ends[4]]
     (tmp_path / "out" / FILE).write_bytes(content + line_of(Checksum(4, "0" * 16)))
-    assert replay.main(["--journal", str(tmp_path / "out" / FILE), "--verify"]) == 1
+    before = contents(tmp_path)
+    assert replayed(tmp_path, tmp_path / "model", "--verify") == 1
     *_, line = capsys.readouterr().out.splitlines()
     assert line.startswith("different: after step 4 the weights are not, bit for bit, those of the")
+    for size in (100, 2_000, 20_000):
+        with files_of_at_most(size):
+            assert replayed(tmp_path, tmp_path / "model") == 1
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith(f"stopped: {tmp_path / 'model'} could not be written: "), line
+        assert contents(tmp_path) == before, size
+    assert replayed(tmp_path, tmp_path / "model") == 0
+    assert {path.name for path in (tmp_path / "model").iterdir()} >= {"config.json"}
+    assert not list((tmp_path / "model").glob(".*"))
 
 
 def test_what_replay_refuses(
@@ -153,6 +172,11 @@ def test_what_replay_refuses(
     (copied / "optimizer.pt").unlink()
     shutil.copytree(other, damaged)
     flip_bit(damaged / "optimizer.pt")
+    # The checksum of an adapter does not tell its frozen base.
+    base, lora = tmp_path / "base", tmp_path / "lora/out" / FILE
+    shutil.copytree(small_model().name, base)
+    finish(training(tmp_path / "lora", model_name=base, lora=True, max_steps=1, save_steps=1))
+    flip_bit(base / "model.safetensors", -1)
     new = ["--output_dir", tmp_path / "new"]
     finish(training(tmp_path / "lora", lora=True, max_steps=1, save_steps=9))
     adapter = tmp_path / "lora/out" / FILE
@@ -162,6 +186,7 @@ def test_what_replay_refuses(
         (["--journal", journal, "--output_dir", other], "there is a model"),
         (["--journal", tmp_path / "none", *new], "there is none"),
         (["--journal", plain / "result.json", *new], "is no journal"),
+        (["--journal", lora, *new], "model.safetensors is not what the run began with; give"),
         (["--journal", journal, "--steps", 5, *new], "has 4 steps, not 5; give --steps 4"),
         (["--journal", journal, "--steps", -1, *new], "--steps -1: must be at least 0"),
         (["--journal", harmed, "--steps", 4, *new], "has 1 steps (line 3: its checksum is wrong)"),
@@ -178,3 +203,48 @@ def test_what_replay_refuses(
         assert error.startswith("error: ") and words in error, error
     assert contents(tmp_path) == before
     assert small_model().name in read_journal(journal).header.model["name"]
+
+
+ODD = [
+    *(None, "x", [], {}, -1, -1.5, 0, 5, True, 10**9, 10**400, 1e308, 1e-300, math.nan, math.inf),
+    *([[]], [None], [[1, 2], [3, 4]], {"a": 1}, "nan", "../.."),
+]
+
+
+def places_in(value: Any, place: tuple = ()) -> Iterator[tuple]:
+    """Every key and index in a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, each in items:
+        yield (*place, key)
+        if isinstance(each, dict | list):
+            yield from places_in(each, (*place, key))
+
+
+@pytest.mark.slow
+def test_odd_values_in_a_journal_never_end_in_a_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """200 random changes of a record, whose checksum is right; each is replayed and resumed."""
+    course = {"num_dev": 4, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 3}
+    best = {"save_strategy": "no", "load_best_model_at_end": True, "zo_eps": "auto"}
+    argv = training(tmp_path, **course, **best)
+    finish(argv)
+    whole = tmp_path / "whole"
+    shutil.move(tmp_path / "out", whole)
+    records = [json.loads(line) for line in (whole / FILE).read_text().splitlines()]
+    draw, file = random.Random(0), tmp_path / "out" / FILE
+    for _ in range(200):
+        changed = copy.deepcopy(records)
+        record = draw.choice(changed)
+        *above, last = draw.choice([*places_in(record)])
+        for key in above:
+            record = record[key]
+        record[last] = odd = draw.choice(ODD)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        shutil.copytree(whole, tmp_path / "out")
+        file.write_bytes(b"".join(map(line_of_values, changed)))
+        (tmp_path / "result.json").unlink(missing_ok=True)
+        for code in (replay.main(["--journal", str(file), "--verify"]), run.main(argv)):
+            assert code in (0, 1, 2), (above, last, odd)
+        for line in capsys.readouterr().err.splitlines():
+            assert "Traceback" not in line, (above, last, odd)

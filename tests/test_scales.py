@@ -78,29 +78,27 @@ class Levelling(Known):
 ROUNDED = {"base": 0.8, "third": 1e4, "fourth": 1e6}
 
 
-@pytest.mark.parametrize(
-    ("loss", "truth"),
-    [
-        *((Known(noise=noise, third=1e4, fourth=1e6), noise) for noise in (1e-9, 1e-6, 1e-3)),
-        # The error of rounding to multiples of a unit is spread evenly over it.
+def test_noise_of_known_size_is_found() -> None:
+    known = [(Known(noise=noise, third=1e4, fourth=1e6), noise) for noise in (1e-9, 1e-6, 1e-3)]
+    # The error of rounding to multiples of a unit is spread evenly over it.
+    known += [
         (Known(rounding=rounded_to_float32, **ROUNDED), 2**-24 / math.sqrt(12)),
         (Known(rounding=rounded_to_bfloat16, **ROUNDED), 2**-8 / math.sqrt(12)),
-    ],
-)
-def test_noise_of_known_size_is_found(loss: Known, truth: float) -> None:
-    found = [measure_noise(replace(loss, seed=seed)) for seed in range(40)]
-    ratios = np.array([noise for noise, _ in found]) / truth
-    assert np.mean((ratios > 1 / 3) & (ratios < 3)) >= 0.95
-    assert 0.7 < np.median(ratios) < 1.3
-    assert np.mean([settled for _, settled in found]) > 0.8
+    ]
+    for loss, truth in known:
+        found = [measure_noise(replace(loss, seed=seed)) for seed in range(40)]
+        ratios = np.array([noise for noise, _ in found]) / truth
+        assert np.mean((ratios > 1 / 3) & (ratios < 3)) >= 0.95, loss
+        assert 0.7 < np.median(ratios) < 1.3, loss
+        assert np.mean([settled for _, settled in found]) > 0.8, loss
 
 
-@pytest.mark.parametrize("spacing", [1e-2, 1e-10])
-def test_another_spacing_is_tried(spacing: float) -> None:
+def test_another_spacing_is_tried() -> None:
     loss = Known(rounding=lambda loss: round(loss / 1e-6) * 1e-6)
-    noise, settled = measure_noise(loss, spacing=spacing, tables=6)
-    assert settled
-    assert 1 / 3 < noise / 1e-6 * math.sqrt(12) < 3
+    for spacing in (1e-2, 1e-10):
+        noise, settled = measure_noise(loss, spacing=spacing, tables=6)
+        assert settled, spacing
+        assert 1 / 3 < noise / 1e-6 * math.sqrt(12) < 3, spacing
 
 
 def test_a_spacing_between_two_that_fail() -> None:
@@ -165,14 +163,14 @@ def test_where_g_needs_the_larger_scale() -> None:
     assert found.shared_eps == found.eps > found.curvature_eps
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_a_noise_as_of_bfloat16_wants_a_larger_scale(seed: int) -> None:
+def test_a_noise_as_of_bfloat16_wants_a_larger_scale() -> None:
     # SmolLM2-135M in bfloat16: the mean of c at 1e-3 is eight times what it is without noise.
-    found = choose_scales(Levelling(seed, noise=7.4e-3))
-    assert 2.5e-3 < found.curvature_eps < 1e-2
-    # No μ makes g right to 2%, and that is said.
-    assert found.shared_eps is None
-    assert any(line.startswith("probe: g is right to") for line in found.lines())
+    for seed in range(4):
+        found = choose_scales(Levelling(seed, noise=7.4e-3))
+        assert 2.5e-3 < found.curvature_eps < 1e-2, seed
+        # No μ makes g right to 2%, and that is said.
+        assert found.shared_eps is None, seed
+        assert any(line.startswith("probe: g is right to") for line in found.lines()), seed
 
 
 def test_noise_that_grows_with_the_distance_is_noticed() -> None:

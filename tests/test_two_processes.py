@@ -6,11 +6,16 @@ Loading the libraries takes longer than all of these runs: one launch does them 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from running import (
+    ROOT,
     assert_same_tensors,
     command,
     finish,
@@ -23,8 +28,11 @@ from running import (
 )
 from test_scripts import finish as finish_script
 
+from training import processes
 from training.journal import FILE, read_journal
+from training.processes import check_same
 from training.rows import Step
+from utils import InputError
 
 # One process of pytest-xdist runs all of this module.
 pytestmark = pytest.mark.xdist_group("two processes")
@@ -243,3 +251,98 @@ def test_sharded_training(
     for alone, sharded in zip(*rows, strict=True):
         assert alone["id"] == sharded["id"]
         assert sharded["scores"] == pytest.approx(alone["scores"], abs=1e-3)
+
+
+# ------------------------------------------------------------------------------ faults of ranks
+
+# Each case forks its ranks anew; a rank that misbehaves does so in its third step.
+FAULTS = """
+import gc, json, os, signal, socket, sys, time
+import run, trainer
+from training.callbacks import SaveOnInterrupt
+SaveOnInterrupt.PATIENCE = 0.5
+step = trainer.ZerothOrderTrainer.training_step
+first, fault = None, None
+
+def misbehave(self, *arguments, **settings):
+    if self.state.global_step == 2 and os.environ["RANK"] == "1":
+        if fault == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fault == "ended by a signal":
+            os.kill(first, signal.SIGTERM)
+        time.sleep(60 if fault in ("stuck", "ended by a signal") else 0)
+    return step(self, *arguments, **settings)
+
+trainer.ZerothOrderTrainer.training_step = misbehave
+codes = {}
+for fault, ranks in json.loads(sys.argv[1]).items():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    started = {}
+    for rank, line in ranks.items():
+        child = os.fork()
+        if child == 0:
+            os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+            os.dup2(os.open(f"{fault} {rank}", os.O_WRONLY | os.O_CREAT), 2)
+            os._exit(run.main(line))
+        started[rank], first = child, first if started else child
+    ended = {}
+    for rank, child in started.items():
+        if fault in ("stuck", "ended by a signal") and rank == "1":
+            os.kill(child, signal.SIGKILL)
+        ended[rank] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    codes[fault] = ended
+print(json.dumps(codes))
+"""
+
+
+@pytest.mark.slow
+def test_faults_of_ranks_end_in_one_line(tmp_path: Path) -> None:
+    def lines(number: int, **other: Any) -> dict[str, list[str]]:
+        common = {"ddp_timeout": 4, "save_on_interrupt": True, "max_steps": 20, "save_steps": 20}
+        folder = tmp_path / str(number)
+        given = {"0": common, "1": common | other}
+        return {rank: training(folder, **each) for rank, each in given.items()}
+
+    cases = {
+        "differ": lines(1, max_steps=8),
+        "killed": lines(2),
+        "stuck": lines(3),
+        "missing": {"0": lines(4)["0"]},
+        "too many": {"2": lines(5)["0"]},
+        "ended by a signal": lines(6, ddp_timeout=600),
+    }
+    cases["ended by a signal"]["0"] = cases["ended by a signal"]["1"]
+    (tmp_path / "driver.py").write_text(FAULTS)
+    done = subprocess.run(
+        [sys.executable, "driver.py", json.dumps(cases)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    codes, failures = json.loads(done.stdout.splitlines()[-1]), []
+    for fault, rank, code, words in (
+        ("differ", "0", 2, "processes of one run differ: --max_steps is 20 in rank 0 and 8 in"),
+        ("killed", "0", 1, "rank 0: another process has ended, its own last lines may say why"),
+        ("stuck", "0", 1, "another process did not answer for 4 seconds (--ddp_timeout)"),
+        ("missing", "0", 1, "another process did not answer for 4 seconds (--ddp_timeout)"),
+        ("too many", "2", 1, "there are 2 processes (WORLD_SIZE), numbered from 0 (RANK)"),
+        ("ended by a signal", "0", 130, "SIGTERM while waiting for another process"),
+    ):
+        told = (tmp_path / f"{fault} {rank}").read_text()
+        if codes[fault][rank] != code or words not in told or "Traceback" in told:
+            failures.append((fault, codes[fault], told))
+    assert not failures
+
+
+def test_settings_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    other: dict[str, Any] = {}
+    monkeypatch.setattr(processes, "gather_object", lambda own: [*own, own[0] | other])
+    check_same({"--seed": 1, "--lr": None})
+    other["--lr"] = 0.1
+    with pytest.raises(InputError, match=r"--lr is None in rank 0 and 0\.1 in rank 1; give all"):
+        check_same({"--seed": 1, "--lr": None})

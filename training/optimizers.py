@@ -44,26 +44,32 @@ def make_optimizer(
     groups: Sequence[Group],
     config: HiZOOConfig,
     layers: Layers | None,
+    named: str,
 ) -> HiZOO:
     """Return the optimizer of a model's trained weights.
 
     The noise depends on the order of the parameters, so a replay makes its optimizer here, too.
+    ``named`` is what the user calls μ.
+
+    Raises:
+        InputError: μ does not fit the weights.
     """
     parameters = dict(model.named_parameters())
     param_groups = [
         {"params": [parameters[name] for name in g.parameters], "weight_decay": g.weight_decay}
         for g in groups
     ]
-    return HiZOO(param_groups, config, layers=layers)
+    optimizer = HiZOO(param_groups, config, layers=layers)
+    check_scale(optimizer, named)
+    return optimizer
 
 
-def groups_in(optimizer: HiZOO, model: nn.Module) -> tuple[Group, ...]:
-    """Return the groups that an optimizer was made of."""
-    names = {id(parameter): name for name, parameter in trained_weights(model).items()}
-    return tuple(
-        Group(group["weight_decay"], {names[id(p)]: described(p) for p in group["params"]})
-        for group in optimizer.param_groups
-    )
+def check_scale(optimizer: HiZOO, named: str) -> None:
+    """Raise InputError if μ is too small or too large beside the weights."""
+    try:
+        optimizer.check_perturbation_scale()
+    except ValueError as error:
+        raise InputError(f"{named}: {error}") from error
 
 
 @torch.no_grad()

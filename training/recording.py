@@ -19,9 +19,9 @@ from transformers import TrainerState
 
 from hizoo import HiZOO
 from training.journal import JournalFile
-from training.optimizers import groups_in, trained_weights
+from training.optimizers import trained_weights
 from training.processes import check_agreement
-from training.rows import VERSION, Checksum, Header, Row, Step
+from training.rows import VERSION, Checksum, Group, Header, Row, Step
 from utils import InputError
 from zeroth_order import noise
 
@@ -164,7 +164,9 @@ class Recording:
 
     # ---- the course of a run
 
-    def begin(self, model: nn.Module, optimizer: HiZOO, state: TrainerState) -> None:
+    def begin(
+        self, model: nn.Module, optimizer: HiZOO, groups: tuple[Group, ...], state: TrainerState
+    ) -> None:
         """Check that the weights are those that the journal begins with, and open it.
 
         Raises:
@@ -185,7 +187,7 @@ class Recording:
                 step=state.global_step,
                 max_steps=state.max_steps,
                 start=start,
-                groups=groups_in(optimizer, model),
+                groups=groups,
                 layerwise=optimizer.layers is not None,
                 optimizer=optimizer.config,
                 **self.header,

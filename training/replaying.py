@@ -49,7 +49,8 @@ def optimizer_of(header: Header, model: nn.Module, compile: bool | None) -> HiZO
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in trained)
     layers = checked_layers(model) if header.layerwise else None
-    return make_optimizer(model, header.groups, replace(header.optimizer, compile=compile), layers)
+    config = replace(header.optimizer, compile=compile)
+    return make_optimizer(model, header.groups, config, layers, f"the journal's μ {config.eps:g}")
 
 
 def rows_until(journal: Journal, done: int, steps: int | None) -> tuple[list[Row], str | None]:

@@ -26,6 +26,7 @@ from transformers import TrainerCallback
 
 from hizoo import HiZOO
 from training import rows
+from training.optimizers import check_scale
 from training.recording import Recording
 from utils import InputError, write_json
 
@@ -325,10 +326,7 @@ class ChooseScales(TrainerCallback):
         for group in optimizer.param_groups:
             group |= chosen or {}
         if recorded:
-            try:
-                optimizer.check_perturbation_scale()
-            except ValueError as error:
-                raise InputError(f"{self.recording.path}: {error}") from error
+            check_scale(optimizer, str(self.recording.path))
 
     def choose(self, scales: Scales, optimizer: HiZOO) -> dict[str, float | None]:
         """Return μ of g and c; one for both if it serves, since a second one takes more passes."""
