@@ -160,19 +160,3 @@ def check_version(checkpoint: str | Path, kept: Mapping[str, Any]) -> None:
     """Raise InputError if ``kept`` (by ``RunState``) is another version's, or another program's."""
     if kept.get("version") != CHECKPOINT_VERSION:
         raise InputError(f"{checkpoint}: another version of this program wrote it; {ANOTHER}")
-
-
-def best_checkpoint(resumed: Path, step: int | None) -> str | None:
-    """Return the best checkpoint of a resumed run; it lies beside the one that it resumes from.
-
-    Args:
-        resumed: the checkpoint that the run resumes from, wherever its folder is now.
-        step: of the best checkpoint, None if there is none yet.
-    """
-    if step is None:
-        return None
-    best = resumed.parent / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-    if not best.is_dir():
-        logger.warning("the best checkpoint, %s, is gone", best)
-        return None
-    return str(best)

@@ -26,7 +26,6 @@ from training.checkpoints import (
     ANOTHER,
     CHECKPOINT_VERSION,
     STATE,
-    best_checkpoint,
     check_version,
     write_checkpoint,
     write_together,
@@ -114,10 +113,15 @@ class ResumableTrainer(Trainer):
             return
         check_version(self._resumed_from, saved)
         self.costs.begin(saved["costs"])
-        saves = self.args.save_strategy != SaveStrategy.NO
-        self.state.best_model_checkpoint = best_checkpoint(
-            Path(self._resumed_from), self.state.best_global_step if saves else None
-        )
+        # It lies beside the one that the run resumes from, wherever the folder is now.
+        step, resumed = self.state.best_global_step, Path(self._resumed_from)
+        best = resumed.with_name(f"{PREFIX_CHECKPOINT_DIR}-{step}")
+        if step is None or self.args.save_strategy == SaveStrategy.NO:
+            best = None
+        elif not best.is_dir():
+            logger.warning("the best checkpoint, %s, is gone", best)
+            best = None
+        self.state.best_model_checkpoint = best and str(best)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -28,7 +27,7 @@ from hizoo import HiZOO
 from training import rows
 from training.optimizers import check_scale
 from training.recording import Recording
-from utils import InputError, write_json
+from utils import InputError, read_json, write_json
 
 LossAt = Callable[[int, int, float], float]
 
@@ -92,30 +91,25 @@ def noise_of_curvatures(scales: np.ndarray, values: np.ndarray) -> float:
     return float((sizes * scales**2)[:-1][is_noise].max(initial=0.0)) * 2 / math.sqrt(6)
 
 
-@dataclass(frozen=True)
 class Difference:
-    """g or c over μ, and what spoils it: noise / μ^power, and bend · μ² of higher derivatives."""
+    """g or c over μ, and what spoils it: noise / μ^power, and bend · μ² of higher derivatives.
 
-    size: float  # root mean square over the directions, without noise; 0: hidden by noise
-    noise: float
-    power: int  # 1 for g, 2 for c
-    bend: float
+    ``values`` are at several μ, (directions, scales); ``power`` is 1 for g and 2 for c. ``size`` is
+    their root mean square without noise, 0 where noise hides them.
+    """
 
-    @classmethod
-    def fit(cls, scales: np.ndarray, values: np.ndarray, noise: float, power: int) -> Difference:
-        """Fit to values at several μ, (directions, scales)."""
+    def __init__(self, scales: np.ndarray, values: np.ndarray, noise: float, power: int) -> None:
+        self.noise, self.power, self.size, self.bend = noise, power, 0.0, 0.0
         sigma = noise / scales**power
-        bend = 0.0
         for low, high in itertools.combinations(range(len(scales)), 2):
             change = float(root_mean_square(values[:, high] - values[:, low]))
             # ε is known to a factor of about 2.
             if change > 4 * math.hypot(sigma[low], sigma[high]):
-                bend = max(bend, change / (scales[high] ** 2 - scales[low] ** 2))
+                self.bend = max(self.bend, change / (scales[high] ** 2 - scales[low] ** 2))
         squares = np.mean(values**2, axis=0)
-        best = int(np.argmin(np.hypot(sigma, bend * scales**2)))
-        if (squares <= 4 * sigma**2).all():
-            return cls(0.0, noise, power, bend)
-        return cls(math.sqrt(max(0.0, squares[best] - sigma[best] ** 2)), noise, power, bend)
+        best = int(np.argmin(np.hypot(sigma, self.bend * scales**2)))
+        if (squares > 4 * sigma**2).any():
+            self.size = math.sqrt(max(0.0, squares[best] - sigma[best] ** 2))
 
     def error(self, scale: float) -> float:
         """Return the error relative to the size; noise makes c, an absolute value, larger."""
@@ -182,8 +176,8 @@ class Fit:
         self.g = (plus - minus) / (2 * self.scales)
         self.s = (plus + minus - 2 * base[:, None]) / (2 * self.scales**2)
         self.noise = max(noise, noise_of_curvatures(self.scales, self.s))
-        self.of_g = Difference.fit(self.scales, self.g, self.noise / math.sqrt(2), 1)
-        self.of_c = Difference.fit(self.scales, self.s, self.noise * math.sqrt(6) / 2, 2)
+        self.of_g = Difference(self.scales, self.g, self.noise / math.sqrt(2), 1)
+        self.of_c = Difference(self.scales, self.s, self.noise * math.sqrt(6) / 2, 2)
 
     def best_scales(self, limit: float) -> tuple[float, float]:
         """Return μ of g and of c, at most ``limit``."""
@@ -321,8 +315,8 @@ class ChooseScales(TrainerCallback):
                 write_json(self.file, self.found)
                 for line in scales.lines():
                     tqdm.write(line)  # above the bar
-        elif self.file.is_file():
-            self.found = json.loads(self.file.read_text())
+        else:
+            self.found = read_json(self.file) or None
         for group in optimizer.param_groups:
             group |= chosen or {}
         if recorded:
