@@ -14,9 +14,15 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from utils import one_line
-from zeroth_order.config import HiZOOConfig, check_above_0, check_at_least_0, check_smoothing
+from zeroth_order.config import HiZOOConfig, check_settings
 
 VERSION = 2
+
+
+def check_step(step: int) -> None:
+    """Raise ValueError if a number of steps is negative."""
+    if step < 0:
+        raise ValueError(f"step must be at least 0, not {step}")
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,7 @@ class Group:
     parameters: dict[str, str]
 
     def __post_init__(self) -> None:
-        check_at_least_0("weight_decay", self.weight_decay)
+        check_settings({"weight_decay": self.weight_decay})
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class Header:
     versions: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_at_least_0("step", self.step)
+        check_step(self.step)
         names = [name for group in self.groups for name in group.parameters]
         if not names or len(names) > len(set(names)):
             raise ValueError("its groups must have parameters, each of them once")
@@ -61,7 +67,7 @@ class Row:
     step: int
 
     def __post_init__(self) -> None:
-        check_at_least_0("step", self.step)
+        check_step(self.step)
 
 
 @dataclass(frozen=True)
@@ -78,10 +84,9 @@ class Step(Row):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least_0("lr", self.lr)
-        check_smoothing(self.alpha)
-        for weight in self.weights:
-            check_at_least_0("a weight", weight)
+        check_settings({"lr": self.lr, "hessian_smooth": self.alpha})
+        if not all(0 <= weight < math.inf for weight in self.weights):
+            raise ValueError("a weight must be at least 0 and finite")
         if not self.losses or len(self.losses) != len(self.weights):
             raise ValueError(f"{len(self.losses)} batches and {len(self.weights)} weights")
 
@@ -101,8 +106,8 @@ class Scales(Row):
     curvature_eps: float | None
 
     def __post_init__(self) -> None:
-        check_above_0("eps", self.eps)
-        check_above_0("curvature_eps", self.curvature_eps or self.eps)
+        check_settings({"eps": self.eps})
+        check_settings({"eps": self.eps if self.curvature_eps is None else self.curvature_eps})
         if self.step != 0:
             raise ValueError(f"step {self.step}: μ is chosen before the first step")
 
