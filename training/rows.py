@@ -33,7 +33,7 @@ class Group:
     parameters: dict[str, str]
 
     def __post_init__(self) -> None:
-        check_settings({"weight_decay": self.weight_decay})
+        check_settings(vars(self))
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,7 @@ class Scales(Row):
     curvature_eps: float | None
 
     def __post_init__(self) -> None:
-        check_settings({"eps": self.eps})
-        check_settings({"eps": self.eps if self.curvature_eps is None else self.curvature_eps})
+        check_settings({name: value for name, value in vars(self).items() if value is not None})
         if self.step != 0:
             raise ValueError(f"step {self.step}: μ is chosen before the first step")
 
