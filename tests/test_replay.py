@@ -172,11 +172,6 @@ def test_what_replay_refuses(
     (copied / "optimizer.pt").unlink()
     shutil.copytree(other, damaged)
     flip_bit(damaged / "optimizer.pt")
-    # The checksum of an adapter does not tell its frozen base.
-    base, lora = tmp_path / "base", tmp_path / "lora/out" / FILE
-    shutil.copytree(small_model().name, base)
-    finish(training(tmp_path / "lora", model_name=base, lora=True, max_steps=1, save_steps=1))
-    flip_bit(base / "model.safetensors", -1)
     new = ["--output_dir", tmp_path / "new"]
     finish(training(tmp_path / "lora", lora=True, max_steps=1, save_steps=9))
     adapter = tmp_path / "lora/out" / FILE
@@ -186,7 +181,6 @@ def test_what_replay_refuses(
         (["--journal", journal, "--output_dir", other], "there is a model"),
         (["--journal", tmp_path / "none", *new], "there is none"),
         (["--journal", plain / "result.json", *new], "is no journal"),
-        (["--journal", lora, *new], "model.safetensors is not what the run began with; give"),
         (["--journal", journal, "--steps", 5, *new], "has 4 steps, not 5; give --steps 4"),
         (["--journal", journal, "--steps", -1, *new], "--steps -1: must be at least 0"),
         (["--journal", harmed, "--steps", 4, *new], "has 1 steps (line 3: its checksum is wrong)"),

@@ -64,8 +64,8 @@ class SaveOnInterrupt(TrainerCallback):
     """Saves a checkpoint and stops after the current step when a signal arrives.
 
     SIGINT is Ctrl-C. Slurm sends SIGTERM, or SIGUSR1 (``sbatch --signal``), before a job's time is
-    over. A process that waits for another one cannot end its step: it ends ``PATIENCE`` seconds
-    after the signal, Slurm's SIGKILL comes after 30.
+    over. A process that then waits for another one cannot end its step: it ends ``PATIENCE``
+    seconds later; Slurm's SIGKILL comes after 30.
 
     ``received`` is the signal's name, None as long as none arrived.
     """
@@ -114,14 +114,19 @@ class SaveOnInterrupt(TrainerCallback):
         self.received = signal.Signals(number).name
 
     def _end_a_waiting_process(self) -> None:
-        reader = self._pipe[0]
-        while number := os.read(reader, 1):
-            time.sleep(self.PATIENCE if number[0] in self.SIGNALS else 0)
-            frame = sys._current_frames()[threading.main_thread().ident]
-            if not self.received and "distributed" in frame.f_code.co_filename:
-                name = signal.Signals(number[0]).name
-                print(f"interrupted: {name} while waiting for another process", file=sys.stderr)
-                os._exit(130)
+        reader, main = self._pipe[0], threading.main_thread().ident
+        while (read := os.read(reader, 1)) and read[0] not in self.SIGNALS:
+            pass
+        waited, before, tick = 0.0, None, self.PATIENCE / 20
+        while read and self._pipe and waited < self.PATIENCE:
+            time.sleep(tick)
+            frame = sys._current_frames()[main]
+            waits = frame is before and "distributed" in frame.f_code.co_filename
+            waited, before = waited + tick if waits else 0.0, frame
+        if waited >= self.PATIENCE:
+            name = signal.Signals(read[0]).name
+            print(f"interrupted: {name} while waiting for another process", file=sys.stderr)
+            os._exit(130)
         os.close(reader)
 
 
