@@ -172,6 +172,9 @@ def test_what_replay_refuses(
     (copied / "optimizer.pt").unlink()
     shutil.copytree(other, damaged)
     flip_bit(damaged / "optimizer.pt")
+    changed = tmp_path / "changed"
+    shutil.copytree(small_model().name, changed)
+    flip_bit(changed / "model.safetensors", -1)
     new = ["--output_dir", tmp_path / "new"]
     finish(training(tmp_path / "lora", lora=True, max_steps=1, save_steps=9))
     adapter = tmp_path / "lora/out" / FILE
@@ -185,7 +188,8 @@ def test_what_replay_refuses(
         (["--journal", journal, "--steps", -1, *new], "--steps -1: must be at least 0"),
         (["--journal", harmed, "--steps", 4, *new], "has 1 steps (line 3: its checksum is wrong)"),
         (["--journal", journal, "--model_name", copied, *new], "optimizer.pt is missing"),
-        (["--journal", adapter, "--model_name", copied, *new], "not those that the run began with"),
+        (["--journal", journal, "--model_name", changed, *new], "not those that the run began"),
+        (["--journal", adapter, "--model_name", changed, *new], "not those that the run began"),
         (["--journal", journal, "--model_name", damaged, *new], "optimizer.pt is not what was"),
         (
             ["--journal", journal, "--model_name", other, "--steps", 1, *new],
