@@ -39,13 +39,17 @@ EXCLUDE_EACH_OTHER = (
 def check_values(values: Any) -> None:
     """Refuse what contradicts itself, what cannot be done, and what must not be ignored.
 
-    Args:
-        values: ``Values``, or ``Arguments``.
-
     Raises:
         InputError: names every problem, with the way out.
     """
-    problems = [*_exclusions(values), *_files(values)]
+    given = {name for name, each in DECLARED.items() if getattr(values, name) != each.default}
+    given = {name for name in given if getattr(values, name) not in (None, False)}
+    problems = [
+        f"--{first} and --{second} exclude each other: give one"
+        for first, second in EXCLUDE_EACH_OTHER
+        if {first, second} <= given
+    ]
+    problems += _files(values)
     try:
         SmoothingSchedule.parse(values.hessian_smooth_type)
     except ValueError as error:
@@ -81,7 +85,9 @@ def warning(values: Any, unmet: dict[str, Effect]) -> str | None:
     reasons: dict[str, list[str]] = {}
     for name, effect in unmet.items():
         if name in values.given_by_user and asks_for_something(values, name):
-            reasons.setdefault(_reason(effect, values), []).append(f"--{name}")
+            of_task = "{task}" in effect.otherwise
+            reason = effect.otherwise.format(task=of_task and values.task.name)
+            reasons.setdefault(reason, []).append(f"--{name}")
     for option, reason in values.ignored.items():
         reasons.setdefault(reason, []).append(option)
     shown = [f"{', '.join(names)} ({reason})" for reason, names in reasons.items()]
@@ -117,22 +123,6 @@ def _refused(values: Any) -> list[str]:
         if effect and effect.refused and asks_for_something(values, name):
             reasons.setdefault(effect.otherwise, []).append(show_argument(values, name))
     return [f"{', '.join(shown)}: {reason}; leave it out" for reason, shown in reasons.items()]
-
-
-def _reason(effect: Effect, values: Any) -> str:
-    of_task = "{task}" in effect.otherwise
-    return effect.otherwise.format(task=values.task.name) if of_task else effect.otherwise
-
-
-def _is_given(values: Any, name: str) -> bool:
-    """Whether an argument has another value than its default."""
-    return getattr(values, name) not in (DECLARED[name].default, None, False)
-
-
-def _exclusions(values: Any) -> Iterator[str]:
-    for first, second in EXCLUDE_EACH_OTHER:
-        if _is_given(values, first) and _is_given(values, second):
-            yield f"--{first} and --{second} exclude each other: give one"
 
 
 def _files(values: Any) -> Iterator[str]:
@@ -218,15 +208,6 @@ def _problems_of_steps(values: Any) -> Iterator[str]:
             yield f"{resumed} is of one set: leave it out, and each of --num_train_sets resumes"
         if values.overwrite_output_dir:
             yield f"{resumed} and --overwrite_output_dir, which deletes checkpoints: give one"
-    yield from _problems_of_schedule(values)
-
-
-def _problems_of_schedule(values: Any) -> Iterator[str]:
-    """Yield steps beyond the end of the run, where --max_steps tells it."""
-    steps, warmup = values.max_steps, values.warmup_steps
-    decay = values.decay_step if has_effect(values, "decay_step") else 0
-    for name, step in (("warmup_steps", warmup), ("decay_step", decay)):
-        if step > (steps if name == "warmup_steps" else steps - 1) > 0:
-            yield f"--{name} {step:g}: the run has {steps} steps (--max_steps)"
-    if decay and warmup > decay:
+    warmup, decay = values.warmup_steps, values.decay_step
+    if decay and has_effect(values, "decay_step") and warmup > decay:
         yield f"--warmup_steps {warmup:g}: must be at most --decay_step {decay}"

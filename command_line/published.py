@@ -8,27 +8,18 @@ def by_name(reasons: dict[str, str]) -> dict[str, str]:
     return {name: reason for reason, names in reasons.items() for name in names.split()}
 
 
+_SCHEDULES = {
+    "linear_with_warmup": ("linear", "{}"),
+    "cosine_with_warmup": ("cosine", '{"num_cycles": 2}'),
+    "cosine_with_hard_restarts_with_warmup": ("cosine_with_restarts", '{"num_cycles": 2}'),
+    "polynomial_decay_with_warmup": ("polynomial", '{"power": 3, "lr_end": 1e-10}'),
+    "constant_polynomial_decay_with_warmup": ("polynomial", '{"power": 3, "lr_end": 1e-7}'),
+}
 # Argument and published value -> the same in our arguments.
 TRANSLATED: dict[tuple[str, str], dict[str, str]] = {
-    ("method", "mezo"): {"hessian_smooth_type": "constant0"},
-    ("lr_scheduler_type", "linear_with_warmup"): {"lr_scheduler_type": "linear"},
-    ("lr_scheduler_type", "cosine_with_warmup"): {
-        "lr_scheduler_type": "cosine",
-        "lr_scheduler_kwargs": '{"num_cycles": 2}',
-    },
-    ("lr_scheduler_type", "cosine_with_hard_restarts_with_warmup"): {
-        "lr_scheduler_type": "cosine_with_restarts",
-        "lr_scheduler_kwargs": '{"num_cycles": 2}',
-    },
-    ("lr_scheduler_type", "polynomial_decay_with_warmup"): {
-        "lr_scheduler_type": "polynomial",
-        "lr_scheduler_kwargs": '{"power": 3, "lr_end": 1e-10}',
-    },
-    ("lr_scheduler_type", "constant_polynomial_decay_with_warmup"): {
-        "lr_scheduler_type": "polynomial",
-        "lr_scheduler_kwargs": '{"power": 3, "lr_end": 1e-7}',
-    },
-}
+    ("lr_scheduler_type", name): {"lr_scheduler_type": ours, "lr_scheduler_kwargs": options}
+    for name, (ours, options) in _SCHEDULES.items()
+} | {("method", "mezo"): {"hessian_smooth_type": "constant0"}}
 # They change nothing here -> why.
 IGNORED = by_name(
     {
