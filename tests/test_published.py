@@ -16,6 +16,7 @@ from running import MODEL, ROOT, SAMPLES, command, finish, log_of, training
 import run
 from command_line.arguments import parse_arguments
 from command_line.checks import check
+from command_line.reading import read_values
 from utils import InputError
 
 COMMANDS = ROOT / "tests" / "published_commands.txt"
@@ -111,6 +112,18 @@ def test_published_schedules(tmp_path: Path) -> None:
         logged = log_of(tmp_path / name / "out/checkpoint-8", "learning_rate")
         near = [pytest.approx(part, abs=1e-12) for part in (expected[:8], expected[1:])]
         assert logged in near, name
+        by_variable = read_values(["--script", "HiZOO.sh"], {"ZO_LR_SCHEDULER_TYPE": name})
+        of_command = read_values(["--zo_lr_scheduler_type", name])
+        for argument in ("lr_scheduler_type", "lr_scheduler_kwargs"):
+            assert getattr(by_variable, argument) == getattr(of_command, argument)
+    for words, warmup in (
+        (["--warmup_ratio", "0.1"], 0.1),
+        (["--warmup_steps", "0", "--warmup_ratio", "0.1"], 0.1),
+        (["--warmup_ratio", "0.1", "--warmup_steps", "0"], 0.1),
+        (["--warmup_steps", "5", "--warmup_ratio", "0.0"], 5),
+        (["--warmup_steps", "5", "--warmup_step", "0"], 0),
+    ):
+        assert read_values(words).warmup_steps == warmup, words
 
 
 def test_first_line_of_a_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
