@@ -78,14 +78,9 @@ def choose_layers(
 ) -> Layers | None:
     """Return what perturbs one module at a time, None to perturb in place.
 
-    The loss of a batch shows whether the model allows it, before any weight has changed. Weights
-    that no text passes through are frozen.
-
-    Args:
-        model: in evaluation mode.
-        perturbation: "inplace", "layerwise" or "auto": layerwise where weights are half precision.
-        loss: of a batch.
-        warn: takes a line for the user.
+    The loss of a batch shows whether the model, in evaluation mode, allows it, before any weight
+    has changed. Weights that no text passes through are frozen. ``perturbation`` is "inplace",
+    "layerwise" or "auto": layerwise where weights are half precision.
 
     Raises:
         InputError: "layerwise" does not work for this model.

@@ -54,14 +54,9 @@ def optimizer_of(header: Header, model: nn.Module, compile: bool | None) -> HiZO
 
 
 def rows_until(journal: Journal, done: int, steps: int | None) -> tuple[list[Row], str | None]:
-    """Return the rows from ``done`` steps on, until so many steps are done in all.
+    """Return the rows from ``done`` steps on until ``steps``, None: to the end or a damaged line.
 
     With them comes why they are fewer than asked for, None if they are not.
-
-    Args:
-        journal: of the run.
-        done: steps that the model has.
-        steps: None: all, up to the end or a damaged line.
 
     Raises:
         InputError: the journal does not have them.
