@@ -62,6 +62,8 @@ def check_values(values: Any) -> None:
         problems += _problems_of_task(values, task)
     if not values.model_name:
         problems.append("--model_name is missing: give a Hub id, a local directory or a GGUF file")
+    elif (path := Path(values.model_name)).exists() and not (path.is_dir() or path.is_file()):
+        problems.append(f"--model_name {path}: this is a device; give a local directory or a file")
     problems += _refused(values)
     problems += _problems_of_weights(values)
     if values.trainer != "none" and values.num_train < 1:
@@ -104,7 +106,8 @@ def asks_for_something(values: Any, name: str) -> bool:
     value = getattr(values, name)
     if isinstance(value, bool) and name in OWN:
         return value != OWN[name].default
-    return value not in OFF
+    # 0 is a seed like any other.
+    return value not in OFF or (name.endswith("seed") and value is not None)
 
 
 def _unmet(values: Any, name: str) -> Effect | None:

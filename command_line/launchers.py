@@ -60,6 +60,9 @@ def check_variables(environment: Mapping[str, str]) -> None:
         for name in ("RANK", "LOCAL_RANK"):
             if name in environment:
                 raise _unusable(environment, name, "WORLD_SIZE beside it")
+        for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"):  # of mpirun
+            if environment.get(name, "1") != "1":
+                raise _unusable(environment, name, "one process, or WORLD_SIZE beside it")
         return
     processes = _number(environment, "WORLD_SIZE", 1)
     # With a local rank, accelerate connects even a single process.

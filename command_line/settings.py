@@ -67,7 +67,7 @@ def name_run(arguments: Arguments) -> None:
     task_and_model = f"{_task_part(arguments)}-{_model_part(arguments.model_name)}"
     tag = arguments.tag
     arguments.name = f"{task_and_model}-{tag}" if tag else default_name(arguments)
-    if arguments.output_dir is None:
+    if not arguments.output_dir:
         arguments.output_dir = str(Path("result") / arguments.name)
 
 

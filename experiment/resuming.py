@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from accelerate.logging import get_logger
 from peft import PeftModel
 from transformers import PreTrainedModel
 
@@ -27,10 +27,11 @@ from training.checkpoints import (
 from training.journal import FILE, Journal, read_journal
 from training.processes import from_first_process
 from training.recording import ANOTHER_FOLDER, Replay, checksum_of
-from utils import InputError, fingerprint
+from utils import InputError, fingerprint, speaks_for_all
 from zeroth_order import noise
 
-logger = get_logger(__name__)  # of the first process
+logger = logging.getLogger(__name__)
+logger.addFilter(lambda _: speaks_for_all())
 JOURNAL_OF_BEFORE = "journal.bin"
 # What decides the course of a training beside its settings, and the words where it differs.
 CONTENTS = {

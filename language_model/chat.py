@@ -28,7 +28,6 @@ Message = dict[str, str]
 ANSWER = "ANSWER"
 # Processor time that a template may take for one conversation: a loop in it may never end.
 SECONDS = 5.0
-WAY_OUT = "give another model, or leave out --apply_chat_template"
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,12 @@ class Chat:
 
     tokenizer: PreTrainedTokenizerBase
     system_prompt: str | None = None
+
+    @property
+    def _way_out(self) -> str:
+        """What to do about a conversation that the template does not take."""
+        also = " and --system_prompt" if self.system_prompt else ""
+        return f"give another model, or leave out --apply_chat_template{also}"
 
     def check(self, model_name: str) -> None:
         """Refuse a tokenizer without a template; warn of one that writes today's date."""
@@ -62,7 +67,7 @@ class Chat:
             if turn["role"] != "assistant" and turn["content"].strip() not in opening:
                 raise InputError(
                     f"the chat template changes or leaves out what the {turn['role']} says, "
-                    f"{shown(turn['content'])}: it makes {shown(opening)}; {WAY_OUT}"
+                    f"{shown(turn['content'])}: it makes {shown(opening)}; {self._way_out}"
                 )
         whole = self._rendered([*messages, assistant(answer)]) if answer else ""
         if answer and (
@@ -70,7 +75,7 @@ class Chat:
         ):
             raise InputError(
                 f"the chat template changes or leaves out the answer {shown(answer)}: the "
-                f"conversation ends in {whole[-80:]!r}; {WAY_OUT}"
+                f"conversation ends in {whole[-80:]!r}; {self._way_out}"
             )
 
     def text(self, messages: Sequence[Message]) -> str:
@@ -99,9 +104,8 @@ class Chat:
             with _limited_time():
                 return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
         except Exception as error:  # templates raise errors of their own
-            way_out = f"{WAY_OUT}, or --system_prompt" if self.system_prompt else WAY_OUT
             raise InputError(
-                f"the chat template refuses {shown(messages)} ({one_line(error)}); {way_out}"
+                f"the chat template refuses {shown(messages)} ({one_line(error)}); {self._way_out}"
             ) from error
 
     def tokens(self, text: str) -> list[int]:

@@ -81,6 +81,8 @@ class OwnTask(Task):
         try:
             super().check_columns(row, needed)
         except InputError as error:
+            if self.own_columns.from_messages:
+                raise InputError("the last turn is not the assistant's answer") from error
             known = [each for names, each in LAYOUTS.items() if set(names) <= set(row)]
             raise InputError(f"{error}; {(known or [NAMED])[0]}") from error
 

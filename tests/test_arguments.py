@@ -75,6 +75,10 @@ BAD_TRAINING: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["--dataloader_drop_last", "5000 examples"],
     ),
     "cut batches": ({"accelerator_config": '{"dispatch_batches": true}'}, ["--accelerator_config"]),
+    "a model that is a device": (
+        {"model_name": "/dev/null"},
+        ["--model_name /dev/null: this is"],
+    ),
     "one file twice": (
         {"predictions_file": "same.json", "result_file": "same.json", "no_eval": None},
         ["--result_file same.json is --predictions_file too"],
@@ -86,6 +90,10 @@ BAD_TRAINING: dict[str, tuple[dict[str, Any], list[str]]] = {
     "an option of another schedule": (
         {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": '{"cycles": 1}'},
         ["--lr_scheduler_type cosine", "'cycles'", "--lr_scheduler_kwargs"],
+    ),
+    "options without a name": (
+        {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": "[[["},
+        ["--lr_scheduler_kwargs '[[['", "num_cycles"],
     ),
     "an end above the start": (
         {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": '{"lr_end": 1}'},

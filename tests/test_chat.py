@@ -160,7 +160,7 @@ def test_a_template_that_changes_a_conversation_is_refused(monkeypatch: pytest.M
         with pytest.raises(InputError) as refusal:
             Chat(chat_tokenizer(template)).check_conversation(asked, "Ann Lee.")
         line = str(refusal.value)
-        if said not in line or "\n" in line or "leave out --apply_chat_template" not in line:
+        if said not in line or "\n" in line or not line.endswith("out --apply_chat_template"):
             failures.append((case, line))
     assert not failures
     # What is fine: spaces at both ends, an end of another kind, reasoning left out of history.
@@ -217,7 +217,7 @@ def test_rows_are_rendered_before_training(
 def test_what_a_tokenizer_needs(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(InputError, match="the tokenizer of m has no chat template"):
         Chat(tiny_tokenizer()).check("m")
-    with pytest.raises(InputError, match=r"no system here\); .*, or --system_prompt"):
+    with pytest.raises(InputError, match=r"no system here\); .* and --system_prompt"):
         Chat(chat_tokenizer(NO_SYSTEM), "Hello").text([turn("user", "Who?")])
     assert Chat(chat_tokenizer()).end_of_answer == "<end>" and not caplog.messages
     Chat(chat_tokenizer(TEMPLATE + "{{ strftime_now('%Y') }}")).check("m")

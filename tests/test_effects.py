@@ -97,7 +97,7 @@ WITHOUT_EFFECT: dict[str, tuple[dict[str, Any], str]] = {
         "--num_train_epochs (--max_steps decides)",
     ),
     "the wrong seed": (
-        {"num_train": 4, "seed": 1},
+        {"num_train": 4, "seed": 0},
         "--seed (demonstrations are drawn by --train_set_seed)",
     ),
     "steps of a probe": (PROBING | {"max_steps": 4}, "--max_steps (--linear_probing has no steps)"),

@@ -159,6 +159,10 @@ def test_bad_columns(tmp_path: Path) -> None:
         (Columns(text="revue"), "rows.csv: --text_column: no column 'revue'; there are title, rev"),
         (Columns(label="label"), "--label_column: no column 'label'"),
         (Columns(template="{text}"), "--prompt_template: no column 'text'"),
+        (
+            Columns(template="{review"),
+            "--prompt_template '{review': name a column in braces, ",
+        ),
         (Columns(answer="out"), "--answer_column: no column 'out'"),
         (Columns("review", "same"), "--label_column same: .* has 1 different values"),
     ):
@@ -223,6 +227,7 @@ def test_bad_messages_are_told_by_their_line(tmp_path: Path) -> None:
         ([], "messages is []: expected a list of"),
         ([{"role": "user"}], "expected a list of"),
         ([{"role": "assistant", "content": "a"}], "the last turns have to be the user's"),
+        ([{"role": "user", "content": "a"}], "the last turn is not the assistant's answer"),
         ("text", "expected a list of"),
     ):
         file = write(tmp_path / "rows.jsonl", [conversation("a", "b"), {"messages": messages}])

@@ -60,7 +60,7 @@ def test_result_that_is_there_is_shown(
         folder.mkdir()
         monkeypatch.chdir(folder)
         capsys.readouterr()
-        more = {**SHORT, "no_eval": None, "output_dir": None, "result_file": None, "save_steps": 1}
+        more = {**SHORT, "no_eval": None, "output_dir": "", "result_file": None, "save_steps": 1}
         argv = training(folder, **more) if trained else command()
         assert run.main(argv) == 0
         lines = capsys.readouterr().out.splitlines()
@@ -138,6 +138,7 @@ def test_runs_of_another_length(
         lines = [m for m in caplog.messages[caplog_before:] if "depend" in m]
         assert len(lines) == bool(told) and all(told in line for line in lines), name
         for line in lines:
+            assert line.startswith("--"), name
             assert f"{folder}/out/" in line, name
             assert "a run with --max_steps 3 from its start" in line, name
 

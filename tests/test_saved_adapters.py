@@ -15,9 +15,11 @@ from test_adapters import adapted, lora_of, trained
 from tiny_models import tiny_model, tiny_tokenizer
 
 import run
+from hizoo import HiZOOConfig
 from language_model.adapters import PROMPT_ENCODER_FILE, prefix_length
 from language_model.loading import load_config_and_tokenizer, load_model, saved_dtype
 from language_model.saved_adapters import SavedAdapter
+from training.optimizers import groups_of, make_optimizer
 from utils import InputError
 
 # peft's, about an adapter that cannot be merged.
@@ -206,3 +208,11 @@ def test_adapters_that_do_not_fit(folders: Path, tmp_path: Path) -> None:
         damage(folder)
         with pytest.raises(InputError, match=message):
             load_model(str(folder), torch.float32)
+
+
+def test_weights_that_are_views_are_not_trained() -> None:
+    """As of adapters with ``ensure_weight_tying``."""
+    model = torch.nn.Linear(2, 3, bias=False)
+    model.weight = torch.nn.Parameter(torch.ones(2, 3).T)
+    with pytest.raises(InputError, match=r"^--trainer zo: .* is not contiguous"):
+        make_optimizer(model, groups_of(model, (), 0.0), HiZOOConfig(), None, "--zo_scale")

@@ -118,7 +118,10 @@ def test_a_rank_needs_a_world() -> None:
     for name in ("RANK", "LOCAL_RANK"):
         with pytest.raises(InputError, match=f"^{name}=0: expected WORLD_SIZE beside it"):
             check_variables({name: "0"})
-    for good in (RANKS, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": "1", "RANK": "0"}):
+    with pytest.raises(InputError, match=r"^OMPI_COMM_WORLD_SIZE=2: expected one process"):
+        check_variables({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"})
+    alone = {"WORLD_SIZE": "1"}
+    for good in (RANKS, alone, alone | {"RANK": "0"}, {"PMI_SIZE": "1"}, RANKS | {"PMI_SIZE": "2"}):
         check_variables(good)
 
 

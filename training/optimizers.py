@@ -52,14 +52,17 @@ def make_optimizer(
     ``named`` is what the user calls μ.
 
     Raises:
-        InputError: μ does not fit the weights.
+        InputError: the weights do not fit, or μ does not fit them.
     """
     parameters = dict(model.named_parameters())
     param_groups = [
         {"params": [parameters[name] for name in g.parameters], "weight_decay": g.weight_decay}
         for g in groups
     ]
-    optimizer = HiZOO(param_groups, config, layers=layers)
+    try:
+        optimizer = HiZOO(param_groups, config, layers=layers)
+    except ValueError as error:  # a weight of an adapter may be the view of another one
+        raise InputError(f"--trainer zo: {error}") from error
     check_scale(optimizer, named)
     return optimizer
 
