@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -97,8 +98,8 @@ def exit_code(command: Callable[[], int | None]) -> int:
     """Do a command; returns its exit code, and says in one line why it fails.
 
     0: done, or what the command returns. 1: losses that are not finite any more or far too large,
-    processes with different weights, or a file that could not be written. 2: bad input. 130:
-    interrupted.
+    processes with different weights, or a file that could not be written. 2: bad input, a name
+    that no file can have among it. 130: interrupted.
     """
     try:
         return command() or 0
@@ -115,6 +116,11 @@ def exit_code(command: Callable[[], int | None]) -> int:
         # The first process may be the one that is gone.
         print(f"stopped: rank {os.environ.get('RANK')}: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.EACCES) or not error.filename:
+            raise
+        say_last(f"error: {error.filename}: {error.strerror}; give another place")
+        return 2
 
 
 def check_writable(option: str, path: Path, is_folder: bool = False) -> None:

@@ -17,7 +17,6 @@ from command_line.arguments import Arguments
 from command_line.contradictions import check_values
 from command_line.declarations import AUTO
 from command_line.settings import examples_of_a_batch
-from tasks import shown
 from utils import InputError, one_line
 
 # These optimizers choose among a model's modules, and there is none yet.
@@ -78,11 +77,6 @@ def _check_schedule(arguments: Arguments) -> None:
                 f"--{argument} {getattr(arguments, argument):g}: the run has {steps} steps"
             )
     options = arguments.lr_scheduler_kwargs or {}
-    if not isinstance(options, dict):
-        raise InputError(
-            f"--lr_scheduler_kwargs {shown(options)}: give names and values, as in "
-            "'{\"num_cycles\": 2}'"
-        )
     metric = arguments.metric_for_best_model
     follows = name.value in ("reduce_lr_on_plateau", "greedy")
     if follows and metric not in (None, "loss", "eval_loss") and options.get("mode") != "max":

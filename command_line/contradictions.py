@@ -18,6 +18,8 @@ from tasks import Task
 from utils import InputError
 from zeroth_order.smoothing import SmoothingSchedule
 
+CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
+CONFIGS = ("accelerator_config", "fsdp_config")
 EXCLUDE_EACH_OTHER = (
     ("load_float16", "load_bfloat16"),
     ("load_int8", "load_int4"),
@@ -174,7 +176,7 @@ def _problems_of_weights(values: Any) -> Iterator[str]:
         yield f"--untie_emb: the head of --{quantised} is quantised; leave it out"
     if quantised and values.merge_adapter:
         yield "--merge_adapter: quantised weights take no matrices; leave it out"
-    for name in ("activation_checkpointing", "gradient_checkpointing"):
+    for name in CHECKPOINTING:
         # Layers are computed again without the keys and values of the prefix.
         if values.prefix_tuning and getattr(values, name) and name in values.given:
             yield f"--{name}: it leaves the prefix of --prefix_tuning out; leave it out"
@@ -211,6 +213,11 @@ def _problems_of_steps(values: Any) -> Iterator[str]:
             yield f"{resumed} is of one set: leave it out, and each of --num_train_sets resumes"
         if values.overwrite_output_dir:
             yield f"{resumed} and --overwrite_output_dir, which deletes checkpoints: give one"
+    for name in ("lr_scheduler_kwargs", *(f"{each}_kwargs" for each in CHECKPOINTING), *CONFIGS):
+        value = getattr(values, name)
+        is_file = name in CONFIGS and isinstance(value, str) and Path(value).is_file()
+        if isinstance(value, str) and not value.startswith("{") and not is_file:
+            yield f"--{name} {value}: give names and values, as in '{{\"num_cycles\": 2}}'"
     warmup, decay = values.warmup_steps, values.decay_step
     if decay and has_effect(values, "decay_step") and warmup > decay:
         yield f"--warmup_steps {warmup:g}: must be at most --decay_step {decay}"

@@ -148,7 +148,8 @@ def read_values(argv: Sequence[str], environment: Mapping[str, str] | None = Non
     of_script = argv[:1] == ["--script"]
     script, words = ("".join(argv[1:2]), argv[2:]) if of_script else ("", argv)
     typed = {name: (each, "") for name, each in reader.split(words)}
-    user = reader.read((reader.config(typed["config"][0]) if "config" in typed else {}) | typed)
+    config = typed.get("config", ([], ""))[0]
+    user = reader.read((reader.config(config) if any(config) else {}) | typed)
     chosen: dict[str, Any] = {}
     if of_script and not reader.problems:
         defaults = choose_defaults(script, os.environ if environment is None else environment, user)
@@ -259,6 +260,8 @@ class _Reader:
                     raise ValueError("must be at least 1, or -1 for --num_train_epochs")
                 if name in PATHS and any(len(part) > 240 for part in each[0].encode().split(b"/")):
                     raise ValueError("a name of more than 240 bytes; file systems take few more")
+                if name in PATHS:  # as of an empty variable
+                    values[name] = values[name] or None
             except ValueError as error:
                 self.problems.append(f"{label or ' '.join([f'--{name}', *each])}: {error}")
         return values

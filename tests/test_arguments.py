@@ -91,9 +91,13 @@ BAD_TRAINING: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": '{"cycles": 1}'},
         ["--lr_scheduler_type cosine", "'cycles'", "--lr_scheduler_kwargs"],
     ),
+    "a list of options": (
+        REGULAR | {"activation_checkpointing": True, "activation_checkpointing_kwargs": "[1]"},
+        ["--activation_checkpointing_kwargs [1]: give names and values"],
+    ),
     "options without a name": (
         {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": "[[["},
-        ["--lr_scheduler_kwargs '[[['", "num_cycles"],
+        ["--lr_scheduler_kwargs [[[: give names and values"],
     ),
     "an end above the start": (
         {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": '{"lr_end": 1}'},

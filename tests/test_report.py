@@ -264,6 +264,7 @@ def test_several_sets_are_several_runs(tmp_path: Path, capsys: pytest.CaptureFix
 
 BAD_INPUT = (
     ("none.json", "none.json: no such file or folder"),
+    ("n" * 300, f"{'n' * 300}: File name too long; give another place"),
     ("empty", "empty: there is no result of a run in it"),
     ("other.json", "other.json: this is no result of a run"),
     ("a.json --show f1", "argument --show: invalid choice: 'f1'"),

@@ -129,7 +129,7 @@ def test_given_names() -> None:
     """A tag stands behind task and model, as in MeZO; an empty one is none."""
     for given, name, folder in (
         ({"tag": "mine"}, "SST2-tiny-opt-mine", "result/SST2-tiny-opt-mine"),
-        ({"tag": ""}, None, None),
+        ({"tag": "", "output_dir": "", "config": "", "resume_from_checkpoint": ""}, None, None),
         ({"output_dir": "mine"}, None, "mine"),
         ({"tag": "a", "output_dir": "mine"}, "SST2-tiny-opt-a", "mine"),
     ):
