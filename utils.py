@@ -185,8 +185,9 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line, atomically; NaN and infinity become null."""
-    lines = (json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) for row in rows)
+    """Write one JSON object a line, atomically; NaN and infinity become null, a day its text."""
+    how = {"ensure_ascii": False, "allow_nan": False, "default": str}
+    lines = (json.dumps(_finite(row), **how) for row in rows)
     write_text_atomically(path, "".join(f"{line}\n" for line in lines))
 
 

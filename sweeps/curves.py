@@ -105,9 +105,11 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
     handles, names = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", frameon=False, fontsize=8)
+    legend = figure.legend(handles, names, loc="outside lower center", frameon=False, fontsize=8)
     number = f"{min(runs)}" if min(runs) == max(runs) else f"{min(runs)} to {max(runs)}"
     of_runs = f"mean of {number} runs" if max(runs) > 1 else "single runs"
     bands = "; bands from the lowest to the highest" if has_bands else ""
-    figure.suptitle(f"{tasks[0]}: {of_runs}{bands}", fontsize=10)
+    title = figure.suptitle(f"{tasks[0]}: {of_runs}{bands}", fontsize=10)
+    for text in (title, *legend.get_texts()):
+        text.set_parse_math(False)  # a dollar sign is one
     save_figure(figure, path)

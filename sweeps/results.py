@@ -30,6 +30,7 @@ NUMBERS = (
 )
 CURVES = ("dev_loss", "dev_metric", "forward_passes", "backward_passes", "seconds")
 MISSING = "–"
+_FILE_NAME = re.compile(r"[^/\0]{1,200}")
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def read_outcomes(path: Path, asked_for: Mapping[str, Any] | None = None) -> lis
 def read_record(folder: Path) -> dict[str, dict[str, Any]]:
     """Return what a sweep has recorded of each of its runs."""
     runs = _mapping(read_json(folder / RECORD).get("runs"))
-    return {name: run for name, run in runs.items() if isinstance(run, dict) and "/" not in name}
+    return {n: run for n, run in runs.items() if isinstance(run, dict) and _FILE_NAME.fullmatch(n)}
 
 
 def record(folder: Path, entries: Mapping[str, Mapping[str, Any]], writes: bool) -> None:

@@ -81,21 +81,34 @@ class Columns:
                 arranged["prompt"] = row[self.text]
         except KeyError as error:
             raise InputError(f"no column {error}; there are {listed(row)}") from error
+        if self.answer or self.labels:
+            arranged.pop("answer", None)  # it is another column
         if self.answer in row:
             arranged["answer"] = row[self.answer]
         if self.labels:
             arranged["options"] = list(self.labels)
             if self.label in row:
-                value = row[self.label]
-                by_number = self.by_number and value in range(len(self.labels))
-                arranged["answer"] = self.labels[value] if by_number else _label(value)
+                arranged["answer"] = self._class_of(row[self.label])
         return arranged
+
+    def _class_of(self, value: Any) -> str:
+        """Return the class that a row's label is the text of, or with names the number of."""
+        if self.by_number and isinstance(value, int | float) and value in range(len(self.labels)):
+            return self.labels[int(value)]
+        label = _label(value)
+        if not self.by_number and not {label, label.removesuffix(".0")} & {*self.labels}:
+            raise InputError(
+                f"the label is {shown(value)}: expected one of those in the first file, "
+                f"{shown(list(self.labels))}"
+            )
+        return label
 
 
 def as_text(value: Any, what: str = "the value") -> str:
     """Return a text or a number as text; pandas writes 1 as 1.0 where a column has gaps."""
     is_float = isinstance(value, float)
-    if value is None or isinstance(value, list | dict) or (is_float and not math.isfinite(value)):
+    no_text = value is None or isinstance(value, list | dict | bytes)
+    if no_text or (is_float and not math.isfinite(value)):
         raise InputError(f"{what} is {shown(value)}: expected a text or a number")
     return str(value).removesuffix(".0") if is_float else str(value)
 
@@ -107,8 +120,11 @@ def _class_names(file: Path, column: str) -> tuple[str, ...]:
     import pyarrow.parquet
 
     metadata = pyarrow.parquet.read_schema(file).metadata or {}
-    features = json.loads(metadata.get(b"huggingface", "{}")).get("info", {}).get("features", {})
-    return tuple(features.get(column, {}).get("names", ()))
+    try:
+        features = json.loads(metadata[b"huggingface"])["info"]["features"]
+        return tuple(features[column]["names"])
+    except (KeyError, TypeError, ValueError):  # no names, or metadata of another program
+        return ()
 
 
 def _labels(file: Path, column: str) -> tuple[str, ...]:

@@ -139,5 +139,6 @@ def _parquet_rows(path: Path) -> Iterator[PlacedRow]:
             batches = (batch.to_pylist() for batch in file.iter_batches())
             for index, row in enumerate(itertools.chain.from_iterable(batches)):
                 yield row_place(path, index), row
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        # ValueError: of texts that are no UTF-8, or days that Python does not have.
         raise InputError(f"{path}: not a Parquet file ({first_line(error)})") from error

@@ -217,7 +217,8 @@ def _answers(row: Row, _: tuple[()]) -> tuple[str, ...]:
 def _with_a_list(cells: Row) -> Row:
     """Read an answer of CSV, where every cell is text, as the list of texts that it holds."""
     answers = _list_in(cells.get("answer"))
-    is_list = answers is not None and all(isinstance(answer, str) for answer in answers)
+    # Numbers alone are rather the output of a program.
+    is_list = answers == [] or any(isinstance(answer, str) for answer in answers or ())
     return {**cells, "answer": answers} if is_list else cells
 
 
@@ -235,8 +236,9 @@ def _list_in(cell: Any) -> list[Any] | None:
             value = ast.literal_eval(cell.strip())
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             return None
-    texts = value.get("text") if isinstance(value, dict) else value
-    return texts if isinstance(texts, list) else None
+    if isinstance(value, dict):
+        value = [text] if isinstance(text := value.get("text"), str) else text
+    return value if isinstance(value, list) else None
 
 
 def _check_text(value: Any, column: str) -> None:

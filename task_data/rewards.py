@@ -74,7 +74,9 @@ class Reward:
 def _errors_in_one_line(what: str) -> Iterator[None]:
     try:
         yield
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit would end the run without a result
         kind = type(error).__name__
         raise InputError(f"{what} raised {kind}: {one_line(error)}") from error
 
@@ -85,6 +87,6 @@ def _number(value: Any) -> float | None:
         return None
     try:
         number = float(value)
-    except Exception:  # TypeError, OverflowError, or torch's RuntimeError
+    except (Exception, SystemExit):  # TypeError, OverflowError, or torch's RuntimeError
         return None
     return number if abs(number) <= LARGEST else None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 import torch
 from running import SAMPLES, command, contents, finish, refused_line, small_model, training
@@ -67,11 +69,23 @@ def test_a_template_puts_columns_together(reviews: Path, tmp_path: Path) -> None
 
 
 def test_labels_are_those_of_the_training_file(reviews: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other.csv"
-    other.write_text("review,stars\nGood.,3\n")
-    task = choose_task(None, str(reviews), str(other), None, None, Columns("review", "stars"))
-    with pytest.raises(InputError, match=r"other\.csv:2: answer is '3': expected one of"):
-        load_samples(task, None)
+    """Nor is a label the number of a class, or another column's answer one of these."""
+    other, failures = tmp_path / "other.csv", []
+    for cells, columns, message in (
+        ("review,stars\nGood.,3", Columns("review", "stars"), r":2: the label is '3': expected"),
+        ("review,stars\nGood.,0", Columns("review", "stars"), r":2: the label is '0': expected"),
+        ("review,answer\nGood.,1", Columns("review", "stars"), r":2: column 'answer' is missing"),
+        ("title,answer\nGood.,1", Columns("title", answer="review"), r":2: column 'answer' is m"),
+    ):
+        other.write_text(f"{cells}\n")
+        task = choose_task(None, str(reviews), str(other), None, None, columns)
+        try:
+            load_samples(task, None)
+        except InputError as error:
+            failures += [] if re.search(message, str(error)) else [str(error)]
+        else:
+            failures.append(cells)
+    assert not failures
 
 
 def labels_of(file: Path, text: str = "text", label: str = "label") -> tuple[Any, list[Any]]:
@@ -120,6 +134,29 @@ def test_a_row_without_a_label_is_named(tmp_path: Path) -> None:
     csv.write_text("text,label\na,good\nb,bad\nc,nan\n")
     with pytest.raises(InputError, match=r"rows\.csv:4: the label is nan: expected a text"):
         labels_of(csv)
+
+
+def test_odd_parquet_files(tmp_path: Path) -> None:
+    """Other programs' metadata name no classes; texts and labels are UTF-8."""
+    file = tmp_path / "rows.parquet"
+    names = '{"info": {"features": {"label": {"names": ["sad", "glad"]}}}}'
+    for metadata in ("[]", "{", "null", '{"info": null}', names.replace('["sad", "glad"]', "null")):
+        table = pyarrow.table({"text": ["a", "b"], "label": [0, 1]})
+        table = table.replace_schema_metadata({"huggingface": metadata})
+        pyarrow.parquet.write_table(table, file)
+        assert labels_of(file) == (("0", "1"), ["0", "1"]), metadata
+    # pandas makes fractions of the numbers of classes.
+    table = pyarrow.table({"text": ["a", "b"], "label": [0.0, 1.0]})
+    pyarrow.parquet.write_table(table.replace_schema_metadata({"huggingface": names}), file)
+    assert labels_of(file) == (("sad", "glad"), ["sad", "glad"])
+    no_text = pyarrow.Array.from_buffers(pyarrow.string(), 1, pyarrow.array([b"\xff"]).buffers())
+    for labels, message in (
+        (pyarrow.array([b"x"]), r"row 0 .*the label is b'x': expected a text"),
+        (no_text, r"rows\.parquet: not a Parquet file \('utf-8' codec"),
+    ):
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "label": labels}), file)
+        with pytest.raises(InputError, match=message):
+            labels_of(file)
 
 
 def test_class_labels_of_parquet_have_names(tmp_path: Path) -> None:

@@ -131,6 +131,7 @@ def test_answers_in_a_cell(tmp_path: Path) -> None:
         ('["Ann Lee", "Lee"]', ("Ann Lee", "Lee")),
         ("['Ann Lee', 'Lee']", ("Ann Lee", "Lee")),
         ("{'text': ['Ann Lee'], 'answer_start': [3]}", ("Ann Lee",)),
+        ("{'text': 'Ann Lee'}", ("Ann Lee",)),
         *((text, (text,)) for text in ("Paris", "[1] B", "[1, 2]", "{", "[" * 5000, "12")),
     ):
         _, (sample,) = load(tmp_path, "csv", [{"prompt": "Who?", "answer": cell}])
@@ -138,6 +139,8 @@ def test_answers_in_a_cell(tmp_path: Path) -> None:
     for cell in ("['Ann Lee' 'Lee']", "{'text': array(['Lee'], dtype=object)}"):
         with pytest.raises(InputError, match=r"mine\.csv:2: .* NumPy array's text: give a JSON"):
             load(tmp_path, "csv", [{"prompt": "Who?", "answer": cell}])
+    with pytest.raises(InputError, match=r"mine\.csv:2: answer is None: expected a text"):
+        load(tmp_path, "csv", [{"prompt": "Who?", "answer": "['Ann Lee', None]"}])
 
 
 def test_csv_of_a_spreadsheet(tmp_path: Path) -> None:

@@ -244,7 +244,9 @@ def test_odd_results_end_in_no_traceback(
     evil.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     words = ["--reward", f"{evil}:f", "--trust_remote_code"]
     run = {"words": words, "task": 5, "settings": {"reward": f"{evil}:f", "seed": 9}}
-    (tmp_path / "sweep.json").write_text(json.dumps({"runs": {"x": run, "y": [], "../z": run}}))
+    (tmp_path / "sweep.json").write_text(
+        json.dumps({"runs": {"x": run, "y": [], "../z": run, "a" * 300: run, "b\0": run}})
+    )
     assert report.main([str(tmp_path)]) == 0
     assert "1 runs have no result yet" in capsys.readouterr().err
     assert refused_line([tmp_path / "pipe.json"], capsys, None, report.main).endswith("of a run")

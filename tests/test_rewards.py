@@ -77,6 +77,19 @@ def fails_late(prompts, texts, rows):
 def leaves_late(prompts, texts, rows):
     return (sys.exit(0) for text in texts)
 
+class Leaves:
+    def __float__(self):
+        sys.exit(0)
+
+def leaves_as_number(prompts, texts, rows):
+    return [Leaves() for text in texts]
+
+class Other(BaseException):
+    pass
+
+def fails_otherwise(prompts, texts, rows):
+    raise Other("x")
+
 def vectors(prompts, texts, rows):
     return torch.ones(len(texts), 2)
 
@@ -231,6 +244,8 @@ BAD_REWARDS = (
     ("mine.py:keys", "--reward: keys returned dict_keys for 4 texts"),
     ("mine.py:fails_late", "--reward: fails_late raised ZeroDivisionError: division by zero"),
     ("mine.py:leaves_late", "--reward: leaves_late raised SystemExit: 0"),
+    ("mine.py:leaves_as_number", "returned a list with Leaves for 4 texts"),
+    ("mine.py:fails_otherwise", "--reward: fails_otherwise raised Other: x"),
     ("mine.py:vectors", "--reward: vectors returned a list with Tensor"),
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import os
@@ -60,6 +61,8 @@ def test_json_and_json_lines(tmp_path: Path) -> None:
     )
     write_json_lines(tmp_path / "b.jsonl", [{"id": 1}, {"id": [math.nan, -math.inf]}])
     assert (tmp_path / "b.jsonl").read_text() == '{"id": 1}\n{"id": [null, null]}\n'
+    write_json_lines(tmp_path / "b.jsonl", [{"id": datetime.date(2026, 1, 2)}])  # of Parquet
+    assert (tmp_path / "b.jsonl").read_text() == '{"id": "2026-01-02"}\n'
     write_json(tmp_path / "a.json", {"path": "\udcff"})  # a byte that is no UTF-8
     assert json.loads((tmp_path / "a.json").read_bytes()) == {"path": "\udcff"}
 
