@@ -9,6 +9,7 @@ kind of machine. --verify compares with the checksums that the run has left.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -112,7 +113,7 @@ def load_start(
     """
     began, weights = model_and_weights(header, options)
     folder = Path(began.name)
-    is_checkpoint = any((folder / name).exists() for name in (MANIFEST, STATE, "optimizer.pt"))
+    is_checkpoint = any(os.path.exists(folder / name) for name in (MANIFEST, STATE, "optimizer.pt"))
     if is_checkpoint and (reason := damage(folder)):
         raise InputError(f"--model_name {folder} is damaged: {reason}; give another checkpoint")
     _, tokenizer = load_config_and_tokenizer(began.name, began.trust_remote_code)

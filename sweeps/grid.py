@@ -80,6 +80,8 @@ class Grid:
         if twice := {name for name in names if names.count(name) > 1}:
             raise InputError(f"--{min(twice)} is in the grid twice: give it once")
         runs: list[Run] = []
+        meanings: set[str] = set()
+        taken: set[str] = set()
         for choices in itertools.product(*self.axes.values()):
             choice = {name: value for each in choices for name, value in each.items()}
             name = name_of(choice)
@@ -89,10 +91,13 @@ class Grid:
                 check_values(values)
             except InputError as error:
                 raise InputError(f"{name}: {error}") from error
-            if any(_meaning(run.values) == _meaning(values) for run in runs):
+            meaning = json.dumps(_meaning(values), sort_keys=True, default=repr)
+            if meaning in meanings:
                 raise InputError(f"the grid has the same run twice: {' '.join(words_of(choice))}")
-            if any(run.name == name for run in runs):
+            if name in taken:
                 name = name_of(choice, hashed=True)
+            meanings.add(meaning)
+            taken.add(name)
             runs.append(Run(name, choice, words, values))
         return runs
 
