@@ -9,7 +9,6 @@ kind of machine. --verify compares with the checksums that the run has left.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -70,11 +69,17 @@ def model_and_weights(
     """Return which model the run began with, and which of its weights were trained.
 
     Of the header only values of known names and types are taken.
+
+    Raises:
+        InputError: a value is not one that an argument takes, or the model has no name.
     """
     settings = header.settings
+    name = options.model_name or header.model.get("name")
+    if not name or not isinstance(name, str):
+        raise InputError(f"{options.journal} names no model: give --model_name")
     gpu = None if options.use_cpu else torch.accelerator.current_accelerator(check_available=True)
     model = ModelOptions(
-        options.model_name or str(header.model.get("name")),
+        name,
         choose_dtype(settings.get("load_float16") is True, settings.get("load_bfloat16") is True),
         next((bits for bits in (8, 4) if settings.get(f"load_int{bits}") is True), None),
         spread=not options.use_cpu,
@@ -113,7 +118,7 @@ def load_start(
     """
     began, weights = model_and_weights(header, options)
     folder = Path(began.name)
-    is_checkpoint = any(os.path.exists(folder / name) for name in (MANIFEST, STATE, "optimizer.pt"))
+    is_checkpoint = any((folder / name).exists() for name in (MANIFEST, STATE, "optimizer.pt"))
     if is_checkpoint and (reason := damage(folder)):
         raise InputError(f"--model_name {folder} is damaged: {reason}; give another checkpoint")
     _, tokenizer = load_config_and_tokenizer(began.name, began.trust_remote_code)

@@ -263,7 +263,8 @@ class _Reader:
                 if name in PATHS:  # as of an empty variable
                     values[name] = values[name] or None
             except ValueError as error:
-                self.problems.append(f"{label or ' '.join([f'--{name}', *each])}: {error}")
+                typed = " ".join((label or " ".join([f"--{name}", *each])).split())
+                self.problems.append(f"{typed}: {error}")
         return values
 
 

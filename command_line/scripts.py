@@ -205,12 +205,15 @@ def _share(
     processes = environment.get("WORLD_SIZE") or "1"
     if script.startswith("finetune"):  # processes are to be started, or have been
         processes = environment.get("NUM_GPU") or processes
-    numbers = examples.isdecimal() and processes.isdecimal() and int(processes)
-    if user.get("zo_parallel") == "directions" or not numbers:
+    try:
+        share, rest = divmod(int(examples), int(processes))
+    except (ValueError, ZeroDivisionError):
+        return  # the check of their values says it
+    if user.get("zo_parallel") == "directions" or int(processes) < 1:
         return
-    if int(examples) % int(processes):
+    if rest:
         raise InputError(f"BS={examples}: give a multiple of the {processes} processes")
-    chosen["per_device_train_batch_size"] = int(examples) // int(processes)
+    chosen["per_device_train_batch_size"] = share
 
 
 def warnings_of_variables(script: str, environment: Mapping[str, str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from command_line.arguments import Arguments
-from command_line.reading import TUNING_MODES
+from command_line.reading import OWN, TUNING_MODES
 from command_line.settings import changed_settings, length_of_run, settings_of_a_checkpoint
 from language_model.generation import GenerationSettings
 from language_model.loading import choose_dtype
@@ -52,13 +53,17 @@ class TrainedWeights:
         """Read settings by their names, those of an earlier run too; others are ignored.
 
         Raises:
-            InputError: a value is of another type.
+            InputError: a value is of another type, or out of its argument's bounds.
         """
         kinds = {field.name: type(field.default) for field in dataclasses.fields(cls)[1:]}
         given = {name: settings[name] for name in kinds if settings.get(name) is not None}
         for name, value in given.items():
-            if type(value) is not kinds[name]:
-                raise InputError(f"{name} {value!r}: must be of type {kinds[name].__name__}")
+            try:
+                if type(value) is not kinds[name]:
+                    raise ValueError(f"must be of type {kinds[name].__name__}")
+                OWN[name].read([str(value)])
+            except ValueError as error:
+                raise InputError(f"{name} {reprlib.repr(value)}: {error}") from error
         mode = next((mode for mode in TUNING_MODES if settings.get(mode) is True), None)
         return cls(mode, **given)
 

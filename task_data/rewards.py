@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -53,7 +54,8 @@ class Reward:
             returned = self.function(list(prompts), list(texts), [dict(row) for row in rows])
             unordered = isinstance(returned, str | bytes | Mapping | Set)
             if isinstance(returned, Iterable) and not unordered:
-                returned = list(returned)
+                # One more than there should be: a generator may have no end.
+                returned = list(itertools.islice(returned, len(texts) + 1))
         values = [_number(value) for value in returned] if isinstance(returned, list) else None
         if values is None:
             got = type(returned).__name__
@@ -61,7 +63,7 @@ class Reward:
             bad = returned[values.index(None)]
             got = f"a list with {bad if isinstance(bad, float) else type(bad).__name__}"
         elif len(values) != len(texts):
-            got = f"{len(values)} values"
+            got = "more values" if len(values) > len(texts) else f"{len(values)} values"
         else:
             return values
         raise InputError(

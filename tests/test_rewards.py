@@ -35,6 +35,11 @@ def length(prompts, texts, rows):
 def fails(prompts, texts, rows):
     return [1 / 0 for text in texts]
 
+def endless(prompts, texts, rows):
+    while True:
+        yield 1.0
+
+
 def too_few(prompts, texts, rows):
     return [1.0]
 
@@ -228,6 +233,7 @@ BAD_REWARDS = (
     ("leaves.py:f", "leaves.py raised SystemExit: 0"),
     ("mine.py:fails", "--reward: fails raised ZeroDivisionError: division by zero"),
     ("mine.py:leaves", "--reward: leaves raised SystemExit: 0"),
+    ("mine.py:endless", "--reward: endless returned more values for 4 texts"),
     ("mine.py:too_few", "--reward: too_few returned 1 values for 4 texts; return a list"),
     ("mine.py:no_numbers", "--reward: no_numbers returned a list with NoneType for 4 texts"),
     ("mine.py:one_number", "--reward: one_number returned float for 4 texts"),

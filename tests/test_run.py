@@ -295,6 +295,11 @@ def test_options_are_frozen_and_typed(tmp_path: Path) -> None:
     assert not {"task", "trainer", "zo_eps", "given"} & set(vars(own))
     with pytest.raises(dataclasses.FrozenInstanceError):
         options.weights.lora_r = 8
-    for settings in ({"untie_emb": "--trust_remote_code"}, {"lora": True, "lora_r": 8.0}):
-        with pytest.raises(InputError, match="must be of type"):
+    for settings, expected in (
+        ({"untie_emb": "--trust_remote_code"}, "must be of type"),
+        ({"lora": True, "lora_r": 8.0}, "must be of type"),
+        ({"lora": True, "lora_r": -1}, "must be at least 1"),
+        ({"num_prefix": 10**12}, "must be lower than|must be below"),
+    ):
+        with pytest.raises(InputError, match=expected):
             TrainedWeights.of(settings)

@@ -278,6 +278,7 @@ def test_what_makes_no_sense_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         ("HiZOO.sh", "", {"MODE": "nothing"}, "MODE=nothing: give ft, prefix, lora"),
         ("HiZOO.sh", "", {"BS": "1.5"}, "BS=1.5: must be a whole number"),
         ("HiZOO.sh", "", {"BS": "a[$(touch x)]"}, r"BS=a\[\$\(touch x\)\]: must be a whole number"),
+        ("HiZOO.sh", "", {"BS": "+5", "WORLD_SIZE": "2"}, r"BS=\+5: give a multiple of the 2 proc"),
         ("HiZOO.sh", "", {"BS": "5", "WORLD_SIZE": "2"}, "BS=5: give a multiple of the 2 proc"),
         ("HiZOO.sh", "", {"LR": "fast", "STEPS": "0"}, "(?s)STEPS=0: .*LR=fast: must be a number"),
         ("icl.sh", "--trainer=zo", {}, "--trainer zo: icl.sh trains nothing"),
