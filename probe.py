@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import transformers
@@ -27,7 +28,10 @@ from experiment.training import make_trainer
 from language_model.loading import leave_out_loading_bars
 from trainer import ZerothOrderTrainer
 from training.scales import FILE, Scales, choose_scales, kept_weights
-from utils import InputError, exit_code, new_figure, save_figure, write_json
+from utils import InputError, check_writable, exit_code, new_figure, save_figure, write_json
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # μ that are measured for the picture.
 GRID = tuple(1e-5 * 4.0**power for power in range(7))
@@ -44,14 +48,8 @@ def make_probed_trainer(options: Options) -> ZerothOrderTrainer:
     return trainer
 
 
-def draw(found: Scales, path: Path) -> None:
-    """Draw g and c over μ, and what noise alone would give, into a file.
-
-    Raises:
-        InputError: matplotlib is not installed, or knows no such kind of file.
-        NotWritten: the file cannot be written.
-    """
-    figure = new_figure(path, (10, 4))
+def draw(found: Scales, figure: Figure) -> None:
+    """Draw g and c over μ, and what noise alone would give."""
     scales = np.array(found.scales)
     # The mean of |x| for normal x is √(2/π) of its standard deviation.
     noise_of_c = np.sqrt(2 / np.pi) * np.sqrt(6) * found.noise / (2 * scales**2)
@@ -79,7 +77,6 @@ def draw(found: Scales, path: Path) -> None:
         axes.set(xlabel="perturbation scale μ", ylabel=name)
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-    save_figure(figure, path)
 
 
 def run_command_line(argv: Sequence[str]) -> None:
@@ -91,6 +88,9 @@ def run_command_line(argv: Sequence[str]) -> None:
     check(arguments)
     if arguments.trainer != "zo":
         raise InputError(f"--trainer {arguments.trainer}: probe.py measures for --trainer zo")
+    if own.plot:
+        check_writable("--plot", own.plot)
+    figure = new_figure(own.plot, (10, 4)) if own.plot else None
     settle_dtype(arguments)
     name_run(arguments)
     file = Path(arguments.output_dir) / FILE
@@ -100,8 +100,9 @@ def run_command_line(argv: Sequence[str]) -> None:
             found = choose_scales(trainer.loss_along, start=GRID)
         write_json(file, asdict(found))
     print("\n".join([*found.lines(), f"result: {file}"]))
-    if own.plot:
-        draw(found, own.plot)
+    if figure:
+        draw(found, figure)
+        save_figure(figure, own.plot)
         print(f"picture: {own.plot}")
 
 

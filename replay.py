@@ -24,11 +24,7 @@ from experiment.folders import locked
 from experiment.options import ModelOptions, TrainedWeights
 from experiment.preparation import choose_trained_weights, load_pretrained
 from hizoo import HiZOO
-from language_model.loading import (
-    choose_dtype,
-    leave_out_loading_bars,
-    load_config_and_tokenizer,
-)
+from language_model.loading import choose_dtype, leave_out_loading_bars, load_config_and_tokenizer
 from language_model.manifest import MANIFEST, damage
 from training.checkpoints import STATE, UNFINISHED, write_together
 from training.journal import Journal, read_journal

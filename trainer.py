@@ -19,13 +19,7 @@ from hizoo import HiZOO
 from training.checkpoints import ANOTHER
 from training.objective_trainer import ObjectiveTrainer
 from training.optimizers import choose_layers, groups_of, make_optimizer
-from training.processes import (
-    BORROWED,
-    Exchange,
-    SharedDirections,
-    own_part,
-    see_every_batch,
-)
+from training.processes import BORROWED, Exchange, SharedDirections, own_part, see_every_batch
 from training.recording import Recording
 from training.rows import Evaluation
 from utils import InputError

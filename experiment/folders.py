@@ -17,13 +17,14 @@ from utils import InputError, check_writable
 
 @contextlib.contextmanager
 def locked_places(options: Options) -> Iterator[None]:
-    """Lock what all runs write; the first process locks it for all.
+    """Lock what a command writes; the first process locks it for all.
 
     Raises:
         InputError: places cannot be written to, or other jobs have them.
     """
     places = [("--output_dir", folder, True) for folder in options.folders if options.trains]
-    places += [("--result_file", options.result, False)]
+    if not options.arguments.predict_file:
+        places += [("--result_file", options.result, False)]
     places += [("--predictions_file", path, False) for path in options.predictions]
     with contextlib.ExitStack() as stack:
 

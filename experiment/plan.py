@@ -110,6 +110,7 @@ def _evaluated_samples(options: Options, examples: ExampleSet) -> int:
     if options.weights.mode == "linear_probing":
         return number + len(examples.train)
     dev = len(dev_samples(options, examples))
+    number += dev * bool(arguments.eval_on_start)
     if arguments.eval_strategy == "epoch":
         return number + dev * math.ceil(arguments.num_train_epochs)
     every = arguments.eval_steps or arguments.logging_steps

@@ -8,7 +8,7 @@ import transformers
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from experiment.folders import locked
+from experiment.folders import locked_places
 from experiment.options import Options
 from experiment.preparation import check_conversations, load_pretrained, prepare_encoder
 from experiment.results import check_predictions, prediction_rows
@@ -56,7 +56,7 @@ def predict_rows(options: Options, file: str) -> None:
     # Demonstrations are drawn as before eval examples, in whose order the answers come.
     (drawn,) = data.draw(train, questions, num_dev=0, num_eval=None)
     check_conversations(encoder, drawn, file)
-    with locked("--predictions_file", path):
+    with locked_places(options):
         model = load_pretrained(options.model)
         shown = (drawn.evaluation, drawn.demonstrations)
         predictions = answers(options, encoder, model, *shown, "prediction")

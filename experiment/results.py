@@ -95,13 +95,14 @@ def summarize(
         "num_eval": len(examples.evaluation),
         "max_length": prepared.encoder.max_length,
     }
+    outcome = runs[0] if len(runs) == 1 else {**over_sets(runs), "runs": runs}
     return {
         "task": options.data.task.name,
         "model": options.model.name,
         "trainer": options.arguments.trainer,
         "experiment": options.arguments.experiment,
         "data": fingerprint(filter(None, files or ()))[:8],
-        **(outcome := runs[0] if len(runs) == 1 else {**over_sets(runs), "runs": runs}),
+        **outcome,
         # MeZO's names of the metrics.
         **outcome.get("metric", {}),
         **{f"dev_{name}": value for name, value in outcome.get("dev_metric", {}).items()},

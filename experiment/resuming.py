@@ -20,6 +20,7 @@ from tasks import Sample, Task
 from training.callbacks import run_state
 from training.checkpoints import (
     ANOTHER,
+    CHECKPOINT_VERSION,
     check_version,
     last_whole_checkpoint,
     read_trainer_state,
@@ -197,8 +198,10 @@ def _step_of(options: Options, checkpoint: Path, has_result: bool) -> int:
     """
     state = read_trainer_state(checkpoint)
     kept, step = run_state(state), state["global_step"]
-    if not options.arguments.overwrite_output_dir:
+    if not options.arguments.overwrite_output_dir or options.resume_from:
         check_version(checkpoint, kept)
+    elif kept.get("version") != CHECKPOINT_VERSION:
+        return 0
     is_finished = has_result and step >= state["max_steps"]
     if not is_resumed(options, checkpoint, kept.get("settings", {}), is_finished):
         return 0
@@ -212,14 +215,12 @@ def _step_of(options: Options, checkpoint: Path, has_result: bool) -> int:
 def _replay(options: Options, journal: Journal, step: int) -> Replay:
     """Return what a run takes from its journal after ``step`` steps."""
     path, header = journal.path, journal.header
+    if step < header.step:
+        logger.warning(f"{path} begins with step {header.step}, not {step}: it is begun anew")
+        return Replay()
     if options.resume_from not in (None, "true"):
         # Who names a checkpoint wants to resume there.
         return Replay(begins_at=journal.end_of(step))
-    if step < header.step:
-        logger.warning(
-            f"{path} begins with step {header.step}, whose checkpoint is gone: a new one"
-        )
-        return Replay()
     rows, end, fault = journal.after(step)
     replay = Replay(rows, end, header.start if step == header.step else None)
     if replay.steps:

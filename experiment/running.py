@@ -103,7 +103,12 @@ class Experiment:
     def train(
         self, options: Options, model: Model, examples: ExampleSet, folder: Path, start: Start
     ) -> dict[str, Any]:
-        """Train ``model`` in place; returns steps, seconds and losses."""
+        """Train ``model`` in place; returns steps, seconds and losses.
+
+        Raises:
+            Interrupted: by a signal; there is a checkpoint.
+            Diverged: the losses are not finite any more, or far too large.
+        """
         arguments, checkpoint = options.arguments, start.checkpoint
         if arguments.merge_adapter:
             check_merge(model)
@@ -182,7 +187,6 @@ class Experiment:
             options.arguments.per_device_eval_batch_size,
             options.weights.lp_early_stopping,
         )
-
         if options.arguments.save_model:
             save_model(model.save_pretrained, encoder.tokenizer, folder)
             say(f"model: {folder}")

@@ -153,6 +153,8 @@ def test_dry_run_checks_everything_but_the_weights(
     # 3 dev losses, one dev and one test evaluation, in batches of 8.
     assert steps == "6 steps: 19 forward passes of training, 3 of evaluation"
     assert "parameters" in weights and "MiB" in weights
+    assert run.main([*argv, "--dry_run", "--eval_on_start", "--num_dev", "8"]) == 0
+    assert "6 steps: 19 forward passes of training, 6 of" in capsys.readouterr().out
     assert contents(tmp_path) == {}
     assert run.main([*argv, "--dry_run", "--num_dev", "5000"]) == 2
     assert "5000 dev examples leave none to train on" in capsys.readouterr().err

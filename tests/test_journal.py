@@ -265,6 +265,14 @@ def test_lines_are_written_from_the_first_step_on_and_whole(
     file.add(ROWS[2])
     assert read_journal(tmp_path / FILE).rows == ROWS[1:3]
 
+    def fail(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(NotWritten, match="No space left"):
+        patched.setattr(os, "fsync", fail)
+        file.close()
+    file.close()
+
 
 def test_checksum_changes_with_every_bit_and_index() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
@@ -488,6 +496,12 @@ def test_named_checkpoint_is_resumed_without_the_journal(
     finish(training(tmp_path, **PLAIN, **named))
     assert {4, 5} <= set(forward_passes)
     assert (tmp_path / "out" / FILE).read_bytes() == (plain / "out" / FILE).read_bytes()
+    # A journal that begins behind the checkpoint is of no use to it.
+    (tmp_path / "out" / FILE).unlink()
+    for step in (4, 2):
+        named = {"resume_from_checkpoint": tmp_path / f"out/checkpoint-{step}"}
+        finish(training(tmp_path, **PLAIN, **named))
+        assert read_journal(tmp_path / "out" / FILE).header.step == step
     (tmp_path / "result.json").unlink()
     argv = training(tmp_path, **PLAIN, resume_from_checkpoint="False")
     assert finish(argv)["resumed_from"] is None

@@ -97,6 +97,9 @@ def test_a_resumed_run_takes_what_was_found(
 def test_the_command_measures_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "folder/probe.svg"
     argv = training(tmp_path, result_file=None, save_steps=None, num_eval=None)
+    assert probe.main([*argv, "--plot", str(tmp_path / "probe.doc")]) == 2
+    assert not any(tmp_path.iterdir()), "it is refused before anything is measured"
+    assert "give a name that ends in .png" in capsys.readouterr().err
     assert probe.main([*argv, "--plot", str(picture)]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"picture: {picture}"
     found = json.loads((tmp_path / "out/probe.json").read_text())

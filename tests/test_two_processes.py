@@ -16,6 +16,7 @@ import pytest
 import torch
 from running import (
     ROOT,
+    SAMPLES,
     assert_same_tensors,
     command,
     finish,
@@ -80,6 +81,15 @@ def evaluation(folder: Path, task: str) -> list[str]:
     )
 
 
+def answers(folder: Path) -> list[str]:
+    """A command line that answers rows of a file."""
+    return command(
+        predict_file=SAMPLES / "sst2/validation.jsonl",
+        predictions_file=folder / "answers.jsonl",
+        num_eval=None,
+    )
+
+
 FIRST_ORDER = {"trainer": "regular", "hessian_smooth_type": None, "max_steps": 2, "save_steps": 2}
 # The projected gradient and the curvature magnify the rounding of the losses, by 1/2μ and 1/2μ²:
 # hence a large μ and a small α. 11 dev examples are an odd number for two processes.
@@ -112,7 +122,7 @@ SHARDED = (
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all runs, each in one of its own, with what they printed."""
     folder = tmp_path_factory.mktemp("two")
-    names = ("evaluation", "first_order", "zeroth_order", "directions", "resumed")
+    names = ("evaluation", "answers", "first_order", "zeroth_order", "directions", "resumed")
     folders = {name: folder / name for name in (*names, "sharded")}
     for each in folders.values():
         each.mkdir()
@@ -122,6 +132,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     half = {"per_device_train_batch_size": 2}
     runs = [
         *(("evaluation", evaluation(folders["evaluation"], task)) for task in ("SST2", "SQuAD")),
+        ("answers", answers(folders["answers"])),
         ("first_order", training(folders["first_order"], **FIRST_ORDER | half)),
         ("zeroth_order", training(folders["zeroth_order"], **ZEROTH_ORDER | half)),
         ("directions", training(folders["directions"], **DIRECTIONS)),
@@ -167,6 +178,11 @@ def test_two_processes_write_once(two_processes: Path) -> None:
     printed = (two_processes / "evaluation" / "printed.txt").read_text()
     assert printed.count("result: ") == 2 and printed.count("(7 examples)") == 2
     assert (two_processes / "first_order" / "printed.txt").read_text().count("result: ") == 1
+    assert {path.name for path in (two_processes / "answers").iterdir()} == {
+        "answers.jsonl",
+        "printed.txt",
+    }
+    assert (two_processes / "answers" / "printed.txt").read_text().count("predictions: ") == 1
 
 
 def test_first_order_training(two_processes: Path, tmp_path: Path) -> None:

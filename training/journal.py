@@ -10,8 +10,10 @@ dropped. A row's ``step`` counts the steps that were done before it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -95,17 +97,15 @@ def read_journal(path: Path) -> Journal | None:
     *lines, _ = content.split(b"\n")  # a half written line has no end
     if not lines and BEGIN.startswith(content[: len(BEGIN)]):
         return None
+    header, fault = None, "it is no journal of a run"
     try:
         header = row_of(lines[0] if lines else b"")
-        is_journal = isinstance(header, Header)
-        fault = "it is no journal of a run"
     except ValueError as error:
-        is_journal, fault = False, "it is no journal of a run"
         if content.startswith(BEGIN):
             fault = f"its header is damaged ({error})"
         elif content.startswith(b"HiZOO journal"):
             fault = "it is the journal of an earlier version, which cannot be read"
-    if not is_journal:
+    if not isinstance(header, Header):
         raise InputError(f"{path}: {fault}")
     if header.version != VERSION:
         raise InputError(
@@ -162,10 +162,16 @@ class JournalFile:
         self._waiting += line_of(row)
         if self._descriptor is None and not isinstance(row, Step):
             return
-        try:
+        with self._naming_errors():
             self._write()
-            if time.monotonic() - self._synced >= SYNC_EVERY:
-                self.sync()
+        if time.monotonic() - self._synced >= SYNC_EVERY:
+            self.sync()
+
+    @contextlib.contextmanager
+    def _naming_errors(self) -> Iterator[None]:
+        """Raise ``NotWritten``, which is one line, where the system cannot write."""
+        try:
+            yield
         except OSError as error:
             raise NotWritten.of(self.path, error) from error
 
@@ -186,15 +192,25 @@ class JournalFile:
             raise
 
     def sync(self) -> None:
-        """Wait until what was written is on the disk."""
+        """Wait until what was written is on the disk.
+
+        Raises:
+            NotWritten: it does not get there.
+        """
         if self._descriptor is not None:
-            os.fsync(self._descriptor)
+            with self._naming_errors():
+                os.fsync(self._descriptor)
             self._synced = time.monotonic()
 
     def close(self) -> None:
-        """Write what waits if there were steps before, wait for the disk, and close the file."""
+        """Write what waits if there were steps before, wait for the disk, and close the file.
+
+        Raises:
+            NotWritten: the disk is full, or the file cannot be written to.
+        """
         if self._begins_at and self._waiting:
-            self._write()
+            with self._naming_errors():
+                self._write()
         if self._descriptor is not None:
             self.sync()
             os.close(self._descriptor)

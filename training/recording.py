@@ -125,7 +125,11 @@ class Recording:
         return self._recorded
 
     def of_batch(self, closure: Closure) -> Closure:
-        """Return what computes the losses of the step's next batch, or takes them back."""
+        """Return what computes the losses of the step's next batch, or takes them back.
+
+        Raises:
+            InputError: the recorded step has fewer batches.
+        """
         if self._recorded is None:
             return closure
         batch = len(self._losses)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 # A run has diverged if so many losses in a row lie above the first one by so many times the first
 # one (or 1).
 RISEN_STEPS, RISEN = 50, 2.0
+# What a resumed run does not take from its checkpoint.
 GIVEN_ANEW = ("max_skipped_steps", "reason")
 
 
@@ -85,7 +87,8 @@ class Divergence:
         """Look at the loss of a step, and at whether it was skipped."""
         self.skipped_steps += was_skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if was_skipped else 0
-        self.first_loss = loss if self.first_loss is None else self.first_loss
+        if self.first_loss is None or not math.isfinite(self.first_loss):
+            self.first_loss = loss  # a later one where the first is not finite
         limit = self.first_loss + RISEN * max(abs(self.first_loss), 1.0)
         self.risen_in_a_row = self.risen_in_a_row + 1 if loss > limit else 0
         if self.skipped_in_a_row >= self.max_skipped_steps:
