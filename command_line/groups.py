@@ -141,7 +141,7 @@ class EvaluationAndResults:
     no_eval: bool = argument(False, effect=when.TRAINED, decides=RESULT)
     """Do not evaluate after training."""
     result_file: str | None = argument(None)
-    """JSON file for metrics and settings. Default: result/<tag>.json."""
+    """JSON file for metrics and settings. Default: result/<name>.json (see --tag)."""
     predictions_file: str | None = argument(None, effect=when.END)
     """JSON Lines file with the prediction, scores and correctness of every eval example. Default:
     none."""
@@ -217,7 +217,7 @@ class TrainedWeights:
     """Give the language-model head weights of its own, where it shares the embeddings'."""
     linear_probing: bool = argument(False)
     """Fit the head's rows of the answers' tokens by logistic regression (scikit-learn) on the
-    features before it; needs --trainer regular."""
+    features before it; the same with --trainer regular and zo."""
     lp_early_stopping: bool = argument(False, effect=when.PROBING)
     """Stop the logistic regression at a tolerance of 1e-2 (not 1e-4), after 1000 iterations at most
     (not 5000)."""

@@ -15,10 +15,12 @@ from pathlib import Path
 
 from utils import InputError
 
+# What CUDA_VISIBLE_DEVICES holds where a job has no GPU.
+NO_GPU = ("", "-1", "NoDevFiles")
 # Where torchrun's own variables begin: the ports of a node that no service has.
 FIRST_PORT, PORTS = 20000, 20000
 _HOST = re.compile(r"(?:[\w.-]|\[[\d,-]+\])+")
-_TASKS = re.compile(r"([1-9]\d{0,5})(?:\(x(\d{1,5})\))?", re.ASCII)
+_TASKS = re.compile(r"([1-9]\d{0,5})(?:\(x([1-9]\d{0,4})\))?", re.ASCII)
 
 
 def take_slurm_variables(environment: MutableMapping[str, str]) -> None:
@@ -86,6 +88,9 @@ def take_store_of_restart(environment: MutableMapping[str, str]) -> None:
 
     torchrun's own still holds the addresses of the killed processes (PyTorch's issue 135712): two
     or four processes on one machine never found one another again.
+
+    Raises:
+        InputError: names a variable of torchrun that makes no sense.
     """
     if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
@@ -112,8 +117,8 @@ def tasks_of_this_node(environment: Mapping[str, str]) -> int:
         if not found:
             raise _unusable(environment, name, "numbers of tasks, as in 4(x2),3")
         counts += [int(found[1])] * int(found[2] or 1)
-    several = environment.get("SLURM_NODEID")
-    return counts[_number(environment, "SLURM_NODEID", below=len(counts)) if several else 0]
+    has_number = environment.get("SLURM_NODEID")
+    return counts[_number(environment, "SLURM_NODEID", below=len(counts)) if has_number else 0]
 
 
 def _number(
@@ -144,8 +149,8 @@ def processes_to_start(script: str, environment: Mapping[str, str], has_fsdp: bo
         return 0
     number = environment.get("NUM_GPU") or ""
     if not number and script == "finetune_fsdp.sh":
-        visible = environment.get("CUDA_VISIBLE_DEVICES")
-        number = str(len(visible.split(",") if visible else gpus("index")))
+        visible = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        number = str(len([name for name in visible if name not in NO_GPU] or gpus("index")))
         if number == "0":
             raise InputError("no NVIDIA GPU found: run finetune.sh, or give NUM_GPU for other GPUs")
     if number and (not number.isdecimal() or int(number) < 1):
@@ -155,8 +160,8 @@ def processes_to_start(script: str, environment: Mapping[str, str], has_fsdp: bo
 
 
 def gpus(query: str) -> list[str]:
-    """Return what nvidia-smi answers for each visible GPU, nothing without one."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+    """Return what nvidia-smi answers for each GPU; nothing if there is none, or all are hidden."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in NO_GPU:
         return []
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
     try:

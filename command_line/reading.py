@@ -127,7 +127,8 @@ class Values(Meaning):
         self.__dict__.update({name: each.default for name, each in DECLARED.items()} | given)
         if self.linear_probing and self.trainer == "zo":  # as in MeZO
             self.trainer = given["trainer"] = "regular"
-            ignored["--trainer zo"] = "--linear_probing is a logistic regression"
+            if "trainer" in given_by_user:
+                ignored["--trainer zo"] = "--linear_probing is a logistic regression"
         self.lr_scheduler_type = self.lr_scheduler_type or self.default_schedule
 
 
@@ -164,7 +165,6 @@ def read_values(argv: Sequence[str], environment: Mapping[str, str] | None = Non
     values = Values(chosen | user, frozenset(user), reader.words, reader.ignored)
     if _train_classes(values, of_script):
         values.given["train_as_classification"] = values.train_as_classification = True
-        values.words["train_as_classification"] = ["True"]
     return values
 
 
@@ -270,10 +270,10 @@ class _Reader:
 
 def _precedence(option: tuple[str, list[str]]) -> int:
     """Order two names of one argument, of which the last wins: a ratio of 0 is none."""
-    name, words = option
-    if name == "--warmup_ratio":
+    name, words = option[0].replace("-", "_"), option[1]
+    if name == "__warmup_ratio":
         return -1 if words[-1:] in (["0"], ["0.0"]) else 1
-    return int(name == "--zo_lr_scheduler_type")
+    return int(name == "__zo_lr_scheduler_type")
 
 
 def raise_problems(problems: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""The variables of HiZOO.sh, finetune.sh, finetune_fsdp.sh and icl.sh, and their defaults."""
+"""The variables of the shell scripts, and the defaults of each."""
 
 from __future__ import annotations
 
@@ -167,8 +167,11 @@ def _examples(said: Mapping[str, Any], dev: int) -> dict[str, Any]:
     except (KeyError, InputError):
         return {}  # the file's own error comes later
     rows -= 0 if said.get("validation_file") else max(1, rows // 10)  # held out to report on
-    dev = min(dev, rows // 5)
-    return {"num_train": min(1000, rows - dev), "num_dev": dev}
+    try:
+        dev = int(said.get("num_dev", min(dev, rows // 5)))
+    except ValueError:
+        return {}  # the check of DEV says it
+    return {"num_train": max(1, min(1000, rows - dev)), "num_dev": dev}
 
 
 def _follow(chosen: dict[str, Any], user: Mapping[str, Any]) -> None:
@@ -209,7 +212,8 @@ def _share(
         share, rest = divmod(int(examples), int(processes))
     except (ValueError, ZeroDivisionError):
         return  # the check of their values says it
-    if user.get("zo_parallel") == "directions" or int(processes) < 1:
+    is_chosen = "per_device_train_batch_size" in user or user.get("zo_parallel") == "directions"
+    if is_chosen or int(processes) < 1:
         return
     if rest:
         raise InputError(f"BS={examples}: give a multiple of the {processes} processes")

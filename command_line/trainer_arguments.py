@@ -29,7 +29,7 @@ class MostUsed:
     _effect, _decides = when.STEPS, TRAINING
 
     output_dir: str | None = argument(None, effect=when.TRAINED, decides=NOTHING)
-    """Folder of the checkpoints and of the saved model. Default: result/<tag>."""
+    """Folder of the checkpoints and of the saved model. Default: result/<name>."""
     max_steps: int = argument(-1, at_least=-1)
     """Training steps. -1: as many as --num_train_epochs has."""
     num_train_epochs: float = argument(3.0, above=0, effect=when.EPOCHS)

@@ -44,7 +44,11 @@ class Chat:
         return f"give another model, or leave out --apply_chat_template{also}"
 
     def check(self, model_name: str) -> None:
-        """Refuse a tokenizer without a template; warn of one that writes today's date."""
+        """Refuse a tokenizer without a template; warn of one that writes today's date.
+
+        Raises:
+            InputError: there is no template.
+        """
         template = self.tokenizer.chat_template
         if not template:
             raise InputError(
@@ -61,6 +65,9 @@ class Chat:
         """Refuse a conversation that the template changes: it would be scored as another one.
 
         Earlier answers may be changed; templates drop the reasoning in them.
+
+        Raises:
+            InputError: shows what the template makes of it.
         """
         opening = self.text(messages)
         for turn in self._with_system(messages):
@@ -69,17 +76,21 @@ class Chat:
                     f"the chat template changes or leaves out what the {turn['role']} says, "
                     f"{shown(turn['content'])}: it makes {shown(opening)}; {self._way_out}"
                 )
-        whole = self._rendered([*messages, assistant(answer)]) if answer else ""
-        if answer and (
-            self._after_answer is None or not whole.endswith(answer + self._after_answer)
-        ):
+        if not answer:
+            return
+        whole = self._rendered([*messages, assistant(answer)])
+        if self._after_answer is None or not whole.endswith(answer + self._after_answer):
             raise InputError(
                 f"the chat template changes or leaves out the answer {shown(answer)}: the "
                 f"conversation ends in {whole[-80:]!r}; {self._way_out}"
             )
 
     def text(self, messages: Sequence[Message]) -> str:
-        """Return a conversation, up to where the assistant's next answer begins."""
+        """Return a conversation, up to where the assistant's next answer begins.
+
+        Raises:
+            InputError: the template refuses it, or takes too long.
+        """
         return self._rendered(messages, add_generation_prompt=True)
 
     @property

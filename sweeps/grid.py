@@ -161,9 +161,9 @@ def _meaning(values: Values) -> dict[str, Any]:
     """Return what was given so that 1e-4 and 0.0001 are equal, constant1e-4 and constant0.0001."""
     meaning = dict(values.given)
     for name, value in values.given.items():
-        with contextlib.suppress(TypeError, ValueError):
-            is_number = isinstance(value, str) and OWN.get(name) is None
-            meaning[name] = float(value) if is_number else value
+        if isinstance(value, str) and name not in OWN:  # transformers reads it
+            with contextlib.suppress(ValueError):
+                meaning[name] = float(value)
     if "hessian_smooth_type" in meaning:
         meaning["hessian_smooth_type"] = SmoothingSchedule.parse(values.hessian_smooth_type)
     return meaning

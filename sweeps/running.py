@@ -16,6 +16,7 @@ from time import sleep
 
 from tqdm import tqdm
 
+from command_line.launchers import NO_GPU
 from utils import InputError, NotWritten
 
 SCRIPT = Path(__file__).resolve().parent.parent / "run.py"
@@ -24,8 +25,6 @@ PAUSE = 0.2
 # Bytes at the end of a log in which the newest step is searched.
 TAIL = 8192
 STEP = re.compile(r"step (\d+ of \d+)")
-# What CUDA_VISIBLE_DEVICES holds where a job has no GPU.
-NO_GPU = ("", "-1", "NoDevFiles")
 # The last line that run.py writes when it fails begins with one of these.
 LAST_WORDS = ("error: ", "stopped: ", "interrupted")
 INTERRUPTED = 130

@@ -48,16 +48,23 @@ class Columns:
         return (self.text or "prompt",)
 
     def looked_up(self, file: Path, row: Row) -> Columns:
-        """Return the columns with what the first of the user's files, and its first row, say."""
-        named = [("--text_column", self.text), ("--label_column", self.label)]
-        named += [("--answer_column", self.answer)]
+        """Return the columns with what the first of the user's files, and its first row, say.
+
+        Raises:
+            InputError: a named column is not there, or the labels make no classes.
+        """
         fields = _FIELD.findall(self.template or "")
         if self.template and not fields:
             raise InputError(
                 f"--prompt_template {shown(self.template)}: name a column in braces, one of "
                 f"{listed(row)}"
             )
-        named += [("--prompt_template", name) for name in fields]
+        named = [
+            ("--text_column", self.text),
+            ("--label_column", self.label),
+            ("--answer_column", self.answer),
+            *(("--prompt_template", name) for name in fields),
+        ]
         for option, name in named:
             if name and name not in row:
                 raise InputError(f"{file}: {option}: no column {name!r}; there are {listed(row)}")

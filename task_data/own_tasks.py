@@ -103,6 +103,9 @@ def choose_task(
     """Return the named task, or that of the user's own files with their metric and columns.
 
     ``reward`` is ``FILE.py:function``, which says how good generated answers are.
+
+    Raises:
+        InputError: there is no such task, file, column or reward, or they do not go together.
     """
     if train_file or validation_file:
         train = own_file("--train_file", train_file)
@@ -134,9 +137,9 @@ def _own_task(
     _, row = next(read_rows(first))
     columns = columns.looked_up(first, row)
     chosen = "options" in row or bool(columns.labels)
-    kind, fitting = ("generated", ("f1", "em"))
+    kind, fitting = "generated", ("f1", "em")
     if chosen:
-        kind, fitting = ("chosen from options", ("accuracy",))
+        kind, fitting = "chosen from options", ("accuracy",)
     if metric not in (None, *fitting):
         raise InputError(
             f"--metric {metric}: the answers in {first} are {kind}; give {' or '.join(fitting)}"

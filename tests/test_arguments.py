@@ -400,8 +400,9 @@ def test_checkpoint_of_another_experiment(
 
 
 def test_other_names_and_repeated_arguments(tmp_path: Path) -> None:
-    line = "--num_test 7 --num-dev 3 --evaluation_strategy steps --zo_lr_scheduler_type linear"
+    line = "--num_test 7 --num-dev 3 --evaluation_strategy steps --zo-lr-scheduler-type linear"
     line += " --warmup_step 4 --train_as_classification False --eval_steps=2 --no_save_on_interrupt"
+    line += " --lr_scheduler_type cosine"
     arguments = parse_arguments([*training(tmp_path, num_eval=3, no_eval=None), *line.split()])
     assert (arguments.num_eval, arguments.num_dev, arguments.eval_strategy) == (7, 3, "steps")
     assert (arguments.lr_scheduler_type, arguments.warmup_steps) == ("linear", 4)

@@ -263,6 +263,9 @@ def test_own_files(tmp_path: Path) -> None:
             assert values.train_as_classification is of_run_py, (name, line)
         values = values_of("HiZOO.sh", own, DEV="0")
         assert (values.eval_strategy, values.load_best_model_at_end) == ("no", False)
+        assert values.num_train == 20
+        assert values_of("HiZOO.sh", own, DEV="7").num_train == 13
+        assert values_of("HiZOO.sh", [*own, "--num_dev", "99"]).num_train == 1
         assert values_of("icl.sh", own).num_train == 32
         assert values_of("icl.sh", own[1:]).num_train == 0
         held_out = values_of("HiZOO.sh", [own[0], *more])  # a tenth of the rows to report on
@@ -293,6 +296,7 @@ def test_what_makes_no_sense_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         ({"NUM_GPU": "two"}, "NUM_GPU=two: give the number"),
         ({"NUM_GPU": "0"}, "NUM_GPU=0: give the number"),
         ({}, "no NVIDIA GPU found: run finetune.sh"),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, "no NVIDIA GPU found: run finetune.sh"),
     ):
         with pytest.raises(InputError, match=message):
             processes_to_start("finetune_fsdp.sh", variables, True)
@@ -303,6 +307,8 @@ def test_processes() -> None:
     assert values_of("HiZOO.sh", **two).per_device_train_batch_size == 3
     line = "--zo_parallel directions --zo_num_samples 2"
     assert values_of("HiZOO.sh", line, **two).per_device_train_batch_size == 6
+    own = values_of("HiZOO.sh", "--per_device_train_batch_size 5", WORLD_SIZE="3")
+    assert own.per_device_train_batch_size == 5  # 16 is no multiple of 3
     assert values_of("finetune.sh", NUM_GPU="2").per_device_train_batch_size == 4
     assert values_of("finetune_fsdp.sh", NUM_GPU="4").per_device_train_batch_size == 2
     for script, variables, has_fsdp, number in (
@@ -328,8 +334,9 @@ def test_precision_where_a_gpu_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     assert launchers.gpus("compute_cap") == ["8.0", "9.0"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert launchers.gpus("compute_cap") == []
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert launchers.gpus("compute_cap") == []
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
     assert launchers.gpus("compute_cap") == []

@@ -84,7 +84,7 @@ def test_odd_variables_are_one_line() -> None:
                 "SLURM_STEP_NUM_TASKS": ["x", "0", "-2", "5.0", "a[$(touch x)]"],
                 **{"SLURM_JOB_ID": ["", "7_1"], "SLURM_STEP_ID": ["batch", None]},
                 **{"SLURM_PROCID": ["5", "one", ""], "SLURM_LOCALID": ["2", None]},
-                "SLURM_STEP_TASKS_PER_NODE": ["3(x", "", "3,0", "1(x9999999999)", None],
+                "SLURM_STEP_TASKS_PER_NODE": ["3(x", "", "3,0", "2(x0)", "1(x9999999999)", None],
                 **{"SLURM_NODEID": ["7", "x"], "SLURM_STEP_NODELIST": ["", "[", None]},
             },
         ),
