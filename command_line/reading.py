@@ -165,6 +165,7 @@ def read_values(argv: Sequence[str], environment: Mapping[str, str] | None = Non
     values = Values(chosen | user, frozenset(user), reader.words, reader.ignored)
     if _train_classes(values, of_script):
         values.given["train_as_classification"] = values.train_as_classification = True
+        values.words["train_as_classification"] = ["True"]
     return values
 
 
