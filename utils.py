@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # Of files beyond this many bytes, fingerprints take so many samples of so many bytes.
 WHOLLY_READ = 2**28
 SAMPLES, SAMPLE_SIZE = 64, 2**16
+# What CUDA_VISIBLE_DEVICES holds where a job has no GPU.
+NO_GPU = ("", "-1", "NoDevFiles")
 
 
 class InputError(ValueError):

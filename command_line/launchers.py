@@ -13,10 +13,8 @@ import sys
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
-from utils import InputError
+from utils import NO_GPU, InputError
 
-# What CUDA_VISIBLE_DEVICES holds where a job has no GPU.
-NO_GPU = ("", "-1", "NoDevFiles")
 # Where torchrun's own variables begin: the ports of a node that no service has.
 FIRST_PORT, PORTS = 20000, 20000
 _HOST = re.compile(r"(?:[\w.-]|\[[\d,-]+\])+")

@@ -16,8 +16,7 @@ from time import sleep
 
 from tqdm import tqdm
 
-from command_line.launchers import NO_GPU
-from utils import InputError, NotWritten
+from utils import NO_GPU, InputError, NotWritten
 
 SCRIPT = Path(__file__).resolve().parent.parent / "run.py"
 # Seconds between two looks at the runs.
