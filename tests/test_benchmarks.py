@@ -36,6 +36,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., A
     return run
 
 
+@pytest.mark.slow
 def test_step(measured: Callable[..., Any]) -> None:
     small = ("--model", "tiny", "--batch", "2", "--tokens", "4", "--repeats", "1")
     rows = measured("step.py", *small)

@@ -15,7 +15,11 @@ from running import MODEL, ROOT, SAMPLES
 EXAMPLES = sorted({path.stem for path in (ROOT / "examples").glob("*.py")} - {"hizoo_reference"})
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+def slow_but_the_plain_loop(name: str) -> object:
+    return name if name == "plain_loop" else pytest.param(name, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", [*map(slow_but_the_plain_loop, EXAMPLES)])
 def test_losses_fall(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
