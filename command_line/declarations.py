@@ -13,6 +13,8 @@ from typing import Any, get_args, get_type_hints
 AUTO = "auto"
 # Larger whole numbers do not fit into the integers of torch and numpy.
 LARGEST = 2**31 - 1
+# Bytes of a file's name: file systems allow 255, and suffixes come on top.
+LONGEST_NAME = 240
 TRUE, FALSE = ("true", "yes", "y", "t", "1"), ("false", "no", "n", "f", "0")
 # Values that switch off what is off anyway.
 OFF = (None, False, 0, "", "0", "0.0", "no", "none", "None", "False", "false")
@@ -51,6 +53,7 @@ class Declaration:
     words: tuple[str, ...] = ()  # what may stand in place of a number
     choices: tuple[str, ...] = ()
     many: bool = False  # several words are a list
+    path: bool = False  # becomes the name of a file or a folder
     effect: Effect | None = OF_THE_GROUP  # None: it has one in every run
     decides: str = ""  # TRAINING, RESULT or NOTHING; empty: the group's
     name: str = ""
@@ -85,6 +88,12 @@ class Declaration:
             if word.lower() not in self.choices:
                 raise ValueError(f"choose from {', '.join(self.choices)}")
             return word.lower()
+        if self.path:
+            if any(len(part) > LONGEST_NAME for part in word.encode().split(b"/")):
+                raise ValueError(
+                    f"a name of more than {LONGEST_NAME} bytes; file systems take few more"
+                )
+            return word or None  # an empty variable names no file
         return self._number(word) if self.kind in (int, float) else word
 
     def _number(self, word: str) -> float:

@@ -23,13 +23,13 @@ class TaskAndData:
 
     task_name: str | None = argument(None)
     """Task, in any case: SST2, RTE, CB, BoolQ, WSC, WIC, MultiRC, Copa, ReCoRD, SQuAD or DROP."""
-    data_dir: str | None = argument(None)
+    data_dir: str | None = argument(None, path=True)
     """Folder with <task>/train.jsonl and validation.jsonl (or .parquet) in the Hub's columns.
     Default: the Hub."""
-    train_file: str | None = argument(None)
+    train_file: str | None = argument(None, path=True)
     """Your own training examples or demonstrations: JSON Lines, CSV or Parquet with prompt, answer
     and, to choose from, options."""
-    validation_file: str | None = argument(None)
+    validation_file: str | None = argument(None, path=True)
     """Your own examples to report on, in the columns of --train_file. Default: a tenth of
     --train_file is held out."""
     text_column: str | None = argument(None, effect=when.OWN_COLUMNS, decides=TRAINING)
@@ -42,7 +42,7 @@ class TaskAndData:
     prompt_template: str | None = argument(None, effect=when.OWN_COLUMNS, decides=TRAINING)
     """Prompt made of columns of your own files, as in '{title}: {review}\\nIt was'. Default: the
     column prompt."""
-    predict_file: str | None = argument(None, effect=when.PREDICTION)
+    predict_file: str | None = argument(None, path=True, effect=when.PREDICTION)
     """Rows without an answer, in the columns of --train_file or of the task; the model's answers go
     to --predictions_file. Default: none."""
     metric: str | None = argument(
@@ -74,7 +74,7 @@ class Model:
 
     _effect, _decides = None, TRAINING
 
-    model_name: str | None = argument(None, decides=NOTHING)
+    model_name: str | None = argument(None, path=True, decides=NOTHING)
     """Causal language model: Hub id, local directory or GGUF file."""
     load_float16: bool = argument(False)
     """Load the weights in float16. Default: float32."""
@@ -140,22 +140,22 @@ class EvaluationAndResults:
     """Report the metric on the eval examples before training too (zero-shot)."""
     no_eval: bool = argument(False, effect=when.TRAINED, decides=RESULT)
     """Do not evaluate after training."""
-    result_file: str | None = argument(None)
+    result_file: str | None = argument(None, path=True)
     """JSON file for metrics and settings. Default: result/<name>.json (see --tag)."""
-    predictions_file: str | None = argument(None, effect=when.END)
+    predictions_file: str | None = argument(None, path=True, effect=when.END)
     """JSON Lines file with the prediction, scores and correctness of every eval example. Default:
     none."""
     overwrite_output_dir: bool = argument(False)
     """Make the result anew: delete the checkpoints in output_dir and start again. Default: resume
     from the newest checkpoint; compute nothing where the result is there."""
-    config: str | None = argument(None)
+    config: str | None = argument(None, path=True)
     """YAML file of arguments, as in learning_rate: 1e-6. Those of the command line win. Default:
     none."""
     show_config: bool = argument(False)
     """Print the arguments as such a file, and do nothing."""
     dry_run: bool = argument(False)
     """Check everything but the weights, print steps, forward passes and memory, and do nothing."""
-    tag: str | None = argument(None)
+    tag: str | None = argument(None, path=True)
     """Name of the run behind task and model, for its result file and output_dir. Default: made of
     the settings."""
     quiet: bool = argument(False)

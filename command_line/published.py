@@ -20,7 +20,7 @@ TRANSLATED: dict[tuple[str, str], dict[str, str]] = {
     ("lr_scheduler_type", name): {"lr_scheduler_type": ours, "lr_scheduler_kwargs": options}
     for name, (ours, options) in _SCHEDULES.items()
 } | {("method", "mezo"): {"hessian_smooth_type": "constant0"}}
-# They change nothing here -> why.
+# Published arguments that change nothing here -> why.
 IGNORED = by_name(
     {
         "--trainer and --no_eval decide": "do_train do_eval do_predict",
@@ -40,7 +40,7 @@ IGNORED = by_name(
         "for --module_wise_perturbation": "coordinate_perturbation",
     }
 )
-# They need what is not here -> what there is.
+# Published arguments that need what is missing here -> what there is instead.
 NOT_HERE = by_name(
     {
         "--trainer zo is MeZO, and HiZOO with --hessian_smooth_type": "method",
@@ -52,5 +52,5 @@ NOT_HERE = by_name(
         "--prefix_tuning trains a prefix": "prompt_tuning",
     }
 )
-# Values of these that ask for nothing else than what is done anyway.
+# Values that ask for what is done anyway.
 AS_HERE = ("two_side",)

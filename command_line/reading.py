@@ -48,11 +48,6 @@ SYNONYMS = {
     **{"bs": "per_device_train_batch_size", "epochs": "num_train_epochs", "steps": "max_steps"},
     "no_cuda": "use_cpu",
 }
-# Arguments that become names of files.
-PATHS = (
-    *("model_name", "data_dir", "train_file", "validation_file", "predict_file", "config", "tag"),
-    *("output_dir", "result_file", "predictions_file", "resume_from_checkpoint"),
-)
 # The ways to train something else than all weights, and what a run's name calls them.
 TUNING_MODES = {
     "lora": "lora",
@@ -259,10 +254,6 @@ class _Reader:
                 values[name] = DECLARED[name].read(each)
                 if name == "max_steps" and values[name] == 0:
                     raise ValueError("must be at least 1, or -1 for --num_train_epochs")
-                if name in PATHS and any(len(part) > 240 for part in each[0].encode().split(b"/")):
-                    raise ValueError("a name of more than 240 bytes; file systems take few more")
-                if name in PATHS:  # as of an empty variable
-                    values[name] = values[name] or None
             except ValueError as error:
                 typed = " ".join((label or " ".join([f"--{name}", *each])).split())
                 self.problems.append(f"{typed}: {error}")

@@ -28,7 +28,7 @@ class MostUsed:
 
     _effect, _decides = when.STEPS, TRAINING
 
-    output_dir: str | None = argument(None, effect=when.TRAINED, decides=NOTHING)
+    output_dir: str | None = argument(None, path=True, effect=when.TRAINED, decides=NOTHING)
     """Folder of the checkpoints and of the saved model. Default: result/<name>."""
     max_steps: int = argument(-1, at_least=-1)
     """Training steps. -1: as many as --num_train_epochs has."""
@@ -64,7 +64,7 @@ class MostUsed:
     metric_for_best_model: str | None = argument(None, effect=when.BEST, decides=RESULT)
     """What the best checkpoint is best by, on the dev set: loss, accuracy, f1 or em. Default:
     loss."""
-    resume_from_checkpoint: str | None = argument(None, decides=NOTHING)
+    resume_from_checkpoint: str | None = argument(None, path=True, decides=NOTHING)
     """Folder of a checkpoint to resume from. Default: the newest one in --output_dir."""
     report_to: str = argument("none", many=True, decides=NOTHING)
     """Where losses are reported: tensorboard, wandb, … or none."""

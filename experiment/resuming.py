@@ -160,7 +160,7 @@ def is_resumed(
     # A setting that is not written down is newer than what is there, and has its default.
     saved = {**{n: now for n, now in course.items() if n not in CONTENTS}, **settings}
     different = {n: now for n, now in course.items() if saved.get(n) != now}
-    # Differing settings may well be why the contents differ.
+    # Other settings may be the reason for other contents, so name the settings alone.
     words = [f"--{n} {settings[n]}, not {now}" for n, now in different.items() if n not in CONTENTS]
     if not words:
         sources = ("train_file", "data_dir", "task_name")
@@ -219,7 +219,7 @@ def _replay(options: Options, journal: Journal, step: int) -> Replay:
         logger.warning(f"{path} begins with step {header.step}, not {step}: it is begun anew")
         return Replay()
     if options.resume_from not in (None, "true"):
-        # Who names a checkpoint wants to resume there.
+        # The user named a checkpoint: resume there, not behind the last step of the journal.
         return Replay(begins_at=journal.end_of(step))
     rows, end, fault = journal.after(step)
     replay = Replay(rows, end, header.start if step == header.step else None)

@@ -22,13 +22,28 @@ from safetensors.torch import load_file
 from tiny_models import tiny_model, tiny_tokenizer
 
 import run
-from language_model.loading import leave_out_loading_bars
+from language_model.loading import (
+    leave_out_loading_bars,
+    load_config_and_tokenizer,
+    load_model,
+)
 from training.journal import FILE, read_journal
 from training.objective_trainer import ObjectiveTrainer
+from utils import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "data" / "tiny-opt"
 SAMPLES = ROOT / "data" / "samples"
+
+
+def refusal_of_loading(model: Path) -> str:
+    """What is said of a model that cannot be loaded; nothing if it can."""
+    try:
+        load_config_and_tokenizer(str(model))
+        load_model(str(model), torch.float32)
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 @functools.cache

@@ -32,7 +32,7 @@ class Journal:
 
     path: Path
     header: Header
-    # Of a line that cannot be used: why.
+    # A text says why a line cannot be used.
     rows: list[Row | str] = field(default_factory=list)
     # Where each line ends, in bytes; the header's first.
     ends: list[int] = field(default_factory=list)

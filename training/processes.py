@@ -101,17 +101,15 @@ def in_all_processes(do: Callable[[], Value]) -> Value:
 
 
 def from_first_process(compute: Callable[[], Value]) -> Value:
-    """Return in every process what the first one computes, or raise its ``InputError``."""
-    value = refusal = None
-    if PartialState().is_main_process:
-        try:
-            value = compute()
-        except InputError as error:
-            refusal = error
-    value, refusal = broadcast_object_list([value, refusal])
-    if refusal is not None:
-        raise refusal
-    return value
+    """Return in every process what the first one computes.
+
+    Raises:
+        InputError: of the first process, in all of them.
+        NotWritten: likewise.
+    """
+    is_first = PartialState().is_main_process
+    value = in_all_processes(lambda: compute() if is_first else None)
+    return broadcast_object_list([value])[0]
 
 
 def check_agreement(checksum: str, step: int) -> None:
