@@ -16,6 +16,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from command_line.contradictions import warning, without_effect
 from command_line.effects import ON_GPU
 from command_line.groups import (
+    ErrorBroadcast,
     EvaluationAndResults,
     Generation,
     InContextLearning,
@@ -38,6 +39,7 @@ class Arguments(
     Generation,
     EvaluationAndResults,
     Rewards,
+    ErrorBroadcast,
     ZerothOrder,
     Training,
     TrainedWeights,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from command_line.declarations import OFF, Effect
+from command_line.declarations import AUTO, OFF, Effect
 from command_line.reading import DECLARED, OWN, TUNING_MODES, raise_problems, show_argument
 from command_line.scripts import WEIGHTS
 from task_data.own_tasks import OwnTask
@@ -126,8 +126,9 @@ def _refused(values: Any) -> list[str]:
     for name in DECLARED:
         effect = _unmet(values, name) if name in values.given else None
         if effect and effect.refused and asks_for_something(values, name):
-            reasons.setdefault(effect.otherwise, []).append(show_argument(values, name))
-    return [f"{', '.join(shown)}: {reason}; leave it out" for reason, shown in reasons.items()]
+            reason = f"{effect.otherwise}; {effect.way_out}"
+            reasons.setdefault(reason, []).append(show_argument(values, name))
+    return [f"{', '.join(shown)}: {reason}" for reason, shown in reasons.items()]
 
 
 def _files(values: Any) -> Iterator[str]:
@@ -171,7 +172,10 @@ def _problems_of_weights(values: Any) -> Iterator[str]:
     """Yield what cannot be trained, or saved."""
     quantised = next((name for name in ("load_int8", "load_int4") if getattr(values, name)), None)
     if quantised and values.trainer != "none" and not (values.lora or values.prefix_tuning):
-        yield f"--{quantised}: quantised weights are not trained; add --lora or --prefix_tuning"
+        adapter = "--lora or --prefix_tuning"
+        way_out = f"take --trainer zo with {adapter}"
+        way_out = way_out if values.trainer == "broadcast" else f"add {adapter}"
+        yield f"--{quantised}: quantised weights are not trained; {way_out}"
     if quantised and values.untie_emb:
         yield f"--untie_emb: the head of --{quantised} is quantised; leave it out"
     if quantised and values.merge_adapter:
@@ -187,9 +191,8 @@ def _problems_of_weights(values: Any) -> Iterator[str]:
 
 def _problems_of_steps(values: Any) -> Iterator[str]:
     """Yield what is wrong with a training in steps."""
-    for name in values.probed:
-        if values.trainer != "zo" and has_effect(values, name):
-            yield f"--{name} auto is found by forward passes, for --trainer zo: give a number"
+    if values.learning_rate == AUTO and values.trainer == "regular":
+        yield "--learning_rate auto is found by forward passes, for --trainer zo: give a number"
     samples = values.reward_samples
     if values.reward and values.num_beams > 1 and samples > 1:
         yield f"--num_beams {values.num_beams}: --reward_samples {samples} draws texts at random"

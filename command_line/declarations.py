@@ -30,6 +30,7 @@ class Effect:
     holds: Callable[[Any], object]  # takes the values of a command line
     inside: Effect | None = None
     refused: bool = False  # without the argument the result would be another
+    way_out: str = "leave it out"  # where it is refused
 
     def unmet(self, values: Any) -> Effect | None:
         """Return the widest condition that is not met, None if all are."""

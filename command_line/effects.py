@@ -37,22 +37,39 @@ def with_(name: str, inside: Effect | None = None) -> Effect:
 
 TRAINED = Effect("nothing is trained", lambda v: v.trainer != "none")
 STEPS = Effect("--linear_probing has no steps", lambda v: not v.linear_probing, TRAINED)
-BACKWARD = Effect("--trainer zo has no backward pass", lambda v: v.trainer == "regular", STEPS)
+BACKWARD = Effect(
+    "only --trainer regular has a backward pass", lambda v: v.trainer == "regular", STEPS
+)
 ON_GPU = Effect("there is no GPU: float32", bool)  # arguments.py knows
 GRADIENT = replace(BACKWARD, refused=True)
-SHARDS = replace(BACKWARD, otherwise="--trainer zo has no states to shard", refused=True)
-FORWARD = is_("trainer", "zo", STEPS)
+SHARDS = replace(BACKWARD, otherwise="only --trainer regular has states to shard", refused=True)
+FORWARD, BROADCAST = is_("trainer", "zo", STEPS), is_("trainer", "broadcast", STEPS)
+TAKE_ZO = "take --trainer zo, or leave it out"
 WITHOUT_GRADIENT = Effect(
-    "it has no gradient for --trainer regular", lambda v: v.trainer == "zo", STEPS, refused=True
+    "it has no gradient for --trainer regular and broadcast",
+    lambda v: v.trainer == "zo",
+    STEPS,
+    refused=True,
+    way_out=TAKE_ZO,
 )
-REWARD = Effect(WITHOUT_GRADIENT.otherwise, lambda v: v.trainer != "regular", refused=True)
+REWARD = replace(WITHOUT_GRADIENT, holds=lambda v: v.trainer in ("none", "zo"), inside=None)
+NOT_BROADCAST = Effect(
+    "--trainer broadcast trains matrices of the blocks",
+    lambda v: v.trainer != "broadcast",
+    TRAINED,
+    refused=True,
+    way_out=TAKE_ZO,
+)
+HEAD = replace(NOT_BROADCAST, otherwise="--trainer broadcast trains no head", refused=False)
+RATE = Effect("--trainer broadcast has --broadcast_rate", lambda v: v.trainer != "broadcast", STEPS)
+DECAYS = replace(RATE, otherwise="--trainer broadcast has no weight decay", refused=True)
 HESSIAN = Effect("h stays 1 with a smoothing of 0", smooths, FORWARD)
 FULL_HESSIAN = is_("hessian", "full", HESSIAN)
 CURVATURE = Effect(
     "the curvature is not measured", lambda v: v.learning_rate == AUTO or smooths(v), FORWARD
 )
 METRIC_OBJECTIVE = with_("non_diff", WITHOUT_GRADIENT)
-REWARD_OBJECTIVE = with_("reward", Effect("nothing is trained", lambda v: v.trainer == "zo"))
+REWARD_OBJECTIVE = with_("reward", is_("trainer", "zo", TRAINED))
 LANGUAGE_MODEL_LOSS = Effect(
     "for the language-model loss",
     lambda v: not (v.train_as_classification or v.non_diff or v.reward),

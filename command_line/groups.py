@@ -193,14 +193,14 @@ class TrainedWeights:
 
     _effect, _decides = when.TRAINED, TRAINING
 
-    lora: bool = argument(False)
+    lora: bool = argument(False, effect=when.NOT_BROADCAST)
     """Train LoRA matrices on the query and value projections (arXiv 2106.09685) and nothing
     else."""
     lora_r: int = argument(8, at_least=1, effect=when.LORA)
     """Rank of the LoRA matrices, at most the model's hidden size (MeZO paper: 8)."""
     lora_alpha: int = argument(16, at_least=1, effect=when.LORA)
     """Scale of LoRA, divided by its rank (MeZO paper: 16)."""
-    prefix_tuning: bool = argument(False)
+    prefix_tuning: bool = argument(False, effect=when.NOT_BROADCAST)
     """Train keys and values that stand before every text in every layer (arXiv 2101.00190) and
     nothing else."""
     num_prefix: int = argument(5, at_least=1, effect=when.PREFIX)
@@ -210,14 +210,14 @@ class TrainedWeights:
     prefix_init_by_real_act: bool = argument(True, effect=when.PREFIX)
     """Start the prefix from the keys and values of random real tokens (MeZO paper); False: of
     noise."""
-    head_tuning: bool = argument(False)
+    head_tuning: bool = argument(False, effect=when.NOT_BROADCAST)
     """Train the language-model head and nothing else. Tied input embeddings change with it unless
     --untie_emb is given."""
-    untie_emb: bool = argument(False)
+    untie_emb: bool = argument(False, effect=when.HEAD)
     """Give the language-model head weights of its own, where it shares the embeddings'."""
     linear_probing: bool = argument(False)
     """Fit the head's rows of the answers' tokens by logistic regression (scikit-learn) on the
-    features before it; the same with --trainer regular and zo."""
+    features before it; the same with every --trainer but none."""
     lp_early_stopping: bool = argument(False, effect=when.PROBING)
     """Stop the logistic regression at a tolerance of 1e-2 (not 1e-4), after 1000 iterations at most
     (not 5000)."""
@@ -225,13 +225,14 @@ class TrainedWeights:
 
 @dataclass
 class Training:
-    """Training. What belongs to steps, gradients or checkpoints needs --trainer regular or zo."""
+    """Training. What belongs to steps or checkpoints needs a --trainer other than none."""
 
     _effect, _decides = when.STEPS, TRAINING
 
-    trainer: str = argument("none", effect=None, choices=("none", "regular", "zo"))
+    trainer: str = argument("none", effect=None, choices=("none", "regular", "zo", "broadcast"))
     """none: zero-shot or in context. regular: backpropagation with --optim. zo: forward passes
-    only, MeZO, or HiZOO with a --hessian_smooth_type above 0."""
+    only, MeZO, or HiZOO with a --hessian_smooth_type above 0. broadcast: one forward pass a step,
+    error broadcast; for losses with a gradient in the logits."""
     only_train_option: bool = argument(True, effect=when.LANGUAGE_MODEL_LOSS)
     """Language-model loss on the correct option's tokens only (MeZO paper); False: on the prompt's
     too."""
@@ -246,7 +247,8 @@ class Training:
     the end of the run. 0: it takes it from the start."""
     lr_scheduler_type: str | None = argument(None, "--zo_lr_scheduler_type", choices=SCHEDULES)
     """Learning-rate schedule of transformers, per step; with warmup_steps constant means
-    constant_with_warmup. Default: constant; with --trainer regular linear."""
+    constant_with_warmup. Default: constant; with --trainer regular and broadcast
+    linear."""
     eval_strategy: str = argument(
         "no", "--evaluation_strategy", choices=("no", "steps", "epoch"), decides=RESULT
     )
@@ -322,3 +324,24 @@ class ZerothOrder:
     )
     """The metric of --non_diff: f1 or em (exact match) for generated text, accuracy for options.
     Default: f1, or accuracy."""
+
+
+@dataclass
+class ErrorBroadcast:
+    """Error broadcast. All of it needs --trainer broadcast."""
+
+    _effect, _decides = when.BROADCAST, TRAINING
+
+    broadcast_rate: float = argument(1.0, at_least=0)
+    """κ: share of each scored token's error that a step takes away. It falls to 0 by
+    --lr_scheduler_type."""
+    broadcast_damping: float = argument(0.1, above=0)
+    """λ: damping of the inputs' second moments, as a share of their mean."""
+    broadcast_from: float | str = argument(0.5, at_least=0, below=1, words=(AUTO,))
+    """Share of the blocks, from the bottom, that are not trained. auto: measured on the first
+    batch, block by block: as many forward passes as blocks."""
+    broadcast_matrices: str = argument("o,d", choices=("o,d", "o", "d"))
+    """Trained matrices of a block. o: the attention's output projection. d: the MLP's (down_proj,
+    fc2)."""
+    broadcast_tokens: int = argument(1024, at_least=1)
+    """Scored tokens of a batch that a step takes at most; beyond that they are drawn at random."""

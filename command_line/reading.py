@@ -14,7 +14,7 @@ from typing import Any
 
 from command_line import groups
 from command_line.config_files import words_of_config
-from command_line.declarations import AUTO, OFF, Declaration, declared
+from command_line.declarations import OFF, Declaration, declared
 from command_line.published import AS_HERE, IGNORED, NOT_HERE, TRANSLATED
 from command_line.scripts import choose_defaults
 from command_line.trainer_arguments import NOT_OFFERED, OTHERS, MostUsed
@@ -30,6 +30,7 @@ GROUPS = (
     groups.TrainedWeights,
     groups.Training,
     groups.ZerothOrder,
+    groups.ErrorBroadcast,
     groups.Rewards,
     groups.EvaluationAndResults,
     groups.Generation,
@@ -91,13 +92,7 @@ class Meaning:
     @property
     def default_schedule(self) -> str:
         """The learning rate's schedule where none is given, as in the published scripts."""
-        return "linear" if self.trainer == "regular" else "constant"
-
-    @property
-    def probed(self) -> list[str]:
-        """The arguments whose values are measured."""
-        may_be = [name for name, each in OWN.items() if AUTO in each.words]
-        return [name for name in may_be if getattr(self, name) == AUTO]
+        return "linear" if self.trainer in ("regular", "broadcast") else "constant"
 
     @property
     def result_path(self) -> Path:
@@ -120,10 +115,11 @@ class Values(Meaning):
         self.words = words  # of each argument; transformers reads those of the Trainer's others
         self.ignored = ignored  # published arguments that change nothing here, and why
         self.__dict__.update({name: each.default for name, each in DECLARED.items()} | given)
-        if self.linear_probing and self.trainer == "zo":  # as in MeZO
-            self.trainer = given["trainer"] = "regular"
+        if self.linear_probing and self.trainer in ("zo", "broadcast"):  # as in MeZO
             if "trainer" in given_by_user:
-                ignored["--trainer zo"] = "--linear_probing is a logistic regression"
+                reason = "--linear_probing is a logistic regression"
+                ignored[f"--trainer {self.trainer}"] = reason
+            self.trainer = given["trainer"] = "regular"
         self.lr_scheduler_type = self.lr_scheduler_type or self.default_schedule
 
 

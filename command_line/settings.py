@@ -16,7 +16,7 @@ import yaml
 from command_line.arguments import Arguments, plain_value
 from command_line.contradictions import has_effect
 from command_line.declarations import NOTHING, RESULT, TRAINING
-from command_line.groups import Generation
+from command_line.groups import ErrorBroadcast, Generation
 from command_line.reading import DECLARED, OWN, TUNING_MODES
 from language_model.loading import saved_dtype
 from task_data.loading import split_files
@@ -28,6 +28,7 @@ NOT_OF_THE_RESULT = {name for name, each in DECLARED.items() if each.decides == 
 # When checkpoints are saved matters where one of them is chosen.
 CHOICE_OF_CHECKPOINT = ("save_strategy", "save_steps")
 GENERATION = [each.name for each in dataclasses.fields(Generation)]
+BROADCAST = [each.name for each in dataclasses.fields(ErrorBroadcast)]
 NOT_OF_A_FILE = ("config", "show_config", "dry_run")
 # File systems allow 255 bytes; length, hash, suffix and a temporary file's name come on top.
 READABLE_BYTES = 120
@@ -139,6 +140,8 @@ def experiment_hash(arguments: Arguments) -> str:
     names -= NOT_OF_THE_RESULT.union(LENGTH)
     if not arguments.load_best_model_at_end:
         names -= {*CHOICE_OF_CHECKPOINT}
+    if arguments.trainer != "broadcast":  # results from before it keep their names
+        names -= {*BROADCAST}
     model, reward = Path(arguments.model_name), arguments.task.reward
     data = split_files(arguments.task, arguments.data_dir) or ()
     identity = {

@@ -40,10 +40,10 @@ class MostUsed:
     """Examples that are scored together, in each process."""
     gradient_accumulation_steps: int = argument(1, at_least=1)
     """Batches a step."""
-    learning_rate: float | str = argument(5e-5, at_least=0, words=(AUTO,))
+    learning_rate: float | str = argument(5e-5, at_least=0, words=(AUTO,), effect=when.RATE)
     """Learning rate η (MeZO and HiZOO papers, OPT-13B: 1e-6 or 1e-7; 1e-2 or 1e-3 for prefixes,
     1e-4 or 5e-5 for LoRA). auto, with --trainer zo: by the curvature measured along the run."""
-    weight_decay: float = argument(0.0, at_least=0)
+    weight_decay: float = argument(0.0, at_least=0, effect=when.DECAYS)
     """Decoupled weight decay λ; none for biases and layer norms."""
     eval_steps: float | None = argument(
         None, above=0, fraction=True, effect=when.EVAL_STEPS, decides=RESULT

@@ -122,15 +122,15 @@ BAD_TRAINING: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a report nowhere": ({"report_to": "paper"}, ["--report_to paper", "tensorboard"]),
     "processes": ({"ddp_backend": "gloo"}, ["--ddp_backend gloo", "torchrun"]),
     "sharding by one process": (REGULAR | {"fsdp": "full_shard"}, ["--fsdp", "torchrun"]),
-    "sharding for HiZOO": ({"fsdp": "full_shard"}, ["--fsdp", "no states to shard"]),
+    "sharding for HiZOO": ({"fsdp": "full_shard"}, ["--fsdp", "has states to shard"]),
     "label smoothing": ({"label_smoothing_factor": 0.1}, ["--label_smoothing_factor", "neither"]),
     "gradients of HiZOO": (
         {"fp16": True, "optim": "sgd", "max_grad_norm": 0.5},
-        ["--fp16", "--optim sgd", "--max_grad_norm 0.5", "no backward pass"],
+        ["--fp16", "--optim sgd", "--max_grad_norm 0.5", "regular has a backward pass"],
     ),
     "a metric's gradient": (
         REGULAR | {"non_diff": True},
-        ["--non_diff: it has no gradient for --trainer regular"],
+        ["--non_diff: it has no gradient for --trainer regular and broadcast; take --trainer zo"],
     ),
     "no package for the optimizer": (
         REGULAR | {"optim": "galore_adamw", "optim_target_modules": "attn"},

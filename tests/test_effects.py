@@ -48,7 +48,7 @@ WITHOUT_EFFECT: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "recomputation for HiZOO": (
         ZO | {"gradient_checkpointing": True, "torch_compile": True},
-        "--gradient_checkpointing, --torch_compile (--trainer zo has no backward pass)",
+        "--gradient_checkpointing, --torch_compile (only --trainer regular has a backward pass)",
     ),
     "a low-rank h that stays 1": (
         ZO | {"hessian_smooth_type": "constant0", "hessian": "lowrank"},
