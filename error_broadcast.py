@@ -1,0 +1,261 @@
+"""Error broadcast: fine-tuning by one forward pass a step, without a backward pass through a block.
+
+    optimizer = ErrorBroadcast(model)
+    for batch in batches:
+        loss = optimizer.step(lambda: model(**batch).loss)
+
+When to use it: the loss is differentiable in the logits (answers, classes) and the model is a
+decoder whose blocks add to one residual stream. When not: rewards, F1, adapters; HiZOO and MeZO
+take any objective and any weight.
+
+A step sees S scored positions. Of the forward pass it keeps, at those positions only, the inputs
+X (S x n) of each trained matrix W and the last residual state h. Gradients are computed from h on:
+through the final norm, the head and the loss.
+
+    e_i = ∂L/∂logits_i      δ_i = ∂L/∂h_i                the error of a position, and at the stream
+    δ̂_i = δ_i |e_i|² / |δ_i|²                            a step of -δ̂_i changes the logits by -e_i
+    X̃   = (X Xᵀ/S + λ tr(X Xᵀ)/S² I)⁻¹ X                 whitened inputs
+    W   <- W - κ/P δ̂ᵀ X̃ / S                              P: the number of trained matrices
+
+The residual stream hands δ to every block unchanged, so it stands for the gradient at the output
+of each attention (o) and each MLP (d); where a norm follows the matrix (Gemma 2 and 3), it goes
+through that norm's Jacobian. Whitened, the step of a position hardly changes the outputs at the
+others. All steps together take the share κ of each error away, to first order: κ needs no search.
+
+Sources: direct feedback alignment (Nøkland, 2016, arXiv 1609.01596) broadcasts the error by random
+matrices; FOOF (Benzing, 2022, arXiv 2201.12250) whitens the inputs of backpropagated gradients.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zeroth_order.noise import ROUNDING, chunk_key, counters, hashed, mix_seed
+from zeroth_order.residual_stream import (
+    ForwardPass,
+    Reads,
+    UnknownStream,
+    Writer,
+    find_blocks,
+    writers_of,
+)
+from zeroth_order.rounding import is_half, rounded_sum
+from zeroth_order.signals import signals_wait
+
+# Numbers that an update works on at a time.
+CHUNK = 1 << 22
+# How far the sum of the blocks' outputs may be from the stream, in half and in full precision.
+TOLERANCE = {True: 5e-2, False: 1e-3}
+
+
+def whitened(inputs: Tensor, damping: float) -> Tensor:
+    """Return (X Xᵀ/S + λ tr(X Xᵀ)/S² I)⁻¹ X of inputs X, (S, n); solves min(S, n) equations."""
+    positions, features = inputs.shape
+    rows = inputs if positions <= features else inputs.T
+    products = rows @ rows.T / positions
+    ridge = damping * inputs.square().sum() / positions**2
+    products.diagonal().add_(ridge.clamp_min(torch.finfo(inputs.dtype).tiny))
+    solved = torch.cholesky_solve(rows, torch.linalg.cholesky(products))
+    return solved if positions <= features else solved.T
+
+
+def add_product(weight: Tensor, errors: Tensor, inputs: Tensor, stream: int, number: int) -> None:
+    """Add errorsᵀ inputs to a weight, (outputs, inputs), in place; half precision rounds at random.
+
+    Args:
+        weight: (m, n).
+        errors: (S, m), scaled.
+        inputs: (S, n).
+        stream: 64-bit seed of the step's rounding.
+        number: of the parameter.
+    """
+    columns = weight.shape[1]
+    for start in range(0, len(weight), rows := max(1, CHUNK // columns)):
+        piece, bits = weight[start : start + rows], None
+        change = errors[:, start : start + rows].T @ inputs
+        if is_half(weight.dtype):
+            index = torch.arange(change.numel(), dtype=torch.int32, device=weight.device)
+            key = chunk_key(stream, number, start * columns)
+            bits = hashed(counters(key, index)).view(change.shape)
+        piece.copy_(rounded_sum(piece.to(change.dtype), change, bits, weight.dtype))
+
+
+def scaled(errors: Tensor, squares: Tensor) -> Tensor:
+    """Return δ |e|² / |δ|² of δ, (S, m), and |e|², (S, 1)."""
+    lengths = errors.square().sum(dim=1, keepdim=True)
+    return errors * (squares / lengths.clamp_min(torch.finfo(errors.dtype).tiny))
+
+
+class ErrorBroadcast(torch.optim.Optimizer):
+    """Trains the matrices that write to the residual stream, in the upper blocks.
+
+    No other weight changes. A step takes one forward pass and keeps no state. ``step(closure)`` is
+    a whole step; several ``estimate(closure)`` before one ``step()`` are that of one large batch.
+
+    Args:
+        model: a decoder of transformers, in evaluation mode.
+        lr: κ, the share of each error that a step takes away. Let it fall to 0.
+        damping: λ.
+        first: the share of the blocks, from the bottom, that are not trained.
+        matrices: "o" (of the attention), "d" (of the MLP), or both.
+        max_tokens: scored positions of a batch at most; of more, so many are drawn.
+        seed: of these draws, and of the rounding of half-precision weights.
+
+    Attributes:
+        gather: returns the rows of all processes that share a batch.
+
+    Raises:
+        UnknownStream: the model is of another architecture.
+        ValueError: an argument is out of its bounds.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1.0,
+        damping: float = 0.1,
+        first: float = 0.5,
+        matrices: Sequence[str] = ("o", "d"),
+        max_tokens: int = 1024,
+        seed: int = 0,
+    ) -> None:
+        bounds = {
+            f"lr {lr}: must be at least 0": lr >= 0,
+            f"damping {damping}: must be above 0": damping > 0,
+            f"first {first}: must be at least 0 and below 1": 0 <= first < 1,
+            f"max_tokens {max_tokens}: must be at least 1": max_tokens >= 1,
+            f"matrices {matrices}: give o, d or both": {*matrices} in ({"o"}, {"d"}, {"o", "d"}),
+        }
+        problems = [problem for problem, holds in bounds.items() if not holds]
+        if problems:
+            raise ValueError("; ".join(problems))
+        self.model, self.max_tokens, self.seed = model, max_tokens, seed
+        blocks, self.final_norm = find_blocks(model)
+        self.blocks = blocks[int(first * len(blocks)) :]
+        # All that write to the stream from the first trained block on, and those that are trained.
+        found = [writers_of(block) for block in self.blocks]
+        self.all_writers = [writer for of_block in found for writer in of_block.values()]
+        self.writers = [of_block[kind] for of_block in found for kind in matrices]
+        self.gather: Callable[[Tensor], Tensor] = lambda rows: rows
+        self._batches: list[dict[Writer, tuple[Tensor, Tensor]]] = []
+        settings = {"lr": lr, "damping": damping, "step": 0, "skipped_steps": 0}
+        super().__init__([writer.matrix.weight for writer in self.writers], settings)
+
+    def estimate(
+        self,
+        closure: Callable[[], Tensor],
+        weight: float | None = None,
+        reads: Reads | None = None,
+    ) -> float:
+        """Run a forward pass, and keep the inputs and the errors of its scored positions.
+
+        Args:
+            closure: runs the model once and returns a mean loss.
+            weight: what the loss is the mean over; None: the scored positions. A batch of weight 0
+                counts for nothing.
+            reads: rows and columns of the positions that the head reads, one for each row of its
+                input; None: the head reads every position.
+
+        Raises:
+            UnknownStream: the stream is not the sum of what the blocks write.
+            ValueError: the loss is not differentiable in the logits.
+        """
+        step = self.param_groups[0]["step"]
+        is_first = step == 0 and not self._batches
+        draws = mix_seed(self.seed, step, len(self._batches)) >> 1
+        kept = ForwardPass(reads, self.max_tokens, torch.Generator().manual_seed(draws))
+        with self._hooks(kept, self.all_writers if is_first else self.writers):
+            loss = closure()
+            squares, errors = kept.errors(loss, weight)
+        if is_first:
+            self._check_stream(kept)
+        count = 0 if weight == 0 else len(errors)
+        at_streams = scaled(errors, squares)[:count]
+        batch = {}
+        for w in self.writers:
+            inputs = kept.inputs[w][:count].to(errors.dtype)
+            at_output = at_streams
+            if w.norm is not None:
+                at_output = scaled(w.errors(kept.outputs[w], errors), squares)[:count]
+            batch[w] = (inputs, at_output)
+        self._batches.append(batch)
+        return float(loss)
+
+    @contextlib.contextmanager
+    def _hooks(self, kept: ForwardPass, writers: Sequence[Writer]) -> Iterator[None]:
+        """Let a forward pass leave what a step needs, and no weight ask for a gradient."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        head = self.model.get_output_embeddings()
+        handles = [
+            self.blocks[0].register_forward_pre_hook(kept.see_stream, with_kwargs=True),
+            self.final_norm.register_forward_pre_hook(kept.cut),
+            head.register_forward_hook(kept.see_logits),
+        ]
+        for writer in writers:
+            see = functools.partial(kept.see_writer, writer)
+            handles.append(writer.matrix.register_forward_hook(see))
+        try:
+            for parameter in trained:
+                parameter.requires_grad_(False)
+            with torch.enable_grad():
+                yield
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            for handle in handles:
+                handle.remove()
+
+    def _check_stream(self, kept: ForwardPass) -> None:
+        """Compare the last residual state with the sum of what was written since the first block.
+
+        Raises:
+            UnknownStream: they differ.
+        """
+        last, total = kept.at_reads(kept.state).double(), kept.stream.double()
+        for writer in self.all_writers:
+            output = kept.outputs[writer]
+            total = total + (writer.norm(output) if writer.norm else output).to(total)
+        gap = float((last - total.to(last)).norm() / last.norm())
+        if not gap <= TOLERANCE[is_half(kept.state.dtype)]:
+            raise UnknownStream(
+                f"{type(self.model).__name__}: the last residual state is not the sum of what "
+                f"attention and MLP write to the stream (off by {gap:.1%})"
+            )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None, **kwargs: Any) -> float | None:
+        """Apply the estimates made since the last step; with ``closure``, make one first.
+
+        Returns the loss of ``closure``, None without. A step whose errors are not finite changes
+        nothing and counts in ``param_groups[0]["skipped_steps"]``. A signal (Ctrl-C) that arrives
+        within the update waits for its end. ``kwargs``: of ``estimate``.
+        """
+        loss = None if closure is None else self.estimate(closure, **kwargs)
+        group = self.param_groups[0]
+        rounding = mix_seed(self.seed, group["step"], ROUNDING)
+        share = group["lr"] / len(self.writers)
+        with signals_wait():
+            rows = {writer: self._joined(writer) for writer in self.writers}
+            finite = all(bool(errors.isfinite().all()) for _, errors in rows.values())
+            for number, (writer, (inputs, errors)) in enumerate(rows.items()):
+                if finite and len(errors):
+                    scale = -share / len(errors)
+                    moved = whitened(inputs, group["damping"]).mul_(scale)
+                    add_product(writer.weight, errors, moved, rounding, number)
+            self._batches.clear()
+            group["step"] += 1
+            group["skipped_steps"] += not finite
+        return loss
+
+    def _joined(self, writer: Writer) -> tuple[Tensor, Tensor]:
+        """Return inputs, (S, n), and errors, (S, m), of all batches and processes."""
+        device = writer.weight.device
+        parts = zip(*(batch[writer] for batch in self._batches), strict=True)
+        inputs, errors = (self.gather(torch.cat(part)).to(device) for part in parts)
+        return inputs, errors

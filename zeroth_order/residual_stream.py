@@ -1,0 +1,195 @@
+"""The residual stream of a decoder: the matrices that write to it, and what a pass leaves there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zeroth_order.noise import compute_dtype
+
+# The matrices of a block that write to the stream, as families call them: o of the attention, d of
+# the MLP.
+NAMES = {
+    "o": (
+        *("self_attn.o_proj", "self_attn.out_proj", "self_attn.dense", "attention.dense"),
+        *("self_attention.dense", "attn.c_proj", "attn.out_proj"),
+    ),
+    "d": (
+        *("mlp.down_proj", "mlp.fc2", "fc2", "mlp.dense_4h_to_h", "mlp.c_proj"),
+        "ffn.down_proj",
+    ),
+}
+# The norms between them and the stream, in families that have both.
+POST_NORMS = {"o": "post_attention_layernorm", "d": "post_feedforward_layernorm"}
+FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "norm_f")
+
+Reads = tuple[Tensor, Tensor]
+
+
+class UnknownStream(ValueError):
+    """The blocks do not add to one residual stream, or not by matrices of known names."""
+
+
+@dataclass(frozen=True, eq=False)
+class Writer:
+    """A matrix that writes to the stream, and the norm that follows it, if any."""
+
+    matrix: nn.Module
+    norm: nn.Module | None
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as (outputs, inputs), a view; GPT-2 keeps it transposed."""
+        weight = self.matrix.weight.detach()
+        return weight if isinstance(self.matrix, nn.Linear) else weight.T
+
+    def errors(self, output: Tensor, of_stream: Tensor) -> Tensor:
+        """Return the gradient at the matrix's output, (S, hidden), from that at the stream."""
+        if self.norm is None:
+            return of_stream
+        with torch.enable_grad():
+            output = output.detach().requires_grad_()
+            normed = self.norm(output)
+        return torch.autograd.grad(normed, output, of_stream.to(normed))[0].to(of_stream.dtype)
+
+
+def find_blocks(model: nn.Module) -> tuple[nn.ModuleList, nn.Module]:
+    """Return a model's blocks, and the norm between the last of them and the head.
+
+    Raises:
+        UnknownStream: there are none, or a block lacks one of the matrices.
+    """
+    for module in model.modules():
+        norms = [getattr(module, name, None) for name in FINAL_NORMS]
+        norm = next((norm for norm in norms if isinstance(norm, nn.Module)), None)
+        for blocks in module.children() if norm else ():
+            if isinstance(blocks, nn.ModuleList) and all(map(_has_writers, blocks)):
+                return blocks, norm
+    raise UnknownStream(
+        f"{type(model).__name__} has no blocks with one output matrix of attention and one of the "
+        "MLP, and a norm behind the last block"
+    )
+
+
+def _has_writers(block: nn.Module) -> bool:
+    return all(_submodule(block, names) is not None for names in NAMES.values())
+
+
+def _submodule(block: nn.Module, names: Sequence[str]) -> nn.Module | None:
+    modules = dict(block.named_modules())
+    found = next((modules[name] for name in names if name in modules), None)
+    # Experts keep theirs as one tensor of three dimensions.
+    weight = getattr(found, "weight", None)
+    return found if weight is not None and weight.dim() == 2 else None
+
+
+def writers_of(block: nn.Module) -> dict[str, Writer]:
+    """Return the matrices of a block that write to the stream, by kind: "o" and "d"."""
+    norms = {kind: getattr(block, name, None) for kind, name in POST_NORMS.items()}
+    if None in norms.values():
+        # Llama's norm of the first name stands before the MLP.
+        norms = dict.fromkeys(norms)
+    return {kind: Writer(_submodule(block, names), norms[kind]) for kind, names in NAMES.items()}
+
+
+class ForwardPass:
+    """Keeps what error broadcast needs of one forward pass, at the positions that the loss reads.
+
+    Args:
+        reads: rows and columns of the positions that the head reads, one for each row of its input;
+            None: the head reads every position, and those without an error are left out.
+        limit: positions that are kept at most.
+        generator: draws them where there are more.
+
+    Attributes:
+        inputs, outputs: of each matrix, (S, n) and (S, hidden).
+        stream: before the first trained block, (S, hidden).
+        state: the last residual state, where the graph begins, (rows, length, hidden).
+        logits: what the head returns.
+    """
+
+    def __init__(self, reads: Reads | None, limit: int, generator: torch.Generator) -> None:
+        self.limit, self.generator = limit, generator
+        self.inputs: dict[Writer, Tensor] = {}
+        self.outputs: dict[Writer, Tensor] = {}
+        self.stream = self.state = self.logits = None
+        self.length = 0
+        # None: all positions are kept until the loss is known.
+        self.kept: Reads | None = None
+        if reads is not None:
+            # Options of one prompt read the same position.
+            positions, self.owner = torch.stack(reads).unique(dim=1, return_inverse=True)
+            self.chosen = self._draw(torch.arange(positions.shape[1], device=positions.device))
+            self.kept = tuple(positions[:, self.chosen])
+
+    def _draw(self, positions: Tensor) -> Tensor:
+        order = torch.randperm(len(positions), generator=self.generator)[: self.limit]
+        return positions[order.sort().values.to(positions.device)]
+
+    def at_reads(self, values: Tensor) -> Tensor:
+        """Return the kept positions of (rows, length, k), or of (rows * length, k)."""
+        values = values.detach().reshape(-1, values.shape[-1])
+        if self.kept is None:
+            return values
+        rows, columns = self.kept
+        return values[(rows * self.length + columns).to(values.device)]
+
+    def see_stream(self, _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Keep the stream before the first trained block."""
+        stream = arguments[0] if arguments else named["hidden_states"]
+        self.length = stream.shape[1]
+        self.stream = self.at_reads(stream)
+
+    def see_writer(
+        self, writer: Writer, _: nn.Module, arguments: tuple[Tensor, ...], output: Tensor
+    ) -> None:
+        """Keep the inputs of a matrix, and its outputs."""
+        self.inputs[writer], self.outputs[writer] = map(self.at_reads, (arguments[0], output))
+
+    def cut(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> Tensor:
+        """Begin the graph at the last residual state."""
+        if self.state is not None:
+            raise ValueError("the closure must run the model once")
+        self.state = arguments[0].detach().requires_grad_()
+        return self.state
+
+    def see_logits(self, _: nn.Module, __: tuple[Tensor, ...], logits: Tensor) -> None:
+        """Keep what the head returns."""
+        self.logits = logits
+
+    def errors(self, loss: Tensor, weight: float | None) -> tuple[Tensor, Tensor]:
+        """Return |e|², (S, 1), and δ, (S, hidden), of a loss that is the mean over ``weight``.
+
+        Raises:
+            ValueError: the loss is not differentiable in the logits.
+        """
+        if self.logits is None or not (loss.requires_grad and self.logits.requires_grad):
+            raise ValueError(
+                "the closure must run the model with gradients enabled, and return a loss that is "
+                "differentiable in the logits"
+            )
+        of_state, of_logits = torch.autograd.grad(loss, [self.state, self.logits])
+        of_logits = of_logits.flatten(0, -2).to(compute_dtype(self.state.dtype))
+        if self.kept is None:
+            count = self._keep(of_logits.any(dim=1).nonzero()[:, 0])
+        else:
+            count = int(self.owner.max()) + 1
+            of_positions = of_logits.new_zeros(count, of_logits.shape[1])
+            of_logits = of_positions.index_add_(0, self.owner.to(of_logits.device), of_logits)
+        weight = count if weight is None else weight
+        error = of_logits[self.chosen.to(of_logits.device)] * weight
+        delta = self.at_reads(of_state).to(error) * weight
+        return error.square().sum(dim=1, keepdim=True).to(delta.device), delta
+
+    def _keep(self, positions: Tensor) -> int:
+        """Keep positions of all that were kept, by number; returns how many there are."""
+        self.chosen = self._draw(positions)
+        self.kept = self.chosen // self.length, self.chosen % self.length
+        self.stream = self.at_reads(self.stream)
+        for kept in (self.inputs, self.outputs):
+            kept.update({writer: self.at_reads(values) for writer, values in kept.items()})
+        return len(positions)
