@@ -134,7 +134,7 @@ class ForwardPass:
         """Return the kept positions of (rows, length, k), or of (rows * length, k)."""
         values = values.detach().reshape(-1, values.shape[-1])
         if self.kept is None:
-            return values
+            return values.clone()  # Falcon adds to a matrix's output in place
         rows, columns = self.kept
         return values[(rows * self.length + columns).to(values.device)]
 
