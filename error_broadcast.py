@@ -109,11 +109,16 @@ class ErrorBroadcast(torch.optim.Optimizer):
 
     Attributes:
         gather: returns the rows of all processes that share a batch.
+        was_skipped: whether the last step changed nothing, since an error was not finite.
 
     Raises:
         UnknownStream: the model is of another architecture.
         ValueError: an argument is out of its bounds.
     """
+
+    # What accelerate asks for: it then wraps nothing.
+    _is_accelerate_prepared = True
+    step_was_skipped = False
 
     def __init__(
         self,
@@ -144,7 +149,8 @@ class ErrorBroadcast(torch.optim.Optimizer):
         self.writers = [of_block[kind] for of_block in found for kind in matrices]
         self.gather: Callable[[Tensor], Tensor] = lambda rows: rows
         self._batches: list[dict[Writer, tuple[Tensor, Tensor]]] = []
-        settings = {"lr": lr, "damping": damping, "step": 0, "skipped_steps": 0}
+        self.was_skipped = False
+        settings = {"lr": lr, "damping": damping, "step": 0}
         super().__init__([writer.matrix.weight for writer in self.writers], settings)
 
     def estimate(
@@ -186,6 +192,11 @@ class ErrorBroadcast(torch.optim.Optimizer):
             batch[w] = (inputs, at_output)
         self._batches.append(batch)
         return float(loss)
+
+    @property
+    def optimizer(self) -> ErrorBroadcast:
+        """Itself: accelerate looks here for what it would have wrapped."""
+        return self
 
     @contextlib.contextmanager
     def _hooks(self, kept: ForwardPass, writers: Sequence[Writer]) -> Iterator[None]:
@@ -233,8 +244,8 @@ class ErrorBroadcast(torch.optim.Optimizer):
         """Apply the estimates made since the last step; with ``closure``, make one first.
 
         Returns the loss of ``closure``, None without. A step whose errors are not finite changes
-        nothing and counts in ``param_groups[0]["skipped_steps"]``. A signal (Ctrl-C) that arrives
-        within the update waits for its end. ``kwargs``: of ``estimate``.
+        nothing. A signal (Ctrl-C) that arrives within the update waits for its end. ``kwargs``: of
+        ``estimate``.
         """
         loss = None if closure is None else self.estimate(closure, **kwargs)
         group = self.param_groups[0]
@@ -250,7 +261,7 @@ class ErrorBroadcast(torch.optim.Optimizer):
                     add_product(writer.weight, errors, moved, rounding, number)
             self._batches.clear()
             group["step"] += 1
-            group["skipped_steps"] += not finite
+            self.was_skipped = not finite
         return loss
 
     def _joined(self, writer: Writer) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,13 @@
-"""HiZOO and MeZO in transformers.Trainer: forward passes in ``training_step``, no gradient."""
+"""HiZOO, MeZO and error broadcast in transformers.Trainer: a step takes forward passes only."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from error_broadcast import ErrorBroadcast
 from hizoo import HiZOO
 from training.checkpoints import ANOTHER
 from training.objective_trainer import ObjectiveTrainer
@@ -25,15 +27,77 @@ from training.rows import Evaluation
 from utils import InputError
 from zeroth_order import noise, step_rule
 from zeroth_order.config import AUTO, HiZOOConfig
+from zeroth_order.residual_stream import UnknownStream
 from zeroth_order.smoothing import SmoothingSchedule
 
 
-class ZerothOrderTrainer(ObjectiveTrainer):
+class ForwardTrainer(ObjectiveTrainer):
+    """Trains by forward passes, without a backward pass through the model.
+
+    Under ``torchrun`` the processes share each batch, which is that of one process, and make the
+    same update, so their weights stay equal without being exchanged.
+    """
+
+    shares_batch = True
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.exchange = Exchange(self.args.device)
+        # There is no gradient that could be clipped.
+        self.args.max_grad_norm = 0.0
+
+    @property
+    def examples_of_a_batch(self) -> int:
+        """The examples of a batch in all processes together."""
+        return self._train_batch_size * (self.args.world_size if self.shares_batch else 1)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the batches of one process, as large as all processes' together, or parts."""
+        if self.args.world_size == 1:
+            return super().get_train_dataloader()
+        collate, size = self.data_collator, self._train_batch_size
+        if self.shares_batch:
+            self.data_collator = functools.partial(own_part, collate)
+        self._train_batch_size = self.examples_of_a_batch
+        try:
+            return see_every_batch(super().get_train_dataloader())
+        finally:
+            self.data_collator, self._train_batch_size = collate, size
+
+    def batch_weight(self, batch: dict[str, Any]) -> int:
+        """Return what the loss of a batch is the mean over; 0 where another process has it."""
+        return 0 if BORROWED in batch else super().batch_weight(batch)
+
+    def sum_of_parts(self, tensor: Tensor) -> Tensor:
+        """Return the sum over the processes' parts of a batch."""
+        return self.exchange.sum(tensor) if self.shares_batch else tensor
+
+    def counted(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Let forward passes count; those whose losses come from a journal were of this run."""
+
+        def loss() -> Any:
+            self.costs.forward_passes += 1
+            return closure()
+
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
+        """Return nothing: no gradient has no norm."""
+
+    def _wrap_model(
+        self, model: nn.Module, training: bool = True, dataloader: Any = None
+    ) -> nn.Module:
+        # DistributedDataParallel would reserve memory for gradients. accelerate does not wrap
+        # models with this attribute.
+        model._is_accelerate_prepared = True
+        return model
+
+
+class ZerothOrderTrainer(ForwardTrainer):
     """Trains by HiZOO, or by MeZO where the smoothing is 0.
 
-    Under ``torchrun`` every process runs its part of the batch, or of the directions, and they
-    exchange losses. All of them make the same noise, so their weights stay equal without being
-    exchanged. The batches are those of one process.
+    Every process runs its part of the batch, or of the directions, and they exchange losses. All of
+    them make the same noise.
 
     Args:
         config: of the optimizer. Its learning rate, weight decay and seed count, not those of
@@ -63,13 +127,11 @@ class ZerothOrderTrainer(ObjectiveTrainer):
         super().__init__(**kwargs)
         # The Trainer makes them as training begins, and asks callbacks for their state before.
         self._tr_loss, self._globalstep_last_logged = torch.zeros(()), 0
-        self.exchange = Exchange(self.args.device)
         deals = parallel == "directions" and self.args.world_size > 1
         self.shares = SharedDirections(config.num_samples, self.exchange) if deals else None
+        self.shares_batch = self.shares is None
         self._logged = (0, 0)  # bytes that were exchanged, and steps
         self.args.learning_rate = step_rule.CURVATURE_PART if config.lr == AUTO else config.lr
-        # There is no gradient that could be clipped.
-        self.args.max_grad_norm = 0.0
 
     def create_optimizer(self, model: nn.Module | None = None) -> HiZOO:
         """Create the optimizer; biases and layer norms do not decay.
@@ -93,32 +155,6 @@ class ZerothOrderTrainer(ObjectiveTrainer):
         examples = itertools.islice(self.train_dataset, self.args.per_device_train_batch_size)
         with self.compute_loss_context_manager():
             return self.objective(self.model, self._prepare_inputs(self.collate(list(examples))))
-
-    @property
-    def examples_of_a_batch(self) -> int:
-        """The examples of a batch in all processes together."""
-        return self._train_batch_size * (1 if self.shares else self.args.world_size)
-
-    def get_train_dataloader(self) -> DataLoader:
-        """Return the batches of one process, as large as all processes' together, or parts."""
-        if self.args.world_size == 1:
-            return super().get_train_dataloader()
-        collate, size = self.data_collator, self._train_batch_size
-        if self.shares is None:
-            self.data_collator = functools.partial(own_part, collate)
-        self._train_batch_size = self.examples_of_a_batch
-        try:
-            return see_every_batch(super().get_train_dataloader())
-        finally:
-            self.data_collator, self._train_batch_size = collate, size
-
-    def batch_weight(self, batch: dict[str, Any]) -> int:
-        """Return what the loss of a batch is the mean over; 0 where another process has it."""
-        return 0 if BORROWED in batch else super().batch_weight(batch)
-
-    def sum_of_parts(self, tensor: Tensor) -> Tensor:
-        """Return the sum over the processes' parts of a batch."""
-        return tensor if self.shares else self.exchange.sum(tensor)
 
     def training_step(
         self,
@@ -151,15 +187,6 @@ class ZerothOrderTrainer(ObjectiveTrainer):
         self.recording.note(self.optimizer.losses, float(weight_of_all))
         loss = torch.tensor(loss, device=self.args.device) * weight_of_all / num_items_in_batch
         self._loss_of_step += loss
-        return loss
-
-    def counted(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """Let forward passes count; those whose losses come from the journal were of this run."""
-
-        def loss() -> Any:
-            self.costs.forward_passes += 1
-            return closure()
-
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
@@ -247,14 +274,6 @@ class ZerothOrderTrainer(ObjectiveTrainer):
         """Whether the last step had no finite loss."""
         return self.optimizer.param_groups[0]["skipped_in_a_row"] > 0
 
-    def _wrap_model(
-        self, model: nn.Module, training: bool = True, dataloader: Any = None
-    ) -> nn.Module:
-        # DistributedDataParallel would reserve memory for gradients. accelerate does not wrap
-        # models with this attribute.
-        model._is_accelerate_prepared = True
-        return model
-
     def _get_learning_rate(self) -> float:
         """Return η, for the log; where it is "auto" the scheduler knows k only."""
         return self.optimizer.learning_rate(self.optimizer.param_groups[0])
@@ -273,3 +292,90 @@ class ZerothOrderTrainer(ObjectiveTrainer):
                 logs["exchanged_bytes_per_step"] = (now[0] - sent) / max(1, now[1] - steps)
                 self._logged = now
         super().log(logs, start_time)
+
+
+class ErrorBroadcastTrainer(ForwardTrainer):
+    """Trains by error broadcast, one forward pass a batch.
+
+    Processes exchange the inputs and errors of their scored tokens.
+
+    Args:
+        rate: κ at the first step.
+        damping, first, matrices, max_tokens: of ``ErrorBroadcast``.
+        **kwargs: of ``ObjectiveTrainer``.
+    """
+
+    def __init__(
+        self,
+        *,
+        rate: float,
+        damping: float,
+        first: float,
+        matrices: Sequence[str],
+        max_tokens: int,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.args.learning_rate = rate
+        self.make_optimizer = functools.partial(
+            ErrorBroadcast,
+            lr=rate,
+            damping=damping,
+            first=first,
+            matrices=matrices,
+            max_tokens=max_tokens,
+            seed=self.args.seed,
+        )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> ErrorBroadcast:
+        """Create the optimizer; weights that it does not train are frozen.
+
+        Raises:
+            InputError: the model is of another architecture.
+        """
+        if self.optimizer is None:
+            with naming_way_out():
+                self.optimizer = self.make_optimizer(self.model.eval())
+            self.optimizer.gather = self.exchange.rows
+            self.model.requires_grad_(False)
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.requires_grad_(True)
+        return self.optimizer
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Run the forward pass of one batch; the Trainer then calls ``optimizer.step()``."""
+        self._begin_step()
+        model.eval()
+        inputs = self._prepare_inputs(inputs)
+        weight = self.batch_weight(inputs)
+        inputs.pop(BORROWED, None)
+
+        def batch_loss() -> Tensor:
+            with self.compute_loss_context_manager():
+                return self.compute_loss(self.model, inputs)
+
+        reads = (inputs["read_rows"], inputs["read_columns"])
+        with naming_way_out():
+            loss = self.optimizer.estimate(self.counted(batch_loss), weight, reads)
+        total = self.sum_of_parts(torch.tensor(loss * weight, device=self.args.device))
+        self._loss_of_step += total / num_items_in_batch
+        return total / num_items_in_batch
+
+    def was_skipped(self) -> bool:
+        """Whether the last step had no finite error."""
+        return self.optimizer.was_skipped
+
+
+@contextlib.contextmanager
+def naming_way_out() -> Iterator[None]:
+    """Let a model that error broadcast cannot train end the run in one line."""
+    try:
+        yield
+    except UnknownStream as error:
+        raise InputError(f"--trainer broadcast: {error}; use --trainer zo") from error

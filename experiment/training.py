@@ -32,7 +32,7 @@ from language_model.packing import collate
 from language_model.shared_tokens import can_share_prompt
 from task_data.sampling import ExampleSet, has_correct_option
 from tasks import Sample
-from trainer import ZerothOrderTrainer
+from trainer import ErrorBroadcastTrainer, ZerothOrderTrainer
 from training.checkpoints import write_together
 from training.objective_trainer import ObjectiveTrainer
 from training.recording import Recording
@@ -102,8 +102,17 @@ def make_trainer(
         "quiet": arguments.quiet,
         "settings": options.of_run,
     }
-    if arguments.trainer != "zo":
+    if arguments.trainer == "regular":
         return ObjectiveTrainer(**shared)
+    if arguments.trainer == "broadcast":
+        return ErrorBroadcastTrainer(
+            rate=arguments.broadcast_rate,
+            damping=arguments.broadcast_damping,
+            first=arguments.broadcast_from,
+            matrices=arguments.broadcast_matrices.split(","),
+            max_tokens=arguments.broadcast_tokens,
+            **shared,
+        )
     recording = None
     if start:
         header = {

@@ -167,6 +167,18 @@ class Exchange:
             self.bytes += tensor.nbytes
         return tensor
 
+    def rows(self, tensor: Tensor) -> Tensor:
+        """Return the rows of all processes' matrices, in the order of the processes."""
+        if PartialState().num_processes == 1:
+            return tensor
+        counts = gather_object([len(tensor)])
+        padded = tensor.new_zeros(max(counts), tensor.shape[1]).to(self.device)
+        padded[: len(tensor)] = tensor
+        self.bytes += padded.nbytes
+        of_all = [torch.empty_like(padded) for _ in counts]
+        torch.distributed.all_gather(of_all, padded)
+        return torch.cat([rows[:count] for rows, count in zip(of_all, counts, strict=True)])
+
 
 class SharedDirections:
     """Deals a step's directions out to the processes; ``HiZOO.shares``."""
