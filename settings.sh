@@ -1,5 +1,4 @@
-# Sourced by HiZOO.sh, mezo.sh, icl.sh, finetune.sh and finetune_fsdp.sh, which set HERE, this
-# folder, before.
+# Sourced by the other scripts, which set HERE, this folder, before.
 # Their variables and defaults are read by command_line/scripts.py.
 
 # Runs run.py as a script; --help prints the comment at the script's top.

@@ -61,6 +61,12 @@ class Declaration:
     kind: type = str
     default: Any = None
 
+    @property
+    def listed_choices(self) -> str:
+        """The choices as text; where one has a comma, with another separator."""
+        has_comma = any("," in each for each in self.choices)
+        return (" | " if has_comma else ", ").join(self.choices)
+
     def read(self, words: Sequence[str]) -> Any:
         """Return the value of the words that follow the argument's name.
 
@@ -87,7 +93,7 @@ class Declaration:
             return word.lower() in TRUE
         if self.choices:
             if word.lower() not in self.choices:
-                raise ValueError(f"choose from {', '.join(self.choices)}")
+                raise ValueError(f"choose from {self.listed_choices}")
             return word.lower()
         if self.path:
             if any(len(part) > LONGEST_NAME for part in word.encode().split(b"/")):

@@ -59,7 +59,7 @@ def help_text(everything: bool = False) -> str:
 def _shown_name(declaration: Declaration) -> str:
     names = ", ".join((f"--{declaration.name}", *declaration.aliases))
     if declaration.choices and len(declaration.choices) < 6:
-        return f"{names} {{{','.join(declaration.choices)}}}"
+        return f"{names} {{{declaration.listed_choices.replace(' ', '')}}}"
     value = "[True|False]" if declaration.kind is bool else declaration.name.upper()
     return f"{names} {value}"
 

@@ -48,8 +48,36 @@ def passes_of_a_batch(config: HiZOOConfig) -> tuple[int, int, int]:
     return 2 * directions, 1 + 2 * directions * own_scale, every if is_measured else 0
 
 
-def method(arguments: Arguments) -> str:
-    """Return what trains, and its forward passes: ``HiZOO, α 1e-8: 3 forward passes a step``."""
+def method(arguments: Arguments) -> str | None:
+    """Return what trains, and its forward passes: ``HiZOO, α 1e-8: 3 forward passes a step``.
+
+    None: backpropagation.
+    """
+    unit = "step" if arguments.gradient_accumulation_steps == 1 else "batch"
+    if arguments.trainer == "broadcast":
+        return f"{_error_broadcast(arguments)}: 1 forward pass a {unit}"
+    return _zeroth_order(arguments, unit) if arguments.trainer == "zo" else None
+
+
+def _error_broadcast(arguments: Arguments) -> str:
+    rate, damping = arguments.broadcast_rate, arguments.broadcast_damping
+    parts = [f"error broadcast, κ {rate:g}, λ {damping:g}", trained_blocks(arguments)]
+    if arguments.broadcast_matrices != "o,d":
+        parts.append(f"{arguments.broadcast_matrices} alone")
+    return ", ".join(parts)
+
+
+def trained_blocks(arguments: Arguments) -> str:
+    """Return in words which blocks error broadcast trains."""
+    first = arguments.broadcast_from
+    if first == AUTO:
+        return "blocks chosen on the first batch"
+    if first == 0.5:
+        return "upper half of the blocks"
+    return f"upper {100 * (1 - first):.3g}% of the blocks" if first else "all blocks"
+
+
+def _zeroth_order(arguments: Arguments, unit: str) -> str:
     config, schedule = optimizer_config(arguments), smoothing(arguments)
     of_g, of_c, every = passes_of_a_batch(config)
     name = "HiZOO-L" if config.hessian == "lowrank" else "HiZOO"
@@ -59,6 +87,5 @@ def method(arguments: Arguments) -> str:
     parts += [f"{config.num_samples} directions"] if config.num_samples > 1 else []
     parts += ["η auto"] if config.lr == AUTO else []
     passes = of_g + (of_c if every == 1 else 0)
-    unit = "step" if arguments.gradient_accumulation_steps == 1 else "batch"
     more = f", {of_c} more in every {every}th" if every > 1 else ""
     return f"{', '.join(parts)}: {passes} forward passes a {unit}{more}"

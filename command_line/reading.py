@@ -95,6 +95,11 @@ class Meaning:
         return "linear" if self.trainer in ("regular", "broadcast") else "constant"
 
     @property
+    def rate(self) -> str:
+        """The argument that says how far a step goes."""
+        return "broadcast_rate" if self.trainer == "broadcast" else "learning_rate"
+
+    @property
     def result_path(self) -> Path:
         """Where the result JSON goes."""
         return Path(self.result_file or Path("result") / f"{self.name}.json")

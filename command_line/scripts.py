@@ -21,15 +21,19 @@ VARIABLES: dict[str, dict[str, str]] = {
         **{"TRAIN": "num_train", "EVAL": "num_eval", "SEED": "train_set_seed"},
     }
 }
+_STEPS = {"STEPS": "max_steps", "EVAL_STEPS": "eval_steps save_steps"}
+VARIABLES["broadcast.sh"] = VARIABLES["icl.sh"] | {
+    **{"SEED": "train_set_seed seed", "BS": "per_device_train_batch_size", "DEV": "num_dev"},
+    **{"RATE": "broadcast_rate", "DAMPING": "broadcast_damping", "FROM": "broadcast_from"},
+    **_STEPS,
+}
 _TRAINING = VARIABLES["icl.sh"] | {
     **{"SEED": "train_set_seed seed", "BS": "per_device_train_batch_size", "LR": "learning_rate"},
     **{"DEV": "num_dev", "MODE": ""},
 }
 VARIABLES["finetune.sh"] = _TRAINING | {"EPOCH": "num_train_epochs", "NUM_GPU": ""}
 VARIABLES["finetune_fsdp.sh"] = VARIABLES["finetune.sh"]
-VARIABLES["mezo.sh"] = _TRAINING | {
-    **{"EPS": "zo_eps", "STEPS": "max_steps", "EVAL_STEPS": "eval_steps save_steps"},
-}
+VARIABLES["mezo.sh"] = _TRAINING | {"EPS": "zo_eps"} | _STEPS
 VARIABLES["HiZOO.sh"] = VARIABLES["mezo.sh"] | {
     **{"HESSIAN_SMOOTH_TYPE": "hessian_smooth_type", "DIRECTIONS": "zo_num_samples"},
     **{"WARMUP_STEP": "warmup_steps", "DECAY_STEP": "decay_step"},
@@ -44,6 +48,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **{"trainer": "zo", "per_device_train_batch_size": 16, "max_steps": 20000},
         **{"hessian_smooth_type": "constant1e-8", "zo_num_samples": 1, "eval_strategy": "steps"},
         **{"eval_steps": 2000, "save_total_limit": 1, "load_saved_dtype": True},
+    },
+    "broadcast.sh": _EXAMPLES
+    | {
+        **{"trainer": "broadcast", "per_device_train_batch_size": 16, "max_steps": 200},
+        **{"eval_strategy": "steps", "eval_steps": 50, "save_total_limit": 1},
+        **{"load_saved_dtype": True},
     },
     "finetune.sh": _EXAMPLES
     | {
@@ -60,9 +70,10 @@ BUNDLED: dict[str, Any] = {
     **{"num_dev": 200, "per_device_eval_batch_size": 64, "eval_before_training": True}
 }
 _FAST = {"learning_rate": "auto", "max_steps": 150, "eval_steps": 50}
-BUNDLED_ZO: dict[str, dict[str, Any]] = {
+BUNDLED_STEPS: dict[str, dict[str, Any]] = {
     "HiZOO.sh": _FAST | {"hessian_smooth_type": "constant1e-5", "zo_num_samples": 2},
     "mezo.sh": _FAST,
+    "broadcast.sh": {"max_steps": 100, "eval_steps": 25},
 }
 # The middle of the MeZO paper's grids: prefixes and LoRA matrices take larger steps than weights.
 MODES: dict[str, dict[str, Any]] = {
@@ -102,7 +113,7 @@ def choose_defaults(
         chosen |= {"task_name": "SST2"} | ({"data_dir": BUNDLED_DATA} if is_bundled else {})
     if script != "icl.sh":
         chosen |= _of_mode(script, found.get("MODE"), said)
-        chosen |= BUNDLED | BUNDLED_ZO.get(script, {}) if is_bundled else {}
+        chosen |= BUNDLED | BUNDLED_STEPS.get(script, {}) if is_bundled else {}
         chosen |= _examples(said, chosen["num_dev"])
     elif _own_file(said) and "train_file" not in said:
         chosen["num_train"] = 0
@@ -124,7 +135,8 @@ def _refuse(script: str, found: Mapping[str, str], user: Mapping[str, Any]) -> N
     if trains and trainer == "none":
         raise InputError(f"--trainer none: {script} trains; bash icl.sh evaluates")
     if not trains and trainer not in (None, "none"):
-        raise InputError(f"--trainer {trainer}: icl.sh trains nothing; HiZOO.sh and finetune.sh do")
+        others = "HiZOO.sh, broadcast.sh and finetune.sh"
+        raise InputError(f"--trainer {trainer}: icl.sh trains nothing; {others} do")
     if found.get("MODE", "ft") not in MODES:
         raise InputError(f"MODE={found['MODE']}: give {', '.join(MODES)}")
     data = " ".join(f"{name}={found[name]}" for name in ("TASK", "DATA_DIR") if name in found)
@@ -142,6 +154,8 @@ def _is_bundled(model: str | Path) -> bool:
 
 def _of_mode(script: str, mode: str | None, said: Mapping[str, Any]) -> dict[str, Any]:
     """Return what is trained, at which rate; for AdamW the precision too."""
+    if script == "broadcast.sh":
+        return {}
     typed = "lora" if said.get("lora") else "prefix" if said.get("prefix_tuning") else None
     mode = typed or mode or "ft"
     if script == "HiZOO.sh":

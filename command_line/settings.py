@@ -75,6 +75,7 @@ def name_run(arguments: Arguments) -> None:
 def default_name(arguments: Arguments) -> str:
     """Name a run after what distinguishes it: a readable part, its length, and its hash."""
     trains, zeroth_order = arguments.trainer != "none", arguments.trainer == "zo"
+    broadcasts = arguments.trainer == "broadcast"
     mode = next((name for each, name in TUNING_MODES.items() if getattr(arguments, each)), "ft")
     batch = arguments.per_device_train_batch_size
     batch = examples_of_a_batch(arguments) if zeroth_order else batch
@@ -87,7 +88,8 @@ def default_name(arguments: Arguments) -> str:
         reward and reward.name,
         arguments.apply_chat_template and "chat",
         *(name for name in ("non_diff", "sfc", "icl_sfc") if getattr(arguments, name)),
-        trains and mode != "probe" and f"lr{_shown(arguments.learning_rate)}-bs{batch}",
+        trains and mode != "probe" and f"{_rate_part(arguments)}-bs{batch}",
+        broadcasts and arguments.broadcast_matrices != "o,d" and arguments.broadcast_matrices,
         zeroth_order and f"eps{_shown(arguments.zo_eps)}-{arguments.hessian_smooth_type}",
         zeroth_order and arguments.hessian == "lowrank" and "lowrank",
         arguments.fsdp and "fsdp",
@@ -100,6 +102,13 @@ def default_name(arguments: Arguments) -> str:
         for name, value in length_of_run(arguments).items()
     ]
     return "-".join([readable, *length, arguments.experiment])
+
+
+def _rate_part(arguments: Arguments) -> str:
+    if arguments.trainer != "broadcast":
+        return f"lr{_shown(arguments.learning_rate)}"
+    rate, damping = arguments.broadcast_rate, arguments.broadcast_damping
+    return f"rate{rate:g}-damping{damping:g}-from{_shown(arguments.broadcast_from)}"
 
 
 def _shown(value: float | str) -> str:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from command_line.arguments import Arguments
 from command_line.checks import steps_of_run
+from command_line.declarations import AUTO
 from command_line.optimizer import optimizer_config, passes_of_a_batch
 from command_line.settings import examples_of_a_batch
 from experiment.options import Options
@@ -64,6 +65,8 @@ def make_plan(options: Options, prepared: Prepared) -> Plan:
         parameters = sum(p.numel() for p in empty.parameters())
         if options.trains and options.weights.mode != "linear_probing":
             steps, (forward, backward) = steps_of_run(arguments), training_passes(arguments)
+            if arguments.trainer == "broadcast" and arguments.broadcast_from == AUTO:
+                forward += config.get_text_config().num_hidden_layers  # one for each block
             # Real activations would take a forward pass.
             weights = replace(options.weights, prefix_init_by_real_act=False)
             with_trained = choose_trained_weights(empty, weights, encoder.tokenizer)
@@ -75,6 +78,8 @@ def make_plan(options: Options, prepared: Prepared) -> Plan:
     of_all_sets = (n * len(prepared.example_sets) for n in (steps, forward, backward, evaluated))
     size = model.dtype.itemsize
     kept = 3 * size  # a gradient and AdamW's two means
+    if arguments.trainer == "broadcast":
+        kept = 0  # a step keeps nothing
     if arguments.trainer == "zo":
         zo = optimizer_config(arguments)
         kept = getattr(torch, zo.hessian_dtype).itemsize if zo.hessian_dtype else size
@@ -84,14 +89,19 @@ def make_plan(options: Options, prepared: Prepared) -> Plan:
 
 
 def training_passes(arguments: Arguments) -> tuple[int, int]:
-    """Return the forward and the backward passes of training, as the optimizer will count them."""
+    """Return the forward and the backward passes of training, as the optimizer will count them.
+
+    Those that choose the blocks of error broadcast are not among them.
+    """
     at_once, steps = arguments.gradient_accumulation_steps, steps_of_run(arguments)
     whole = math.floor if arguments.dataloader_drop_last else math.ceil
     of_epoch = max(1, whole(arguments.num_train / examples_of_a_batch(arguments)))
     # The last step of an epoch may have fewer batches.
     epoch = [min(at_once, of_epoch - first) for first in range(0, of_epoch, at_once)]
     batches = (epoch * math.ceil(steps / len(epoch)))[:steps]
-    if arguments.trainer != "zo":
+    if arguments.trainer == "broadcast":
+        return sum(batches), 0
+    if arguments.trainer == "regular":
         return sum(batches), sum(batches)
     of_g, of_c, every = passes_of_a_batch(optimizer_config(arguments))
     measured = 0

@@ -136,7 +136,9 @@ class Experiment:
             raise Interrupted(f"{interrupt.received}: {place}; the same command resumes there")
         if reason := trainer.divergence.reason:
             from_the_start = state.global_step <= arguments.max_skipped_steps
-            raise Diverged(f"{reason}: {place}; {advice_for_losses(trainer.model, from_the_start)}")
+            remedy = f"lower --{arguments.rate}" + " or --zo_eps" * (arguments.trainer == "zo")
+            advice = advice_for_losses(trainer.model, from_the_start, remedy)
+            raise Diverged(f"{reason}: {place}; {advice}")
         if arguments.replays_best and state.best_global_step:
             self.return_to_best(model, folder, state.best_global_step)
         if arguments.save_model:
@@ -163,8 +165,8 @@ class Experiment:
 
     def first_lines(self, examples: ExampleSet) -> Iterator[str]:
         """Yield what trains, and on what dev losses are measured."""
-        if self.options.arguments.trainer == "zo":
-            yield method(self.options.arguments)
+        if line := method(self.options.arguments):
+            yield line
         if not examples.dev and dev_samples(self.options, examples):
             yield "dev losses are those of the eval examples: there is no --num_dev"
 

@@ -75,18 +75,19 @@ def result_lines(
                 spread = f" (mean of {len(runs)} sets, standard deviation {deviation})"
             yield f"{name}: {describe(result[kind])}{spread}"
     for run in runs:
-        for line in concerns(run):
+        for line in concerns(run, options.arguments.rate):
             yield f"set {run['train_set_seed']}: {line}" if len(runs) > 1 else line
     yield f"result: {options.result}"
 
 
-def concerns(result: Mapping[str, Any]) -> Iterator[str]:
+def concerns(result: Mapping[str, Any], rate: str = "learning_rate") -> Iterator[str]:
     """Yield a line for everything that speaks against a run: it diverged, or did only harm.
 
     Dev losses count where there are any, training losses otherwise. They diverged if they end above
-    the first by more than the first itself, and by more than ``NOISE``.
+    the first by more than the first itself, and by more than ``NOISE``. ``rate`` is the argument
+    that says how far a step goes.
     """
-    losses, way_out = result.get("history", {}), "lower --learning_rate"
+    losses, way_out = result.get("history", {}), f"lower --{rate}"
     name = "dev_loss" if losses.get("dev_loss") else "loss"
     values, words = list(losses.get(name, {}).values()), name.replace("_", " ")
     if len(values) > 1 and values[0] is not None:

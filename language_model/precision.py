@@ -23,7 +23,7 @@ def not_finite(what: str, model: nn.Module) -> NotFinite:
     dtype = without_adapter(model).dtype
     remedy = (
         "its weights are damaged, or were trained with too large a step; load other weights, or "
-        "train with a lower --learning_rate"
+        "train with a lower --learning_rate or --broadcast_rate"
     )
     return NotFinite(
         f"the model's {what} are not finite in {str(dtype).removeprefix('torch.')}: "
@@ -31,9 +31,8 @@ def not_finite(what: str, model: nn.Module) -> NotFinite:
     )
 
 
-def advice_for_losses(model: nn.Module, from_the_start: bool) -> str:
+def advice_for_losses(model: nn.Module, from_the_start: bool, remedy: str) -> str:
     """Return what to change where training meets losses that are not finite."""
-    remedy = "lower --learning_rate or --zo_eps"
     if from_the_start and without_adapter(model).dtype == torch.float16:
         return f"{OVERFLOW}, or {remedy}"
     return remedy

@@ -21,6 +21,7 @@ from command_line.groups import SCHEDULES
 from utils import InputError
 
 REGULAR = {"trainer": "regular", "hessian_smooth_type": None}
+BROADCAST = {"trainer": "broadcast", "hessian_smooth_type": None, "learning_rate": None}
 DEV_LOSSES = {"num_dev": 4, "eval_strategy": "steps", "eval_steps": 3}
 # Arguments added to a training run that is in order, and what is said.
 BAD_TRAINING: dict[str, tuple[dict[str, Any], list[str]]] = {
@@ -135,6 +136,31 @@ BAD_TRAINING: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no package for the optimizer": (
         REGULAR | {"optim": "galore_adamw", "optim_target_modules": "attn"},
         ["--optim galore_adamw", "galore_torch"],
+    ),
+    "error broadcast of other weights": (
+        BROADCAST | {"lora": True, "weight_decay": 0.1, "fsdp": "full_shard"},
+        [
+            "--lora: --trainer broadcast trains matrices of the blocks; take --trainer zo, or",
+            *("--weight_decay 0.1: --trainer broadcast has", "--fsdp: only --trainer regular has"),
+        ],
+    ),
+    "error broadcast of a prefix": (BROADCAST | {"prefix_tuning": True}, ["take --trainer zo"]),
+    "error broadcast of the head": (BROADCAST | {"head_tuning": True}, ["take --trainer zo"]),
+    "error broadcast of a metric": (
+        BROADCAST | {"non_diff": True, "train_as_classification": None, "load_int8": True},
+        ["--non_diff: it has no gradient", "--load_int8: quantised", "take --trainer zo with --l"],
+    ),
+    "bounds of error broadcast": (
+        {
+            **BROADCAST,
+            **{"broadcast_rate": -1, "broadcast_damping": 0, "broadcast_from": 1},
+            **{"broadcast_matrices": "q", "broadcast_tokens": 0},
+        },
+        [
+            *("--broadcast_rate -1: must be at least 0", "--broadcast_damping 0: must be larger"),
+            *("--broadcast_from 1: must be below 1", "--broadcast_tokens 0: must be at least 1"),
+            "--broadcast_matrices q: choose from o,d | o | d",
+        ],
     ),
     "a measured rate of AdamW": (
         REGULAR | {"learning_rate": "auto"},

@@ -23,6 +23,7 @@ from utils import InputError
 ZO: dict[str, Any] = {"trainer": "zo", "num_train": 8, "max_steps": 4}
 HIZOO = ZO | {"hessian_smooth_type": "constant1e-8"}
 REGULAR = ZO | {"trainer": "regular"}
+BROADCAST = ZO | {"trainer": "broadcast"}
 PROBING = {"trainer": "regular", "num_train": 8, "linear_probing": True}
 NO_EVAL = ZO | {"no_eval": True, "num_eval": None}
 # What the user gives, and what the line says.
@@ -39,6 +40,24 @@ WITHOUT_EFFECT: dict[str, tuple[dict[str, Any], str]] = {
         PROBING | {"trainer": "zo", "zo_eps": 1e-3},
         "--zo_eps (--linear_probing has no steps), "
         "--trainer zo (--linear_probing is a logistic regression)",
+    ),
+    "a probe with error broadcast": (
+        PROBING | {"trainer": "broadcast", "broadcast_rate": 0.5},
+        "--broadcast_rate (--linear_probing has no steps), "
+        "--trainer broadcast (--linear_probing is a logistic regression)",
+    ),
+    "zeroth order with error broadcast": (
+        BROADCAST
+        | {"learning_rate": "auto", "zo_eps": 1e-3, "hessian_smooth_type": "constant1e-8"}
+        | {"torch_compile": True, "untie_emb": True, "reward_samples": 2},
+        "--learning_rate (--trainer broadcast has --broadcast_rate), "
+        "--zo_eps, --hessian_smooth_type, --reward_samples (without --trainer zo), "
+        "--torch_compile (only --trainer regular has a backward pass), "
+        "--untie_emb (--trainer broadcast trains no head)",
+    ),
+    "error broadcast for others": (
+        ZO | {"broadcast_rate": 0.5, "broadcast_from": "auto", "broadcast_matrices": "o"},
+        "--broadcast_rate, --broadcast_from, --broadcast_matrices (without --trainer broadcast)",
     ),
     "float16 without a GPU": (REGULAR | {"fp16": True}, "--fp16 (there is no GPU: float32)"),
     "sets of nothing": ({"num_train_sets": 2}, "--num_train_sets (there are no demonstrations)"),
@@ -136,6 +155,12 @@ SILENT: dict[str, dict[str, Any]] = {
     },
     "dev losses on the eval examples": ZO | {"no_eval": True, "eval_strategy": "epoch"},
     "MeZO": ZO | {"hessian_smooth_type": "constant0", "decay_step": 0, "max_grad_norm": 0},
+    "error broadcast": {
+        **BROADCAST | {"broadcast_rate": 0, "broadcast_from": "auto", "broadcast_tokens": 9},
+        **{"lr_scheduler_type": "cosine", "decay_step": 2, "warmup_steps": 1, "weight_decay": 0},
+        **{"load_bfloat16": True, "gradient_accumulation_steps": 2, "lora": False},
+        **{"num_dev": 5, "eval_strategy": "epoch", "save_strategy": "no"},
+    },
     "AdamW's own": REGULAR | {"adam_beta1": 0.5, "bf16": True, "max_skipped_steps": 5},
     "a probe": PROBING | {"num_dev": 5, "save_model": True, "lp_early_stopping": True},
     "of the machine": {"no_auto_device": True, "ddp_timeout": 60, "use_cpu": True},
@@ -179,6 +204,8 @@ def test_what_changes_the_result_is_refused() -> None:
         (ZO | {"optim": "sgd", "adam_beta1": 0.5}, "--optim sgd"),
         (ZO | {"label_smoothing_factor": 0.1}, "--label_smoothing_factor"),
         (REGULAR | {"non_diff": True}, "--non_diff"),
+        (BROADCAST | {"weight_decay": 0.1}, "--weight_decay 0.1: .* has no weight decay"),
+        (BROADCAST | {"bf16": True, "max_grad_norm": 1}, "--bf16, --max_grad_norm 1"),
         (ZO | {"sfc": True}, "--sfc"),
     ):
         with pytest.raises(InputError, match=f"^{said}"):
@@ -212,6 +239,8 @@ def test_conditions_hold_for_all_inside() -> None:
         (STEPS, parsed(**PROBING)),
         (BACKWARD, parsed(**ZO)),
         (FORWARD, parsed(**REGULAR)),
+        (BACKWARD, parsed(**BROADCAST)),
+        (FORWARD, parsed(**BROADCAST)),
     ):
         inside = [each for each in DECLARED.values() if each.effect and _is_in(each.effect, outer)]
         assert len(inside) > 8 and all(each.effect.unmet(base) for each in inside)
@@ -247,6 +276,10 @@ def test_ends_of_the_bounds() -> None:
         ("warmup_steps", [0, 0.5, 3], [-1, 2.5]),
         ("max_steps", [-1, 1], [0, -2]),
         ("top_p", [0.1, 1], [0, 1.1]),
+        ("broadcast_from", [0, 0.99, "auto"], [1, -0.1]),
+        ("broadcast_rate", [0, 2], [-1]),
+        ("broadcast_damping", [1e-9], [0]),
+        ("broadcast_tokens", [1], [0]),
         ("adam_beta1", [0, 0.9], [1, -0.1]),
         ("seed", [0, 2**32 - 1], [-1, 2**32]),
         ("num_train", [0, LARGEST], [-1, LARGEST + 1]),

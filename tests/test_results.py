@@ -407,6 +407,8 @@ def test_history_and_concerns(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(lines) == len(parts), name
         for line, part in zip(lines, parts, strict=True):
             assert line.startswith("warning: ") and part in line and "--learning_rate" in line, name
+    (line,) = concerns({"history": {"loss": {"1": 0.7, "2": None}}}, "broadcast_rate")
+    assert line.endswith("lower --broadcast_rate")
 
 
 def test_diverged_run_says_so_and_no_json_holds_nan(

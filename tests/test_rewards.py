@@ -289,6 +289,7 @@ def test_a_function_that_fails_in_training_ends_it(
     ("arguments", "said"),
     [
         ({"trainer": "regular"}, "it has no gradient for --trainer regular"),
+        ({"trainer": "broadcast"}, "regular and broadcast; take --trainer zo, or leave it out"),
         ({"non_diff": True}, "--reward and --non_diff exclude each other"),
         ({"reward_samples": 0}, "--reward_samples 0: must be at least 1"),
         ({"num_beams": 2, "reward_samples": 2}, "--num_beams 2: --reward_samples 2 draws"),

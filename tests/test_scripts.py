@@ -1,4 +1,4 @@
-"""HiZOO.sh, icl.sh, finetune.sh and finetune_fsdp.sh: their variables, defaults, and whole runs."""
+"""The shell scripts: their variables, defaults, and whole runs."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_nothing_set_is_the_bundled_model_and_data() -> None:
         variables = {"NUM_GPU": "1"} if script.startswith("finetune") else {}
         values = values_of(script, **variables)
         assert picked(values, bundled) == bundled
-        assert values.eval_before_training is (script in ("HiZOO.sh", "finetune.sh"))
+        assert values.eval_before_training is (script not in ("icl.sh", "finetune_fsdp.sh"))
     for model in ("data/tiny-opt", "./data/tiny-opt/"):
         same = values_of("HiZOO.sh", MODEL=os.path.relpath(ROOT / model))
         assert same.given == values_of("HiZOO.sh").given
@@ -122,6 +122,18 @@ def test_line_of_the_paper() -> None:
         **{"fp16": None, "bf16": None, "zo_eps": 1e-3, "hessian_smooth_type": "constant0"},
     }
     assert picked(values, expected) == expected
+    values = values_of("broadcast.sh", **OWN_MODEL)
+    expected |= {
+        **{"trainer": "broadcast", "per_device_train_batch_size": 16, "max_steps": 200},
+        **{"eval_strategy": "steps", "eval_steps": 50, "save_steps": 50, "learning_rate": 5e-5},
+        **{"num_train_epochs": 3, "save_strategy": "steps", "load_saved_dtype": True},
+        **{"broadcast_rate": 1, "broadcast_damping": 0.1, "broadcast_from": 0.5},
+    }
+    assert picked(values, expected) == expected
+    # Of what a script gives, nothing is without effect here.
+    for script in ("broadcast.sh", "HiZOO.sh"):
+        values = values_of(script, "--trainer broadcast")
+        assert make_arguments(values).warning is None and values.lr_scheduler_type == "linear"
     values = values_of("mezo.sh", TASK="Copa", MODE="lora")
     expected = {
         **{"model_name": "facebook/opt-1.3b", "task_name": "Copa", "trainer": "zo", "lora": True},
@@ -144,9 +156,9 @@ def test_every_variable_is_an_argument() -> None:
     samples = {
         **{"TASK": "RTE", "MODEL": "a/b", "DATA_DIR": "some where", "MODE": "", "NUM_GPU": ""},
         **{"HESSIAN_SMOOTH_TYPE": "linear1e-6", "ZO_LR_SCHEDULER_TYPE": "cosine"},
-        **{"STEPS": "80", "DECAY_STEP": "70"},
+        **{"STEPS": "80", "DECAY_STEP": "70", "FROM": "0.25"},
     }
-    for script in ("HiZOO.sh", "finetune.sh", "icl.sh"):
+    for script in ("HiZOO.sh", "broadcast.sh", "finetune.sh", "icl.sh"):
         numbers = iter(range(2, 30))
         variables = {name: samples.get(name, str(next(numbers))) for name in VARIABLES[script]}
         values = values_of(script, **variables)
@@ -161,6 +173,7 @@ def test_every_number_is_checked_in_one_place() -> None:
     """Bash would run some of these words; each is named with its variable, once."""
     texts = {"MODEL", "DATA_DIR", "TASK", "MODE", "HESSIAN_SMOOTH_TYPE", "ZO_LR_SCHEDULER_TYPE"}
     floats = {"LR", "EPS", "EPOCH", "WEIGHT_DECAY", "WARMUP_STEP", "EVAL_STEPS"}
+    floats |= {"RATE", "DAMPING", "FROM"}
     failures = []
     for script, variables in VARIABLES.items():
         for name in variables.keys() - texts:
@@ -284,6 +297,9 @@ def test_what_makes_no_sense_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         ("HiZOO.sh", "", {"BS": "+5", "WORLD_SIZE": "2"}, r"BS=\+5: give a multiple of the 2 proc"),
         ("HiZOO.sh", "", {"BS": "5", "WORLD_SIZE": "2"}, "BS=5: give a multiple of the 2 proc"),
         ("HiZOO.sh", "", {"LR": "fast", "STEPS": "0"}, "(?s)STEPS=0: .*LR=fast: must be a number"),
+        ("broadcast.sh", "", {"FROM": "1"}, "FROM=1: must be below 1"),
+        ("broadcast.sh", "--lora", {"RATE": "-1"}, "RATE=-1: must be at least 0"),
+        ("HiZOO.sh", "--trainer broadcast", {"MODE": "lora"}, "--lora: .*take --trainer zo"),
         ("icl.sh", "--trainer=zo", {}, "--trainer zo: icl.sh trains nothing"),
         ("finetune.sh", "--fsdp full_shard", {"MODE": "prefix"}, "--prefix_tuning: it needs whole"),
         ("finetune.sh", "", {"NUM_GPU": "3"}, "BS=8: give a multiple of the 3 processes"),
@@ -387,7 +403,7 @@ def told_defaults(lines: list[str], arguments: dict[str, str]) -> dict[tuple[str
 
 
 def test_help_tells_the_defaults(tmp_path: Path) -> None:
-    for name in ("HiZOO.sh", "finetune.sh"):
+    for name in ("HiZOO.sh", "broadcast.sh", "finetune.sh"):
         lines = run_script(tmp_path, "--help", script=name).stdout.splitlines()
         told = told_defaults(lines, VARIABLES[name])
         for mode in ("ft", "prefix", "lora"):
