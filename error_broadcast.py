@@ -191,7 +191,7 @@ class ErrorBroadcast(torch.optim.Optimizer):
                 at_output = scaled(w.errors(kept.outputs[w], errors), squares)[:count]
             batch[w] = (inputs, at_output)
         self._batches.append(batch)
-        return float(loss)
+        return loss.item()
 
     @property
     def optimizer(self) -> ErrorBroadcast:
