@@ -198,7 +198,9 @@ def test_whitened_inputs_are_the_inverse_written_out() -> None:
     # transformers' Gemma 2 makes NaN of padding in float64.
     [("llama", torch.float64, 1e-5), ("gemma2", torch.float32, 1e-3)],
 )
-def test_batches_of_an_accumulation_are_one_large_batch(family: str, dtype: torch.dtype, bound: float) -> None:
+def test_batches_of_an_accumulation_are_one_large_batch(
+    family: str, dtype: torch.dtype, bound: float
+) -> None:
     for objective, task in ((classification_loss, "CB"), (language_model_loss, "SQuAD")):
         model, batch = model_of(family, dtype), batch_of(task)
         before = weights_of(model)
