@@ -95,6 +95,11 @@ class Meaning:
         return "linear" if self.trainer in ("regular", "broadcast") else "constant"
 
     @property
+    def shares_batches(self) -> bool:
+        """Whether several processes make the steps of one, up to rounding."""
+        return self.trainer in ("zo", "broadcast")
+
+    @property
     def rate(self) -> str:
         """The argument that says how far a step goes."""
         return "broadcast_rate" if self.trainer == "broadcast" else "learning_rate"

@@ -78,7 +78,7 @@ def default_name(arguments: Arguments) -> str:
     broadcasts = arguments.trainer == "broadcast"
     mode = next((name for each, name in TUNING_MODES.items() if getattr(arguments, each)), "ft")
     batch = arguments.per_device_train_batch_size
-    batch = examples_of_a_batch(arguments) if zeroth_order else batch
+    batch = examples_of_a_batch(arguments) if arguments.shares_batches else batch
     reward = arguments.task.reward
     parts = [
         _task_part(arguments),
@@ -228,9 +228,9 @@ def settings_of_a_checkpoint(arguments: Arguments) -> dict[str, Any]:
 def _batch_and_processes(arguments: Arguments, name: str) -> dict[str, int]:
     """Return the examples of a step, and under ``name`` the number of processes where it counts.
 
-    Zeroth-order steps are the same however many processes share them, up to rounding.
+    Steps without a backward pass are the same however many processes share them, up to rounding.
     """
-    if arguments.trainer == "zo":
+    if arguments.shares_batches:
         return {"per_device_train_batch_size": examples_of_a_batch(arguments), name: 1}
     return {name: arguments.world_size if arguments.trainer != "none" else 1}
 

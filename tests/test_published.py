@@ -24,7 +24,7 @@ COMMANDS = ROOT / "tests" / "published_commands.txt"
 REFUSED = {
     r"--method FZOO": r"not here: --method FZOO \(--trainer zo is MeZO, .*\)",
     r"--momentum": r"not here: --trainer zo_sgd .*, --momentum 0.9 .*, --module_wise_perturb.*",
-    r"--trainer=zo_sgd": r"not here: --trainer zo_sgd \(choose from none, regular, zo\)",
+    r"--trainer=zo_sgd": r"not here: --trainer zo_sgd \(choose from none, regular, zo, broadcast\)",
     r"--prompt_tuning": r"not here: --prompt_tuning \(--prefix_tuning trains a prefix\)",
     r"--zo_method": r"not here: --zo_method mezo-sgd \(.*ZO2's offloading\)",
     r"--fsdp": r"--fsdp needs processes: .*",
