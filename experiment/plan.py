@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from command_line.arguments import Arguments
@@ -17,11 +18,13 @@ from command_line.checks import steps_of_run
 from command_line.declarations import AUTO
 from command_line.optimizer import optimizer_config, passes_of_a_batch
 from command_line.settings import examples_of_a_batch
+from error_broadcast import ErrorBroadcast
 from experiment.options import Options
 from experiment.preparation import Prepared, choose_trained_weights
 from experiment.training import dev_samples
 from language_model.loading import load_config_and_tokenizer
 from task_data.sampling import ExampleSet
+from trainer import naming_way_out
 from zeroth_order import step_rule
 
 
@@ -70,7 +73,7 @@ def make_plan(options: Options, prepared: Prepared) -> Plan:
             # Real activations would take a forward pass.
             weights = replace(options.weights, prefix_init_by_real_act=False)
             with_trained = choose_trained_weights(empty, weights, encoder.tokenizer)
-            trained = sum(p.numel() for p in with_trained.parameters() if p.requires_grad)
+            trained = sum(p.numel() for p in _trained(with_trained, arguments))
     samples = _evaluated_samples(options, prepared.example_sets[0])
     evaluated = math.ceil(samples / arguments.per_device_eval_batch_size)
     if encoder.task.generation:
@@ -86,6 +89,22 @@ def make_plan(options: Options, prepared: Prepared) -> Plan:
         kept *= zo.hessian == "full" and zo.hessian_smooth > 0
     memory = int(parameters * (model.bits / 8 if model.bits else size)) + trained * kept
     return Plan(*of_all_sets, parameters, trained, memory)
+
+
+def _trained(model: nn.Module, arguments: Arguments) -> Iterator[nn.Parameter]:
+    """Yield the trained parameters; where error broadcast is to choose, those it chooses from.
+
+    Raises:
+        InputError: error broadcast does not know the architecture.
+    """
+    if arguments.trainer != "broadcast":
+        yield from (p for p in model.parameters() if p.requires_grad)
+        return
+    first, matrices = arguments.broadcast_from, arguments.broadcast_matrices.split(",")
+    with naming_way_out():
+        optimizer = ErrorBroadcast(model, first=0 if first == AUTO else first, matrices=matrices)
+    for group in optimizer.param_groups:
+        yield from group["params"]
 
 
 def training_passes(arguments: Arguments) -> tuple[int, int]:

@@ -112,7 +112,6 @@ class Experiment:
         arguments, checkpoint = options.arguments, start.checkpoint
         if arguments.merge_adapter:
             check_merge(model)
-        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         trainer = make_trainer(options, model, self.prepared, examples, folder, start)
         probe, interrupt = None, SaveOnInterrupt()
         eps, curvature_eps = arguments.zo_eps, arguments.curvature_eps
@@ -128,6 +127,8 @@ class Experiment:
             trainer.add_callback(SayAtStart(self.first_lines(examples)))
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         self.used = used_by_optimizer(trainer.optimizer)
+        if arguments.trainer == "broadcast":
+            trainer.create_optimizer()  # where all steps were done before: it freezes other weights
         # Metrics come from the model's own dtype, not from mixed precision.
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         state, last = trainer.state, last_checkpoint(folder)
@@ -152,7 +153,7 @@ class Experiment:
         if best:
             say(f"checkpoint: {best}")
         return {
-            "trained_parameters": parameters,
+            "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "steps": state.global_step,
             "train_seconds": trainer.costs.seconds,
             **trainer.costs.passes(),

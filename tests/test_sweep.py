@@ -439,6 +439,7 @@ PLANNED = (
     {"curvature_eps": 1e-2, "max_steps": 12},
     {"learning_rate": "auto", "hessian_smooth_type": "constant0", "max_steps": 11},
     {"trainer": "regular"},
+    {"trainer": "broadcast", "gradient_accumulation_steps": 2},
 )
 
 
@@ -464,6 +465,11 @@ def test_plan_counts_weights_and_says_so(tmp_path: Path) -> None:
     steps, weights = plan.lines()
     assert steps.startswith("6 steps: 19 forward passes of training")
     assert weights.endswith("for weights and optimizer")
+    argv = training(tmp_path / "broadcast", trainer="broadcast", broadcast_matrices="o")
+    of_broadcast = options_of(parse_arguments(argv))
+    plan = make_plan(of_broadcast, prepare(of_broadcast))
+    assert plan.trained_parameters == finish(argv)["trained_parameters"] > 0
+    assert (plan.forward_passes, plan.memory) == (6, 4 * plan.parameters)
 
 
 def test_dry_run_tells_what_differs_and_writes_nothing(
