@@ -3,6 +3,7 @@
     python benchmarks/methods.py                                    the bundled model, SST2
     python benchmarks/methods.py --methods "curvature" "mezo lr=1e-4" "adamw lr=1e-5" --seeds 0
     python benchmarks/methods.py --output FILE.json --methods --plot FILE.png     its picture
+    python benchmarks/methods_table.py FILE.json                    its table
 
 A method is a kind and its settings:
 
@@ -10,21 +11,25 @@ A method is a kind and its settings:
     hizoo       lr, alpha, n, hessian (full, lowrank)
     curvature   the step from the measured curvature: lr is its k; alpha 0 is MeZO's direction
     fzoo        lr (fzoo.py)
-    adamw       lr
+    adamw       lr, from (0.5: the upper half of the blocks alone)
+    broadcast   error broadcast: kappa, damping, from, matrices (o,d)
+    probing     linear probing: one pass over the training rows
+    zeroshot    the model as it is
 
-and for all of them, where they know it: eps, curvature_eps, every (curvature_every), decay
-(linear, to 0 at the end), mode (ft, lora, prefix, head), batch. A first-order step counts as three
-forward passes. Every finished run stands in --output and is not repeated.
+and for all that take steps, where they know it: eps, curvature_eps, every (curvature_every), decay
+(linear, to 0 at the end: broadcast always), mode (ft, lora, prefix, head), batch, passes (instead
+of --passes, with a dev loss at the end alone). A first-order step counts as three forward passes.
+Seconds are one thread's CPU seconds. Every finished run stands in --output and is not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,26 +38,29 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch
 from fzoo import FZOO
+from methods_table import draw, read_runs, settings_of, table, write_runs
 from torch import Tensor, nn
 
 from hizoo import HiZOO, Layers
 from language_model.adapters import add_lora, add_prefix
 from language_model.encoding import EncodedExample, Encoder
-from language_model.head import freeze_all_but_head, untie_head
+from language_model.head import fit_head, freeze_all_but_head, untie_head
 from language_model.loading import load_config_and_tokenizer, load_model
 from language_model.objectives import (
+    Objective,
+    by_example,
     classification_loss,
     language_model_loss,
     option_scores,
 )
 from language_model.packing import collate
 from task_data.loading import load_samples
-from task_data.sampling import sample_train_dev
-from tasks import get_task
-from utils import write_json
+from task_data.sampling import sample_train_dev, with_a_correct_option
+from tasks import Sample, get_task
 
 BUNDLED, SAMPLES = ROOT / "data" / "tiny-opt", ROOT / "data" / "samples"
 TRAIN, DEV, BATCH = 1000, 200, 16
+DEV_OF_POOL = 300
 DEFAULTS = (
     "mezo lr=1e-4",
     "mezo lr=8e-4",
@@ -62,25 +70,52 @@ DEFAULTS = (
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FIRST_ORDER_PASSES = 3
-NAMES = {
-    "mezo": "MeZO",
-    "hizoo": "HiZOO",
-    "curvature": "MeZO, LR=auto",
-    "fzoo": "FZOO",
-    "adamw": "AdamW",
-}
 Loss = Callable[[], Tensor]
-Step = Callable[[Loss], tuple[float, int]]
+Step = Callable[[Loss, dict[str, Tensor]], tuple[float, int]]
 
 
-def settings_of(method: str) -> dict[str, Any]:
-    """Return the kind of a method and its settings, numbers as numbers."""
-    kind, *pairs = method.split()
-    settings: dict[str, Any] = {"kind": kind}
-    for pair in pairs:
-        name, _, value = pair.partition("=")
-        settings[name] = value if value.isalpha() else float(value)
-    return settings
+@dataclass(frozen=True)
+class Rows:
+    """What a run trains on, how, and what its dev loss is of."""
+
+    samples: list[Sample]
+    train: list[EncodedExample]
+    dev: list[EncodedExample]
+    objective: Objective
+    with_options: bool
+
+    def best_constant(self) -> dict[str, float] | None:
+        """Return loss and accuracy of the best answer that looks at no text."""
+        if not self.with_options:
+            return None
+        counts = torch.tensor([*Counter(example.correct for example in self.dev).values()])
+        shares = counts / counts.sum()
+        return {"loss": float(-(shares * shares.log()).sum()), "accuracy": float(shares.max())}
+
+
+def draw_rows(arguments: argparse.Namespace, encoder: Encoder, seed: int) -> Rows:
+    """Draw the rows of a seed and encode them."""
+    task = encoder.task
+    samples, validation = load_samples(
+        task, None if arguments.data_dir == "hub" else arguments.data_dir
+    )
+    sizes = TRAIN, DEV
+    if arguments.pool:
+        samples = samples + validation
+        sizes = arguments.pool, min(DEV_OF_POOL, len(samples) - arguments.pool)
+    train, dev = with_a_correct_option(*sample_train_dev(samples, *sizes, seed))
+    of_options = task.train_as_classification
+    if arguments.objective != "task":
+        of_options = arguments.objective == "options"
+    encode_dev = encoder.correct_option if task.generation else encoder.options
+    return Rows(
+        samples=train,
+        train=[*map(encoder.options if of_options else encoder.correct_option, train)],
+        # Texts of one length stand together, which leaves little to pad.
+        dev=sorted(map(encode_dev, dev), key=lambda example: len(example.options[0].tokens)),
+        objective=classification_loss if of_options else language_model_loss,
+        with_options=not task.generation,
+    )
 
 
 def prepare_model(name: str, dtype: torch.dtype, mode: str, seed: int) -> tuple[nn.Module, Any]:
@@ -98,14 +133,26 @@ def prepare_model(name: str, dtype: torch.dtype, mode: str, seed: int) -> tuple[
     return model.eval(), tokenizer
 
 
+def freeze_below(model: nn.Module, share: float) -> None:
+    """Leave only the blocks from that share of the depth on to train."""
+    blocks = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
+    model.requires_grad_(False)
+    for block in blocks[int(share * len(blocks)) :]:
+        block.requires_grad_(True)
+
+
 def make_step(model: nn.Module, settings: dict[str, Any], seed: int) -> tuple[Step, Any]:
     """Return what does one step and counts its forward passes, and the optimizer for its rate."""
+    if settings["kind"] == "broadcast":
+        return make_broadcast_step(model, settings, seed)
+    if "from" in settings:
+        freeze_below(model, settings["from"])
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     kind, lr = settings["kind"], settings.get("lr", 0.1)
     if kind == "adamw":
-        first_order = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+        first_order = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True)
 
-        def first_order_step(loss: Loss) -> tuple[float, int]:
+        def first_order_step(loss: Loss, _: dict[str, Tensor]) -> tuple[float, int]:
             with torch.enable_grad():
                 value = loss()
                 value.backward()
@@ -116,7 +163,7 @@ def make_step(model: nn.Module, settings: dict[str, Any], seed: int) -> tuple[St
         return first_order_step, first_order
     if kind == "fzoo":
         fzoo = FZOO(trained, lr=lr, eps=settings.get("eps", 1e-3), seed=seed)
-        return lambda loss: (fzoo.step(loss), 1 + fzoo.directions), fzoo
+        return lambda loss, _: (fzoo.step(loss), 1 + fzoo.directions), fzoo
     layers = Layers(model) if trained[0].dtype.itemsize < 4 else None
     optimizer = HiZOO(
         trained,
@@ -133,7 +180,7 @@ def make_step(model: nn.Module, settings: dict[str, Any], seed: int) -> tuple[St
     for group in optimizer.param_groups:
         group["lr"] = lr  # k, with lr="auto"
 
-    def step(loss: Loss) -> tuple[float, int]:
+    def step(loss: Loss, _: dict[str, Tensor]) -> tuple[float, int]:
         passes = 0
 
         def counted() -> Tensor:
@@ -142,6 +189,26 @@ def make_step(model: nn.Module, settings: dict[str, Any], seed: int) -> tuple[St
             return loss()
 
         return optimizer.step(counted), passes
+
+    return step, optimizer
+
+
+def make_broadcast_step(model: nn.Module, settings: dict[str, Any], seed: int) -> tuple[Step, Any]:
+    """Return the same of error broadcast, whose step is one forward pass."""
+    from error_broadcast import ErrorBroadcast
+
+    optimizer = ErrorBroadcast(
+        model,
+        lr=settings.get("kappa", 1.0),
+        damping=settings.get("damping", 0.1),
+        first=settings.get("from", 0.5),
+        matrices=tuple(settings.get("matrices", "o,d").split(",")),
+        seed=seed,
+    )
+
+    def step(loss: Loss, batch: dict[str, Tensor]) -> tuple[float, int]:
+        reads = batch["read_rows"], batch["read_columns"]
+        return float(optimizer.step(loss, reads=reads)), 1
 
     return step, optimizer
 
@@ -171,7 +238,8 @@ def evaluate(
             continue
         scores = option_scores(model, batch).float()
         losses.append((float(nn.functional.cross_entropy(scores, batch["correct"])), len(part)))
-        right += int((scores.argmax(dim=1) == batch["correct"]).sum())
+        acceptable = by_example(batch["acceptable"], batch, False)
+        right += int(acceptable.gather(1, scores.argmax(dim=1, keepdim=True)).sum())
     weight = sum(number for _, number in losses)
     loss = sum(value * number for value, number in losses) / weight
     return loss, right / len(examples) if with_options else None
@@ -184,21 +252,42 @@ def measure(arguments: argparse.Namespace, method: str, seed: int) -> dict[str, 
     model, tokenizer = prepare_model(
         arguments.model, DTYPES[arguments.dtype], settings.get("mode", "ft"), seed
     )
-    task = get_task(arguments.task)
-    encoder = Encoder(task, tokenizer, 512)
-    data_dir = None if arguments.data_dir == "hub" else arguments.data_dir
-    drawn = sample_train_dev(load_samples(task, data_dir)[0], TRAIN, DEV, seed)
-    encode = encoder.correct_option if task.generation else encoder.options
-    train, dev = ([encode(sample) for sample in part] for part in drawn)
-    objective = language_model_loss if task.generation else classification_loss
+    encoder = Encoder(get_task(arguments.task), tokenizer, arguments.max_length)
+    rows = draw_rows(arguments, encoder, seed)
+    run: dict[str, Any] = {"method": method, "seed": seed, "best_constant": rows.best_constant()}
+    if settings["kind"] in ("zeroshot", "probing"):
+        passes, started = 0, time.process_time()
+        if settings["kind"] == "probing":
+            passes = -(-len(rows.train) // BATCH)
+            fit_head(model, tokenizer, [*map(encoder.correct_option, rows.samples)], BATCH)
+        seconds = time.process_time() - started
+        loss, accuracy = evaluate(model, rows.dev, rows.with_options)
+        row = {"passes": passes, "seconds": seconds, "loss": loss, "accuracy": accuracy}
+        tell(method, seed, row)
+        return run | {"curve": [row]}
+    points = arguments.at or [
+        round(arguments.passes * i / arguments.points) for i in range(1, arguments.points + 1)
+    ]
+    targets = [int(settings["passes"])] if "passes" in settings else [0, *points]
+    return run | {"curve": train(model, settings, seed, rows, targets, arguments.give_up)}
+
+
+def train(
+    model: nn.Module,
+    settings: dict[str, Any],
+    seed: int,
+    rows: Rows,
+    targets: list[int],
+    give_up: float,
+) -> list[dict[str, Any]]:
+    """Take steps until the last of the numbers of passes; returns what was measured at each."""
     step, optimizer = make_step(model, settings, seed)
-    curve, passes, steps, seconds = [], 0, 0, 0.0
-    targets = [round(arguments.passes * i / arguments.points) for i in range(arguments.points + 1)]
-    data = batches(train, seed, int(settings.get("batch", BATCH)))
-    largest = 0.0
+    decays = settings.get("decay") == "linear" or settings["kind"] == "broadcast"
+    curve, passes, steps, seconds, largest, budget = [], 0, 0, 0.0, 0.0, targets[-1]
+    data = batches(rows.train, seed, int(settings.get("batch", BATCH)))
     while True:
         if passes >= targets[0]:
-            loss, accuracy = evaluate(model, dev, not task.generation)
+            loss, accuracy = evaluate(model, rows.dev, rows.with_options)
             row = {"passes": passes, "steps": steps, "seconds": seconds, "loss": loss}
             row |= {"accuracy": accuracy, "largest_loss": largest}
             if isinstance(optimizer, HiZOO):
@@ -206,19 +295,19 @@ def measure(arguments: argparse.Namespace, method: str, seed: int) -> dict[str, 
                 row |= {"eta": optimizer.learning_rate(group)}
                 row |= {"mean_curvature": group["mean_curvature"]}
             curve.append(row)
-            tell(method, seed, row)
+            tell(settings["method"], seed, row)
             while targets and passes >= targets[0]:
                 targets.pop(0)
-            if not targets or not loss < arguments.give_up:
-                return {"method": method, "seed": seed, "curve": curve}
-        if settings.get("decay") == "linear":
+            if not targets or not loss < give_up:
+                return curve
+        if decays:
             for group in optimizer.param_groups:
                 start = group.setdefault("initial_lr", group["lr"])
-                group["lr"] = start * (1 - passes / arguments.passes)
+                group["lr"] = start * (1 - passes / budget)
         batch = next(data)
-        started = time.perf_counter()
-        value, used = step(lambda batch=batch: objective(model, batch))
-        seconds += time.perf_counter() - started
+        started = time.process_time()
+        value, used = step(lambda batch=batch: rows.objective(model, batch), batch)
+        seconds += time.process_time() - started
         largest = max(largest, value)
         passes, steps = passes + used, steps + 1
 
@@ -234,63 +323,6 @@ def tell(method: str, seed: int, row: dict[str, Any]) -> None:
     )
 
 
-def mean_and_error(values: Sequence[float]) -> str:
-    """Return a mean with its standard error."""
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.4f} ± {error:.4f}"
-
-
-def table(runs: list[dict[str, Any]]) -> str:
-    """Return a line for each method: final and lowest losses, accuracy, passes to loss levels."""
-    lines = []
-    for method in dict.fromkeys(run["method"] for run in runs):
-        curves = [run["curve"] for run in runs if run["method"] == method]
-        last = [curve[-1] for curve in curves]
-        losses = " ".join(f"{row['loss']:.3f}" for row in last)
-        accuracy = ""
-        if last[0]["accuracy"] is not None:
-            accuracy = f"accuracy {mean_and_error([row['accuracy'] for row in last])}"
-        middle = [curve[len(curve) // 2]["loss"] for curve in curves]
-        final = mean_and_error([row["loss"] for row in last])
-        lines.append(
-            f"{method:38s} passes {last[0]['passes']:5d} loss {final} ({losses}) half-way "
-            f"{mean_and_error(middle)} {accuracy}"
-        )
-    return "\n".join(lines)
-
-
-def label(method: str) -> str:
-    """Return a method as people say it."""
-    settings = settings_of(method)
-    words = [NAMES[settings["kind"]]]
-    words += [f"learning rate {settings['lr']:g}"] if "lr" in settings else []
-    words += [f"α {settings['alpha']:g}"] if settings.get("alpha") else []
-    return ", ".join(words)
-
-
-def draw(runs: list[dict[str, Any]], methods: Sequence[str], path: Path) -> None:
-    """Draw dev loss and accuracy over forward passes: mean and standard error of the seeds."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    names = [name for name in ("loss", "accuracy") if runs[0]["curve"][0][name] is not None]
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        for method in methods:
-            curves = [run["curve"] for run in runs if run["method"] == method]
-            shortest = min(map(len, curves))
-            passes = [row["passes"] for row in curves[0][:shortest]]
-            values = torch.tensor([[row[name] for row in curve[:shortest]] for curve in curves])
-            mean = values.mean(dim=0)
-            error = values.std(dim=0, correction=int(len(curves) > 1)) / len(curves) ** 0.5
-            axes.plot(passes, mean, label=label(method), marker="o", markersize=3)
-            axes.fill_between(passes, mean - error, mean + error, alpha=0.2, linewidth=0)
-        axes.set(xlabel="forward passes (a backward pass counts as two)", ylabel=f"dev {name}")
-        axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
-    figure.savefig(path, dpi=150)
-
-
 def main() -> None:
     """Measure what is not there yet, and print a line for each method."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -304,32 +336,47 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of data and noise")
     parser.add_argument("--passes", type=int, default=900, help="forward passes of a run")
     parser.add_argument("--points", type=int, default=9, help="dev losses of a run")
+    parser.add_argument(
+        "--at",
+        type=int,
+        nargs="+",
+        help="dev losses at these passes; the last ends a run, instead of --passes",
+    )
+    parser.add_argument(
+        "--pool",
+        type=int,
+        help="so many training rows, and up to 300 of dev, from training and validation file "
+        "together; default: 1000 and 200 from the training file",
+    )
+    parser.add_argument(
+        "--objective",
+        default="task",
+        choices=("task", "options", "language"),
+        help="cross-entropy over the options, or the correct one's tokens; default: the task's",
+    )
+    parser.add_argument("--max_length", type=int, default=512, help="tokens of a text")
     parser.add_argument("--give_up", type=float, default=20.0, help="dev loss that ends a run")
     parser.add_argument("--output", type=Path, help="JSON file of all runs; gone on with")
     parser.add_argument("--plot", type=Path, help="picture of all runs in --output")
     arguments = parser.parse_args()
-    runs = []
-    if arguments.output and arguments.output.exists():
-        runs = json.loads(arguments.output.read_text())["runs"]
+    if arguments.at:
+        arguments.passes = arguments.at[-1]
+    runs = read_runs(arguments.output) if arguments.output else []
     done = {(run["method"], run["seed"]) for run in runs}
+    names = ("model", "task", "dtype", "passes", "pool", "objective", "max_length")
+    shared = {name: getattr(arguments, name) for name in names}
+    shared["model"] = Path(shared["model"]).name
     for seed in arguments.seeds:
         for method in arguments.methods:
             if (method, seed) in done:
                 continue
             runs.append(measure(arguments, method, seed))
-            print(table(runs[-1:]), flush=True)
             if arguments.output:
-                names = ("model", "task", "dtype", "passes")
-                shared = {name: getattr(arguments, name) for name in names}
-                shared["model"] = Path(shared["model"]).name
-                write_json(arguments.output, {**shared, "runs": runs})
+                write_runs(arguments.output, shared, runs)
     print(table(runs))
     if arguments.plot:
-        draw(
-            runs,
-            arguments.methods or list(dict.fromkeys(r["method"] for r in runs)),
-            arguments.plot,
-        )
+        chosen = arguments.methods or list(dict.fromkeys(run["method"] for run in runs))
+        draw(runs, chosen, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -131,6 +131,42 @@ def test_methods(
     assert capsys.readouterr().err.count(f"{mezo}, seed 0: 0 passes") == 1
 
 
+def test_methods_of_first_order_on_pooled_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    methods, methods_table = map(importlib.import_module, ("methods", "methods_table"))
+    monkeypatch.setattr(methods, "DEV_OF_POOL", 6)
+    chosen = ["zeroshot", "probing", "adamw lr=1e-5 from=0.5 passes=4", "adamw lr=1e-5 mode=head"]
+    file = tmp_path / "runs.json"
+    line = ["methods.py", "--pool", "20", "--passes", "6", "--at", "3", "6", "--seeds", "0"]
+    monkeypatch.setattr(sys, "argv", [*line, "--output", str(file), "--methods", *chosen])
+    methods.main()
+    runs = {run["method"]: run for run in json.loads(file.read_text())["runs"]}
+    passes = [[row["passes"] for row in runs[method]["curve"]] for method in chosen]
+    assert passes == [[0], [2], [6], [0, 3, 6]]
+    zero = runs["zeroshot"]["curve"][0]
+    assert runs["adamw lr=1e-5 mode=head"]["curve"][0]["loss"] == pytest.approx(zero["loss"])
+    assert runs["probing"]["curve"][0]["loss"] != zero["loss"]
+    assert 0.5 <= runs["zeroshot"]["best_constant"]["accuracy"] <= 1
+    monkeypatch.setattr(sys, "argv", ["methods_table.py", str(file)])
+    methods_table.main()
+    text = capsys.readouterr().out
+    assert "| Linear probing | 1 |" in text and "AdamW, head tuning, learning rate 1e-05" in text
+
+
+def test_adamw_trains_the_upper_blocks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    methods = importlib.import_module("methods")
+    model, _ = methods.prepare_model(str(methods.BUNDLED), torch.float32, "ft", 0)
+    methods.freeze_below(model, 0.5)
+    blocks = len(model.model.decoder.layers)
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    first = blocks // 2
+    assert all(name.startswith("model.decoder.layers.") for name in trained)
+    assert {int(name.split(".")[3]) for name in trained} == set(range(first, blocks))
+
+
 def test_fzoo_is_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     fzoo = importlib.import_module("fzoo")

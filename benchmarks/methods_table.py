@@ -1,0 +1,203 @@
+"""Tables and pictures of what methods.py has measured.
+
+    python benchmarks/methods_table.py FILE.json … [--passes 0 50 100 200 400 1000]
+
+A cell holds dev loss and accuracy, each the mean of the seeds and its standard error. A run whose
+method names its ``passes`` stands in that column alone. Linear probing stands in the first column
+that it can afford.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+
+from utils import read_json, write_text_atomically
+
+COLUMNS = (0, 50, 100, 200, 400, 1000)
+LONGEST_STEP = 9  # passes: FZOO's
+NAMES = {
+    "mezo": "MeZO",
+    "hizoo": "HiZOO",
+    "curvature": "MeZO, LR=auto",
+    "fzoo": "FZOO",
+    "adamw": "AdamW",
+    "broadcast": "Error broadcast",
+    "probing": "Linear probing",
+    "zeroshot": "Zero-shot",
+}
+
+
+def settings_of(method: str) -> dict[str, Any]:
+    """Return the kind of a method and its settings, numbers as numbers."""
+    kind, *pairs = method.split()
+    settings: dict[str, Any] = {"method": method, "kind": kind}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        try:
+            settings[name] = float(value)
+        except ValueError:
+            settings[name] = value
+    return settings
+
+
+def read_runs(path: Path) -> list[dict[str, Any]]:
+    """Return the runs of a file of methods.py; none if there is no such file."""
+    return read_json(path).get("runs", [])
+
+
+def write_runs(path: Path, shared: dict[str, Any], runs: list[dict[str, Any]]) -> None:
+    """Write a file of methods.py: what all runs share, and a line for each measurement."""
+    text = json.dumps(shared, ensure_ascii=False, allow_nan=False)[:-1] + ', "runs": [\n'
+    lines = []
+    for run in runs:
+        rows = [
+            json.dumps({name: _short(value) for name, value in r.items()}) for r in run["curve"]
+        ]
+        rest = json.dumps({name: value for name, value in run.items() if name != "curve"})
+        lines.append(rest[:-1] + ', "curve": [\n  ' + ",\n  ".join(rows) + "\n]}")
+    write_text_atomically(path, text + ",\n".join(lines) + "\n]}\n")
+
+
+def _short(value: Any) -> Any:
+    """Return a number with the digits that mean something; None for what JSON cannot hold."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if abs(value) < float("inf") else None
+
+
+def label(method: str) -> str:
+    """Return a method as people say it."""
+    settings = settings_of(method)
+    words = [NAMES[settings["kind"]]]
+    if settings.get("mode", "ft") != "ft":
+        words += [{"head": "head tuning"}.get(settings["mode"], settings["mode"])]
+    if "from" in settings and settings["kind"] == "adamw":
+        words += [f"blocks from {settings['from']:g} of the depth on"]
+    words += [f"learning rate {settings['lr']:g}"] if "lr" in settings else []
+    words += [f"α {settings['alpha']:g}"] if settings.get("alpha") else []
+    words += ["c every tenth step"] if settings.get("every") == 10 else []
+    words += ["rate falling to 0"] if settings.get("decay") == "linear" else []
+    if settings["kind"] == "broadcast":
+        named = {"kappa": "κ", "damping": "λ", "from": "from", "matrices": "matrices"}
+        words += [
+            f"{word} {settings[name]:g}" if name != "matrices" else f"{word} {settings[name]}"
+            for name, word in named.items()
+            if name in settings
+        ]
+    return ", ".join(words)
+
+
+def mean_and_error(values: Sequence[float]) -> str:
+    """Return a mean, and its standard error if there are several values."""
+    text = f"{statistics.mean(values):.3f}".lstrip("0")
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values) / len(values) ** 0.5:.3f}".replace("0.", ".")
+    return text
+
+
+def cells(runs: list[dict[str, Any]], columns: Sequence[int]) -> dict[str, dict[int, list[Any]]]:
+    """Return the measurements (one a seed) of each method at each number of passes."""
+    found: dict[str, dict[int, list[Any]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        words = [word for word in run["method"].split() if not word.startswith("passes=")]
+        is_one_budget = len(words) < len(run["method"].split())
+        of_run = {}
+        for row in run["curve"][-1:] if is_one_budget else run["curve"]:
+            too_many = [row["passes"] - column for column in columns]
+            fitting = [
+                column
+                for column, more in zip(columns, too_many, strict=True)
+                if 0 <= more < (LONGEST_STEP if column else 1)
+                or (words == ["probing"] and more < 0)
+            ]
+            if fitting:
+                of_run[min(fitting)] = row
+        for column, row in of_run.items():
+            found[" ".join(words)][column].append(row)
+    return found
+
+
+def table(runs: list[dict[str, Any]], columns: Sequence[int] = COLUMNS) -> str:
+    """Return a Markdown table: a line for each method, a column for each number of passes."""
+    found = cells(runs, columns)
+    columns = [c for c in columns if any(c in by_column for by_column in found.values())]
+    lines = [
+        "| method | seeds | " + " | ".join(f"{c} passes" for c in columns) + " | s a pass |",
+        "|" + "---|" * (len(columns) + 3),
+    ]
+    of_seeds = {run["seed"]: run["best_constant"] for run in runs if run.get("best_constant")}
+    if constants := list(of_seeds.values()):
+        loss, accuracy = (
+            mean_and_error([constant[name] for constant in constants])
+            for name in ("loss", "accuracy")
+        )
+        empty = " |" * (len(columns) + 1)
+        lines.append(f"| best constant answer: {loss}, {accuracy} | {empty}")
+    for method, by_column in found.items():
+        texts = []
+        for column in columns:
+            rows = by_column.get(column, [])
+            names = [n for n in ("loss", "accuracy") if rows and rows[0][n] is not None]
+            texts.append(", ".join(mean_and_error([row[name] for row in rows]) for name in names))
+        most = max(map(len, by_column.values()))
+        times = [
+            row["seconds"] / row["passes"]
+            for rows in by_column.values()
+            for row in rows
+            if row["passes"]
+        ]
+        seconds = f"{statistics.median(times):.2f}" if times else ""
+        lines.append(f"| {label(method)} | {most} | " + " | ".join(texts) + f" | {seconds} |")
+    return "\n".join(lines)
+
+
+def draw(runs: list[dict[str, Any]], methods: Sequence[str], path: Path) -> None:
+    """Draw dev loss and accuracy over forward passes: mean and standard error of the seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    names = [name for name in ("loss", "accuracy") if runs[0]["curve"][0][name] is not None]
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for method in methods:
+            curves = [run["curve"] for run in runs if run["method"] == method]
+            shortest = min(map(len, curves))
+            passes = [row["passes"] for row in curves[0][:shortest]]
+            values = torch.tensor([[row[name] for row in curve[:shortest]] for curve in curves])
+            mean = values.mean(dim=0)
+            error = values.std(dim=0, correction=int(len(curves) > 1)) / len(curves) ** 0.5
+            axes.plot(passes, mean, label=label(method), marker="o", markersize=3)
+            axes.fill_between(passes, mean - error, mean + error, alpha=0.2, linewidth=0)
+        axes.set(xlabel="forward passes (a backward pass counts as two)", ylabel=f"dev {name}")
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Print a table for each file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", type=Path, nargs="+", help="of methods.py --output")
+    parser.add_argument("--passes", type=int, nargs="+", default=COLUMNS, help="columns")
+    arguments = parser.parse_args()
+    for file in arguments.files:
+        content = read_json(file)
+        print(
+            f"\n{content['model']}, {content['task']}\n\n{table(content['runs'], arguments.passes)}"
+        )
+
+
+if __name__ == "__main__":
+    main()
