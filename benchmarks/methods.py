@@ -41,6 +41,7 @@ from fzoo import FZOO
 from methods_table import draw, read_runs, settings_of, table, write_runs
 from torch import Tensor, nn
 
+from error_broadcast import ErrorBroadcast
 from hizoo import HiZOO, Layers
 from language_model.adapters import add_lora, add_prefix
 from language_model.encoding import EncodedExample, Encoder
@@ -195,8 +196,6 @@ def make_step(model: nn.Module, settings: dict[str, Any], seed: int) -> tuple[St
 
 def make_broadcast_step(model: nn.Module, settings: dict[str, Any], seed: int) -> tuple[Step, Any]:
     """Return the same of error broadcast, whose step is one forward pass."""
-    from error_broadcast import ErrorBroadcast
-
     optimizer = ErrorBroadcast(
         model,
         lr=settings.get("kappa", 1.0),

@@ -131,20 +131,21 @@ def test_methods(
     assert capsys.readouterr().err.count(f"{mezo}, seed 0: 0 passes") == 1
 
 
-def test_methods_of_first_order_on_pooled_rows(
+def test_methods_beside_zeroth_order_on_pooled_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     methods, methods_table = map(importlib.import_module, ("methods", "methods_table"))
     monkeypatch.setattr(methods, "DEV_OF_POOL", 6)
     chosen = ["zeroshot", "probing", "adamw lr=1e-5 from=0.5 passes=4", "adamw lr=1e-5 mode=head"]
+    chosen += ["broadcast passes=2"]
     file = tmp_path / "runs.json"
     line = ["methods.py", "--pool", "20", "--passes", "6", "--at", "3", "6", "--seeds", "0"]
     monkeypatch.setattr(sys, "argv", [*line, "--output", str(file), "--methods", *chosen])
     methods.main()
     runs = {run["method"]: run for run in json.loads(file.read_text())["runs"]}
     passes = [[row["passes"] for row in runs[method]["curve"]] for method in chosen]
-    assert passes == [[0], [2], [6], [0, 3, 6]]
+    assert passes == [[0], [2], [6], [0, 3, 6], [2]]
     zero = runs["zeroshot"]["curve"][0]
     assert runs["adamw lr=1e-5 mode=head"]["curve"][0]["loss"] == pytest.approx(zero["loss"])
     assert runs["probing"]["curve"][0]["loss"] != zero["loss"]
