@@ -222,6 +222,7 @@ class ErrorBroadcast(torch.optim.Optimizer):
             for handle in handles:
                 handle.remove()
 
+    @torch.no_grad()
     def _check_stream(self, kept: ForwardPass) -> None:
         """Compare the last residual state with the sum of what was written since the first block.
 

@@ -110,6 +110,8 @@ class ZerothOrderTrainer(ForwardTrainer):
         **kwargs: of ``ObjectiveTrainer``.
     """
 
+    repeats_steps = False
+
     def __init__(
         self,
         *,
@@ -303,6 +305,9 @@ class ErrorBroadcastTrainer(ForwardTrainer):
         rate: κ at the first step.
         damping, first, matrices, max_tokens: of ``ErrorBroadcast``.
         **kwargs: of ``ObjectiveTrainer``.
+
+    Raises:
+        InputError: the model is of another architecture.
     """
 
     def __init__(
@@ -317,31 +322,14 @@ class ErrorBroadcastTrainer(ForwardTrainer):
     ) -> None:
         super().__init__(**kwargs)
         self.args.learning_rate = rate
-        self.make_optimizer = functools.partial(
-            ErrorBroadcast,
-            lr=rate,
-            damping=damping,
-            first=first,
-            matrices=matrices,
-            max_tokens=max_tokens,
-            seed=self.args.seed,
-        )
-
-    def create_optimizer(self, model: nn.Module | None = None) -> ErrorBroadcast:
-        """Create the optimizer; weights that it does not train are frozen.
-
-        Raises:
-            InputError: the model is of another architecture.
-        """
-        if self.optimizer is None:
-            with naming_way_out():
-                self.optimizer = self.make_optimizer(self.model.eval())
-            self.optimizer.gather = self.exchange.rows
-            self.model.requires_grad_(False)
-            for group in self.optimizer.param_groups:
-                for parameter in group["params"]:
-                    parameter.requires_grad_(True)
-        return self.optimizer
+        settings = (rate, damping, first, matrices, max_tokens, self.args.seed)
+        with naming_way_out():
+            self.optimizer = ErrorBroadcast(self.model.eval(), *settings)
+        self.optimizer.gather = self.exchange.rows
+        # Other weights are frozen.
+        self.model.requires_grad_(False)
+        for parameter in self.optimizer.param_groups[0]["params"]:
+            parameter.requires_grad_(True)
 
     def training_step(
         self,
@@ -370,6 +358,12 @@ class ErrorBroadcastTrainer(ForwardTrainer):
     def was_skipped(self) -> bool:
         """Whether the last step had no finite error."""
         return self.optimizer.was_skipped
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with κ under its own name."""
+        if "learning_rate" in logs:
+            logs["broadcast_rate"] = logs.pop("learning_rate")
+        super().log(logs, start_time)
 
 
 @contextlib.contextmanager

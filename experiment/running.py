@@ -113,6 +113,7 @@ class Experiment:
         if arguments.merge_adapter:
             check_merge(model)
         trainer = make_trainer(options, model, self.prepared, examples, folder, start)
+        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         probe, interrupt = None, SaveOnInterrupt()
         eps, curvature_eps = arguments.zo_eps, arguments.curvature_eps
         measured = (eps == AUTO, (curvature_eps or eps) == AUTO)

@@ -28,6 +28,7 @@ SHOWN = {
     "curvature": ("c", ".3g"),
     "hessian_mean": ("h", ".4g"),
     "learning_rate": ("η", ".2g"),
+    "broadcast_rate": ("κ", ".2g"),
     "skipped_steps": ("skipped", "d"),
 }
 METRICS = ("accuracy", "reward", "f1", "em")

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 # Within the output folder; a checkpoint is written here and moved when it is whole.
 UNFINISHED = ".unfinished"
 STATE = "trainer_state.json"
+# Within the output folder; holds the number of the last step that is done.
+LAST_STEP = "last_step"
 # Counts changes of what a checkpoint holds, of the noise u among it.
 CHECKPOINT_VERSION = 4
 ANOTHER = "give another one, or --overwrite_output_dir to start anew"
@@ -146,6 +148,20 @@ def last_whole_checkpoint(output_dir: str | Path) -> Path | None:
         return None
 
     return from_first_process(find)
+
+
+def note_step(output_dir: str | Path, step: int) -> None:
+    """Write down that a step is done."""
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    Path(output_dir, LAST_STEP).write_text(str(step), encoding="utf-8")
+
+
+def noted_step(output_dir: str | Path) -> int:
+    """Return the last step that was done, 0 if it is not known."""
+    try:
+        return int(Path(output_dir, LAST_STEP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # killed within the writing
+        return 0
 
 
 def read_trainer_state(checkpoint: str | Path) -> dict[str, Any] | None:

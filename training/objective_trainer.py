@@ -22,6 +22,7 @@ from language_model.objectives import (
     negative_accuracy,
 )
 from training.callbacks import LogLines, LossProgress, save_and_stop
+from training.checkpoints import note_step, noted_step
 from training.resumable_trainer import ResumableTrainer
 from training.watching import Divergence
 from utils import InputError
@@ -52,6 +53,9 @@ class ObjectiveTrainer(ResumableTrainer):
         quiet: show no line of the log.
         **kwargs: of ``ResumableTrainer``.
     """
+
+    # Whether a resumed run does the steps after its checkpoint again; a journal spares that.
+    repeats_steps = True
 
     def __init__(
         self,
@@ -101,6 +105,9 @@ class ObjectiveTrainer(ResumableTrainer):
         self._ended_step = self.state.global_step
         if saved:
             vars(self.divergence).update(saved["divergence"])
+            step, done = self.state.global_step, noted_step(self.args.output_dir)
+            if self.repeats_steps and done > step:
+                self.warn(f"steps {step + 1} to {done} came after the checkpoint: done again")
 
     def _begin_step(self) -> None:
         """Note that a batch of a step begins."""
@@ -123,6 +130,8 @@ class ObjectiveTrainer(ResumableTrainer):
         loss = float(self.accelerator.reduce(self._loss_of_step, "mean"))
         self._loss_of_step.zero_()
         self.divergence.look(loss, self.was_skipped())
+        if self.repeats_steps and self.args.should_save:
+            note_step(self.args.output_dir, self.state.global_step)
         if self.divergence.reason:
             save_and_stop(self.control)
 
