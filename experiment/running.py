@@ -113,7 +113,6 @@ class Experiment:
         if arguments.merge_adapter:
             check_merge(model)
         trainer = make_trainer(options, model, self.prepared, examples, folder, start)
-        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         probe, interrupt = None, SaveOnInterrupt()
         eps, curvature_eps = arguments.zo_eps, arguments.curvature_eps
         measured = (eps == AUTO, (curvature_eps or eps) == AUTO)
@@ -128,8 +127,6 @@ class Experiment:
             trainer.add_callback(SayAtStart(self.first_lines(examples)))
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         self.used = used_by_optimizer(trainer.optimizer)
-        if arguments.trainer == "broadcast":
-            trainer.create_optimizer()  # where all steps were done before: it freezes other weights
         # Metrics come from the model's own dtype, not from mixed precision.
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         state, last = trainer.state, last_checkpoint(folder)

@@ -105,6 +105,11 @@ ZEROTH_ORDER = {
     "num_train": 9,
     "check_every": 2,
 }
+# A batch of three tokens each, and padding batches.
+BROADCAST = {
+    **{"trainer": "broadcast", "learning_rate": None, "broadcast_rate": 0.5, "num_train": 9},
+    **{"gradient_accumulation_steps": 2, "train_as_classification": None},
+}
 DIRECTIONS = ZEROTH_ORDER | {
     **{"zo_parallel": "directions", "zo_num_samples": 3, "no_eval": True},
     **{"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
@@ -122,7 +127,15 @@ SHARDED = (
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all runs, each in one of its own, with what they printed."""
     folder = tmp_path_factory.mktemp("two")
-    names = ("evaluation", "answers", "first_order", "zeroth_order", "directions", "resumed")
+    names = (
+        "evaluation",
+        "answers",
+        "first_order",
+        "zeroth_order",
+        "directions",
+        "resumed",
+        "broadcast",
+    )
     folders = {name: folder / name for name in (*names, "sharded")}
     for each in folders.values():
         each.mkdir()
@@ -137,6 +150,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("zeroth_order", training(folders["zeroth_order"], **ZEROTH_ORDER | half)),
         ("directions", training(folders["directions"], **DIRECTIONS)),
         ("resumed", training(folders["resumed"], **ZEROTH_ORDER | half)),
+        ("broadcast", training(folders["broadcast"], **BROADCAST | half)),
         ("sharded", sharded),
     ]
     launch_two_processes(folder, NOTING, [(folders[name], line) for name, line in runs])
@@ -242,6 +256,17 @@ def test_shared_directions_are_those_of_one_process(two_processes: Path, tmp_pat
     # Seven losses of 8 bytes, of two batches; of one where the epoch has no second one.
     sent = log_of(folder / "out/checkpoint-6", "exchanged_bytes_per_step")
     assert set(sent) <= {2 * 7 * 8, 7 * 8}
+
+
+def test_error_broadcast_is_that_of_one_process(two_processes: Path, tmp_path: Path) -> None:
+    finish(training(tmp_path, **BROADCAST))
+    folder = two_processes / "broadcast"
+    ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert_same_tensors(*ranks)
+    one, two = (each / "out/checkpoint-6" for each in (tmp_path, folder))
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(tensor, weights(two)[name], atol=2e-6, rtol=0)
+    assert log_of(two, "loss") == pytest.approx(log_of(one, "loss"), abs=1e-4)
 
 
 def test_sharded_training(

@@ -150,10 +150,13 @@ def last_whole_checkpoint(output_dir: str | Path) -> Path | None:
     return from_first_process(find)
 
 
-def note_step(output_dir: str | Path, step: int) -> None:
-    """Write down that a step is done."""
-    Path(output_dir).mkdir(parents=True, exist_ok=True)
-    Path(output_dir, LAST_STEP).write_text(str(step), encoding="utf-8")
+def note_step(output_dir: str | Path, step: int | None) -> None:
+    """Write down that a step is done; None: all of them."""
+    path = Path(output_dir, LAST_STEP)
+    path.unlink(missing_ok=True)
+    if step is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(step), encoding="utf-8")
 
 
 def noted_step(output_dir: str | Path) -> int:

@@ -131,7 +131,8 @@ class ObjectiveTrainer(ResumableTrainer):
         self._loss_of_step.zero_()
         self.divergence.look(loss, self.was_skipped())
         if self.repeats_steps and self.args.should_save:
-            note_step(self.args.output_dir, self.state.global_step)
+            is_last = self.state.global_step == self.state.max_steps
+            note_step(self.args.output_dir, None if is_last else self.state.global_step)
         if self.divergence.reason:
             save_and_stop(self.control)
 
