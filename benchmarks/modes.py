@@ -45,6 +45,7 @@ ROWS = (
     Row("HiZOO, prefix", "MODE=prefix bash HiZOO.sh"),
     Row("HiZOO, head", "LR=1e-3 bash HiZOO.sh --head_tuning --untie_emb"),
     Row("HiZOO, accuracy as the objective", "EPS=1e-2 bash HiZOO.sh --non_diff"),
+    Row("error broadcast", "bash broadcast.sh"),
     Row("linear probing", PROBING),
     Row("AdamW", "bash finetune.sh"),
     Row("AdamW, LoRA", "MODE=lora LR=1e-3 bash finetune.sh"),
@@ -54,11 +55,10 @@ ROWS = (
 
 def run(row: Row, folder: Path) -> dict[str, Any]:
     """Run a command in ``folder``; return what README's table shows of it."""
-    for name in ("run.py", "HiZOO.sh", "finetune.sh", "icl.sh", "data"):
+    for name in ("run.py", "data"):
         (folder / name).symlink_to(ROOT / name)
-    for name in ("HiZOO.sh", "finetune.sh", "icl.sh"):
-        # A script finds the others beside itself, so its link must not be followed.
-        (folder / name).unlink()
+    for name in ("HiZOO.sh", "broadcast.sh", "finetune.sh", "icl.sh"):
+        # A script finds the others beside itself, so no link to it.
         (folder / name).write_text(f'exec bash "{ROOT / name}" "$@"\n', encoding="utf-8")
     interpreters = str(Path(sys.executable).parent)
     process = subprocess.Popen(

@@ -480,6 +480,21 @@ def test_every_task_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         train_a_task(tmp_path, task, monkeypatch)
 
 
+def test_error_broadcast_beats_zero_shot_in_few_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = {"STEPS": "12", "EVAL_STEPS": "6", "TRAIN": "128", "DEV": "32", "EVAL": "200"}
+    result = finish(tmp_path, monkeypatch, "broadcast.sh", "--broadcast_matrices o", **small)
+    first = "error broadcast, κ 1, λ 0.1, upper half of the blocks, o alone: 1 forward pass a step"
+    assert first in capsys.readouterr().out.splitlines()
+    assert (result["trainer"], result["steps"], result["forward_passes"]) == ("broadcast", 12, 12)
+    assert result["metric_before_training"]["accuracy"] < 0.8 < 0.9 < result["metric"]["accuracy"]
+    # The same command is the same experiment: it prints the result that is there.
+    assert (
+        finish(tmp_path, monkeypatch, "broadcast.sh", "--broadcast_matrices O", **small) == result
+    )
+
+
 def test_icl_from_a_folder_with_spaces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
