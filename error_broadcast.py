@@ -36,22 +36,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zeroth_order.noise import ROUNDING, chunk_key, counters, hashed, mix_seed
+from zeroth_order.noise import ROUNDING, mix_seed
 from zeroth_order.residual_stream import (
     ForwardPass,
     Reads,
-    UnknownStream,
     Writer,
     find_blocks,
     writers_of,
 )
-from zeroth_order.rounding import is_half, rounded_sum
+from zeroth_order.rounding import add_product
 from zeroth_order.signals import signals_wait
-
-# Numbers that an update works on at a time.
-CHUNK = 1 << 22
-# How far the sum of the blocks' outputs may be from the stream, in half and in full precision.
-TOLERANCE = {True: 5e-2, False: 1e-3}
 
 
 def whitened(inputs: Tensor, damping: float) -> Tensor:
@@ -63,27 +57,6 @@ def whitened(inputs: Tensor, damping: float) -> Tensor:
     products.diagonal().add_(ridge.clamp_min(torch.finfo(inputs.dtype).tiny))
     solved = torch.cholesky_solve(rows, torch.linalg.cholesky(products))
     return solved if positions <= features else solved.T
-
-
-def add_product(weight: Tensor, errors: Tensor, inputs: Tensor, stream: int, number: int) -> None:
-    """Add errorsᵀ inputs to a weight, (outputs, inputs), in place; half precision rounds at random.
-
-    Args:
-        weight: (m, n).
-        errors: (S, m), scaled.
-        inputs: (S, n).
-        stream: 64-bit seed of the step's rounding.
-        number: of the parameter.
-    """
-    columns = weight.shape[1]
-    for start in range(0, len(weight), rows := max(1, CHUNK // columns)):
-        piece, bits = weight[start : start + rows], None
-        change = errors[:, start : start + rows].T @ inputs
-        if is_half(weight.dtype):
-            index = torch.arange(change.numel(), dtype=torch.int32, device=weight.device)
-            key = chunk_key(stream, number, start * columns)
-            bits = hashed(counters(key, index)).view(change.shape)
-        piece.copy_(rounded_sum(piece.to(change.dtype), change, bits, weight.dtype))
 
 
 def scaled(errors: Tensor, squares: Tensor) -> Tensor:
@@ -180,16 +153,14 @@ class ErrorBroadcast(torch.optim.Optimizer):
             loss = closure()
             squares, errors = kept.errors(loss, weight)
         if is_first:
-            self._check_stream(kept)
-        count = 0 if weight == 0 else len(errors)
-        at_streams = scaled(errors, squares)[:count]
-        batch = {}
+            kept.check_stream(self.all_writers, type(self.model).__name__)
+        counted = slice(0 if weight == 0 else None)
+        of_stream, batch = scaled(errors, squares)[counted], {}
         for w in self.writers:
-            inputs = kept.inputs[w][:count].to(errors.dtype)
-            at_output = at_streams
+            at_output = of_stream
             if w.norm is not None:
-                at_output = scaled(w.errors(kept.outputs[w], errors), squares)[:count]
-            batch[w] = (inputs, at_output)
+                at_output = scaled(w.errors(kept.outputs[w], errors), squares)[counted]
+            batch[w] = kept.inputs[w][counted].to(errors.dtype), at_output
         self._batches.append(batch)
         return loss.item()
 
@@ -223,24 +194,6 @@ class ErrorBroadcast(torch.optim.Optimizer):
                 handle.remove()
 
     @torch.no_grad()
-    def _check_stream(self, kept: ForwardPass) -> None:
-        """Compare the last residual state with the sum of what was written since the first block.
-
-        Raises:
-            UnknownStream: they differ.
-        """
-        last, total = kept.at_reads(kept.state).double(), kept.stream.double()
-        for writer in self.all_writers:
-            output = kept.outputs[writer]
-            total = total + (writer.norm(output) if writer.norm else output).to(total)
-        gap = float((last - total.to(last)).norm() / last.norm())
-        if not gap <= TOLERANCE[is_half(kept.state.dtype)]:
-            raise UnknownStream(
-                f"{type(self.model).__name__}: the last residual state is not the sum of what "
-                f"attention and MLP write to the stream (off by {gap:.1%})"
-            )
-
-    @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None, **kwargs: Any) -> float | None:
         """Apply the estimates made since the last step; with ``closure``, make one first.
 
@@ -253,9 +206,9 @@ class ErrorBroadcast(torch.optim.Optimizer):
         rounding = mix_seed(self.seed, group["step"], ROUNDING)
         share = group["lr"] / len(self.writers)
         with signals_wait():
-            rows = {writer: self._joined(writer) for writer in self.writers}
-            finite = all(bool(errors.isfinite().all()) for _, errors in rows.values())
-            for number, (writer, (inputs, errors)) in enumerate(rows.items()):
+            joined = self._joined_batches()
+            finite = all(bool(errors.isfinite().all()) for _, errors in joined.values())
+            for number, (writer, (inputs, errors)) in enumerate(joined.items()):
                 if finite and len(errors):
                     scale = -share / len(errors)
                     moved = whitened(inputs, group["damping"]).mul_(scale)
@@ -265,9 +218,20 @@ class ErrorBroadcast(torch.optim.Optimizer):
             self.was_skipped = not finite
         return loss
 
-    def _joined(self, writer: Writer) -> tuple[Tensor, Tensor]:
+    def _joined_batches(self) -> dict[Writer, tuple[Tensor, Tensor]]:
         """Return inputs, (S, n), and errors, (S, m), of all batches and processes."""
-        device = writer.weight.device
-        parts = zip(*(batch[writer] for batch in self._batches), strict=True)
-        inputs, errors = (self.gather(torch.cat(part)).to(device) for part in parts)
-        return inputs, errors
+        gathered: dict[tuple[int, ...], Tensor] = {}
+
+        def gather(parts: Sequence[Tensor]) -> Tensor:
+            # Matrices without a norm behind them have the same errors.
+            same = tuple(map(id, parts))
+            if same not in gathered:
+                gathered[same] = self.gather(torch.cat(parts))
+            return gathered[same]
+
+        joined = {}
+        for writer in self.writers:
+            inputs, errors = zip(*(batch[writer] for batch in self._batches), strict=True)
+            device = writer.weight.device
+            joined[writer] = gather(inputs).to(device), gather(errors).to(device)
+        return joined

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zeroth_order.noise import compute_dtype
+from zeroth_order.rounding import is_half
 
 # The matrices of a block that write to the stream, as families call them: o of the attention, d of
 # the MLP.
@@ -26,6 +27,9 @@ NAMES = {
 # The norms between them and the stream, in families that have both.
 POST_NORMS = {"o": "post_attention_layernorm", "d": "post_feedforward_layernorm"}
 FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "norm_f")
+
+# How far the sum of the blocks' outputs may be from the stream, in half and in full precision.
+TOLERANCE = {True: 5e-2, False: 1e-3}
 
 Reads = tuple[Tensor, Tensor]
 
@@ -193,3 +197,21 @@ class ForwardPass:
         for kept in (self.inputs, self.outputs):
             kept.update({writer: self.at_reads(values) for writer, values in kept.items()})
         return len(positions)
+
+    @torch.no_grad()
+    def check_stream(self, writers: Sequence[Writer], model: str) -> None:
+        """Compare the last residual state with the sum of what was written since the first block.
+
+        Raises:
+            UnknownStream: they differ; names the model.
+        """
+        last, total = self.at_reads(self.state).double(), self.stream.double()
+        for writer in writers:
+            output = self.outputs[writer]
+            total = total + (writer.norm(output) if writer.norm else output).to(total)
+        gap = float((last - total.to(last)).norm() / last.norm())
+        if not gap <= TOLERANCE[is_half(self.state.dtype)]:
+            raise UnknownStream(
+                f"{model}: the last residual state is not the sum of what attention and MLP write "
+                f"to the stream (off by {gap:.1%})"
+            )

@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zeroth_order.noise import chunk_key, counters, hashed
+
+# Numbers that an added product works on at a time.
+CHUNK = 1 << 22
 # The bits of a float32: its exponent, and those that bfloat16 keeps.
 EXPONENT, UPPER_HALF = 0x7F800000, -(1 << 16)
 
@@ -64,3 +68,24 @@ def rounded_to_units(value: Tensor, change: Tensor, bits: Tensor, dtype: torch.d
     fraction = ((bits >> 8) & 0xFFFFFF).to(torch.float32).mul_(2**-24)
     moves = fraction.add_(torch.where(outgrown, total, change).div_(unit)).floor_()
     return moves.mul_(unit).add_(value)
+
+
+def add_product(weight: Tensor, errors: Tensor, inputs: Tensor, stream: int, number: int) -> None:
+    """Add errorsᵀ inputs to a weight, (outputs, inputs), in place; half precision rounds at random.
+
+    Args:
+        weight: (m, n).
+        errors: (S, m), scaled.
+        inputs: (S, n).
+        stream: 64-bit seed of the step's rounding.
+        number: of the parameter.
+    """
+    columns = weight.shape[1]
+    for start in range(0, len(weight), rows := max(1, CHUNK // columns)):
+        piece, bits = weight[start : start + rows], None
+        change = errors[:, start : start + rows].T @ inputs
+        if is_half(weight.dtype):
+            index = torch.arange(change.numel(), dtype=torch.int32, device=weight.device)
+            key = chunk_key(stream, number, start * columns)
+            bits = hashed(counters(key, index)).view(change.shape)
+        piece.copy_(rounded_sum(piece.to(change.dtype), change, bits, weight.dtype))
