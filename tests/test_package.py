@@ -1,4 +1,4 @@
-"""The optimizer as a package: what the wheel holds, and that it needs torch alone; make's check."""
+"""The optimizers as a package: what the wheel holds, that it needs torch alone; make's check."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ import pytest
 import torch
 from running import ROOT
 
-PACKAGE = {"hizoo", "zeroth_order"}
+PACKAGE = {"error_broadcast", "hizoo", "zeroth_order"}
 # In the wheel's process: what a step gives, and which modules it has loaded.
 USE = """
 import json, sys
 sys.path[:] = [path for path in sys.path if not path.endswith("site-packages")] + sys.argv[1:]
 import torch
-import hizoo, zeroth_order
+import error_broadcast, hizoo, zeroth_order
 from hizoo import HiZOO, Layers
 model = torch.nn.Linear(3, 1)
 optimizer = HiZOO(model.parameters(), lr=1e-2, layers=Layers(model))
 losses = [optimizer.step(lambda: model(torch.ones(2, 3)).square().mean()) for _ in range(50)]
-files = [module.__file__ for module in (hizoo, zeroth_order)]
+files = [module.__file__ for module in (error_broadcast, hizoo, zeroth_order)]
 found = {"losses": losses, "files": files, "version": hizoo.__version__, "all": hizoo.__all__}
 print(json.dumps(found | {"modules": list(sys.modules)}))
 """
@@ -55,7 +55,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def test_the_wheel_holds_the_optimizer_alone_and_requires_torch_alone(wheel: Path) -> None:
+def test_the_wheel_holds_the_optimizers_alone_and_requires_torch_alone(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         (metadata_name,) = (name for name in names if name.endswith(".dist-info/METADATA"))
@@ -65,7 +65,11 @@ def test_the_wheel_holds_the_optimizer_alone_and_requires_torch_alone(wheel: Pat
         own = {name for name in names if ".dist-info/" not in name}
         for name in own:
             assert archive.read(name) == (ROOT / name).read_bytes()
-    expected = [ROOT / "hizoo.py", *(ROOT / "zeroth_order").glob("*.py")]
+    expected = [
+        ROOT / "hizoo.py",
+        ROOT / "error_broadcast.py",
+        *(ROOT / "zeroth_order").glob("*.py"),
+    ]
     assert own == {str(path.relative_to(ROOT)) for path in expected}
     (requirement,) = metadata.get_all("Requires-Dist")
     assert requirement.startswith("torch")
@@ -87,7 +91,8 @@ def test_the_installed_wheel_needs_nothing_else_of_the_project(wheel: Path, tmp_
     )
     assert process.returncode == 0, process.stderr
     found = json.loads(process.stdout)
-    assert found["files"] == [str(target / "hizoo.py"), str(target / "zeroth_order/__init__.py")]
+    own_files = ("error_broadcast.py", "hizoo.py", "zeroth_order/__init__.py")
+    assert found["files"] == [str(target / name) for name in own_files]
     with (ROOT / "pyproject.toml").open("rb") as file:
         assert found["version"] == tomllib.load(file)["project"]["version"]
     assert set(found["all"]) >= {"HiZOO", "HiZOOConfig", "Layers"}
