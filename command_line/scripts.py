@@ -164,6 +164,7 @@ def _of_mode(script: str, mode: str | None, said: Mapping[str, Any]) -> dict[str
         return MODES[mode] | {"learning_rate": "1e-5", "zo_eps": "1e-3"}
     chosen = MODES[mode] | ({"learning_rate": RATE_OF_ADAMW} if mode == "ft" else {})
     given = any(name in said for name in ("fp16", "bf16", "use_cpu", *WEIGHTS))
+    given |= said.get("trainer", "regular") != "regular"  # there is no gradient to scale
     if capabilities := [] if given else launchers.gpus("compute_cap"):
         # AdamW on float16 weights would lose most updates, so precision is mixed. float16 overflows
         # in models that were trained in bfloat16, which newer GPUs have.

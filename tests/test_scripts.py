@@ -343,7 +343,8 @@ def test_precision_where_a_gpu_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(launchers, "gpus", lambda query, found=capability: [found])
         assert values_of("finetune.sh").given.get(chosen) is True
         assert "fp16" not in values_of("finetune.sh", "--bf16").given
-        assert not {"fp16", "bf16"} & {*values_of("finetune.sh", "--load_bfloat16").given}
+        for line in ("--load_bfloat16", "--trainer zo", "--trainer broadcast"):
+            assert not {"fp16", "bf16"} & {*values_of("finetune.sh", line).given}
     monkeypatch.undo()
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 8.0\necho 9.0\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
