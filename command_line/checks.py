@@ -12,6 +12,7 @@ from transformers.integrations.integration_utils import (
 )
 from transformers.optimization import get_scheduler
 from transformers.training_args import ParallelMode
+from transformers.utils import is_liger_kernel_available
 
 from command_line.arguments import Arguments
 from command_line.contradictions import check_values
@@ -34,6 +35,10 @@ def check(arguments: Arguments) -> None:
         raise InputError("--fsdp needs processes: start with torchrun, or bash finetune_fsdp.sh")
     if arguments.trainer == "none" or arguments.linear_probing:
         return
+    if arguments.use_liger_kernel and not is_liger_kernel_available():
+        raise InputError(
+            "--use_liger_kernel: it is not installed; pip install liger-kernel, or leave it out"
+        )
     _check_batches(arguments)
     _check_schedule(arguments)
     _check_report_targets(arguments)

@@ -120,6 +120,7 @@ BAD_TRAINING: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"max_steps": None, "num_train_epochs": 2, "decay_step": 6, "lr_scheduler_type": "linear"},
         ["--decay_step 6", "6 steps"],
     ),
+    "kernels of no package": ({"use_liger_kernel": True}, ["--use_liger_kernel", "pip install"]),
     "a report nowhere": ({"report_to": "paper"}, ["--report_to paper", "tensorboard"]),
     "processes": ({"ddp_backend": "gloo"}, ["--ddp_backend gloo", "torchrun"]),
     "sharding by one process": (REGULAR | {"fsdp": "full_shard"}, ["--fsdp", "torchrun"]),
