@@ -189,7 +189,7 @@ class Generation:
 
 @dataclass
 class TrainedWeights:
-    """What is trained. Default: all weights; the four other ways exclude one another."""
+    """What is trained. Default: all weights; with --trainer broadcast matrices of the blocks."""
 
     _effect, _decides = when.TRAINED, TRAINING
 
