@@ -58,7 +58,7 @@ class Writer:
         with torch.enable_grad():
             output = output.detach().requires_grad_()
             normed = self.norm(output)
-        return torch.autograd.grad(normed, output, of_stream.to(normed))[0].to(of_stream.dtype)
+        return torch.autograd.grad(normed, output, of_stream.to(normed))[0].to(of_stream)
 
 
 def find_blocks(model: nn.Module) -> tuple[nn.ModuleList, nn.Module]:
@@ -176,7 +176,9 @@ class ForwardPass:
                 "the closure must run the model with gradients enabled, and return a loss that is "
                 "differentiable in the logits"
             )
-        of_state, of_logits = torch.autograd.grad(loss, [self.state, self.logits])
+        # Half precision would lose digits of a mean's small gradients.
+        summed = loss.new_tensor(weight or 1)
+        of_state, of_logits = torch.autograd.grad(loss, [self.state, self.logits], summed)
         of_logits = of_logits.flatten(0, -2).to(compute_dtype(self.state.dtype))
         if self.kept is None:
             count = self._keep(of_logits.any(dim=1).nonzero()[:, 0])
@@ -184,9 +186,9 @@ class ForwardPass:
             count = int(self.owner.max()) + 1
             of_positions = of_logits.new_zeros(count, of_logits.shape[1])
             of_logits = of_positions.index_add_(0, self.owner.to(of_logits.device), of_logits)
-        weight = count if weight is None else weight
-        error = of_logits[self.chosen.to(of_logits.device)] * weight
-        delta = self.at_reads(of_state).to(error) * weight
+        rest = count if weight is None else 1
+        error = of_logits[self.chosen.to(of_logits.device)] * rest
+        delta = self.at_reads(of_state).to(error) * rest
         return error.square().sum(dim=1, keepdim=True).to(delta.device), delta
 
     def _keep(self, positions: Tensor) -> int:
