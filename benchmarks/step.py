@@ -1,11 +1,12 @@
-"""What a HiZOO step costs beside its forward passes: seconds, ratios and memory, in one run.
+"""What a step costs beside its forward passes: seconds, ratios and memory, in one run.
 
     python benchmarks/step.py
     python benchmarks/step.py --model opt-1.3b --device cuda
 
 The first is OPT-125m's shape with 16 examples of 16 tokens on the CPU: SST-2's training texts, most
 of them phrases, with the prompt. Weights are random.
-A step's bare forward passes are three, MeZO's two; one is timed before every step. "noise" makes
+A step's bare forward passes are three, MeZO's two, error broadcast's one; one is timed before every
+step. "noise" makes
 the noise of a pass, with the same chunks and threads; "torch's noise" fills the same chunks with
 torch's generator, on the CPU one core's work. "textbook" is the step as it is usually written:
 whole-parameter noise drawn four times, and a new tensor for every operation.
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
 
+from error_broadcast import ErrorBroadcast
 from hizoo import HiZOO, Layers
 from zeroth_order.chunk_noise import Noise, bundles, drawn
 from zeroth_order.kernels import Pieces, write
@@ -147,6 +149,10 @@ def make_noise_with_torch(optimizer: HiZOO, target: Tensor) -> None:
                 piece.normal_()
 
 
+# Forward passes of a step; three of all others.
+PASSES = {"MeZO": 2, "error broadcast": 1}
+
+
 class TextbookHiZOO:
     """The step as it is usually written: whole parameters, new tensors, four draws of the noise.
 
@@ -224,10 +230,13 @@ def measure(arguments: argparse.Namespace, dtype_name: str) -> list[dict[str, An
     count = sum(parameter.numel() for parameter in parameters)
     tokens = torch.randint(4, 50000, (arguments.batch, arguments.tokens), device=device)
 
-    @torch.no_grad()
-    def forward() -> Tensor:
+    def loss() -> Tensor:
         return model(tokens, logits_to_keep=1).logits[:, -1, :2].float().mean()
 
+    forward = torch.no_grad()(loss)
+    broadcast = ErrorBroadcast(model, lr=1e-9)
+    rows = torch.arange(arguments.batch, device=device)
+    reads = (rows, torch.full_like(rows, arguments.tokens - 1))
     in_place = dtype == torch.float32
     kinds: dict[str, dict[str, Any]] = {
         "HiZOO": {"hessian_smooth": 1e-6},
@@ -265,6 +274,8 @@ def measure(arguments: argparse.Namespace, dtype_name: str) -> list[dict[str, An
             Timed(f"{name}: update", functools.partial(update_only, optimizer)),
             Timed(f"{name}: whole step", functools.partial(optimizer.step, forward)),
         ]
+    step = functools.partial(broadcast.step, loss, reads=reads)
+    timed.append(Timed("error broadcast: whole step", step))
     timed.append(Timed("textbook HiZOO: whole step", functools.partial(textbook.step, forward)))
     # In turns, so that a machine that slows down slows all of them; the first round warms up.
     forward_pass = timed[0]
@@ -277,7 +288,7 @@ def measure(arguments: argparse.Namespace, dtype_name: str) -> list[dict[str, An
         one.what: statistics.median(one.seconds[len(one.seconds) // (arguments.repeats + 1) :])
         for one in timed
     }
-    rows: list[dict[str, Any]] = []
+    table: list[dict[str, Any]] = []
     for one in timed:
         is_step = one.is_step
         row = {"what": one.what, "dtype": dtype_name, "seconds": seconds[one.what]}
@@ -285,9 +296,9 @@ def measure(arguments: argparse.Namespace, dtype_name: str) -> list[dict[str, An
         row["over_noise"] = seconds[one.what] / seconds["noise"]
         if is_step:
             row["textbook_over_this"] = seconds["textbook HiZOO: whole step"] / seconds[one.what]
-            passes = 2 if one.what.startswith("MeZO") else 3
+            passes = PASSES.get(one.what.partition(":")[0], 3)
             row["over_passes"] = seconds[one.what] / passes / seconds["forward"]
-        rows.append(row)
+        table.append(row)
         nanoseconds = f"{row['seconds'] / count * 1e9:7.2f} ns/weight"
         ratio = f"{row['over_noise']:6.2f} x noise"
         memory = "" if row["added_mib"] is None else f"{row['added_mib']:6.0f} MiB"
@@ -300,10 +311,10 @@ def measure(arguments: argparse.Namespace, dtype_name: str) -> list[dict[str, An
             f"{memory} {against}",
             flush=True,
         )
-    rows.append({"what": "HiZOO: first step", "dtype": dtype_name, "added_mib": first})
+    table.append({"what": "HiZOO: first step", "dtype": dtype_name, "added_mib": first})
     if first is not None:
         print(f"{dtype_name:9s} HiZOO: first step, scratch and compiler included {first:.0f} MiB")
-    return rows
+    return table
 
 
 def first_step_memory(optimizer: HiZOO, closure: Callable[[], Any], device: str) -> float | None:

@@ -45,7 +45,7 @@ def test_step(measured: Callable[..., Any]) -> None:
         assert names[:3] == ["forward", "noise", "torch's noise"]
         assert sum(name.endswith("one shift") for name in names) == shifts
         assert sum(name.endswith("update") for name in names) == 3
-        assert sum(name.endswith("whole step") for name in names) == 4
+        assert sum(name.endswith("whole step") for name in names) == 5
         assert names[-1] == "HiZOO: first step"
     assert all(row["seconds"] > 0 and row["over_noise"] > 0 for row in rows if "seconds" in row)
     ratios = [row["textbook_over_this"] for row in rows if row["what"].startswith("textbook")]
