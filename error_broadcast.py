@@ -21,6 +21,7 @@ The residual stream hands δ to every block unchanged, so it stands for the grad
 of each attention (o) and each MLP (d); where a norm follows the matrix (Gemma 2 and 3), it goes
 through that norm's Jacobian. Whitened, the step of a position hardly changes the outputs at the
 others. All steps together take the share κ of each error away, to first order: κ needs no search.
+``examples/error_broadcast_reference.py`` is this step in 25 plain lines.
 
 Sources: direct feedback alignment (Nøkland, 2016, arXiv 1609.01596) broadcasts the error by random
 matrices; FOOF (Benzing, 2022, arXiv 2201.12250) whitens the inputs of backpropagated gradients.

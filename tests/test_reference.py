@@ -1,12 +1,15 @@
-"""``examples/hizoo_reference.py``, the step to read and to copy, does what ``hizoo.py`` does."""
+"""The steps to read and to copy, ``examples/*_reference.py``, do what the fast ones do."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from oracle_hizoo import read_noise
+from tiny_models import tiny_model
 from torch import Tensor, nn
 
+from error_broadcast import ErrorBroadcast
+from examples import error_broadcast_reference
 from examples.hizoo_reference import HiZOOReference
 from hizoo import HiZOO
 
@@ -42,3 +45,23 @@ def test_the_reference_and_the_fast_step_do_the_same(smooth: float) -> None:
     ):
         assert (one - first).abs().max() > 1e-3
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_the_reference_of_error_broadcast_does_the_same(family: str) -> None:
+    models = [tiny_model(family, num_hidden_layers=4).double() for _ in range(2)]
+    fast, plain = ErrorBroadcast(models[0], lr=0.5), ErrorBroadcast(models[1])
+    ids = torch.randint(4, 400, (3, 7), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:, :4] = -100
+    rows, columns = (labels[:, 1:] >= 0).nonzero(as_tuple=True)
+    matrices = [writer.matrix for writer in plain.writers]
+    for _ in range(3):
+        loss = fast.step(lambda: models[0](ids, labels=labels).loss)
+        targets = ids[rows, columns + 1]
+        same = error_broadcast_reference.step(
+            models[1], matrices, plain.final_norm, ids, (rows, columns), targets, kappa=0.5
+        )
+        assert loss == pytest.approx(same, rel=1e-6)
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
