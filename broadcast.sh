@@ -12,7 +12,7 @@
 # BS          16                                examples a step, shared by the processes
 # RATE        1                                 κ, share of the error that a step takes; falls to 0
 # DAMPING     0.1                               λ, damping of the inputs' second moments
-# FROM        0.5                               lower share of the blocks, not trained; or auto
+# FROM        0.5                               lower share of the blocks, not trained
 # STEPS       200                100            training steps
 # EVAL_STEPS  50                 25             steps between dev losses, and checkpoints
 # SEED        0                                 of the training set and the batches

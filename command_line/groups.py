@@ -337,9 +337,8 @@ class ErrorBroadcast:
     --lr_scheduler_type."""
     broadcast_damping: float = argument(0.1, above=0)
     """λ: damping of the inputs' second moments, as a share of their mean."""
-    broadcast_from: float | str = argument(0.5, at_least=0, below=1, words=(AUTO,))
-    """Share of the blocks, from the bottom, that are not trained. auto: measured on the first
-    batch, block by block: as many forward passes as blocks."""
+    broadcast_from: float = argument(0.5, at_least=0, below=1)
+    """Share of the blocks, from the bottom, that are not trained."""
     broadcast_matrices: str = argument("o,d", choices=("o,d", "o", "d"))
     """Trained matrices of a block. o: the attention's output projection. d: the MLP's (down_proj,
     fc2)."""

@@ -70,8 +70,6 @@ def _error_broadcast(arguments: Arguments) -> str:
 def trained_blocks(arguments: Arguments) -> str:
     """Return in words which blocks error broadcast trains."""
     first = arguments.broadcast_from
-    if first == AUTO:
-        return "blocks chosen on the first batch"
     if first == 0.5:
         return "upper half of the blocks"
     return f"upper {100 * (1 - first):.3g}% of the blocks" if first else "all blocks"

@@ -108,7 +108,7 @@ def _rate_part(arguments: Arguments) -> str:
     if arguments.trainer != "broadcast":
         return f"lr{_shown(arguments.learning_rate)}"
     rate, damping = arguments.broadcast_rate, arguments.broadcast_damping
-    return f"rate{rate:g}-damping{damping:g}-from{_shown(arguments.broadcast_from)}"
+    return f"rate{rate:g}-damping{damping:g}-from{arguments.broadcast_from:g}"
 
 
 def _shown(value: float | str) -> str:

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 from command_line.arguments import Arguments
 from command_line.checks import steps_of_run
-from command_line.declarations import AUTO
 from command_line.optimizer import optimizer_config, passes_of_a_batch
 from command_line.settings import examples_of_a_batch
 from error_broadcast import ErrorBroadcast
@@ -68,8 +67,6 @@ def make_plan(options: Options, prepared: Prepared) -> Plan:
         parameters = sum(p.numel() for p in empty.parameters())
         if options.trains and options.weights.mode != "linear_probing":
             steps, (forward, backward) = steps_of_run(arguments), training_passes(arguments)
-            if arguments.trainer == "broadcast" and arguments.broadcast_from == AUTO:
-                forward += config.get_text_config().num_hidden_layers  # one for each block
             # Real activations would take a forward pass.
             weights = replace(options.weights, prefix_init_by_real_act=False)
             with_trained = choose_trained_weights(empty, weights, encoder.tokenizer)
@@ -92,7 +89,7 @@ def make_plan(options: Options, prepared: Prepared) -> Plan:
 
 
 def _trained(model: nn.Module, arguments: Arguments) -> Iterator[nn.Parameter]:
-    """Yield the trained parameters; where error broadcast is to choose, those it chooses from.
+    """Yield the trained parameters.
 
     Raises:
         InputError: error broadcast does not know the architecture.
@@ -100,18 +97,15 @@ def _trained(model: nn.Module, arguments: Arguments) -> Iterator[nn.Parameter]:
     if arguments.trainer != "broadcast":
         yield from (p for p in model.parameters() if p.requires_grad)
         return
-    first, matrices = arguments.broadcast_from, arguments.broadcast_matrices.split(",")
+    matrices = arguments.broadcast_matrices.split(",")
     with naming_way_out():
-        optimizer = ErrorBroadcast(model, first=0 if first == AUTO else first, matrices=matrices)
+        optimizer = ErrorBroadcast(model, first=arguments.broadcast_from, matrices=matrices)
     for group in optimizer.param_groups:
         yield from group["params"]
 
 
 def training_passes(arguments: Arguments) -> tuple[int, int]:
-    """Return the forward and the backward passes of training, as the optimizer will count them.
-
-    Those that choose the blocks of error broadcast are not among them.
-    """
+    """Return the forward and the backward passes of training, as the optimizer will count them."""
     at_once, steps = arguments.gradient_accumulation_steps, steps_of_run(arguments)
     whole = math.floor if arguments.dataloader_drop_last else math.ceil
     of_epoch = max(1, whole(arguments.num_train / examples_of_a_batch(arguments)))

@@ -56,7 +56,7 @@ WITHOUT_EFFECT: dict[str, tuple[dict[str, Any], str]] = {
         "--untie_emb (--trainer broadcast trains no head)",
     ),
     "error broadcast for others": (
-        ZO | {"broadcast_rate": 0.5, "broadcast_from": "auto", "broadcast_matrices": "o"},
+        ZO | {"broadcast_rate": 0.5, "broadcast_from": 0.25, "broadcast_matrices": "o"},
         "--broadcast_rate, --broadcast_from, --broadcast_matrices (without --trainer broadcast)",
     ),
     "float16 without a GPU": (REGULAR | {"fp16": True}, "--fp16 (there is no GPU: float32)"),
@@ -156,7 +156,7 @@ SILENT: dict[str, dict[str, Any]] = {
     "dev losses on the eval examples": ZO | {"no_eval": True, "eval_strategy": "epoch"},
     "MeZO": ZO | {"hessian_smooth_type": "constant0", "decay_step": 0, "max_grad_norm": 0},
     "error broadcast": {
-        **BROADCAST | {"broadcast_rate": 0, "broadcast_from": "auto", "broadcast_tokens": 9},
+        **BROADCAST | {"broadcast_rate": 0, "broadcast_from": 0.25, "broadcast_tokens": 9},
         **{"lr_scheduler_type": "cosine", "decay_step": 2, "warmup_steps": 1, "weight_decay": 0},
         **{"load_bfloat16": True, "gradient_accumulation_steps": 2, "lora": False},
         **{"num_dev": 5, "eval_strategy": "epoch", "save_strategy": "no"},
@@ -276,7 +276,7 @@ def test_ends_of_the_bounds() -> None:
         ("warmup_steps", [0, 0.5, 3], [-1, 2.5]),
         ("max_steps", [-1, 1], [0, -2]),
         ("top_p", [0.1, 1], [0, 1.1]),
-        ("broadcast_from", [0, 0.99, "auto"], [1, -0.1]),
+        ("broadcast_from", [0, 0.99], [1, -0.1, "auto"]),
         ("broadcast_rate", [0, 2], [-1]),
         ("broadcast_damping", [1e-9], [0]),
         ("broadcast_tokens", [1], [0]),
