@@ -184,3 +184,19 @@ def test_fzoo_is_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = weights - 1e-5 * (losses - center) @ u / (8 * 1e-3 * losses.std())
     assert optimizer.step(lambda: loss_at(weights)) == float(center)
     assert torch.allclose(weights, expected, rtol=1e-9)
+
+
+@pytest.mark.slow
+def test_variants_of_error_broadcast(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    variants = importlib.import_module("broadcast_variants")
+    line = ["broadcast_variants.py", "--passes", "20", "--variants", *variants.VARIANTS]
+    monkeypatch.setattr(sys, "argv", line)
+    variants.main()
+    shown = capsys.readouterr().out.splitlines()
+    losses = [float(row.split("dev loss ")[1].split(",")[0]) for row in shown if "dev loss" in row]
+    assert len(losses) == len(variants.VARIANTS) and max(losses) < 0.05
+    assert sum(row.startswith("block ") for row in shown) == 3
+    assert sum(row.startswith("step ") for row in shown) == 2
