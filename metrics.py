@@ -1,16 +1,16 @@
-"""Accuracy, exact match and F1: pure functions over predictions and their acceptable answers.
+"""Accuracy, exact match and F1: pure functions over a prediction and its acceptable answers.
 
-Every metric is a fraction between 0 and 1. Without examples, or without gold answers for each, it
-is a ValueError. Exact match and F1 are those of the SQuAD v1.1 evaluation (Rajpurkar et al. 2016,
-arXiv 1606.05250, section 6.1).
+Every metric is a fraction between 0 and 1; a set's is the mean over its examples. Exact match and
+F1 are those of the SQuAD v1.1 evaluation (Rajpurkar et al. 2016, arXiv 1606.05250, section 6.1).
 """
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
@@ -24,10 +24,18 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def accuracy(predictions: Sequence[Any], golds: Sequence[Collection[Any]]) -> float:
-    """Return the fraction of predictions that are among their example's acceptable answers."""
-    pairs = zip(predictions, golds, strict=True)
-    return mean([float(prediction in answers) for prediction, answers in pairs])
+def standard_error(values: Sequence[float]) -> float:
+    """Return the standard error of the mean, 0 for one value."""
+    if len(values) < 2:
+        return 0.0
+    center = mean(values)
+    variance = sum((value - center) ** 2 for value in values) / (len(values) - 1)
+    return math.sqrt(variance / len(values))
+
+
+def accuracy(prediction: Any, golds: Collection[Any]) -> float:
+    """Return 1.0 if the prediction is among the acceptable answers, else 0.0."""
+    return float(prediction in golds)
 
 
 def normalize_answer(text: str) -> str:
@@ -52,16 +60,6 @@ def f1(prediction: str, golds: Collection[str]) -> float:
     return max(_token_f1(prediction, gold) for gold in golds)
 
 
-def mean_exact_match(predictions: Sequence[str], golds: Sequence[Collection[str]]) -> float:
-    """Return the mean of ``exact_match`` over examples."""
-    return _mean_over_examples(exact_match, predictions, golds)
-
-
-def mean_f1(predictions: Sequence[str], golds: Sequence[Collection[str]]) -> float:
-    """Return the mean of ``f1`` over examples."""
-    return _mean_over_examples(f1, predictions, golds)
-
-
 def _token_f1(prediction: str, gold: str) -> float:
     predicted = Counter(normalize_answer(prediction).split())
     expected = Counter(normalize_answer(gold).split())
@@ -70,12 +68,3 @@ def _token_f1(prediction: str, gold: str) -> float:
         return 0.0
     # The harmonic mean of shared/predicted (precision) and shared/expected (recall).
     return 2 * shared / (predicted.total() + expected.total())
-
-
-def _mean_over_examples(
-    metric: Callable[[str, Collection[str]], float],
-    predictions: Sequence[str],
-    golds: Sequence[Collection[str]],
-) -> float:
-    pairs = zip(predictions, golds, strict=True)
-    return mean([metric(prediction, answers) for prediction, answers in pairs])

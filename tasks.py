@@ -143,16 +143,26 @@ class Task:
         prompts = [self.prompt(sample) for sample in samples]
         return self.reward(prompts, texts, [sample.row for sample in samples])
 
-    def score(self, predictions: Sequence[Any], samples: Sequence[Sample]) -> dict[str, float]:
-        """Return ``metric_names`` with their values for one prediction (candidate or text) each."""
-        golds = [sample.correct for sample in samples]
-        functions: dict[str, Callable[[], float]] = {
-            "reward": lambda: metrics.mean(self.rewards(predictions, samples)),
-            "accuracy": lambda: metrics.accuracy(predictions, golds),
-            "f1": lambda: metrics.mean_f1(predictions, golds),
-            "em": lambda: metrics.mean_exact_match(predictions, golds),
+    def scores(
+        self, predictions: Sequence[Any], samples: Sequence[Sample]
+    ) -> dict[str, list[float]]:
+        """Return ``metric_names`` with the values of all samples.
+
+        There is one prediction (candidate or text) for each.
+        """
+        functions = {"accuracy": metrics.accuracy, "f1": metrics.f1, "em": metrics.exact_match}
+        pairs = [(p, sample.correct) for p, sample in zip(predictions, samples, strict=True)]
+        return {
+            name: self.rewards(predictions, samples)
+            if name == "reward"
+            else [functions[name](*pair) for pair in pairs]
+            for name in self.metric_names
         }
-        return {name: functions[name]() for name in self.metric_names}
+
+    def score(self, predictions: Sequence[Any], samples: Sequence[Sample]) -> dict[str, float]:
+        """Return ``metric_names`` with the means over the samples."""
+        scores = self.scores(predictions, samples)
+        return {name: metrics.mean(values) for name, values in scores.items()}
 
 
 def shown(value: Any) -> str:

@@ -26,6 +26,7 @@ from language_model.adapters import check_merge, save_merged
 from language_model.head import fit_head
 from language_model.precision import advice_for_losses
 from language_model.prediction import Prediction
+from metrics import mean, standard_error
 from task_data.sampling import ExampleSet
 from tasks import Sample
 from training.callbacks import SaveOnInterrupt
@@ -76,7 +77,7 @@ class Experiment:
             model = choose_trained_weights(model, weights, encoder.tokenizer, say)
             if arguments.eval_before_training:
                 kind = "metric_before_training"
-                result[kind], _ = self.evaluate(kind, pretrained, *evaluated)
+                result |= self.evaluate(kind, pretrained, *evaluated)[0]
             if start:
                 result |= self.train(options, model, examples, folder, start)
             else:
@@ -84,21 +85,27 @@ class Experiment:
             if arguments.no_eval:
                 return result, []
             if dev := examples.dev:
-                result["dev_metric"], _ = self.evaluate("dev_metric", model, dev, [[]] * len(dev))
-        result["metric"], predictions = self.evaluate("metric", model, *evaluated)
+                result |= self.evaluate("dev_metric", model, dev, [[]] * len(dev))[0]
+        metrics, predictions = self.evaluate("metric", model, *evaluated)
+        result |= metrics
         if arguments.verbose:
             say("\n".join(example_lines(encoder, examples, predictions)))
         return result, prediction_rows(encoder.task, examples.evaluation, predictions)
 
     def evaluate(
         self, kind: str, model: Model, samples: list[Sample], shown: list[list[Sample]]
-    ) -> tuple[dict[str, float], list[Prediction]]:
-        """Return the task's metrics and every prediction; ``shown`` before each sample."""
+    ) -> tuple[dict[str, dict[str, float]], list[Prediction]]:
+        """Return the task's metrics with their errors, and every prediction.
+
+        ``shown`` are the demonstrations before each sample.
+        """
         name, encoder = metric_names(self.options)[kind], self.prepared.encoder
         predictions = answers(self.options, encoder, model, samples, shown, name)
-        metrics = encoder.task.score([prediction.answer for prediction in predictions], samples)
-        say(f"{name}: {describe(metrics)} ({len(samples)} examples)")
-        return metrics, predictions
+        scores = encoder.task.scores([prediction.answer for prediction in predictions], samples)
+        metrics = {metric: mean(values) for metric, values in scores.items()}
+        errors = {metric: standard_error(values) for metric, values in scores.items()}
+        say(f"{name}: {describe(metrics, errors)} ({len(samples)} examples)")
+        return {kind: metrics, f"{kind}_standard_error": errors}, predictions
 
     def train(
         self, options: Options, model: Model, examples: ExampleSet, folder: Path, start: Start

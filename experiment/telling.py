@@ -24,10 +24,12 @@ def metric_names(options: Options) -> dict[str, str]:
     return {kind: f"{name} {metric}" for kind, name in zip(KINDS_OF_METRICS, words, strict=True)}
 
 
-def describe(metrics: Mapping[str, float]) -> str:
-    """Return metrics as text; the first one's name is said already."""
-    values = [f"{name} {value:.4f}" for name, value in metrics.items()]
-    return ", ".join([values[0].split()[-1], *values[1:]])
+def describe(metrics: Mapping[str, float], errors: Mapping[str, float] | None = None) -> str:
+    """Return metrics as text, with errors that are not 0; the first one's name is said already."""
+    values = {name: f"{value:.4f}" for name, value in metrics.items()}
+    values |= {n: f"{values[n]} ± {error:.4f}" for n, error in (errors or {}).items() if error}
+    (_, first), *others = values.items()
+    return ", ".join([first, *(f"{name} {value}" for name, value in others)])
 
 
 def example_lines(
@@ -73,7 +75,8 @@ def result_lines(
             if f"{kind}_std" in result:
                 deviation = describe(result[f"{kind}_std"])
                 spread = f" (mean of {len(runs)} sets, standard deviation {deviation})"
-            yield f"{name}: {describe(result[kind])}{spread}"
+            errors = result.get(f"{kind}_standard_error")
+            yield f"{name}: {describe(result[kind], errors)}{spread}"
     for run in runs:
         for line in concerns(run, options.arguments.rate):
             yield f"set {run['train_set_seed']}: {line}" if len(runs) > 1 else line

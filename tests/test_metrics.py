@@ -5,17 +5,14 @@ import pytest
 import metrics
 
 
-def test_one_prediction_for_each_example():
-    for function in (metrics.accuracy, metrics.mean_f1, metrics.mean_exact_match):
-        with pytest.raises(ValueError, match="no examples"):
-            function([], [])
-        with pytest.raises(ValueError, match="longer"):
-            function(["a"], [("a",), ("b",)])
-
-
 def test_accuracy_counts_any_acceptable_answer():
-    golds = [(0,), (1,), ("Kim", "Lee"), ("Kim", "Lee")]
-    assert metrics.accuracy([0, 0, "Lee", "Ann"], golds) == 0.5
+    for prediction, golds, expected in (
+        (0, (0,), 1.0),
+        (0, (1,), 0.0),
+        ("Lee", ("Kim", "Lee"), 1.0),
+        ("Ann", ("Kim", "Lee"), 0.0),
+    ):
+        assert metrics.accuracy(prediction, golds) == expected
 
 
 def test_normalize_answer():
@@ -66,9 +63,12 @@ def test_f1():
         assert metrics.f1(prediction, golds) == pytest.approx(expected)
 
 
-def test_means_over_examples():
-    predictions = ["broncos", "seven"]
-    golds = [("Denver Broncos",), ("7", "Seven")]
+def test_means_and_their_errors():
     assert metrics.mean([1.0, 0.0, 0.5]) == 0.5
-    assert metrics.mean_f1(predictions, golds) == pytest.approx((2 / 3 + 1) / 2)
-    assert metrics.mean_exact_match(predictions, golds) == 0.5
+    with pytest.raises(ValueError, match="no examples"):
+        metrics.mean([])
+    # The sample's standard deviation is 1/2, over the root of three.
+    assert metrics.standard_error([1.0, 0.0, 0.5]) == pytest.approx(0.5 / 3**0.5)
+    # A proportion: √(p (1 - p) / (n - 1)).
+    assert metrics.standard_error([1.0] * 373 + [0.0] * 127) == pytest.approx(0.01949, abs=1e-5)
+    assert metrics.standard_error([1.0]) == metrics.standard_error([1.0, 1.0]) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import signal
@@ -93,7 +94,9 @@ def test_zero_shot_result_and_rows(
     assert result["metric"] == {"accuracy": pytest.approx(accuracy)}
     assert shown_demonstrations == [[[]] * 20]
     first, *shown, last = capsys.readouterr().out.splitlines()
-    assert first == f"zero-shot accuracy: {accuracy:.4f} (20 examples)"
+    error = math.sqrt(accuracy * (1 - accuracy) / 19)
+    assert first == f"zero-shot accuracy: {accuracy:.4f} ± {error:.4f} (20 examples)"
+    assert result["metric_standard_error"] == {"accuracy": pytest.approx(error)}
     assert last == f"result: {tmp_path / 'result.json'}"
     for row in rows[:3]:
         assert any(f"{row['sentence'].strip()} It was" in line for line in shown)
@@ -163,7 +166,10 @@ def test_generation_rows_and_f1(
     expected = tasks.get_task(task).score([row["prediction"] for row in rows], drawn)
     assert result["metric"] == expected and set(expected) == {"f1", "em"}
     out = capsys.readouterr().out
-    assert out.startswith(f"zero-shot f1: {expected['f1']:.4f}, em {expected['em']:.4f} (6 ")
+    shown = [f"{result['metric_standard_error'][name]:.4f}" for name in ("f1", "em")]
+    shown = [f" ± {error}" * (error != "0.0000") for error in shown]
+    first = f"zero-shot f1: {expected['f1']:.4f}{shown[0]}, em {expected['em']:.4f}{shown[1]} (6 "
+    assert out.startswith(first)
     assert "generated: " in out
     assert result["settings"]["max_new_tokens"] == 8
 

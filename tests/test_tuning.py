@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import run
 from language_model.encoding import Encoder
 from language_model.scoring import score_options
-from metrics import mean_f1
+from metrics import f1, mean
 from task_data.loading import load_samples
 from task_data.sampling import permutation_subset
 from tasks import get_task
@@ -160,7 +160,7 @@ def test_peft_alone_predicts_the_same(tmp_path: Path, mode: str, task: str) -> N
         texts.append(tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True))
     assert [row["prediction"] for row in rows] == [text.strip() for text in texts]
     golds = [sample.correct for sample in samples]
-    assert result["metric"]["f1"] == pytest.approx(mean_f1([t.strip() for t in texts], golds))
+    assert result["metric"]["f1"] == pytest.approx(mean([*map(f1, texts, golds)]))
 
 
 def test_an_untied_head_is_loaded_untied(tmp_path: Path) -> None:
