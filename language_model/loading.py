@@ -6,6 +6,7 @@ What cannot be loaded raises ``InputError``, in one line.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import pickle
@@ -17,6 +18,7 @@ import torch
 import transformers
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from peft import PeftModel
+from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,6 +28,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers import modeling_gguf_pytorch_utils as gguf_loading
 
 from language_model.gguf_files import GgufFile
 from language_model.saved_adapters import SavedAdapter
@@ -226,5 +229,7 @@ def leave_out_loading_bars() -> None:
     reporting.addFilter(lambda record: "LOAD REPORT" not in record.getMessage())
     downloads_are_shown = not are_progress_bars_disabled()
     transformers.utils.logging.disable_progress_bar()
+    # GGUF files have a bar that the switch does not know.
+    gguf_loading.tqdm = functools.partial(tqdm, disable=True)
     if downloads_are_shown:
         enable_progress_bars()

@@ -95,7 +95,7 @@ def evaluation(model: Path, result: Path) -> list[str]:
 
 
 def test_evaluation_is_that_of_the_same_model_in_a_folder(
-    file: Path, folder: Path, tmp_path: Path
+    file: Path, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     predictions = []
     for model in (file, folder):
@@ -103,6 +103,7 @@ def test_evaluation_is_that_of_the_same_model_in_a_folder(
         assert finish(evaluation(model, result))["metric"]
         predictions.append(result.with_suffix(".jsonl").read_text())
     assert predictions[0] == predictions[1]
+    assert "de-quantizing" not in capfd.readouterr().err
 
 
 def test_training_goes_on_from_a_checkpoint_and_saves_an_ordinary_model(
