@@ -6,7 +6,7 @@
 #       bash HiZOO.sh                                      an experiment of the paper
 #   bash HiZOO.sh --train_file train.jsonl --validation_file validation.jsonl
 #
-# Further arguments go to run.py and win over the variables: python run.py --help lists them.
+# Further arguments go to run.py and win over the variables: python run.py --help all lists them.
 #
 # variable              default       bundled model  meaning
 # MODEL                 the bundled one              Hub id, local directory or GGUF file

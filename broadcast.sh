@@ -3,7 +3,7 @@
 #
 #   bash broadcast.sh                                   the bundled model and data
 #   MODEL=HuggingFaceTB/SmolLM2-135M TASK=SST2 RATE=1 bash broadcast.sh
-# Further arguments go to run.py and win over the variables: python run.py --help lists them.
+# Further arguments go to run.py and win over the variables: python run.py --help all lists them.
 #
 # variable    default            bundled model  meaning
 # MODEL       the bundled one                   Hub id, local directory or GGUF file

@@ -5,7 +5,7 @@
 #   MODEL=facebook/opt-1.3b TASK=SST2 MODE=ft LR=1e-5 bash finetune.sh  all parameters
 #   MODEL=facebook/opt-13b TASK=SST2 MODE=lora LR=1e-4 NUM_GPU=2 bash finetune.sh
 #
-# Further arguments go to run.py and win over the variables: python run.py --help lists them.
+# Further arguments go to run.py and win over the variables: python run.py --help all lists them.
 #
 # variable              default       bundled model  meaning
 # MODEL                 the bundled one              Hub id, local directory or GGUF file

@@ -5,7 +5,7 @@
 #
 # transformers shards each decoder layer (FSDP2); --fsdp_config FILE.json changes how. NUM_GPU is
 # the number of visible NVIDIA GPUs if it is not set, MODE is ft or lora. All else is as for
-# finetune.sh; python run.py --help lists the further arguments.
+# finetune.sh; python run.py --help all lists the further arguments.
 set -euo pipefail
 HERE=$(CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$HERE/settings.sh"

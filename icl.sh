@@ -5,7 +5,7 @@
 #   MODEL=facebook/opt-13b TASK=SST2 bash icl.sh                 32 demonstrations before each text
 #   MODEL=facebook/opt-13b TASK=SST2 bash icl.sh --num_train 0   zero-shot, as TRAIN=0
 #
-# Further arguments go to run.py and win over the variables: python run.py --help lists them.
+# Further arguments go to run.py and win over the variables: python run.py --help all lists them.
 #
 # variable              default       bundled model  meaning
 # MODEL                 the bundled one              Hub id, local directory or GGUF file

@@ -5,7 +5,7 @@
 #   MODEL=facebook/opt-13b TASK=SST2 MODE=lora LR=5e-5 EPS=1e-2 bash mezo.sh
 #   MODEL=data/tiny-opt bash mezo.sh                          the bundled model and data
 #
-# Further arguments go to run.py and win over the variables: python run.py --help lists them.
+# Further arguments go to run.py and win over the variables: python run.py --help all lists them.
 #
 # variable    default            bundled model  meaning
 # MODEL       facebook/opt-1.3b                 Hub id, local directory or GGUF file

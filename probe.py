@@ -81,8 +81,11 @@ def draw(found: Scales, figure: Figure) -> None:
 
 def run_command_line(argv: Sequence[str]) -> None:
     """Read the command line, measure, and write and draw what is found."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--plot", type=Path)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=raw, allow_abbrev=False, usage="probe.py [arguments]"
+    )
+    parser.add_argument("--plot", type=Path, help="picture of g and c over μ; default: none")
     own, others = parser.parse_known_args(argv)
     arguments = parse_arguments(others)
     check(arguments)

@@ -19,6 +19,7 @@ SCHEDULES = (
 class TaskAndData:
     """Task and data."""
 
+    _word = "data"
     _effect, _decides = None, NOTHING
 
     task_name: str | None = argument(None)
@@ -72,6 +73,7 @@ class TaskAndData:
 class Model:
     """Model."""
 
+    _word = "model"
     _effect, _decides = None, TRAINING
 
     model_name: str | None = argument(None, path=True, decides=NOTHING)
@@ -106,6 +108,7 @@ class Model:
 class InContextLearning:
     """In-context learning. Both need --trainer none, and exclude each other."""
 
+    _word = "icl"
     _effect, _decides = when.CALIBRATION, RESULT
 
     sfc: bool = argument(False)
@@ -119,6 +122,7 @@ class InContextLearning:
 class Rewards:
     """Rewards. For SQuAD, DROP and your own examples without options."""
 
+    _word = "rewards"
     _effect, _decides = when.REWARD_OBJECTIVE, TRAINING
 
     reward: str | None = argument(None, effect=when.REWARD, decides=NOTHING)
@@ -134,6 +138,7 @@ class Rewards:
 class EvaluationAndResults:
     """Evaluation and results."""
 
+    _word = "results"
     _effect, _decides = None, NOTHING
 
     eval_before_training: bool = argument(False, effect=when.TRAINED, decides=RESULT)
@@ -168,6 +173,7 @@ class EvaluationAndResults:
 class Generation:
     """Generation. For SQuAD, DROP and your own examples without options."""
 
+    _word = "generation"
     _effect, _decides = when.GENERATES, RESULT
 
     sampling: bool = argument(False)
@@ -191,6 +197,7 @@ class Generation:
 class TrainedWeights:
     """What is trained. Default: all weights; with --trainer broadcast matrices of the blocks."""
 
+    _word = "weights"
     _effect, _decides = when.TRAINED, TRAINING
 
     lora: bool = argument(False, effect=when.NOT_BROADCAST)
@@ -227,6 +234,7 @@ class TrainedWeights:
 class Training:
     """Training. What belongs to steps or checkpoints needs a --trainer other than none."""
 
+    _word = "training"
     _effect, _decides = when.STEPS, TRAINING
 
     trainer: str = argument("none", effect=None, choices=("none", "regular", "zo", "broadcast"))
@@ -278,6 +286,7 @@ class Training:
 class ZerothOrder:
     """Zeroth order. All of it needs --trainer zo."""
 
+    _word = "zo"
     _effect, _decides = when.FORWARD, TRAINING
 
     zo_eps: float | str = argument(1e-3, above=0, words=(AUTO,))
@@ -330,6 +339,7 @@ class ZerothOrder:
 class ErrorBroadcast:
     """Error broadcast. All of it needs --trainer broadcast."""
 
+    _word = "broadcast"
     _effect, _decides = when.BROADCAST, TRAINING
 
     broadcast_rate: float = argument(1.0, at_least=0)

@@ -1,4 +1,4 @@
-"""``run.py --help`` and ``--help_all``."""
+"""``run.py --help``: what matters first, a group of arguments, or all of them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import itertools
 import shutil
 import sys
 import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 
 from command_line.contradictions import EXCLUDE_EACH_OTHER
 from command_line.declarations import Declaration, declared
@@ -27,33 +28,62 @@ python run.py --task_name TASK --model_name MODEL [arguments]
 
   MODEL is a Hub id, a local directory or a GGUF file (pip install gguf); --data_dir DIR reads
   DIR/<task>/*.jsonl, no Hub needed.
-  bash HiZOO.sh does the same with environment variables. python run.py --help explains the
-  arguments, python run.py --help_all those of transformers' Trainer too.
+  bash HiZOO.sh does the same with environment variables. python run.py --help shows the arguments
+  that matter first, and the groups of all.
 """
-HELP = ("-h", "--help", "--help_all")
+HELP = {"-h", "--help", "--help_all"}
+FIRST = (
+    *("task_name", "model_name", "data_dir", "train_file", "num_train", "num_dev", "num_eval"),
+    *("trainer", "max_steps", "per_device_train_batch_size", "learning_rate", "output_dir"),
+)
 INDENT = " " * 24
 
 
-def help_text(everything: bool = False) -> str:
-    """Return the explanation of every argument of ours; ``everything``: of the Trainer's too."""
-    lines = [f"usage: {USAGE}", "options:"]
-    lines.append(_explained("-h, --help", "show this help message and exit"))
-    text = "show this help with all of the Trainer's arguments, and exit"
-    lines.append(_explained("--help_all", text))
-    for group in GROUPS:
-        title, _, remark = group.__doc__.partition(".")
-        lines += ["", f"{title}:", *([f"  {remark.strip()}", ""] if remark.strip() else [])]
-        for each in declared(group):
-            lines.append(_explained(_shown_name(each), explanation(each), each.default))
-    if everything:
-        from transformers import TrainingArguments  # takes seconds
+def help_text(words: Sequence[str]) -> str:
+    """Return what a command line with ``--help`` or ``--help_all`` among its words asks for.
 
-        lines += ["", "The Trainer's others:"]
-        for field in dataclasses.fields(TrainingArguments):
-            if field.name in OTHERS:
-                names = f"--{field.name} {field.name.upper()}"
-                lines.append(_explained(names, field.metadata["help"], field.default))
+    ``--help GROUP`` explains a group, ``--help all`` all arguments of ours, and ``--help_all``
+    those of transformers' Trainer too.
+    """
+    if "--help_all" in words:
+        return "\n".join([f"usage: {USAGE}", *_groups(GROUPS), *_others()])
+    asked = next(i for i, word in enumerate(words) if word in HELP)
+    word = next(iter(words[asked + 1 :]), "")
+    of_word = {group._word: [group] for group in GROUPS} | {"all": GROUPS}
+    if word in of_word:
+        return "\n".join([*_groups(of_word[word])]).lstrip("\n")
+    names = {each.name: each for group in GROUPS for each in declared(group)}
+    lines = [f"usage: {USAGE}", "What matters first:"]
+    lines += map(_line, (names[name] for name in FIRST))
+    lines += ["", "All arguments, group by group: python run.py --help GROUP"]
+    lines += [f"  {group._word:<12}{_title(group)}" for group in GROUPS]
+    lines += ["  all         all of these; --help_all: those of transformers' Trainer too"]
     return "\n".join(lines)
+
+
+def _groups(groups: Iterable[type]) -> Iterator[str]:
+    for group in groups:
+        remark = group.__doc__.partition(".")[2].strip()
+        yield from ["", f"{_title(group)}:", *([f"  {remark}", ""] if remark else [])]
+        yield from map(_line, declared(group))
+
+
+def _title(group: type) -> str:
+    return group.__doc__.partition(".")[0]
+
+
+def _line(declaration: Declaration) -> str:
+    return _explained(_shown_name(declaration), explanation(declaration), declaration.default)
+
+
+def _others() -> Iterator[str]:
+    from transformers import TrainingArguments  # takes seconds
+
+    yield from ("", "The Trainer's others:")
+    for field in dataclasses.fields(TrainingArguments):
+        if field.name in OTHERS:
+            names = f"--{field.name} {field.name.upper()}"
+            yield _explained(names, field.metadata["help"], field.default)
 
 
 def _shown_name(declaration: Declaration) -> str:

@@ -296,7 +296,7 @@ def explain_unknown(*options: str) -> str:
             others.append(option)
     if others:
         lines.append(
-            f"unknown argument {', '.join(others)}: python run.py --help lists the arguments"
+            f"unknown argument {', '.join(others)}: python run.py --help all lists the arguments"
         )
     return "\n       ".join(lines)
 

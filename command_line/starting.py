@@ -24,9 +24,9 @@ def begin(argv: Sequence[str]) -> None:
     if not argv:
         print(USAGE)
         sys.exit(2)
-    if asked := [word for word in argv if word in HELP]:
+    if not HELP.isdisjoint(argv):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as in --help | head
-        print(help_text(everything="--help_all" in asked))
+        print(help_text(argv))
         sys.exit(0)
     by_torchrun = "WORLD_SIZE" in os.environ  # its processes would warn a second time
     try:

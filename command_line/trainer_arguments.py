@@ -26,6 +26,7 @@ from command_line.published import by_name
 class MostUsed:
     """The Trainer's, most used."""
 
+    _word = "trainer"
     _effect, _decides = when.STEPS, TRAINING
 
     output_dir: str | None = argument(None, path=True, effect=when.TRAINED, decides=NOTHING)

@@ -9,7 +9,8 @@ import pytest
 from running import ROOT
 
 from command_line.arguments import parse_arguments
-from command_line.help import help_text, help_texts
+from command_line.declarations import declared
+from command_line.help import FIRST, help_text, help_texts
 from command_line.published import IGNORED, NOT_HERE
 from command_line.reading import DECLARED, GROUPS, OWN, SYNONYMS
 from command_line.starting import begin
@@ -27,15 +28,23 @@ def test_help_has_our_own_arguments_in_groups(capsys: pytest.CaptureFixture[str]
         with pytest.raises(SystemExit) as error:
             begin(words)
         assert error.value.code == code
-        assert "python run.py --task_name TASK" in capsys.readouterr().out
-    text = help_text()
-    assert names_in(text) == ["help", "help_all", *OWN]
-    places = [text.index(f"\n{group.__doc__.partition('.')[0]}:\n") for group in GROUPS]
+        first = capsys.readouterr().out
+        assert "python run.py --task_name TASK" in first
+    assert names_in(first) == list(FIRST)
+    groups = {group._word: group for group in GROUPS}
+    of_words = {word: names_in(help_text(["--help", word])) for word in groups}
+    assert of_words == {word: [each.name for each in declared(g)] for word, g in groups.items()}
+    assert all(f"\n  {word} " in first for word in (*groups, "all"))
+    text = help_text(["--help", "all"])
+    assert names_in(text) == list(OWN)
+    titles = [f"{group.__doc__.partition('.')[0]}:\n" for group in GROUPS]
+    places = list(map(text.index, titles))
     assert places == sorted(places)
     assert all(len(line) <= 100 for line in text.splitlines())
-    everything = names_in(help_text(everything=True))
-    assert everything[: len(OWN) + 2] == ["help", "help_all", *OWN]
-    assert sorted(everything[2:]) == sorted(DECLARED)
+    assert help_text(["--help", "--task_name", "zo"]) == help_text(["--help"])
+    everything = names_in(help_text(["--help_all"]))
+    assert everything[: len(OWN)] == list(OWN)
+    assert sorted(everything) == sorted(DECLARED)
 
 
 def test_every_argument_of_ours_is_explained() -> None:
@@ -44,7 +53,7 @@ def test_every_argument_of_ours_is_explained() -> None:
         assert len(text) > 14 and text.endswith("."), name
         if each.default is None and name not in ("model_name", "task_name", "train_file"):
             assert "Default: " in text, name
-    text = help_text()
+    text = help_text(["--help", "icl"])
     assert "Excludes --icl_sfc." in text and "Excludes --sfc." in text
 
 
@@ -61,7 +70,8 @@ def test_unknown_arguments() -> None:
         assert typed.removeprefix("--") in SYNONYMS or meant in str(error.value)
     assert {*SYNONYMS.values()} <= {*DECLARED} and len(SYNONYMS) <= 10
     for far in (["--foo"], ["--qqqqq"], ["--"], ["--foo", "--bar=2", "--baz"]):
-        with pytest.raises(InputError, match=r"^unknown argument .*--help lists the arguments$"):
+        listed = "--help all lists the arguments"
+        with pytest.raises(InputError, match=rf"^unknown argument .*{listed}$"):
             parse_arguments([*far, "1"])
 
 
