@@ -43,6 +43,7 @@ from zeroth_order.residual_stream import (
     Reads,
     Writer,
     find_blocks,
+    find_head,
     writers_of,
 )
 from zeroth_order.rounding import add_product
@@ -54,8 +55,10 @@ def whitened(inputs: Tensor, damping: float) -> Tensor:
     positions, features = inputs.shape
     rows = inputs if positions <= features else inputs.T
     products = rows @ rows.T / positions
-    ridge = damping * inputs.square().sum() / positions**2
-    products.diagonal().add_(ridge.clamp_min(torch.finfo(inputs.dtype).tiny))
+    limits = torch.finfo(inputs.dtype)
+    # A smaller λ would be lost in rounding.
+    ridge = max(damping / positions, 100 * limits.eps) * inputs.square().sum() / positions
+    products.diagonal().add_(ridge.clamp_min(limits.tiny))
     solved = torch.cholesky_solve(rows, torch.linalg.cholesky(products))
     return solved if positions <= features else solved.T
 
@@ -69,8 +72,9 @@ def scaled(errors: Tensor, squares: Tensor) -> Tensor:
 class ErrorBroadcast(torch.optim.Optimizer):
     """Trains the matrices that write to the residual stream, in the upper blocks.
 
-    No other weight changes. A step takes one forward pass and keeps no state. ``step(closure)`` is
-    a whole step; several ``estimate(closure)`` before one ``step()`` are that of one large batch.
+    No other weight changes, and none without ``requires_grad``. A step takes one forward pass and
+    keeps no state. ``step(closure)`` is a whole step; several ``estimate(closure)`` before one
+    ``step()`` are that of one large batch.
 
     Args:
         model: a decoder of transformers, in evaluation mode.
@@ -105,25 +109,26 @@ class ErrorBroadcast(torch.optim.Optimizer):
         seed: int = 0,
     ) -> None:
         bounds = {
-            f"lr {lr}: must be at least 0": lr >= 0,
+            f"lr {lr}: must be at least 0, and finite": 0 <= lr < float("inf"),
             f"damping {damping}: must be above 0": damping > 0,
             f"first {first}: must be at least 0 and below 1": 0 <= first < 1,
             f"max_tokens {max_tokens}: must be at least 1": max_tokens >= 1,
-            f"matrices {matrices}: give o, d or both": {*matrices} in ({"o"}, {"d"}, {"o", "d"}),
+            f"matrices {matrices}: o, d or both": "".join(sorted(matrices)) in ("o", "d", "do"),
         }
         problems = [problem for problem, holds in bounds.items() if not holds]
         if problems:
             raise ValueError("; ".join(problems))
         self.model, self.max_tokens, self.seed = model, max_tokens, seed
-        blocks, self.final_norm = find_blocks(model)
+        (blocks, self.final_norm), self.head = find_blocks(model), find_head(model)
         self.blocks = blocks[int(first * len(blocks)) :]
         # All that write to the stream from the first trained block on, and those that are trained.
         found = [writers_of(block) for block in self.blocks]
         self.all_writers = [writer for of_block in found for writer in of_block.values()]
-        self.writers = [of_block[kind] for of_block in found for kind in matrices]
-        self.gather: Callable[[Tensor], Tensor] = lambda rows: rows
+        chosen = [of_block[kind] for of_block in found for kind in matrices]
+        self.writers = [writer for writer in chosen if writer.matrix.weight.requires_grad]
+        self.gather: Callable[[Tensor], Tensor] = nn.Identity()
         self._batches: list[dict[Writer, tuple[Tensor, Tensor]]] = []
-        self.was_skipped = False
+        self._stream_is_checked = self.was_skipped = False
         settings = {"lr": lr, "damping": damping, "step": 0}
         super().__init__([writer.matrix.weight for writer in self.writers], settings)
 
@@ -144,17 +149,16 @@ class ErrorBroadcast(torch.optim.Optimizer):
 
         Raises:
             UnknownStream: the stream is not the sum of what the blocks write.
-            ValueError: the loss is not differentiable in the logits.
+            ValueError: the loss is not differentiable in the logits, or ``reads`` is wrong.
         """
         step = self.param_groups[0]["step"]
-        is_first = step == 0 and not self._batches
         draws = mix_seed(self.seed, step, len(self._batches)) >> 1
         kept = ForwardPass(reads, self.max_tokens, torch.Generator().manual_seed(draws))
-        with self._hooks(kept, self.all_writers if is_first else self.writers):
+        with self._hooks(kept, self.writers if self._stream_is_checked else self.all_writers):
             loss = closure()
             squares, errors = kept.errors(loss, weight)
-        if is_first:
-            kept.check_stream(self.all_writers, type(self.model).__name__)
+        if not self._stream_is_checked:
+            self._stream_is_checked = kept.check_stream(self.all_writers, self.model)
         counted = slice(0 if weight == 0 else None)
         of_stream, batch = scaled(errors, squares)[counted], {}
         for w in self.writers:
@@ -174,11 +178,10 @@ class ErrorBroadcast(torch.optim.Optimizer):
     def _hooks(self, kept: ForwardPass, writers: Sequence[Writer]) -> Iterator[None]:
         """Let a forward pass leave what a step needs, and no weight ask for a gradient."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        head = self.model.get_output_embeddings()
         handles = [
             self.blocks[0].register_forward_pre_hook(kept.see_stream, with_kwargs=True),
             self.final_norm.register_forward_pre_hook(kept.cut),
-            head.register_forward_hook(kept.see_logits),
+            self.head.register_forward_hook(kept.see_logits),
         ]
         for writer in writers:
             see = functools.partial(kept.see_writer, writer)
@@ -203,12 +206,17 @@ class ErrorBroadcast(torch.optim.Optimizer):
         ``estimate``.
         """
         loss = None if closure is None else self.estimate(closure, **kwargs)
+        if not self._batches:
+            raise RuntimeError(
+                "step() needs a closure, or estimate(closure) before it; with transformers take "
+                "ErrorBroadcastTrainer (trainer.py), a plain Trainer calls neither"
+            )
         group = self.param_groups[0]
         rounding = mix_seed(self.seed, group["step"], ROUNDING)
         share = group["lr"] / len(self.writers)
         with signals_wait():
             joined = self._joined_batches()
-            finite = all(bool(errors.isfinite().all()) for _, errors in joined.values())
+            finite = all(bool((x.square().sum() + e.sum()).isfinite()) for x, e in joined.values())
             for number, (writer, (inputs, errors)) in enumerate(joined.items()):
                 if finite and len(errors):
                     scale = -share / len(errors)
@@ -218,6 +226,10 @@ class ErrorBroadcast(torch.optim.Optimizer):
             group["step"] += 1
             self.was_skipped = not finite
         return loss
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what ``copy`` and ``pickle`` keep: as in ``HiZOO``, more than torch's own."""
+        return {n: v for n, v in vars(self).items() if n != "step" and not n.endswith("_hooks")}
 
     def _joined_batches(self) -> dict[Writer, tuple[Tensor, Tensor]]:
         """Return inputs, (S, n), and errors, (S, m), of all batches and processes."""

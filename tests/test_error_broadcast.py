@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from oracle_scoring import samples_of
+from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 
@@ -21,12 +24,15 @@ from zeroth_order.residual_stream import UnknownStream, find_blocks, writers_of
 
 # Plain, flattened and biased, parallel, transposed weights, norms behind the matrices.
 FAMILIES = ("llama", "opt", "gpt_neox", "gpt2", "gemma2")
-OTHERS = ("qwen2", "mistral", "phi", "gemma3", "olmo3", "exaone4", "starcoder2", "falcon", "bloom")
+OTHERS = (
+    *("qwen2", "mistral", "phi", "gemma3", "olmo3", "exaone4", "starcoder2", "falcon", "bloom"),
+    *("mpt", "gptj", "gpt_neo", "nanochat"),
+)
 Batch = dict[str, Tensor]
 
 
 def model_of(family: str, dtype: torch.dtype = torch.float64, layers: int = 4) -> nn.Module:
-    depth = "n_layer" if family in ("gpt2", "bloom") else "num_hidden_layers"
+    depth = "n_layer" if family in ("gpt2", "bloom", "gptj") else "num_hidden_layers"
     windows = ["sliding_attention", "full_attention"] * (layers // 2)
     kinds = {"layer_types": windows} if family in ("gemma3", "olmo3", "exaone4") else {}
     return tiny_model(family, **{depth: layers}, **kinds).to(dtype)
@@ -154,7 +160,7 @@ def test_a_step_is_the_textbook_step(
 def test_every_other_family_follows_the_stream() -> None:
     failures = {}
     for family in OTHERS:
-        model, batch = model_of(family), batch_of(share_prompt=family != "bloom")
+        model, batch = model_of(family), batch_of(share_prompt=family not in ("bloom", "mpt"))
         loss = torch.no_grad()(functools.partial(classification_loss, model, batch))
         before = float(loss())
         whole_step(model, batch, classification_loss, lr=0.2)
@@ -191,6 +197,10 @@ def test_whitened_inputs_are_the_inverse_written_out() -> None:
         ridge = 0.1 * (x @ x.T).trace() / len(x) ** 2 * torch.eye(len(x))
         torch.testing.assert_close(whitened(x, 0.1), torch.linalg.inv(gram + ridge) @ x)
     assert (whitened(torch.zeros(3, 4), 0.1) == 0).all()
+    # Equal rows, and a λ that float32 cannot add to their products.
+    rows = torch.randn(9, generator=torch.Generator().manual_seed(0)).expand(100, 9)
+    least = rows / rows[0].square().sum()
+    torch.testing.assert_close(whitened(rows, 1e-30), least, rtol=0.2, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -279,22 +289,24 @@ def test_a_step_takes_so_many_tokens_at_most() -> None:
 def test_nothing_else_of_the_model_changes() -> None:
     model, batch = model_of("llama"), batch_of()
     model.lm_head.weight.requires_grad_(False)
+    frozen = model.model.layers[3].mlp.down_proj.weight.requires_grad_(False)
     asked = {name: p.requires_grad for name, p in model.named_parameters()}
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-    optimizer, before = ErrorBroadcast(model), weights_of(model)
+    optimizer, before, reads = ErrorBroadcast(model), weights_of(model), reads_of(batch)
 
     def fails() -> Tensor:
         classification_loss(model, batch)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        optimizer.step(fails)
+        optimizer.step(fails, reads=reads)
     assert weights_of(model).keys() == before.keys()
     for loss in (torch.nan, torch.inf):
-        optimizer.step(lambda loss=loss: classification_loss(model, batch) * loss)
+        optimizer.step(lambda x=loss: classification_loss(model, batch) * x, reads=reads)
         assert optimizer.was_skipped
     assert all(torch.equal(before[name], now) for name, now in weights_of(model).items())
     whole_step(model, batch, classification_loss)
+    assert torch.equal(before["model.layers.3.mlp.down_proj.weight"], frozen)
     assert asked == {name: p.requires_grad for name, p in model.named_parameters()}
     assert hooks == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -303,40 +315,74 @@ def test_nothing_else_of_the_model_changes() -> None:
 def test_the_state_continues_the_run() -> None:
     batch = batch_of()
     first = ErrorBroadcast(model_of("llama", torch.bfloat16))
+    torch.optim.lr_scheduler.LinearLR(first)
     closure = functools.partial(classification_loss, first.model, batch)
     first.step(closure, reads=reads_of(batch))
+    copied, pickled = copy.deepcopy(first), pickle.loads(pickle.dumps(first))
     second = ErrorBroadcast(model_of("llama", torch.bfloat16))
     second.model.load_state_dict(first.model.state_dict())
     second.load_state_dict(first.state_dict())
-    for optimizer in (first, second):
+    first.step(closure, reads=reads_of(batch))
+    for optimizer in (second, copied, pickled):
         closure = functools.partial(classification_loss, optimizer.model, batch)
         optimizer.step(closure, reads=reads_of(batch))
-    pairs = zip(first.model.parameters(), second.model.parameters(), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
+        pairs = zip(first.model.parameters(), optimizer.model.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def own_loss(model: nn.Module) -> Tensor:
+    ids = torch.arange(8)[None]
+    return model(ids, labels=ids).loss
+
+
+def test_the_stream_is_checked_once_there_is_something_to_compare() -> None:
+    """Neither a batch without errors nor weights that are not finite are refused."""
+    model = model_of("llama")
+    before, optimizer = weights_of(model), ErrorBroadcast(model)
+    assert optimizer.step(lambda: own_loss(model) * 0) == 0
+    model.model.layers[0].mlp.down_proj.weight.data[0, 0] = torch.inf
+    optimizer.step(lambda: own_loss(model))
+    assert optimizer.was_skipped
+    model.load_state_dict(before)
+    model.model.layers[3].mlp.register_forward_hook(lambda _, __, output: 2 * output)
+    with pytest.raises(UnknownStream, match="not the sum"):
+        optimizer.step(lambda: own_loss(model))
 
 
 def test_what_it_cannot_train_is_refused() -> None:
-    batch, failures = batch_of(), []
+    failures = []
     for family in ("gemma3n", "mamba", "gpt_oss", "recurrent_gemma", "roberta"):
         model = tiny_model(family)
         try:
-            ErrorBroadcast(model).step(functools.partial(classification_loss, model, batch))
+            ErrorBroadcast(model).step(functools.partial(own_loss, model))
             failures.append(family)
         except UnknownStream as error:
             assert type(model).__name__ in str(error)
     post_norm = tiny_model("opt", do_layer_norm_before=False)
     with pytest.raises(UnknownStream, match="OPTForCausalLM"):
-        ErrorBroadcast(post_norm).step(lambda: classification_loss(post_norm, batch))
+        ErrorBroadcast(post_norm).step(lambda: own_loss(post_norm))
     assert not failures
-    model = model_of("llama")
+    model, ids = model_of("llama"), torch.arange(8)[None]
     closures = {
-        "differentiable": torch.no_grad()(lambda: classification_loss(model, batch)),
-        "once": lambda: classification_loss(model, batch) + classification_loss(model, batch),
+        "differentiable": torch.no_grad()(lambda: own_loss(model)),
+        "number": lambda: own_loss(model).item(),
+        "once": lambda: own_loss(model) + own_loss(model),
+        "``reads``": lambda: model(ids, logits_to_keep=1).logits.mean(),
+        "head once": lambda: model.lm_head(model(ids).logits[..., :32]).mean(),
     }
     for words, closure in closures.items():
         with pytest.raises(ValueError, match=words):
             ErrorBroadcast(model).step(closure)
     settings = {"lr": -1, "damping": 0, "first": 1, "max_tokens": 0, "matrices": ("q",)}
-    for name, value in settings.items():
+    settings = [*settings.items(), ("lr", torch.inf), ("matrices", ("d", "d"))]
+    for name, value in settings:
         with pytest.raises(ValueError, match=name):
             ErrorBroadcast(model, **{name: value})
+    with pytest.raises(RuntimeError, match="needs a closure"):
+        ErrorBroadcast(model).step()
+    for other in (model.model, get_peft_model(model, LoraConfig(target_modules=["o_proj"]))):
+        with pytest.raises(UnknownStream, match=type(other).__name__):
+            ErrorBroadcast(other)
+    dropping = tiny_model("opt", dropout=0.1).train()
+    with pytest.raises(UnknownStream, match=r"eval\(\)"):
+        ErrorBroadcast(dropping).step(lambda: own_loss(dropping))

@@ -26,6 +26,8 @@ from transformers import (
     Gemma3nTextConfig,
     Gemma3TextConfig,
     GPT2Config,
+    GPTJConfig,
+    GPTNeoConfig,
     GPTNeoXConfig,
     GptOssConfig,
     Lfm2Config,
@@ -33,6 +35,7 @@ from transformers import (
     MambaConfig,
     MistralConfig,
     MptConfig,
+    NanoChatConfig,
     Olmo3Config,
     OPTConfig,
     PhiConfig,
@@ -94,6 +97,15 @@ _WINDOWED: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
 _OTHER_NAMES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "falcon": (FalconConfig, {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}),
     "mpt": (MptConfig, {"d_model": 32, "n_layers": 2, "n_heads": 4}),
+    "gptj": (GPTJConfig, {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8}),
+    "gpt_neo": (
+        GPTNeoConfig,
+        {
+            **{"hidden_size": 32, "num_layers": 4, "num_heads": 4},
+            "attention_types": [[["global", "local"], 2]],
+        },
+    ),
+    "nanochat": (NanoChatConfig, _GROUPED),
     "xglm": (XGLMConfig, {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48}),
     "dbrx": (
         DbrxConfig,

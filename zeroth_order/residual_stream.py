@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +19,11 @@ NAMES = {
     "o": (
         *("self_attn.o_proj", "self_attn.out_proj", "self_attn.dense", "attention.dense"),
         *("self_attention.dense", "attn.c_proj", "attn.out_proj"),
+        "attn.attention.out_proj",
     ),
     "d": (
         *("mlp.down_proj", "mlp.fc2", "fc2", "mlp.dense_4h_to_h", "mlp.c_proj"),
-        "ffn.down_proj",
+        *("mlp.fc_out", "ffn.down_proj"),
     ),
 }
 # The norms between them and the stream, in families that have both.
@@ -86,9 +88,21 @@ def _has_writers(block: nn.Module) -> bool:
 def _submodule(block: nn.Module, names: Sequence[str]) -> nn.Module | None:
     modules = dict(block.named_modules())
     found = next((modules[name] for name in names if name in modules), None)
-    # Experts keep theirs as one tensor of three dimensions.
-    weight = getattr(found, "weight", None)
-    return found if weight is not None and weight.dim() == 2 else None
+    # Adapters wrap it, experts keep theirs as one tensor of three dimensions.
+    is_matrix = isinstance(found, nn.Linear) or type(found).__name__ == "Conv1D"
+    return found if is_matrix and found.weight.is_floating_point() else None
+
+
+def find_head(model: nn.Module) -> nn.Module:
+    """Return the language-model head.
+
+    Raises:
+        UnknownStream: there is none.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None:
+        raise UnknownStream(f"{type(model).__name__} has no language-model head")
+    return head
 
 
 def writers_of(block: nn.Module) -> dict[str, Writer]:
@@ -154,8 +168,10 @@ class ForwardPass:
         """Keep the inputs of a matrix, and its outputs."""
         self.inputs[writer], self.outputs[writer] = map(self.at_reads, (arguments[0], output))
 
-    def cut(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> Tensor:
+    def cut(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> Tensor | None:
         """Begin the graph at the last residual state."""
+        if self.stream is None:
+            return None  # NanoChat norms the embeddings, too
         if self.state is not None:
             raise ValueError("the closure must run the model once")
         self.state = arguments[0].detach().requires_grad_()
@@ -163,6 +179,14 @@ class ForwardPass:
 
     def see_logits(self, _: nn.Module, __: tuple[Tensor, ...], logits: Tensor) -> None:
         """Keep what the head returns."""
+        if self.logits is not None:
+            raise ValueError("the closure must run the head once")
+        places = self.state.shape[:-1].numel() if self.kept is None else len(self.owner)
+        if logits.shape[:-1].numel() != places:
+            raise ValueError(
+                f"the head reads {logits.shape[:-1].numel()} positions, not {places}; give "
+                "``reads``, the row and the column of each"
+            )
         self.logits = logits
 
     def errors(self, loss: Tensor, weight: float | None) -> tuple[Tensor, Tensor]:
@@ -171,14 +195,18 @@ class ForwardPass:
         Raises:
             ValueError: the loss is not differentiable in the logits.
         """
-        if self.logits is None or not (loss.requires_grad and self.logits.requires_grad):
+        has_gradient = isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad
+        gradients: Sequence[Tensor | None] = [None, None]
+        if has_gradient and self.logits is not None and self.logits.requires_grad:
+            # Half precision would lose digits of a mean's small gradients.
+            summed, at = loss.new_tensor(weight or 1), [self.state, self.logits]
+            gradients = torch.autograd.grad(loss, at, summed, allow_unused=True)
+        if None in gradients:
             raise ValueError(
-                "the closure must run the model with gradients enabled, and return a loss that is "
-                "differentiable in the logits"
+                "the closure must run the model with gradients enabled and not compiled, and "
+                "return a loss, one number, that is differentiable in the logits"
             )
-        # Half precision would lose digits of a mean's small gradients.
-        summed = loss.new_tensor(weight or 1)
-        of_state, of_logits = torch.autograd.grad(loss, [self.state, self.logits], summed)
+        of_state, of_logits = gradients
         of_logits = of_logits.flatten(0, -2).to(compute_dtype(self.state.dtype))
         if self.kept is None:
             count = self._keep(of_logits.any(dim=1).nonzero()[:, 0])
@@ -201,8 +229,11 @@ class ForwardPass:
         return len(positions)
 
     @torch.no_grad()
-    def check_stream(self, writers: Sequence[Writer], model: str) -> None:
+    def check_stream(self, writers: Sequence[Writer], model: nn.Module) -> bool:
         """Compare the last residual state with the sum of what was written since the first block.
+
+        Returns whether they could be compared: no position, or one that is not finite, tells
+        nothing.
 
         Raises:
             UnknownStream: they differ; names the model.
@@ -212,8 +243,10 @@ class ForwardPass:
             output = self.outputs[writer]
             total = total + (writer.norm(output) if writer.norm else output).to(total)
         gap = float((last - total.to(last)).norm() / last.norm())
-        if not gap <= TOLERANCE[is_half(self.state.dtype)]:
+        if gap > TOLERANCE[is_half(self.state.dtype)]:
+            hint = "; call its eval(), which ends dropout" if model.training else ""
             raise UnknownStream(
-                f"{model}: the last residual state is not the sum of what attention and MLP write "
-                f"to the stream (off by {gap:.1%})"
+                f"{type(model).__name__}: the last residual state is not the sum of what attention "
+                f"and MLP write to the stream (off by {gap:.1%}){hint}"
             )
+        return math.isfinite(gap)
