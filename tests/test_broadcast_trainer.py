@@ -63,10 +63,13 @@ def test_a_killed_run_repeats_the_steps_after_its_checkpoint(
     assert not (tmp_path / "whole/out" / LAST_STEP).exists()
     shutil.copytree(tmp_path / "whole/out/checkpoint-3", tmp_path / "parted/out/checkpoint-3")
     note_step(tmp_path / "parted/out", 5)
-    torch.manual_seed(12345)  # whatever state the process is in
-    finish(training(tmp_path / "parted", **arguments))
+    note_step(tmp_path / "early/out", 2)
+    for name in ("parted", "early"):
+        torch.manual_seed(12345)  # whatever state the process is in
+        finish(training(tmp_path / name, **arguments))
+        assert_same_checkpoint(*(tmp_path / n / "out/checkpoint-6" for n in ("whole", name)))
     assert "steps 4 to 5 came after the checkpoint: done again" in caplog.text
-    assert_same_checkpoint(*(tmp_path / n / "out/checkpoint-6" for n in ("whole", "parted")))
+    assert "steps 1 to 2 came before the first checkpoint: done again" in caplog.text
 
 
 def test_accumulated_batches_are_one_large_batch(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from language_model.objectives import (
     negative_accuracy,
 )
 from training.callbacks import LogLines, LossProgress, save_and_stop
-from training.checkpoints import note_step, noted_step
+from training.checkpoints import checkpoints, note_step, noted_step
 from training.resumable_trainer import ResumableTrainer
 from training.watching import Divergence
 from utils import InputError
@@ -105,9 +105,11 @@ class ObjectiveTrainer(ResumableTrainer):
         self._ended_step = self.state.global_step
         if saved:
             vars(self.divergence).update(saved["divergence"])
-            step, done = self.state.global_step, noted_step(self.args.output_dir)
-            if self.repeats_steps and done > step:
-                self.warn(f"steps {step + 1} to {done} came after the checkpoint: done again")
+        step, done = self.state.global_step, noted_step(self.args.output_dir)
+        is_resumed = saved or not checkpoints(self.args.output_dir)
+        if self.repeats_steps and done > step and is_resumed:
+            place = "after the checkpoint" if saved else "before the first checkpoint"
+            self.warn(f"steps {step + 1} to {done} came {place}: done again")
 
     def _begin_step(self) -> None:
         """Note that a batch of a step begins."""
