@@ -43,15 +43,15 @@ from zeroth_order.checks import check_parameter, check_perturbation_scale, check
 from zeroth_order.config import AUTO, HiZOOConfig, check_settings
 from zeroth_order.curvature import mean_and_max
 from zeroth_order.in_place import InPlaceWeights
-from zeroth_order.layerwise import Layers, LayerwiseWeights, OnlyInPlace
+from zeroth_order.layerwise import Layers, OnlyInPlace
 from zeroth_order.signals import signals_wait
-from zeroth_order.weights import GroupStep, Weights
+from zeroth_order.weights import GroupStep, Shift, Weights
 
 __all__ = ["HiZOO", "HiZOOConfig", "Layers", "OnlyInPlace"]
 __version__ = "0.2.0"
 
-# Where a loss is taken: a direction and a multiple of μ u/√h; None: at θ.
-Perturbation = tuple[int, float] | None
+# Where a loss is taken; None: at θ.
+Perturbation = Shift | None
 
 
 def no_loss() -> float:
@@ -74,6 +74,8 @@ class HiZOO(torch.optim.Optimizer):
         layers: None shifts the weights in place and back, which rounds by up to a unit in the last
             place a step. ``Layers(model)`` leaves them as they are, bit for bit, and perturbs
             one module at a time, with scratch memory for the largest: for half precision.
+            ``StreamedLayers(model)`` (``zeroth_order/streamed.py``) does so where the blocks of the
+            model lie on disk; read its weights after ``finish()``.
         **settings: fields of ``HiZOOConfig``, in place of those of ``config``. Published learning
             rates: 1e-7 to 1e-6 for all parameters of a large model; ``lr="auto"`` needs none.
 
@@ -143,12 +145,15 @@ class HiZOO(torch.optim.Optimizer):
             passes.reverse()
         try:
             owned = {at for at in passes if self.shares is None or self.shares.owns(at)}
-            losses = {at: self._loss_at(at, closure if at in owned else no_loss) for at in passes}
+            values = self.weights.losses(
+                [(closure if at in owned else no_loss, at) for at in passes]
+            )
+            losses = dict(zip(passes, values, strict=True))
             if self.shares is not None:
                 losses = self.shares.exchanged(losses)
             if self.param_groups[0]["step"] == 0 and not self._estimates:
                 at = passes[-1]
-                again = self._loss_at(at, closure)
+                (again,) = self.weights.losses([(closure, at)])
                 check_repeats(losses[at], again, losses.values(), self.weights.trained)
         except BaseException:
             self.restore()
@@ -205,8 +210,16 @@ class HiZOO(torch.optim.Optimizer):
             noted = step_rule.with_curvature(self.param_groups[0], c)
             for group in self.param_groups:
                 group.update(noted)
-        groups = self.param_groups
-        self.weights.update([GroupStep(*self._g_and_c(g), self.learning_rate(g)) for g in groups])
+        self.weights.update([self._step_of(group) for group in self.param_groups])
+
+    def _step_of(self, group: dict[str, Any]) -> GroupStep:
+        """Return what this step does to a group."""
+        eta, smooth, decay = (
+            self.learning_rate(group),
+            group["hessian_smooth"],
+            group["weight_decay"],
+        )
+        return GroupStep(*self._g_and_c(group), eta, smooth, decay)
 
     def pending(self) -> tuple[float, float | None, float]:
         """Return g, c (None: not measured) and η of the step that ``step()`` is about to take.
@@ -252,8 +265,9 @@ class HiZOO(torch.optim.Optimizer):
             ValueError: eps is so small that hardly a weight would change, or so large beside the
                 weights that shifting them back would not restore them.
         """
-        scales = [(p, group["eps"]) for group, p in self._parameters() if p.requires_grad]
-        check_perturbation_scale(scales, in_place=self.layers is None)
+        scales = {p: group["eps"] for group, p in self._parameters() if p.requires_grad}
+        loaded = ((p, scales[p]) for p in self._loaded(scales))
+        check_perturbation_scale(loaded, in_place=self.layers is None)
 
     @property
     def optimizer(self) -> HiZOO:
@@ -278,7 +292,8 @@ class HiZOO(torch.optim.Optimizer):
         if self._estimates:
             raise RuntimeError("loss_along() between estimate() and step() would lose the estimate")
         self._prepare(closure)
-        return self._loss_at((direction, distance / self.param_groups[0]["eps"]), closure)
+        shift = direction, distance / self.param_groups[0]["eps"]
+        return self.weights.losses([(closure, shift)])[0]
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -290,6 +305,12 @@ class HiZOO(torch.optim.Optimizer):
             self.weights.restore()
         torch.clear_autocast_cache()
 
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Apply the updates of streamed weights that wait until their block is read again."""
+        if self.weights is not None:
+            self.weights.finish()
+
     def __getstate__(self) -> dict[str, Any]:
         """Return what ``copy`` and ``pickle`` keep: all but hooks, torch's own would be less.
 
@@ -299,14 +320,19 @@ class HiZOO(torch.optim.Optimizer):
         return {n: v for n, v in kept if n != "step" and not n.endswith("_hooks")}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state after the last whole step; takes a shift back first."""
+        """Return the state after the last whole step; takes a shift back first.
+
+        The full h of streamed weights is not in it.
+        """
         self.restore()
+        self.finish()
         self._forget_estimates()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a ``state_dict()``; takes a shift back first. h keeps the dtype it was saved in."""
         self.restore()
+        self.finish()
         self._forget_estimates()
         super().load_state_dict(state_dict)
         saved = (number for group in state_dict["param_groups"] for number in group["params"])
@@ -318,7 +344,7 @@ class HiZOO(torch.optim.Optimizer):
 
     def hessian_mean_and_max(self) -> tuple[float, float]:
         """Return the mean and the maximum of h over all trained parameters; reads all of h."""
-        return mean_and_max(self.state.get(parameter, {}) for parameter in self._trained())
+        return mean_and_max(self.state.get(p, {}) for p in self._loaded(self._trained()))
 
     # ---- when c is measured
 
@@ -352,11 +378,6 @@ class HiZOO(torch.optim.Optimizer):
         first, second = torch.tensordot(weights / weights.sum(), values, dims=1).tolist()
         return first, second
 
-    def _loss_at(self, at: Perturbation, closure: Callable[[], Any]) -> float:
-        # Under autocast torch keeps weights that it has cast, and would not see that they changed.
-        torch.clear_autocast_cache()
-        return self.weights.loss_at(closure, *(at or (0, 0.0)))
-
     def _parameters(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
         """Yield every parameter with its group, frozen ones too, in the order of state_dict."""
         return ((group, p) for group in self.param_groups for p in group["params"])
@@ -364,11 +385,15 @@ class HiZOO(torch.optim.Optimizer):
     def _trained(self) -> list[Tensor]:
         return [parameter for _, parameter in self._parameters() if parameter.requires_grad]
 
+    def _loaded(self, parameters: Iterable[Tensor]) -> Iterable[Tensor]:
+        """Return parameters, in any order; streamed ones are in memory as they come."""
+        return self.layers.loaded(parameters) if self.layers else parameters
+
     def _check_trained(self) -> None:
         trained = set(self._trained())
         if not trained:
             raise ValueError("no parameter requires a gradient: there is nothing to train")
-        if self.layers is not None and set(self.layers.uses) != trained:
+        if self.layers is not None and self.layers.trained != trained:
             raise ValueError("layers must hold exactly the parameters that the optimizer trains")
 
     def _prepare(self, closure: Callable[[], Any]) -> None:
@@ -377,6 +402,6 @@ class HiZOO(torch.optim.Optimizer):
         if not self._estimates and [*map(id, known)] != [*map(id, self._trained())]:
             self._check_trained()
             self.check_perturbation_scale()
-            kind = partial(LayerwiseWeights, self.layers) if self.layers else InPlaceWeights
+            kind = partial(self.layers.kind, self.layers) if self.layers else InPlaceWeights
             self.weights = kind(self.param_groups, self.state, self.config)
         self.weights.prepare(closure)

@@ -32,7 +32,8 @@ def check_parameter(parameter: Tensor) -> None:
     if parameter.dtype not in DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise ValueError(f"{shown} is {str(parameter.dtype).removeprefix('torch.')}: give {known}")
-    if not parameter.is_contiguous():
+    # Streamed weights that are not in memory are one number, expanded.
+    if not parameter.is_contiguous() and any(parameter.stride()):
         raise ValueError(f"{shown} is not contiguous: give its contiguous()")
 
 

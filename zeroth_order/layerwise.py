@@ -10,7 +10,7 @@ import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -37,19 +37,37 @@ class Layers:
     the evaluation, and so are those of a module that runs again (in generation, for every token).
     Vectors, of norms and biases, are written all together before: one by one each of them would
     take nearly as long as a matrix.
+
+    Args:
+        module: the model.
+        leave_out: modules of it that are perturbed in another way.
+
+    Attributes:
+        trained: the trained parameters.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, leave_out: Collection[nn.Module] = ()) -> None:
         self.owners: list[tuple[nn.Module, list[nn.Parameter]]] = []
         for part in module.modules():
-            if trained := [p for p in part.parameters(recurse=False) if p.requires_grad]:
+            trained = [p for p in part.parameters(recurse=False) if p.requires_grad]
+            if trained and part not in leave_out:
                 self.owners.append((part, trained))
         self.uses = Counter(parameter for _, owned in self.owners for parameter in owned)
+        self.trained: set[Tensor] = set(self.uses)
         self.vectors = [parameter for parameter in self.uses if parameter.dim() < 2]
         self.names = {parameter: name for name, parameter in module.named_parameters()}
         self.scratch = Scratch()
         # Whether ``check`` has found that this model can be perturbed so.
         self.checked = False
+
+    @property
+    def kind(self) -> type[LayerwiseWeights]:
+        """What perturbs the weights so."""
+        return LayerwiseWeights
+
+    def loaded(self, parameters: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield parameters, in any order."""
+        yield from parameters
 
     @contextlib.contextmanager
     def replaced(self, write: Write, alone: bool = False) -> Iterator[set[nn.Parameter]]:
@@ -189,11 +207,15 @@ class LayerwiseWeights(Weights):
         """Return the loss at θ + ``sign`` μ u/√h, with the weights themselves at θ."""
         if not sign:
             return float(closure())
+        with self.layers.replaced(self.perturbing(direction, sign)):
+            return float(closure())
+
+    def perturbing(self, direction: int, sign: float) -> Write:
+        """Return what writes θ + ``sign`` μ u/√h."""
 
         def write(copies: Copies) -> None:
             parameters = [self.trained[parameter] for parameter in copies]
             for chunk, noise in self.chunks_with_noise(parameters, direction):
                 self.perturb_chunk(chunk, noise, sign, copies[chunk.of.parameter])
 
-        with self.layers.replaced(write):
-            return float(closure())
+        return write

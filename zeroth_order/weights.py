@@ -1,7 +1,8 @@
 """The trained weights: how they are perturbed by μ u/√h, and how a step updates them and h.
 
 ``in_place.InPlaceWeights`` shifts them where they are; ``layerwise.LayerwiseWeights`` leaves them
-as they are and runs each module with perturbed copies.
+as they are and runs each module with perturbed copies; ``streamed.StreamedWeights`` does so too,
+and has one block of the model in memory at a time.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from zeroth_order import curvature, kernels
@@ -28,6 +30,8 @@ from zeroth_order.running import (
 States = dict[Tensor, curvature.State]
 # A direction, and how many times μ u/√h the weights are shifted along it.
 Shift = tuple[int, float]
+# A forward pass: its closure, and the shift that it runs at; None: at θ.
+Pass = tuple[Callable[[], Any], Shift | None]
 
 
 class GroupStep(NamedTuple):
@@ -37,11 +41,27 @@ class GroupStep(NamedTuple):
         gradients: g of each direction, divided by their number.
         curvatures: c of each direction, divided by their number; None: not measured, h stays.
         learning_rate: η.
+        smooth: α.
+        decay: λ.
     """
 
     gradients: list[float]
     curvatures: list[float] | None
     learning_rate: float
+    smooth: float
+    decay: float
+
+
+class Update(NamedTuple):
+    """A step of all groups: what it takes to update any parameter, now or later.
+
+    Attributes:
+        noise: seed and number of the step.
+        of_groups: what it does to each group, by the group's id.
+    """
+
+    noise: tuple[int, int]
+    of_groups: dict[int, GroupStep]
 
 
 class Weights:
@@ -80,6 +100,15 @@ class Weights:
                 )
         self.parameters = [*self.trained.values()]
 
+    def losses(self, passes: Sequence[Pass]) -> list[float]:
+        """Return the losses of forward passes, which may run in any order."""
+        values = []
+        for closure, shift in passes:
+            # Under autocast torch keeps weights that it has cast, and would not see other ones.
+            torch.clear_autocast_cache()
+            values.append(self.loss_at(closure, *(shift or (0, 0.0))))
+        return values
+
     def loss_at(self, closure: Callable[[], Any], direction: int, sign: float) -> float:
         """Return the loss at θ + ``sign`` μ u/√h; at θ itself for a sign of 0."""
         raise NotImplementedError
@@ -87,27 +116,36 @@ class Weights:
     def restore(self) -> None:
         """Take back a shift that ``loss_at`` has left."""
 
+    def finish(self) -> None:
+        """Apply updates that wait, if this kind lets them wait."""
+
     def prepare(self, closure: Callable[[], Any]) -> None:
         """Let h begin at 1 where α is above 0, before the losses of ``closure`` are taken."""
         for trained in self.parameters:
             if trained.group["hessian_smooth"] > 0 and not self.states.get(trained.parameter):
-                self.states[trained.parameter] = curvature.start(trained)
+                self.start_hessian(trained)
+
+    def start_hessian(self, trained: TrainedParameter) -> None:
+        """Let a parameter's h begin at 1."""
+        self.states[trained.parameter] = curvature.start(trained)
 
     # ---- perturbed weights
 
     def chunks_with_noise(
-        self, parameters: Sequence[TrainedParameter], direction: int
+        self,
+        parameters: Sequence[TrainedParameter],
+        direction: int,
+        noise: tuple[int, int] | None = None,
     ) -> Iterator[tuple[Chunk, Noise]]:
-        """Yield every chunk of some parameters with its u."""
+        """Yield every chunk of some parameters with its u; ``noise`` None: of this step."""
+        numbers = noise or self._noise_of_step()
         for bundle in bundles(parameters):
-            yield from zip(bundle, self._noise_of(bundle, direction), strict=True)
+            yield from zip(bundle, _noise_of(bundle, numbers, direction), strict=True)
 
-    def _noise_of(
-        self, bundle: list[Chunk], direction: int, of_pairs: OfPairs = standard_normals
-    ) -> list[Noise]:
+    def _noise_of_step(self) -> tuple[int, int]:
+        """Return seed and number of the step that is under way."""
         first = self.param_groups[0]
-        stream = mix_seed(first["seed"], first["step"], direction)
-        return noise_of_bundle(bundle, stream, of_pairs)
+        return first["seed"], first["step"]
 
     def perturb_chunk(self, chunk: Chunk, noise: Noise, scale: float, target: Tensor) -> None:
         """Write θ + ``scale`` μ u/√h of a chunk into ``target``, of its parameter's shape."""
@@ -121,37 +159,46 @@ class Weights:
 
         An exception leaves some chunks updated and the others as they were before the step.
         """
-        by_group = dict(zip(map(id, self.param_groups), steps, strict=True))
+        self.apply(self.parameters, self.update_of(steps))
+
+    def update_of(self, steps: Sequence[GroupStep]) -> Update:
+        """Return the update of the step that is under way."""
+        of_groups = dict(zip(map(id, self.param_groups), steps, strict=True))
+        return Update(self._noise_of_step(), of_groups)
+
+    def apply(self, parameters: Sequence[TrainedParameter], update: Update) -> None:
+        """Update h and θ of some parameters."""
         # A low-rank h is averaged as a whole, before its parameter's update.
         averaged = {
-            trained.parameter: self._averaged(trained, by_group[id(trained.group)])
-            for trained in self.parameters
+            trained.parameter: self._averaged(trained, update)
+            for trained in parameters
             if trained.low_rank
         }
         self.updated_chunks = 0
-        for bundle in bundles(self.parameters):
-            noises = [self._noise_of(bundle, i) for i, _ in enumerate(steps[0].gradients)]
+        directions = len(next(iter(update.of_groups.values())).gradients)
+        for bundle in bundles(parameters):
+            noises = [_noise_of(bundle, update.noise, i) for i in range(directions)]
             rounding: list[Noise | None] = [None] * len(bundle)
             if bundle[0].of.rounds:
-                rounding = self._noise_of(bundle, ROUNDING, rounding_bits)
+                rounding = _noise_of(bundle, update.noise, ROUNDING, rounding_bits)
             for chunk, bits, *of_chunk in zip(bundle, rounding, *noises, strict=True):
                 parameter = chunk.of.parameter
                 state = averaged.get(parameter, self.states.get(parameter, {}))
-                numbers = self._numbers_of(chunk.of, by_group[id(chunk.of.group)])
+                numbers = self._numbers_of(chunk.of, update.of_groups[id(chunk.of.group)])
                 update_chunk(chunk, state, of_chunk, numbers, bits)
                 self.updated_chunks += 1
         self.states.update(averaged)
 
     def _numbers_of(self, trained: TrainedParameter, step: GroupStep) -> kernels.Numbers:
         """Return the scalars of a parameter's update."""
-        group, samples = trained.group, len(step.gradients)
-        direction, sign = self.shift or (None, 0.0)
-        smooth, decay = group["hessian_smooth"], step.learning_rate * group["weight_decay"]
+        samples, (direction, sign) = len(step.gradients), self.shift or (None, 0.0)
+        smooth, decay = step.smooth, step.learning_rate * step.decay
         grows = smooth > 0 and step.curvatures is not None and not trained.low_rank
+        eps = trained.group["eps"]
         values = scalars(
             [
                 *(-step.learning_rate * g for g in step.gradients),
-                *(-sign * group["eps"] * (d == direction) for d in range(samples)),
+                *(-sign * eps * (d == direction) for d in range(samples)),
                 *(smooth * c for c in step.curvatures or [0.0] * samples),
                 smooth,
                 -decay,
@@ -166,21 +213,31 @@ class Weights:
             decay=values[-1] if decay else None,
         )
 
-    def _averaged(self, trained: TrainedParameter, step: GroupStep) -> curvature.State:
-        """Return a parameter's low-rank h after this step."""
-        state, smooth = self.states.get(trained.parameter, {}), trained.group["hessian_smooth"]
-        if step.curvatures is None or not smooth:
+    def _averaged(self, trained: TrainedParameter, update: Update) -> curvature.State:
+        """Return a parameter's low-rank h after a step."""
+        state, step = self.states.get(trained.parameter, {}), update.of_groups[id(trained.group)]
+        if step.curvatures is None or not step.smooth:
             return state
         directions = range(len(step.curvatures))
-        measured = [self._measured_squares(trained, direction) for direction in directions]
-        return curvature.averaged(state, smooth, step.curvatures, measured)
+        measured = [self._measured_squares(trained, i, update.noise) for i in directions]
+        return curvature.averaged(state, step.smooth, step.curvatures, measured)
 
     def _measured_squares(
-        self, trained: TrainedParameter, direction: int
+        self, trained: TrainedParameter, direction: int, noise: tuple[int, int]
     ) -> Iterator[tuple[Chunk, list[Tensor]]]:
         """Yield every chunk with h u² of its pieces."""
         state, parameter = self.states[trained.parameter], trained.parameter
         measure = kernel(kernels.measured_squares, trained)
-        for chunk, noise in self.chunks_with_noise([trained], direction):
+        for chunk, u in self.chunks_with_noise([trained], direction, noise):
             hessian = curvature.hessian_of_chunk(chunk, state)
-            yield chunk, measure(chunk.view(parameter), hessian, noise)
+            yield chunk, measure(chunk.view(parameter), hessian, u)
+
+
+def _noise_of(
+    bundle: list[Chunk],
+    numbers: tuple[int, int],
+    direction: int,
+    of_pairs: OfPairs = standard_normals,
+) -> list[Noise]:
+    """Return the noise of a bundle in a step of some seed and number."""
+    return noise_of_bundle(bundle, mix_seed(*numbers, direction), of_pairs)

@@ -1,0 +1,118 @@
+"""Where the blocks of a model lie while they are not in memory: places in one working file."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import math
+import os
+import shutil
+from collections.abc import Callable, Hashable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# Bytes: a file that is read past the page cache takes whole pages, also in memory.
+PAGE = 4096
+# Bytes: where a tensor of its own would begin.
+ALIGNMENT = 64
+READ_AT_ONCE = 16 << 20
+
+# What is stored: a parameter, or (a parameter, the name of its state).
+Key = Hashable
+
+
+class Region:
+    """A block's place: its tensors, one behind the other, from a page to a page.
+
+    Attributes:
+        start: in the working file.
+        size: in bytes.
+    """
+
+    def __init__(self, start: int, tensors: Iterable[tuple[Key, torch.Size, torch.dtype]]) -> None:
+        self.start, end = start, 0
+        self.places: dict[Key, tuple[int, torch.Size, torch.dtype]] = {}
+        for key, shape, dtype in tensors:
+            self.places[key] = (end, shape, dtype)
+            end += -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        self.size = -(-end // PAGE) * PAGE
+
+    def views(self, buffer: Tensor) -> dict[Key, Tensor]:
+        """Return the tensors of a block that lies in a buffer."""
+        found = {}
+        for key, (start, shape, dtype) in self.places.items():
+            size = math.prod(shape) * dtype.itemsize
+            found[key] = buffer[start : start + size].view(dtype).view(shape)
+        return found
+
+
+def page_aligned(size: int) -> Tensor:
+    """Return so many bytes of memory that begin with a page."""
+    memory = torch.empty(size + PAGE, dtype=torch.uint8)
+    start = -memory.data_ptr() % PAGE
+    return memory[start : start + size]
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return the memory of a contiguous CPU tensor."""
+    memory = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+    return memoryview(memory).cast("B")
+
+
+def transfer(call: Callable[..., int], descriptor: int, memory: memoryview, start: int) -> None:
+    """Read or write (``os.preadv``, ``os.pwritev``) all of ``memory``, at ``start`` of a file."""
+    done = 0
+    while done < len(memory):
+        count = call(descriptor, [memory[done : done + READ_AT_ONCE]], start + done)
+        if not count:
+            raise OSError(errno.EIO, "the file is shorter than it was")
+        done += count
+
+
+class WorkingFile:
+    """A file without a name, which goes when the process ends, however it ends.
+
+    It is read and written past the page cache, where the file system can: a cache that drops what
+    was used longest ago keeps nothing of a model that is read in turn and is larger than it.
+
+    Raises:
+        OSError: the folder cannot be written to, or has no room.
+    """
+
+    def __init__(self, folder: Path, size: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path, flags = folder / f".hizoo-blocks-{os.getpid()}", os.O_RDWR | os.O_CREAT | os.O_EXCL
+        flags |= os.O_CLOEXEC
+        try:
+            self.descriptor = os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o600)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()  # Linux creates it before it refuses
+            self.descriptor = os.open(path, flags, 0o600)
+        path.unlink()
+        try:
+            os.posix_fallocate(self.descriptor, 0, max(size, 1))
+        except OSError as error:
+            self.close()
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            free = shutil.disk_usage(folder).free
+            reason = f"the blocks take {size / 1e9:,.2f} GB, {free / 1e9:,.2f} GB are free"
+            raise OSError(error.errno, reason, str(folder)) from error
+
+    def read(self, start: int, buffer: Tensor) -> None:
+        """Read a page-aligned buffer."""
+        transfer(os.preadv, self.descriptor, bytes_of(buffer), start)
+
+    def write(self, start: int, buffer: Tensor) -> None:
+        """Write a page-aligned buffer."""
+        transfer(os.pwritev, self.descriptor, bytes_of(buffer), start)
+
+    def close(self) -> None:
+        """Give the disk space back."""
+        os.close(self.descriptor)
