@@ -8,6 +8,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from error_broadcast import ErrorBroadcast
 from hizoo import HiZOO
+from language_model.streaming import read_hessians, save_hessians
 from training.checkpoints import ANOTHER
 from training.objective_trainer import ObjectiveTrainer
 from training.optimizers import choose_layers, groups_of, make_optimizer
@@ -26,6 +28,7 @@ from training.recording import Recording
 from training.rows import Evaluation
 from utils import InputError
 from zeroth_order import noise, step_rule
+from zeroth_order.blocks import blocks_of
 from zeroth_order.config import AUTO, HiZOOConfig
 from zeroth_order.residual_stream import UnknownStream
 from zeroth_order.smoothing import SmoothingSchedule
@@ -259,6 +262,15 @@ class ZerothOrderTrainer(ForwardTrainer):
         super()._end_step()
         self.recording.end_step(self.model, self.state)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        save_hessians(self.model, self.optimizer, Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint:
+            read_hessians(self.model, Path(checkpoint))
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if self.recording.file:
@@ -287,7 +299,8 @@ class ZerothOrderTrainer(ForwardTrainer):
             logs["projected_gradient"] = optimizer.projected_gradient
             if optimizer.wants_curvature:
                 logs["curvature"] = optimizer.curvature
-            if optimizer.state:  # of MeZO h is 1
+            # Of MeZO h is 1; that of streamed weights would have to be read.
+            if optimizer.state and not blocks_of(self.model):
                 logs["hessian_mean"], logs["hessian_max"] = optimizer.hessian_mean_and_max()
             if self.args.world_size > 1:
                 (sent, steps), now = self._logged, (self.exchange.bytes, self.state.global_step)

@@ -73,6 +73,9 @@ class Arguments(
         if self.disable_tqdm is None or self.quiet:
             # In a file a bar would be one endless line.
             self.disable_tqdm = self.quiet or not sys.stderr.isatty()
+        if self.offload != "none" and self.trainer == "zo":
+            # Streamed weights are perturbed as copies: a run may resume in memory, or streamed.
+            self.zo_perturbation = "layerwise"
         self.lr_scheduler_type = self.lr_scheduler_type or self.default_schedule
         # The Trainer refuses the best model without checkpoints; a replay makes it.
         replays_best = self.replays_best

@@ -13,6 +13,7 @@ from typing import Any
 from command_line.declarations import AUTO, OFF, Effect
 from command_line.reading import DECLARED, OWN, TUNING_MODES, raise_problems, show_argument
 from command_line.scripts import WEIGHTS
+from command_line.sizes import bytes_of_size
 from task_data.own_tasks import OwnTask
 from tasks import Task
 from utils import InputError
@@ -178,6 +179,8 @@ def _problems_of_weights(values: Any) -> Iterator[str]:
         yield f"--{quantised}: quantised weights are not trained; {way_out}"
     if quantised and values.untie_emb:
         yield f"--untie_emb: the head of --{quantised} is quantised; leave it out"
+    if values.offload != "none":
+        yield from _problems_of_offload(values, quantised)
     if quantised and values.merge_adapter:
         yield "--merge_adapter: quantised weights take no matrices; leave it out"
     for name in CHECKPOINTING:
@@ -187,6 +190,21 @@ def _problems_of_weights(values: Any) -> Iterator[str]:
     for name in ("linear_probing", "prefix_tuning", "merge_adapter", "eval_before_training"):
         if values.fsdp and values.trainer == "regular" and getattr(values, name):
             yield f"--{name}: it needs whole weights, which --fsdp shards; leave it out"
+
+
+def _problems_of_offload(values: Any, quantised: str | None) -> Iterator[str]:
+    """Yield what does not go with weights that are streamed."""
+    offload = f"--offload {values.offload}"
+    if quantised:
+        yield f"{offload}: bitsandbytes keeps --{quantised} in the GPU's memory; give one of them"
+    if values.zo_perturbation == "inplace" and values.trainer == "zo":
+        yield f"--zo_perturbation inplace: {offload} perturbs copies of a block; leave it out"
+    if values.merge_adapter:
+        yield f"--merge_adapter needs all weights in memory, without {offload}; leave it out"
+    try:
+        bytes_of_size(values.offload_memory)
+    except ValueError as error:
+        yield f"--offload_memory {error}"
 
 
 def _problems_of_steps(values: Any) -> Iterator[str]:

@@ -60,6 +60,14 @@ NOT_BROADCAST = Effect(
     refused=True,
     way_out=TAKE_ZO,
 )
+OFFLOADED = Effect(
+    "--trainer regular and broadcast need all weights in memory",
+    lambda v: v.trainer in ("none", "zo") or v.linear_probing,
+    refused=True,
+    way_out=TAKE_ZO,
+)
+OFFLOAD = Effect("without --offload", lambda v: v.offload != "none")
+ON_DISK = is_("offload", "disk", OFFLOAD)
 HEAD = replace(NOT_BROADCAST, otherwise="--trainer broadcast trains no head", refused=False)
 RATE = Effect("--trainer broadcast has --broadcast_rate", lambda v: v.trainer != "broadcast", STEPS)
 DECAYS = replace(RATE, otherwise="--trainer broadcast has no weight decay", refused=True)

@@ -90,6 +90,17 @@ class Model:
     """Load 8-bit weights with bitsandbytes, for --trainer none or adapters. Needs a CUDA GPU."""
     load_int4: bool = argument(False)
     """As --load_int8, with 4-bit weights (NF4)."""
+    offload: str = argument(
+        "none", choices=("none", "cpu", "disk"), effect=when.OFFLOADED, decides=NOTHING
+    )
+    """Where the weights of a model's blocks lie while they are not needed: disk, for models larger
+    than memory, or cpu, for models larger than the GPU's. A step reads and writes each block once,
+    and perturbs it as --zo_perturbation layerwise does."""
+    offload_dir: str | None = argument(None, path=True, effect=when.ON_DISK, decides=NOTHING)
+    """Folder for the working file of --offload disk, as large as the blocks and their h. The
+    model's own files are only read. Default: output_dir."""
+    offload_memory: str = argument("0", effect=when.OFFLOAD, decides=NOTHING)
+    """Memory for the first blocks, which stay there, as in 8GB."""
     max_length: int | None = argument(None, at_least=1)
     """Tokens of a text at most; longer ones are cut on the left. Default: 2048, or the model's
     positions if they are fewer."""

@@ -15,8 +15,10 @@ import torch
 from command_line.arguments import Arguments
 from command_line.reading import OWN, TUNING_MODES
 from command_line.settings import changed_settings, length_of_run, settings_of_a_checkpoint
+from command_line.sizes import bytes_of_size
 from language_model.generation import GenerationSettings
 from language_model.loading import choose_dtype
+from language_model.streaming import Offload
 from task_data.sampling import ExampleSet, draw_example_sets
 from tasks import Task
 from utils import InputError
@@ -32,6 +34,7 @@ class ModelOptions:
     spread: bool = True  # over all GPUs of one process
     device: torch.device | None = None  # None: sharding moves each layer itself
     trust_remote_code: bool = False
+    offload: Offload | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,15 @@ class Options:
         return {**self.course, **self.length}
 
 
+def offload_of(arguments: Arguments) -> Offload | None:
+    """Return where the weights of blocks lie; None: all of them in memory."""
+    if arguments.offload == "none":
+        return None
+    folder = Path(arguments.offload_dir or arguments.output_dir or ".")
+    memory = bytes_of_size(arguments.offload_memory)
+    return Offload(folder if arguments.offload == "disk" else None, memory)
+
+
 def options_of(arguments: Arguments) -> Options:
     """Return what checked arguments say."""
     model = ModelOptions(
@@ -126,6 +138,7 @@ def options_of(arguments: Arguments) -> Options:
         not arguments.no_auto_device,
         None if arguments.fsdp else arguments.device,
         arguments.trust_remote_code,
+        offload_of(arguments),
     )
     names = [field.name for field in dataclasses.fields(GenerationSettings)]
     generation = GenerationSettings(**{name: getattr(arguments, name) for name in names})

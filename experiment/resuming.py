@@ -30,6 +30,7 @@ from training.processes import from_first_process
 from training.recording import ANOTHER_FOLDER, Replay, checksum_of
 from utils import InputError, fingerprint, speaks_for_all
 from zeroth_order import noise
+from zeroth_order.blocks import in_order
 
 logger = logging.getLogger(__name__)
 logger.addFilter(lambda _: speaks_for_all())
@@ -77,10 +78,11 @@ def with_contents(
     def digests() -> dict[str, Any]:
         samples, task = [*examples.train, *examples.dev], encoder.task
         tokens = [encoder.tokenizer.encode(task.prompt(sample)) for sample in samples]
+        weights = (p for p in model.parameters() if not p.is_meta)
         template = encoder.chat and encoder.tokenizer.chat_template
         return {
             "examples": _digest([_texts(task, sample) for sample in samples]),
-            "weights": checksum_of(p for p in model.parameters() if not p.is_meta),
+            "weights": checksum_of(in_order(model, weights)),
             "tokenizer": _digest([tokens, template]),
             "reward_file": task.reward and fingerprint([task.reward.file]),
             "noise": noise.VERSION,

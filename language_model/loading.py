@@ -32,6 +32,7 @@ from transformers import modeling_gguf_pytorch_utils as gguf_loading
 
 from language_model.gguf_files import GgufFile
 from language_model.saved_adapters import SavedAdapter
+from language_model.streaming import Offload, load_streamed
 from language_model.weight_names import tied_weights
 from utils import InputError, first_line
 
@@ -52,6 +53,7 @@ def load_model(
     quantised_bits: int | None = None,
     auto_device: bool = True,
     trust_remote_code: bool = False,
+    offload: Offload | None = None,
 ) -> PreTrainedModel | PeftModel:
     """Load a causal language model for evaluation (no dropout).
 
@@ -63,6 +65,7 @@ def load_model(
         auto_device: spread the model over the GPUs there are, if any. Otherwise, and in a run of
             several processes, the caller places it.
         trust_remote_code: run code that comes with the model.
+        offload: where the weights of blocks lie; None: in memory, all of them.
     """
     adapter = SavedAdapter.find(name)
     base = adapter.base if adapter else name
@@ -71,6 +74,13 @@ def load_model(
         of_file = "the weights of a GGUF file, quantised ones too, are loaded as ordinary ones"
         reason = of_file if gguf else "bitsandbytes needs a CUDA GPU"
         raise InputError(f"--load_int{quantised_bits}: {reason}; leave it out")
+    if offload:
+        config = load_config(base, trust_remote_code)
+        if gguf:
+            raise InputError("--offload reads safetensors files, no GGUF file; leave it out")
+        with _in_one_line(base, "no causal language model there"):
+            model = load_streamed(base, config, dtype, offload, trust_remote_code)
+        return adapter.load(model) if adapter else model
     several_processes = int(os.environ.get("WORLD_SIZE", "1")) > 1
     spread = auto_device and torch.cuda.is_available() and not several_processes
     how: dict[str, Any] = {
@@ -204,7 +214,7 @@ def _in_one_line(name: str, what: str) -> Iterator[None]:
     """Turn whatever a library raises over a model's files into one line."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, InputError):
         raise
     except Exception as error:  # pickle, tokenizers and others have errors of their own
         way_out = "give a Hub id, or a local directory with config.json, weights and tokenizer"

@@ -27,6 +27,18 @@ def saved_names(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return revert_weight_conversion(model, without_values)
 
 
+def own_names(model: PreTrainedModel) -> dict[str, str]:
+    """Return the model's names of its weights by those that ``save_pretrained`` gives.
+
+    A weight that is stored in other pieces is left out, and so is one that is tied to another.
+    """
+    state, tied = model.state_dict(keep_vars=True), tied_weights(model)
+    empty = {n: torch.empty_like(t, device="meta") for n, t in state.items() if n not in tied}
+    own = {id(tensor): name for name, tensor in empty.items()}
+    saved = revert_weight_conversion(model, dict(empty))
+    return {name: own[id(tensor)] for name, tensor in saved.items() if id(tensor) in own}
+
+
 def load_renamed_weights(model: nn.Module, folder: Path) -> bool:
     """Load a checkpoint whose names are not the model's own; tell whether they are not.
 

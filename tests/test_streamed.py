@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hizoo import HiZOO, Layers
 from zeroth_order.blocks import Blocks, blocks_of, placeholder
-from zeroth_order.streamed import StreamedLayers, StreamedWeights
+from zeroth_order.streamed import StreamedLayers
 
 FAMILIES = ("opt", "llama", "qwen2", "gpt_neox", "gemma2")
 STATE = "hessian_minus_one"
@@ -54,7 +54,7 @@ def trained(
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = HiZOO(groups, layers=layers, **settings)
     generator, log = torch.Generator().manual_seed(1), []
-    for step in range(steps):
+    for _ in range(steps):
         for _ in range(accumulated):
             ids = torch.randint(5, 400, (2, 9), generator=generator)
             optimizer.estimate(lambda ids=ids: model(input_ids=ids, labels=ids).loss, len(ids))

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from hizoo import HiZOO, HiZOOConfig, Layers, OnlyInPlace
 from training.rows import Group
 from utils import InputError
+from zeroth_order.blocks import NoBlocks, blocks_of
+from zeroth_order.streamed import StreamedLayers
 
 
 def trained_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -89,13 +91,16 @@ def choose_layers(
         InputError: "layerwise" does not work for this model.
     """
     half_precision = any(p.element_size() < 4 for p in trained_weights(model).values())
-    if perturbation == "inplace" or (perturbation == "auto" and not half_precision):
+    in_place = perturbation == "inplace" or (perturbation == "auto" and not half_precision)
+    if in_place and not blocks_of(model):
         return None
-    layers = Layers(model)
+    layers = layers_of(model)
     try:
         unused = layers.check(loss)
     except OnlyInPlace as error:
         reason = f"{type(model).__name__} cannot be perturbed layer by layer: {error}"
+        if blocks_of(model):
+            raise InputError(f"--offload: {reason}; leave it out") from error
         if perturbation == "layerwise":
             raise InputError(f"{reason}; use --zo_perturbation inplace") from error
         warn(f"{reason}; its weights are shifted in place and back, which rounds")
@@ -111,6 +116,20 @@ def choose_layers(
 
 def checked_layers(model: nn.Module) -> Layers:
     """Return what perturbs one module at a time, where a check has shown that it works."""
-    layers = Layers(model)
+    layers = layers_of(model)
     layers.checked = True
     return layers
+
+
+def layers_of(model: nn.Module) -> Layers:
+    """Return what perturbs one module at a time, or one block where a model is streamed.
+
+    Raises:
+        InputError: the model cannot be streamed.
+    """
+    if not blocks_of(model):
+        return Layers(model)
+    try:
+        return StreamedLayers(model)
+    except NoBlocks as error:
+        raise InputError(f"--offload: {error}; leave it out") from error

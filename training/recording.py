@@ -24,6 +24,7 @@ from training.processes import check_agreement
 from training.rows import VERSION, Checksum, Group, Header, Row, Step
 from utils import InputError
 from zeroth_order import noise
+from zeroth_order.blocks import in_order
 
 logger = logging.getLogger(__name__)
 Closure = Callable[[], Any]
@@ -58,7 +59,7 @@ def checksum_of(tensors: Iterable[Tensor]) -> str:
 
 def checksum_of_trained(model: nn.Module) -> str:
     """Return the checksum of the weights that are trained."""
-    return checksum_of(trained_weights(model).values())
+    return checksum_of(in_order(model, trained_weights(model).values()))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from training.recording import checksum_of_trained, replayed
 from training.rows import Checksum, Header, Row, Scales, Step
 from utils import InputError, one_line
 from zeroth_order import noise
+from zeroth_order.blocks import blocks_of
 
 
 class Outcome(NamedTuple):
@@ -137,8 +138,11 @@ def return_to(
     rows, _ = rows_until(journal, 0, steps)
     optimizer = optimizer_of(journal.header, model, compile)
     first = dict(began.named_parameters())
+    if blocks := blocks_of(model):
+        blocks.begin_again()
     for name, parameter in trained_weights(model).items():
-        parameter.data.copy_(first[name])
+        if not blocks or parameter not in blocks.block_of:
+            parameter.data.copy_(first[name])
     if checksum_of_trained(model) != journal.header.start:
         raise InputError(f"{journal.path} begins with other weights than the model has now")
     play(rows, optimizer, model)

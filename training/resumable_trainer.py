@@ -20,6 +20,7 @@ from transformers.trainer_utils import (
 )
 
 from language_model.manifest import damage
+from language_model.streaming import read_again
 from language_model.weight_names import load_renamed_weights, tied_weights
 from training.callbacks import RunState, run_state
 from training.checkpoints import (
@@ -127,13 +128,15 @@ class ResumableTrainer(Trainer):
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         # Files of some models have other names than their weights.
-        if not load_renamed_weights(model or self.model, Path(resume_from_checkpoint)):
+        folder, model = Path(resume_from_checkpoint), model or self.model
+        if not (read_again(model, folder) or load_renamed_weights(model, folder)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         self._forget_damaged_best_checkpoint()
         best = self.state.best_model_checkpoint
-        if best and not load_renamed_weights(self.model, Path(best)):
+        read = best and read_again(self.model, Path(best))
+        if best and not read and not load_renamed_weights(self.model, Path(best)):
             super()._load_best_model()
 
     def _forget_damaged_best_checkpoint(self) -> None:

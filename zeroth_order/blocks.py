@@ -101,6 +101,12 @@ def blocks_of(model: nn.Module) -> Blocks | None:
     return getattr(model, ATTRIBUTE, None)
 
 
+def in_order(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield parameters of any model in their order, each in memory as it comes."""
+    blocks = blocks_of(model)
+    return blocks.in_order(parameters) if blocks else iter(parameters)
+
+
 class Blocks:
     """Streams the weights that are used within one block of a model only.
 

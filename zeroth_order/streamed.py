@@ -9,7 +9,6 @@ every block once and writes it once.
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,7 +20,7 @@ from zeroth_order import curvature
 from zeroth_order.blocks import Block, Blocks, NoBlocks, blocks_of
 from zeroth_order.chunks import TrainedParameter
 from zeroth_order.layerwise import Layers, LayerwiseWeights, give
-from zeroth_order.signals import signals_wait
+from zeroth_order.lockstep import ForwardPass, hooks_of
 from zeroth_order.weights import GroupStep, Pass, Shift, Update
 
 
@@ -43,6 +42,7 @@ class StreamedLayers(Layers):
             block: [p for p in block.module.parameters() if p.requires_grad]
             for block in self.blocks.blocks
         }
+        self.hooks = hooks_of(model)
         self.trained |= {p for parameters in self.of_block.values() for p in parameters}
 
     @property
@@ -111,7 +111,9 @@ class StreamedWeights(LayerwiseWeights):
         if self._threads is None or self._threads._max_workers < len(passes):
             self._threads = ThreadPoolExecutor(len(passes))
         device = self.parameters[0].parameter.device
-        running = [ForwardPass(closure, self._threads, device) for closure, _ in passes]
+        running = [
+            ForwardPass(closure, self._threads, device, self.layers.hooks) for closure, _ in passes
+        ]
         shifts = dict(zip(running, (shift for _, shift in passes), strict=True))
         try:
             for each in running:
@@ -201,74 +203,3 @@ class StreamedWeights(LayerwiseWeights):
         self._first += len(self.waiting)
         self.waiting = []
         self._next = dict.fromkeys(self._next, self._first)
-
-
-class Abandoned(BaseException):
-    """Ends a forward pass that nobody waits for any more."""
-
-
-class ForwardPass:
-    """A forward pass in a thread of its own, which runs only between ``resume`` and its next stop.
-
-    Attributes:
-        before: the block that it has stopped before; None: it has not begun, or it has ended.
-        loss: what it returned.
-    """
-
-    def __init__(
-        self, closure: Callable[[], Any], threads: ThreadPoolExecutor, device: torch.device
-    ) -> None:
-        self.before: Block | None = None
-        self.loss = float("nan")
-        self._closure, self._device = closure, device
-        self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
-        self._is_abandoned = False
-        self._random = torch.get_rng_state()
-        self._ended = threads.submit(self._run)
-
-    def _run(self) -> None:
-        self._go.acquire()
-        try:
-            if self._is_abandoned:
-                return
-            if self._device.type == "cuda":
-                torch.cuda.set_device(self._device)
-            with torch.no_grad():
-                self.loss = float(self._closure())
-        finally:
-            self.before = None
-            self._stopped.release()
-
-    def resume(self) -> None:
-        """Run on; return when the pass has stopped before a block, or ended.
-
-        A signal waits until then. Whatever the pass raises is raised here.
-        """
-        # Under autocast torch keeps weights that it has cast, and would not see other ones.
-        torch.clear_autocast_cache()
-        random = torch.get_rng_state()
-        torch.set_rng_state(self._random)
-        with signals_wait():
-            self._go.release()
-            self._stopped.acquire()
-        self._random = torch.get_rng_state()
-        torch.set_rng_state(random)
-        if self.before is None:
-            self._ended.result()
-
-    def wait_before(self, block: Block) -> None:
-        """Stop before a block; the pass itself calls this."""
-        self.before = block
-        self._stopped.release()
-        self._go.acquire()
-        self.before = None
-        if self._is_abandoned:
-            raise Abandoned
-
-    def abandon(self) -> None:
-        """End the pass, if it has not ended."""
-        if not self._ended.done():
-            self._is_abandoned = True
-            self._go.release()
-            with contextlib.suppress(BaseException):
-                self._ended.result()

@@ -1,0 +1,161 @@
+"""Models of transformers whose blocks are streamed from disk or from the host's memory."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from hizoo import HiZOO
+from language_model.weight_files import SINGLE, WeightFiles, write_weights
+from language_model.weight_names import own_names
+from utils import InputError
+from zeroth_order.blocks import Blocks, NoBlocks, blocks_of, placeholder
+from zeroth_order.curvature import OFFSET
+
+# The full h of streamed weights, in a checkpoint.
+HESSIANS = "hessian.safetensors"
+
+
+@dataclass(frozen=True)
+class Offload:
+    """Where blocks lie while they are not needed.
+
+    Attributes:
+        folder: of the working file; None: in the host's memory.
+        memory: bytes of memory that the first blocks take.
+    """
+
+    folder: Path | None
+    memory: int = 0
+
+
+def load_streamed(
+    name: str, config: PreTrainedConfig, dtype: torch.dtype, offload: Offload, trusts: bool
+) -> PreTrainedModel:
+    """Load a model for evaluation, without the weights of its blocks.
+
+    Raises:
+        InputError: it has no blocks, or its files lack weights.
+    """
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusts)
+    model.tie_weights()
+    with contextlib.suppress(OSError):  # there is none
+        model.generation_config = GenerationConfig.from_pretrained(name)
+    files = WeightFiles.of_model(name, model)
+    _give_placeholders(model)
+    _check(name, model, files)
+    try:
+        Blocks(model, files, offload.folder, offload.memory)
+    except NoBlocks as error:
+        raise InputError(f"--offload: {error}; leave it out") from error
+    _read_outside(model, files)
+    model.save_pretrained = functools.partial(_save, model)
+    return model.eval()
+
+
+def _give_placeholders(model: nn.Module) -> None:
+    """Give a model on the meta device parameters without memory; shared ones stay shared."""
+    made: dict[Tensor, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter not in made:
+                made[parameter] = nn.Parameter(placeholder(parameter, "cpu"))
+            if parameter is not None:
+                module._parameters[name] = made[parameter]
+
+
+def _check(name: str, model: PreTrainedModel, files: WeightFiles) -> None:
+    """Refuse files that lack a weight, or have it in another shape."""
+    weights = dict(model.named_parameters())
+    names = names_in(model, files)
+    missing = [each for each, weight in weights.items() if weight not in names]
+    if missing:
+        raise InputError(
+            f"--model_name {name}: its files lack weights of {type(model).__name__}, as "
+            f"{min(missing)} ({len(missing)} in all); give a model that was saved whole, with its "
+            "language-model head"
+        )
+    for weight, each in names.items():
+        if files.places[each].shape != tuple(weight.shape):
+            raise InputError(
+                f"--model_name {name}: {each} is {files.places[each].shape} in its files and "
+                f"{tuple(weight.shape)} by its configuration; give a whole model"
+            )
+
+
+def names_in(model: PreTrainedModel, files: WeightFiles) -> dict[Tensor, str]:
+    """Return the names of parameters and buffers that files have, the first of each."""
+    names: dict[Tensor, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in files.places:
+            names.setdefault(tensor, name)
+    return names
+
+
+def _read_outside(model: PreTrainedModel, files: WeightFiles) -> None:
+    """Read the weights that are not streamed."""
+    blocks = blocks_of(model)
+    for tensor, name in names_in(model, files).items():
+        if tensor not in blocks.block_of:
+            whole = torch.empty(tensor.shape, dtype=tensor.dtype)
+            files.read(name, whole)
+            tensor.data = whole.to(tensor.device)
+
+
+def read_again(model: nn.Module, folder: Path) -> bool:
+    """Give a streamed model the weights of a checkpoint; tell whether it is one."""
+    if not isinstance(model, PreTrainedModel) or not blocks_of(model):
+        return False
+    files = WeightFiles.of_model(folder, model)
+    _read_outside(model, files)
+    blocks_of(model).begin_again(files)
+    return True
+
+
+def read_hessians(model: nn.Module, folder: Path) -> None:
+    """Give the blocks of a model, if it is streamed and was read again, the h of a checkpoint."""
+    path = folder / HESSIANS
+    if (blocks := blocks_of(model)) and path.is_file():
+        blocks.hessians = WeightFiles.of_file(path)
+
+
+def save_hessians(model: nn.Module, optimizer: HiZOO, folder: Path) -> None:
+    """Save the h of the blocks of a model, if it is streamed, one block in memory at a time."""
+    blocks = blocks_of(model)
+    found = blocks.blocks if blocks else []
+    places = [(block, *place) for block in found for place in block.region.places.items()]
+    kinds = {
+        block.names[key[0]]: (key[0], dtype)
+        for block, key, (_, _, dtype) in places
+        if isinstance(key, tuple)
+    }
+    if kinds:
+        shapes = {name: (dtype, p.shape) for name, (p, dtype) in kinds.items()}
+        parameters = blocks.in_order(p for p, _ in kinds.values())
+        hessians = (optimizer.state[p][OFFSET] for p in parameters)
+        write_weights(folder / HESSIANS, shapes, hessians)
+
+
+def _save(model: PreTrainedModel, save_directory: Path | str, **_: Any) -> None:
+    """Save a streamed model as ``save_pretrained`` does, one block in memory at a time."""
+    folder = Path(save_directory)
+    PreTrainedModel.save_pretrained(model, folder, state_dict={})
+    state = model.state_dict(keep_vars=True)
+    names = {own: name for name, own in own_names(model).items()}
+    saved = {names[own]: state[own] for own in state if own in names}
+    kinds = {name: (tensor.dtype, tensor.shape) for name, tensor in saved.items()}
+    write_weights(folder / SINGLE, kinds, blocks_of(model).in_order(saved.values()))
