@@ -124,7 +124,7 @@ def load_start(
     model = choose_trained_weights(pretrained, weights, tokenizer, print)
     optimizer = optimizer_of(header, model, COMPILE[options.compile])
     if is_checkpoint:
-        return model, tokenizer, optimizer, load_state(optimizer, folder)
+        return model, tokenizer, optimizer, load_state(model, optimizer, folder)
     if header.step:
         raise InputError(
             f"{options.journal} begins with step {header.step}: give a checkpoint of its run as "

@@ -269,7 +269,7 @@ class ZerothOrderTrainer(ForwardTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint:
-            read_hessians(self.model, Path(checkpoint))
+            read_hessians(self.model, self.optimizer, Path(checkpoint))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

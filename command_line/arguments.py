@@ -14,6 +14,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from command_line.contradictions import warning, without_effect
+from command_line.declarations import AUTO
 from command_line.effects import ON_GPU
 from command_line.groups import (
     ErrorBroadcast,
@@ -73,7 +74,7 @@ class Arguments(
         if self.disable_tqdm is None or self.quiet:
             # In a file a bar would be one endless line.
             self.disable_tqdm = self.quiet or not sys.stderr.isatty()
-        if self.offload != "none" and self.trainer == "zo":
+        if self.offload != "none" and self.trainer == "zo" and self.zo_perturbation == AUTO:
             # Streamed weights are perturbed as copies: a run may resume in memory, or streamed.
             self.zo_perturbation = "layerwise"
         self.lr_scheduler_type = self.lr_scheduler_type or self.default_schedule

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,11 +127,36 @@ def read_again(model: nn.Module, folder: Path) -> bool:
     return True
 
 
-def read_hessians(model: nn.Module, folder: Path) -> None:
-    """Give the blocks of a model, if it is streamed and was read again, the h of a checkpoint."""
-    path = folder / HESSIANS
-    if (blocks := blocks_of(model)) and path.is_file():
-        blocks.hessians = WeightFiles.of_file(path)
+def read_hessians(model: nn.Module, optimizer: HiZOO, folder: Path) -> None:
+    """Read the h of blocks in a checkpoint, of a streamed model or of one in memory, for either."""
+    path, blocks = folder / HESSIANS, blocks_of(model)
+    saved = WeightFiles.of_file(path) if path.is_file() else None
+    if blocks:
+        names = {p: name for block in blocks.blocks for p, name in block.names.items()}
+        in_memory = {
+            name: optimizer.state.pop(p)[OFFSET]
+            for p, name in names.items()
+            if OFFSET in optimizer.state.get(p, {})
+        }
+        blocks.hessians = saved or (Tensors(in_memory) if in_memory else None)
+    elif saved:
+        for name, place in saved.places.items():
+            offset = torch.empty(place.shape, dtype=place.dtype)
+            place.read(offset)
+            parameter = model.get_parameter(name)
+            optimizer.state[parameter] = {OFFSET: offset.to(parameter.device)}
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Tensors in memory, by their names, as a source of blocks."""
+
+    tensors: Mapping[str, Tensor]
+
+    def read(self, name: str, target: Tensor) -> int:
+        """Copy a tensor; nothing is read."""
+        target.copy_(self.tensors[name])
+        return 0
 
 
 def save_hessians(model: nn.Module, optimizer: HiZOO, folder: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hizoo import HiZOO
+from language_model.streaming import read_hessians
 from training.journal import Journal
 from training.optimizers import checked_layers, described, make_optimizer, trained_weights
 from training.recording import checksum_of_trained, replayed
@@ -148,7 +149,7 @@ def return_to(
     play(rows, optimizer, model)
 
 
-def load_state(optimizer: HiZOO, checkpoint: Path) -> int:
+def load_state(model: nn.Module, optimizer: HiZOO, checkpoint: Path) -> int:
     """Load the optimizer's state of a checkpoint; returns how many steps were done.
 
     Raises:
@@ -157,6 +158,7 @@ def load_state(optimizer: HiZOO, checkpoint: Path) -> int:
     try:
         state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
         optimizer.load_state_dict(state)
+        read_hessians(model, optimizer, checkpoint)
     except Exception as error:  # whatever a damaged pickle, or another model's state, leads to
         raise InputError(
             f"{checkpoint / 'optimizer.pt'} does not fit the journal ({type(error).__name__}); "

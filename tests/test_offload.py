@@ -1,0 +1,166 @@
+"""Runs whose weights are streamed: the bits of a run in memory, whatever kills them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import ROOT, command, finish, training, weights
+
+import run
+from training.journal import FILE
+
+DISK = {"offload": "disk"}
+IN_MEMORY = {"zo_perturbation": "layerwise"}
+
+
+def rows(folder: Path) -> list[str]:
+    """The journal's steps and dev losses; a run that was longer afterwards has checksums beside."""
+    lines = (folder / "out" / FILE).read_text().splitlines()[1:]
+    return [line for line in lines if '"kind": "checksum"' not in line]
+
+
+def assert_same(first: Path, second: Path, checkpoint: str = "checkpoint-6") -> None:
+    """Losses, g, c and η of every step, and the weights at the end, are the same bits."""
+    assert rows(first) == rows(second)
+    found, expected = (weights(folder / "out" / checkpoint) for folder in (first, second))
+    assert found.keys() == expected.keys()
+    assert not [name for name in found if not torch.equal(found[name], expected[name])]
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "HiZOO": {"eval_strategy": "steps", "num_dev": 4, "eval_steps": 2},
+    "HiZOO-L in bfloat16": {
+        **{"hessian": "lowrank", "load_bfloat16": True, "zo_num_samples": 2},
+        **{"gradient_accumulation_steps": 2, "weight_decay": 0.1, "num_train": 16},
+        **{"lr_scheduler_type": "linear", "hessian_smooth_type": "linear1e-2"},
+    },
+    "MeZO, kept blocks": {"hessian_smooth_type": "constant0", "offload_memory": "30KB"},
+    "F1 of texts": {
+        **{"task": "SQuAD", "non_diff": True, "train_as_classification": None},
+        **{"max_new_tokens": 4, "max_steps": 3, "save_steps": 3, "num_train": 4},
+    },
+}
+
+
+def test_a_streamed_run_is_that_in_memory(tmp_path: Path) -> None:
+    for name, kind in KINDS.items():
+        folders = [tmp_path / name / place for place in ("memory", "disk")]
+        for folder, place in zip(folders, (IN_MEMORY, DISK), strict=True):
+            in_memory = {"offload_memory": None} if place is IN_MEMORY else {}
+            finish(training(folder, **(kind | place | in_memory)))
+        assert_same(*folders, f"checkpoint-{kind.get('max_steps', 6)}")
+
+
+def test_adapters_are_trained_on_a_base_that_is_only_read(tmp_path: Path) -> None:
+    for kind in ({"lora": True}, {"prefix_tuning": True, "zo_eps": 0.1}, {"head_tuning": True}):
+        folders = [tmp_path / next(iter(kind)) / place for place in ("memory", "cpu")]
+        settings = {"save_strategy": "no", **kind}
+        finish(training(folders[0], **IN_MEMORY, **settings))
+        finish(training(folders[1], offload="cpu", **settings))
+        assert rows(folders[0]) == rows(folders[1]), kind
+
+
+def test_evaluation_reads_what_was_trained(tmp_path: Path) -> None:
+    settings = {"no_eval": None, "num_eval": 6, "save_model": True, "save_strategy": "no"}
+    settings |= {"num_dev": 4, "eval_strategy": "steps", "eval_steps": 2}
+    settings |= {"load_best_model_at_end": True, "learning_rate": 1e-2}
+    found = []
+    for place in (IN_MEMORY, DISK):
+        folder = tmp_path / next(iter(place))
+        finish(training(folder, predictions_file=folder / "rows.jsonl", **settings, **place))
+        of_saved = {
+            "result_file": folder / "again.json",
+            "predictions_file": folder / "again.jsonl",
+        }
+        offload = {"offload": place.get("offload")}
+        finish(command(model_name=folder / "out", num_train=4, **of_saved, **offload))
+        files = (folder / name for name in ("rows.jsonl", "again.jsonl"))
+        found.append((*(file.read_text() for file in files), weights(folder / "out")))
+    (trained, shown, first), (streamed, streamed_shown, second) = found
+    assert trained == streamed
+    assert shown == streamed_shown
+    assert not [name for name in first if not torch.equal(first[name], second[name])]
+
+
+def test_a_run_resumes_in_memory_or_streamed(tmp_path: Path) -> None:
+    finish(training(tmp_path / "whole", **IN_MEMORY))
+    for first, second in ((DISK, IN_MEMORY), (IN_MEMORY, DISK)):
+        folder = tmp_path / next(iter(first))
+        finish(training(folder, max_steps=3, **first))
+        finish(training(folder, **second))
+        assert_same(tmp_path / "whole", folder)
+
+
+# Starts runs that end with SIGKILL as they load some block, and again without it.
+DRIVER = """
+import json, os, signal, sys
+import run, trainer
+from zeroth_order.blocks import Blocks
+
+load, loads = Blocks.load, 0
+
+def start(argv, last):
+    child = os.fork()
+    if child == 0:
+        def count(self, block):
+            global loads
+            load(self, block)
+            loads += 1
+            if loads == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+        Blocks.load = count
+        os._exit(run.main(argv))
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+for argv, last in json.loads(sys.argv[1]):
+    print("ended:", start(argv, last), start(argv, None))
+"""
+
+
+def test_a_kill_at_any_block_costs_no_step(tmp_path: Path) -> None:
+    settings = {"max_steps": 4, "save_steps": 2, **DISK}
+    finish(training(tmp_path / "whole", **settings))
+    # Two blocks: a step loads both, and before the first one they are loaded some times more.
+    lines = [(training(tmp_path / f"{n}", **settings), n) for n in (1, 12, 15, 16, 17, 19, 22, 23)]
+    (tmp_path / "driver.py").write_text(DRIVER)
+    printed = subprocess.run(
+        [sys.executable, str(tmp_path / "driver.py"), json.dumps(lines)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert [line for line in printed.stdout.splitlines() if line.startswith("ended")] == [
+        "ended: -9 0"
+    ] * len(lines)
+    for _, number in lines:
+        assert_same(tmp_path / "whole", tmp_path / f"{number}", "checkpoint-4")
+        left = [path.name for path in (tmp_path / f"{number}" / "out").iterdir()]
+        assert not [name for name in left if "blocks" in name]
+
+
+REFUSED = {
+    "--trainer regular and broadcast need all weights in memory": {"trainer": "regular"},
+    "--zo_perturbation inplace": {"zo_perturbation": "inplace"},
+    "--offload_memory much: give a number and a unit": {"offload_memory": "much"},
+    "--merge_adapter needs all weights": {"merge_adapter": True, "lora": True, "save_model": True},
+    "--load_int8": {"load_int8": True, "lora": True},
+}
+
+
+def test_what_cannot_be_streamed_is_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for message, arguments in REFUSED.items():
+        settings = {"offload": "disk"} | arguments
+        assert run.main(training(tmp_path, **settings)) == 2, message
+        assert message in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
