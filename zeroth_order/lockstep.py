@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from zeroth_order.blocks import Block
 from zeroth_order.signals import signals_wait
+from zeroth_order.traffic import Block
 
 # The hooks of one module, by their numbers.
 Hooks = dict[int, Callable[..., Any]]

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from zeroth_order import curvature
-from zeroth_order.blocks import Block, Blocks, NoBlocks, blocks_of
+from zeroth_order.blocks import Blocks, NoBlocks, blocks_of
 from zeroth_order.chunks import TrainedParameter
 from zeroth_order.layerwise import Layers, LayerwiseWeights, give
 from zeroth_order.lockstep import ForwardPass, hooks_of
+from zeroth_order.traffic import Block
 from zeroth_order.weights import GroupStep, Pass, Shift, Update
 
 
@@ -96,7 +97,7 @@ class StreamedWeights(LayerwiseWeights):
         """
         self.blocks.make_room_for(self._states())
         if any(self.of_block.values()):
-            self.blocks.reserve()
+            self.blocks.traffic.reserve(self.blocks.blocks)
         super().prepare(closure)
 
     def start_hessian(self, trained: TrainedParameter) -> None:

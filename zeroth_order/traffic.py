@@ -1,0 +1,251 @@
+"""Blocks on their way between the disk, the host's memory and the device that runs the passes.
+
+One thread reads and one writes, so that a block comes while passes run through the one before it,
+and goes while they run through it and the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from zeroth_order.block_file import Region, WorkingFile, page_aligned
+
+# A block that is read, one that passes run through and one that is written.
+BUFFERS = 3
+DEVICE, HOST, DISK = "device", "host", "disk"
+
+
+class Block:
+    """A block of a model.
+
+    Attributes:
+        names: of its parameters that are streamed.
+        region: where its tensors lie in a buffer and in the working file.
+        home: where it lies while no pass runs through it: "device", "host" or "disk".
+        memory: the buffer on the device that it lies in; None: it is not there.
+        host: its memory on the host, where that is its home and it has been there.
+        is_changed: whether it was updated; else it is as it came from the model's files.
+        is_in_file: whether the working file has it.
+        users: how many have loaded it and not released it.
+    """
+
+    def __init__(self, number: int, module: nn.Module, names: dict[nn.Parameter, str]) -> None:
+        self.number, self.module, self.names = number, module, names
+        self.region, self.home, self.users = Region(0, ()), DEVICE, 0
+        self.memory: Tensor | None = None
+        self.host: Tensor | None = None
+        self.is_changed = self.is_in_file = False
+        self.reading: Future[Tensor] | None = None
+        self.writing: Future[None] | None = None
+
+
+class Buffer(NamedTuple):
+    """Memory on the device, and the event behind which it is free (CUDA)."""
+
+    memory: Tensor
+    freed: Any
+
+
+class Traffic:
+    """Moves blocks.
+
+    Args:
+        device: that runs the passes.
+        fill: fills a buffer on the host with a block that neither the working file nor the host's
+            memory has; returns how many bytes it has read.
+        folder: of the working file; None: there is none.
+        staged: whether blocks go through buffers on the host; None: where the device is a GPU.
+
+    Attributes:
+        bytes_read, bytes_written: of blocks that came and went so far.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        fill: Callable[[Block, Tensor], int],
+        folder: Path | None,
+        staged: bool | None = None,
+    ) -> None:
+        self.device, self.fill, self.folder = device, fill, folder
+        self.is_gpu = device.type == "cuda"
+        self.staged = self.is_gpu if staged is None else staged
+        self.bytes_read = self.bytes_written = 0
+        self.file: WorkingFile | None = None
+        self._free: queue.SimpleQueue[Buffer] = queue.SimpleQueue()
+        self._reader, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        streams = [torch.cuda.Stream(device) for _ in range(2)] if self.is_gpu else [None, None]
+        self._stream_in, self._stream_out = streams
+        self._staging: list[Tensor] = []
+
+    def lay_out(
+        self, blocks: Sequence[Block], tensors: Callable[[Block], Iterable[Any]], room: int
+    ) -> None:
+        """Choose where blocks lie; the first ones for which there is ``room`` lie nearer."""
+        near, far = (HOST, DISK) if self.staged and self.folder else (DEVICE, DISK)
+        if not self.folder:
+            near, far = DEVICE, HOST if self.staged else DEVICE
+        start = 0
+        for block in blocks:
+            block.region = Region(start, tensors(block))
+            start += block.region.size
+            block.home = near if block.region.size <= room else far
+            room -= block.region.size * (block.home == near)
+            block.host = None
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+        moving = [block.region.size for block in blocks if block.home != DEVICE]
+        largest = max(moving, default=0)
+        self._free = queue.SimpleQueue()
+        for _ in range(min(BUFFERS, len(moving))):
+            memory = page_aligned(largest) if not self.is_gpu else self._on_device(largest)
+            self._free.put(Buffer(memory, None))
+        self._staging = [self._on_host(largest) for _ in range(2)] if self.staged else []
+
+    def size_on_disk(self, blocks: Iterable[Block]) -> int:
+        """Return how many bytes the working file takes."""
+        far = (block.region for block in blocks if block.home == DISK)
+        return max((region.start + region.size for region in far), default=0)
+
+    def reserve(self, blocks: Iterable[Block]) -> None:
+        """Make the working file, if there is none and it is needed.
+
+        Raises:
+            OSError: the folder cannot be written to, or has no room.
+        """
+        if self.file is None and (size := self.size_on_disk(blocks)):
+            self.file = WorkingFile(self.folder, size)
+
+    def _on_device(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def _on_host(self, size: int) -> Tensor:
+        """Return memory from which a GPU copies while it computes."""
+        memory = page_aligned(size)
+        if self.is_gpu:
+            # torch's own pinned memory is rounded up to a power of two.
+            torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+        return memory
+
+    # ---- reading
+
+    def begin_to_read(self, block: Block) -> None:
+        """Begin to bring a block to the device, if it is not there or on its way."""
+        if block.memory is None and block.reading is None:
+            block.reading = self._reader.submit(self._read, block)
+
+    def end_of_reading(self, block: Block) -> Tensor:
+        """Wait for a block; return where it lies on the device."""
+        reading, block.reading = block.reading, None
+        return reading.result()
+
+    def drop(self, block: Block) -> None:
+        """Give back what was read too early: passes went to another block."""
+        if block.reading is not None and block.home != DEVICE:
+            self._free.put(Buffer(self.end_of_reading(block), None))
+
+    def _read(self, block: Block) -> Tensor:
+        if block.writing is not None:
+            block.writing.result()
+            block.writing = None
+        size = block.region.size
+        if block.home == DEVICE:
+            memory = self._on_device(size) if self.is_gpu else page_aligned(size)
+            buffer = Buffer(memory, None)
+        else:
+            buffer = self._free.get()
+        try:
+            if self.staged:
+                self._copy_in(self._on_the_host(block), buffer)
+            else:
+                self._fill(block, buffer.memory[:size])
+        except BaseException:
+            self._free.put(buffer)
+            raise
+        return buffer.memory
+
+    def _on_the_host(self, block: Block) -> Tensor:
+        """Return memory on the host that a block lies in."""
+        if block.host is not None:
+            self.bytes_read += block.region.size
+            return block.host
+        if block.home == HOST:
+            host = self._on_host(block.region.size)
+        else:
+            size = block.region.size
+            host = self._staging[0] if size <= len(self._staging[0]) else self._on_host(size)
+        self._fill(block, host[: block.region.size])
+        if block.home == HOST:
+            block.host = host
+        return host[: block.region.size]
+
+    def _fill(self, block: Block, memory: Tensor) -> None:
+        if block.is_in_file:
+            self.file.read(block.region.start, memory)
+            self.bytes_read += len(memory)
+        else:
+            self.bytes_read += self.fill(block, memory)
+
+    def _copy_in(self, host: Tensor, buffer: Buffer) -> None:
+        with torch.cuda.stream(self._stream_in) if self.is_gpu else contextlib.nullcontext():
+            if buffer.freed is not None:
+                self._stream_in.wait_event(buffer.freed)
+            buffer.memory[: len(host)].copy_(host, non_blocking=True)
+        if self.is_gpu:
+            self._stream_in.synchronize()
+
+    # ---- writing
+
+    def begin_to_write(self, block: Block) -> None:
+        """Begin to bring a block that was updated back to where it lies."""
+        if block.home != DEVICE:
+            updated = self._event()
+            block.writing = self._writer.submit(self._write, block, block.memory, updated)
+
+    def _event(self) -> Any:
+        return torch.cuda.current_stream(self.device).record_event() if self.is_gpu else None
+
+    def _write(self, block: Block, memory: Tensor, updated: Any) -> None:
+        source = memory[: block.region.size]
+        if self.staged:
+            host = self._staging[1] if block.host is None else block.host
+            host = host[: block.region.size]
+            with torch.cuda.stream(self._stream_out) if self.is_gpu else contextlib.nullcontext():
+                if updated is not None:
+                    self._stream_out.wait_event(updated)
+                host.copy_(source, non_blocking=True)
+            if self.is_gpu:
+                self._stream_out.synchronize()
+            source = host
+        if block.home == DISK:
+            self.file.write(block.region.start, source)
+            block.is_in_file = True
+        self.bytes_written += len(source)
+
+    def give_back(self, block: Block) -> None:
+        """Let the memory of a block be used again, as soon as the block is written."""
+        if block.home == DEVICE:
+            return
+        buffer, free = Buffer(block.memory, self._event()), self._free
+        block.memory = None
+        if block.writing is None:
+            free.put(buffer)
+        else:
+            block.writing.add_done_callback(lambda _: free.put(buffer))
+
+    def settle(self, block: Block) -> None:
+        """Wait until a block is neither read nor written."""
+        self.drop(block)
+        if block.reading is not None:
+            self.end_of_reading(block)
+        if block.writing is not None:
+            block.writing.result()
