@@ -210,16 +210,8 @@ class HiZOO(torch.optim.Optimizer):
             noted = step_rule.with_curvature(self.param_groups[0], c)
             for group in self.param_groups:
                 group.update(noted)
-        self.weights.update([self._step_of(group) for group in self.param_groups])
-
-    def _step_of(self, group: dict[str, Any]) -> GroupStep:
-        """Return what this step does to a group."""
-        eta, smooth, decay = (
-            self.learning_rate(group),
-            group["hessian_smooth"],
-            group["weight_decay"],
-        )
-        return GroupStep(*self._g_and_c(group), eta, smooth, decay)
+        groups = self.param_groups
+        self.weights.update([GroupStep(*self._g_and_c(g), self.learning_rate(g)) for g in groups])
 
     def pending(self) -> tuple[float, float | None, float]:
         """Return g, c (None: not measured) and η of the step that ``step()`` is about to take.
@@ -266,8 +258,8 @@ class HiZOO(torch.optim.Optimizer):
                 weights that shifting them back would not restore them.
         """
         scales = {p: group["eps"] for group, p in self._parameters() if p.requires_grad}
-        loaded = ((p, scales[p]) for p in self._loaded(scales))
-        check_perturbation_scale(loaded, in_place=self.layers is None)
+        loaded = self._loaded(scales)
+        check_perturbation_scale(((p, scales[p]) for p in loaded), in_place=self.layers is None)
 
     @property
     def optimizer(self) -> HiZOO:
@@ -292,8 +284,8 @@ class HiZOO(torch.optim.Optimizer):
         if self._estimates:
             raise RuntimeError("loss_along() between estimate() and step() would lose the estimate")
         self._prepare(closure)
-        shift = direction, distance / self.param_groups[0]["eps"]
-        return self.weights.losses([(closure, shift)])[0]
+        at = direction, distance / self.param_groups[0]["eps"]
+        return self.weights.losses([(closure, at)])[0]
 
     @torch.no_grad()
     def restore(self) -> None:

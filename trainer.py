@@ -28,6 +28,7 @@ from training.recording import Recording
 from training.rows import Evaluation
 from utils import InputError
 from zeroth_order import noise, step_rule
+from zeroth_order.block_file import NoRoom
 from zeroth_order.blocks import blocks_of
 from zeroth_order.config import AUTO, HiZOOConfig
 from zeroth_order.residual_stream import UnknownStream
@@ -188,7 +189,8 @@ class ZerothOrderTrainer(ForwardTrainer):
 
         self.optimizer.shares = self.shares if recorded is None else None
         closure = self.recording.of_batch(batch_loss)
-        loss = self.optimizer.estimate(self.counted(closure), float(weight_of_all))
+        with naming_full_disk():
+            loss = self.optimizer.estimate(self.counted(closure), float(weight_of_all))
         self.recording.note(self.optimizer.losses, float(weight_of_all))
         loss = torch.tensor(loss, device=self.args.device) * weight_of_all / num_items_in_batch
         self._loss_of_step += loss
@@ -377,6 +379,15 @@ class ErrorBroadcastTrainer(ForwardTrainer):
         if "learning_rate" in logs:
             logs["broadcast_rate"] = logs.pop("learning_rate")
         super().log(logs, start_time)
+
+
+@contextlib.contextmanager
+def naming_full_disk() -> Iterator[None]:
+    """Let a disk without room for streamed blocks end the run in one line."""
+    try:
+        yield
+    except NoRoom as error:
+        raise InputError(f"--offload disk: {error}; give another --offload_dir") from error
 
 
 @contextlib.contextmanager

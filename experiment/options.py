@@ -126,7 +126,7 @@ def offload_of(arguments: Arguments) -> Offload | None:
         return None
     folder = Path(arguments.offload_dir or arguments.output_dir or ".")
     memory = bytes_of_size(arguments.offload_memory)
-    return Offload(folder if arguments.offload == "disk" else None, memory)
+    return Offload(folder if arguments.offload == "disk" else None, memory, arguments.device)
 
 
 def options_of(arguments: Arguments) -> Options:

@@ -18,6 +18,7 @@ from command_line.checks import steps_of_run
 from command_line.optimizer import optimizer_config, passes_of_a_batch
 from command_line.settings import examples_of_a_batch
 from error_broadcast import ErrorBroadcast
+from experiment.offload_plan import OffloadPlan, plan_of_offload, streamed_by_block
 from experiment.options import Options
 from experiment.preparation import Prepared, choose_trained_weights
 from experiment.training import dev_samples
@@ -38,6 +39,7 @@ class Plan:
     parameters: int
     trained_parameters: int
     memory: int
+    offload: OffloadPlan | None
 
     def lines(self) -> Iterator[str]:
         """Yield the plan in words."""
@@ -53,6 +55,8 @@ class Plan:
         else:
             yield f"{self.evaluation_passes:,} forward passes of evaluation"
             yield f"{self.parameters:,} parameters; {memory}"
+        if self.offload:
+            yield self.offload.line()
 
 
 def make_plan(options: Options, prepared: Prepared) -> Plan:
@@ -64,19 +68,20 @@ def make_plan(options: Options, prepared: Prepared) -> Plan:
         empty = AutoModelForCausalLM.from_config(
             config, dtype=model.dtype, trust_remote_code=model.trust_remote_code
         )
-        parameters = sum(p.numel() for p in empty.parameters())
+        streamed = streamed_by_block(empty) if model.offload else []
+        whole, parameters = empty, sum(p.numel() for p in empty.parameters())
         if options.trains and options.weights.mode != "linear_probing":
             steps, (forward, backward) = steps_of_run(arguments), training_passes(arguments)
             # Real activations would take a forward pass.
             weights = replace(options.weights, prefix_init_by_real_act=False)
-            with_trained = choose_trained_weights(empty, weights, encoder.tokenizer)
-            trained = sum(p.numel() for p in _trained(with_trained, arguments))
+            whole = choose_trained_weights(empty, weights, encoder.tokenizer)
+            trained = sum(p.numel() for p in _trained(whole, arguments))
     samples = _evaluated_samples(options, prepared.example_sets[0])
     evaluated = math.ceil(samples / arguments.per_device_eval_batch_size)
     if encoder.task.generation:
         evaluated *= 1 + encoder.max_new_tokens
     of_all_sets = (n * len(prepared.example_sets) for n in (steps, forward, backward, evaluated))
-    size = model.dtype.itemsize
+    size, offload = model.dtype.itemsize, None
     kept = 3 * size  # a gradient and AdamW's two means
     if arguments.trainer == "broadcast":
         kept = 0  # a step keeps nothing
@@ -84,8 +89,12 @@ def make_plan(options: Options, prepared: Prepared) -> Plan:
         zo = optimizer_config(arguments)
         kept = getattr(torch, zo.hessian_dtype).itemsize if zo.hessian_dtype else size
         kept *= zo.hessian == "full" and zo.hessian_smooth > 0
+    if model.offload:
+        of_trained = _trained(whole, arguments) if trained and kept else ()
+        hessians = dict.fromkeys(of_trained, kept)
+        offload = plan_of_offload(streamed, whole, model.offload, hessians, bool(trained))
     memory = int(parameters * (model.bits / 8 if model.bits else size)) + trained * kept
-    return Plan(*of_all_sets, parameters, trained, memory)
+    return Plan(*of_all_sets, parameters, trained, memory, offload)
 
 
 def _trained(model: nn.Module, arguments: Arguments) -> Iterator[nn.Parameter]:

@@ -37,10 +37,12 @@ class Offload:
     Attributes:
         folder: of the working file; None: in the host's memory.
         memory: bytes of memory that the first blocks take.
+        device: that runs the passes.
     """
 
     folder: Path | None
-    memory: int = 0
+    memory: int
+    device: torch.device
 
 
 def load_streamed(
@@ -57,7 +59,7 @@ def load_streamed(
     with contextlib.suppress(OSError):  # there is none
         model.generation_config = GenerationConfig.from_pretrained(name)
     files = WeightFiles.of_model(name, model)
-    _give_placeholders(model)
+    _give_placeholders(model, offload.device)
     _check(name, model, files)
     try:
         Blocks(model, files, offload.folder, offload.memory)
@@ -68,15 +70,17 @@ def load_streamed(
     return model.eval()
 
 
-def _give_placeholders(model: nn.Module) -> None:
-    """Give a model on the meta device parameters without memory; shared ones stay shared."""
+def _give_placeholders(model: nn.Module, device: torch.device) -> None:
+    """Give a model parameters without memory on a device; shared ones stay shared."""
     made: dict[Tensor, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter not in made:
-                made[parameter] = nn.Parameter(placeholder(parameter, "cpu"))
+                made[parameter] = nn.Parameter(placeholder(parameter, device))
             if parameter is not None:
                 module._parameters[name] = made[parameter]
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = buffer if buffer is None else buffer.to(device)
 
 
 def _check(name: str, model: PreTrainedModel, files: WeightFiles) -> None:

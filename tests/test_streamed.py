@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from hizoo import HiZOO, Layers
 from zeroth_order.blocks import Blocks, blocks_of, placeholder
-from zeroth_order.streamed import StreamedLayers
+from zeroth_order.streamed import StreamedLayers, StreamedWeights
+from zeroth_order.traffic import Block, Traffic
 
 FAMILIES = ("opt", "llama", "qwen2", "gpt_neox", "gemma2")
 STATE = "hessian_minus_one"
@@ -109,3 +110,96 @@ def test_every_bit_is_that_of_the_step_in_memory(family: str, tmp_path: Path) ->
         wrong += [(name, dtype, each) for each in differences(expected, found)]
     assert not wrong
     assert threading.active_count() < 100
+
+
+def moved(blocks: Blocks) -> tuple[int, int]:
+    """Bytes that were read and written so far, once nothing is on its way."""
+    for block in blocks.blocks:
+        for future in (block.reading, block.writing):
+            if future is not None:
+                future.result()
+    return blocks.traffic.bytes_read, blocks.traffic.bytes_written
+
+
+def test_a_step_reads_and_writes_every_block_once(tmp_path: Path) -> None:
+    for kind, settings in HESSIANS.items():
+        twin = streamed(tiny_model("opt", num_hidden_layers=4), tmp_path)
+        blocks, layers = blocks_of(twin), StreamedLayers(twin)
+        optimizer = HiZOO(twin.parameters(), layers=layers, num_samples=3, **settings)
+        ids, counts = torch.randint(5, 400, (2, 9)), []
+        for _ in range(4):
+            optimizer.step(lambda twin=twin, ids=ids: twin(input_ids=ids, labels=ids).loss)
+            counts.append(moved(blocks))
+        assert counts[0][1] == 0, kind  # the first update is applied as its block comes by again
+        size = sum(block.region.size for block in blocks.blocks)
+        weights = sum(p.nbytes for block in blocks.blocks for p in block.names)
+        assert size < (2 if kind == "full" else 1) * weights + 4 * (4096 + 64 * 32), kind
+        steps = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(counts)]
+        assert steps[1:] == [(size, size)] * 2, kind
+
+
+def test_wrong_updates_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrived, write = StreamedWeights.arrived, Traffic.begin_to_write
+
+    def with_present_rate(self: StreamedWeights, *args: Any) -> bool:
+        self.waiting = [
+            update._replace(
+                of_groups={
+                    key: (step._replace(learning_rate=self.param_groups[0]["lr"]), *rest)
+                    for key, (step, *rest) in update.of_groups.items()
+                }
+            )
+            for update in self.waiting
+        ]
+        return arrived(self, *args)
+
+    def without_one_block(self: StreamedWeights, block: Block, tensors: Any) -> bool:
+        if block.number == 1 and self.waiting:
+            self._next[block] += 1
+        return arrived(self, block, tensors)
+
+    def without_one_write(self: Traffic, block: Block) -> None:
+        if block.number != 1:
+            write(self, block)
+
+    model = tiny_model("llama", num_hidden_layers=3)
+    course = {"steps": 3, "accumulated": 1, "scheduled": True, "hessian_smooth": 1e-3, "lr": 1e-2}
+    expected = trained(twin := copy.deepcopy(model), Layers(twin), **course)
+    mutants = [
+        (StreamedWeights, "arrived", with_present_rate),
+        (StreamedWeights, "arrived", without_one_block),
+        (Traffic, "begin_to_write", without_one_write),
+        (Traffic, "begin_to_write", write),
+    ]
+    found = []
+    for kind, name, mutant in mutants:
+        monkeypatch.setattr(kind, name, mutant)
+        twin = streamed(model, tmp_path)
+        found.append(bool(differences(expected, trained(twin, StreamedLayers(twin), **course))))
+        monkeypatch.undo()
+    assert found == [True, True, True, False]
+
+
+def test_what_fails_within_a_pass_is_raised_and_the_next_step_is_right(tmp_path: Path) -> None:
+    model = tiny_model("opt", num_hidden_layers=3)
+    twin = streamed(model, tmp_path)
+    ids = torch.randint(5, 400, (2, 9))
+    found = []
+    for each, layers in ((model, Layers(model)), (twin, StreamedLayers(twin))):
+        optimizer = HiZOO(each.parameters(), layers=layers, lr=1e-3, hessian_smooth=1e-3)
+        calls = itertools.count()
+
+        def loss(each: nn.Module = each, calls: Any = calls) -> Tensor:
+            value = each(input_ids=ids, labels=ids).loss
+            if next(calls) == 8:
+                raise KeyError("a reward")
+            return value
+
+        for _ in range(4):
+            try:
+                found.append(optimizer.step(loss))
+            except KeyError as error:
+                found.append(str(error))
+    assert found[:4] == found[4:]
+    assert found.count("'a reward'") == 2
+    assert all(parameter.isnan().all() for parameter in blocks_of(twin).block_of)

@@ -72,6 +72,22 @@ def transfer(call: Callable[..., int], descriptor: int, memory: memoryview, star
         done += count
 
 
+class NoRoom(OSError):
+    """A disk has no room for the blocks; says how much they take."""
+
+    @classmethod
+    def of(cls, folder: Path, size: int) -> NoRoom:
+        """Make one, for a folder that need not be there."""
+        needed, free = (f"{each / 2**20:,.0f} MiB" for each in (size, free_bytes(folder)))
+        return cls(f"{folder}: blocks take {needed} there, {free} are free")
+
+
+def free_bytes(folder: Path) -> int:
+    """Return how many bytes are free where a folder is, or would be."""
+    places = (folder, *folder.absolute().parents)
+    return shutil.disk_usage(next(place for place in places if place.exists())).free
+
+
 class WorkingFile:
     """A file without a name, which goes when the process ends, however it ends.
 
@@ -79,10 +95,13 @@ class WorkingFile:
     was used longest ago keeps nothing of a model that is read in turn and is larger than it.
 
     Raises:
-        OSError: the folder cannot be written to, or has no room.
+        NoRoom: the disk is full.
+        OSError: the folder cannot be written to.
     """
 
     def __init__(self, folder: Path, size: int) -> None:
+        if free_bytes(folder) < size:
+            raise NoRoom.of(folder, size)
         folder.mkdir(parents=True, exist_ok=True)
         path, flags = folder / f".hizoo-blocks-{os.getpid()}", os.O_RDWR | os.O_CREAT | os.O_EXCL
         flags |= os.O_CLOEXEC
@@ -101,9 +120,7 @@ class WorkingFile:
             self.close()
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            free = shutil.disk_usage(folder).free
-            reason = f"the blocks take {size / 1e9:,.2f} GB, {free / 1e9:,.2f} GB are free"
-            raise OSError(error.errno, reason, str(folder)) from error
+            raise NoRoom.of(folder, size) from error
 
     def read(self, start: int, buffer: Tensor) -> None:
         """Read a page-aligned buffer."""

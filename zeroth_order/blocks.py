@@ -63,6 +63,12 @@ def block_modules(model: nn.Module) -> list[nn.Module]:
     return blocks
 
 
+def streamed_parameters(block: nn.Module, model: nn.Module) -> set[nn.Parameter]:
+    """Return the parameters of a model that are used within one of its blocks only."""
+    uses = _uses(model)
+    return {p for p, count in _uses(block).items() if count == uses[p]}
+
+
 def placeholder(parameter: Tensor, device: torch.device | str) -> Tensor:
     """Return a tensor like a parameter, without memory: who reads it finds NaN."""
     nan = torch.full((), torch.nan, dtype=parameter.dtype, device=device)
@@ -112,11 +118,11 @@ class Blocks:
     ) -> None:
         self.source, self.budget = source, budget
         self.hessians: Source | None = None
-        uses = _uses(model)
         names = {parameter: name for name, parameter in model.named_parameters()}
         self.blocks: list[Block] = []
         for module in block_modules(model):
-            own = {p: names[p] for p, count in _uses(module).items() if count == uses[p]}
+            streamed = streamed_parameters(module, model)
+            own = {p: names[p] for p in module.parameters() if p in streamed}
             self.blocks.append(Block(len(self.blocks), module, own))
         self.block_of = {p: block for block in self.blocks for p in block.names}
         self.running: Any = None

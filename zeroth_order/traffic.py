@@ -169,7 +169,8 @@ class Traffic:
             else:
                 self._fill(block, buffer.memory[:size])
         except BaseException:
-            self._free.put(buffer)
+            if block.home != DEVICE:
+                self._free.put(buffer)
             raise
         return buffer.memory
 

@@ -41,15 +41,11 @@ class GroupStep(NamedTuple):
         gradients: g of each direction, divided by their number.
         curvatures: c of each direction, divided by their number; None: not measured, h stays.
         learning_rate: η.
-        smooth: α.
-        decay: λ.
     """
 
     gradients: list[float]
     curvatures: list[float] | None
     learning_rate: float
-    smooth: float
-    decay: float
 
 
 class Update(NamedTuple):
@@ -57,11 +53,11 @@ class Update(NamedTuple):
 
     Attributes:
         noise: seed and number of the step.
-        of_groups: what it does to each group, by the group's id.
+        of_groups: what it does to each group, with α and λ, by the group's id.
     """
 
     noise: tuple[int, int]
-    of_groups: dict[int, GroupStep]
+    of_groups: dict[int, tuple[GroupStep, float, float]]
 
 
 class Weights:
@@ -163,7 +159,10 @@ class Weights:
 
     def update_of(self, steps: Sequence[GroupStep]) -> Update:
         """Return the update of the step that is under way."""
-        of_groups = dict(zip(map(id, self.param_groups), steps, strict=True))
+        of_groups = {
+            id(group): (step, group["hessian_smooth"], group["weight_decay"])
+            for group, step in zip(self.param_groups, steps, strict=True)
+        }
         return Update(self._noise_of_step(), of_groups)
 
     def apply(self, parameters: Sequence[TrainedParameter], update: Update) -> None:
@@ -175,7 +174,7 @@ class Weights:
             if trained.low_rank
         }
         self.updated_chunks = 0
-        directions = len(next(iter(update.of_groups.values())).gradients)
+        directions = len(next(iter(update.of_groups.values()))[0].gradients)
         for bundle in bundles(parameters):
             noises = [_noise_of(bundle, update.noise, i) for i in range(directions)]
             rounding: list[Noise | None] = [None] * len(bundle)
@@ -184,15 +183,17 @@ class Weights:
             for chunk, bits, *of_chunk in zip(bundle, rounding, *noises, strict=True):
                 parameter = chunk.of.parameter
                 state = averaged.get(parameter, self.states.get(parameter, {}))
-                numbers = self._numbers_of(chunk.of, update.of_groups[id(chunk.of.group)])
+                numbers = self._numbers_of(chunk.of, *update.of_groups[id(chunk.of.group)])
                 update_chunk(chunk, state, of_chunk, numbers, bits)
                 self.updated_chunks += 1
         self.states.update(averaged)
 
-    def _numbers_of(self, trained: TrainedParameter, step: GroupStep) -> kernels.Numbers:
+    def _numbers_of(
+        self, trained: TrainedParameter, step: GroupStep, smooth: float, decay: float
+    ) -> kernels.Numbers:
         """Return the scalars of a parameter's update."""
         samples, (direction, sign) = len(step.gradients), self.shift or (None, 0.0)
-        smooth, decay = step.smooth, step.learning_rate * step.decay
+        decay *= step.learning_rate
         grows = smooth > 0 and step.curvatures is not None and not trained.low_rank
         eps = trained.group["eps"]
         values = scalars(
@@ -215,12 +216,13 @@ class Weights:
 
     def _averaged(self, trained: TrainedParameter, update: Update) -> curvature.State:
         """Return a parameter's low-rank h after a step."""
-        state, step = self.states.get(trained.parameter, {}), update.of_groups[id(trained.group)]
-        if step.curvatures is None or not step.smooth:
+        state = self.states.get(trained.parameter, {})
+        step, smooth, _ = update.of_groups[id(trained.group)]
+        if step.curvatures is None or not smooth:
             return state
         directions = range(len(step.curvatures))
         measured = [self._measured_squares(trained, i, update.noise) for i in directions]
-        return curvature.averaged(state, step.smooth, step.curvatures, measured)
+        return curvature.averaged(state, smooth, step.curvatures, measured)
 
     def _measured_squares(
         self, trained: TrainedParameter, direction: int, noise: tuple[int, int]
