@@ -23,6 +23,7 @@ from hizoo import HiZOO
 from language_model.weight_files import SINGLE, WeightFiles, write_weights
 from language_model.weight_names import own_names
 from utils import InputError
+from zeroth_order.block_file import give_freed_memory_back
 from zeroth_order.blocks import Blocks, NoBlocks, blocks_of, placeholder
 from zeroth_order.curvature import OFFSET
 
@@ -53,6 +54,7 @@ def load_streamed(
     Raises:
         InputError: it has no blocks, or its files lack weights.
     """
+    give_freed_memory_back()
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusts)
     model.tie_weights()

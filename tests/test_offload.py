@@ -164,3 +164,67 @@ def test_what_cannot_be_streamed_is_refused(
         assert run.main(training(tmp_path, **settings)) == 2, message
         assert message in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_models_and_disks_that_do_not_fit_are_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = [*training(tmp_path, **DISK), "--dry_run"]
+    assert run.main(plan) == 0
+    assert "2 blocks, the largest 0 MiB; a step reads 0 MiB" in capfd.readouterr().out
+    with monkeypatch.context() as patched:
+        patched.setattr(OPTPreTrainedModel, "_no_split_modules", [])
+        for argv in (plan, training(tmp_path, **DISK)):
+            assert run.main(argv) == 2
+            assert "--offload: OPTForCausalLM names no blocks" in capfd.readouterr().err
+    monkeypatch.setattr("zeroth_order.block_file.free_bytes", lambda folder: 1000)
+    assert run.main(training(tmp_path, **DISK)) == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: --offload disk: ") and "give another --offload_dir" in line
+    assert not (tmp_path / "out" / FILE).exists()
+
+
+# A model of 80 MiB and its h: 160 MiB, of which 1/8 may be in memory.
+PEAK = """
+import sys
+import torch
+from pathlib import Path
+from hizoo import HiZOO
+from language_model.loading import load_model
+from language_model.streaming import Offload
+from zeroth_order.streamed import StreamedLayers
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM"))
+
+folder = sys.argv[1]
+small = load_model(sys.argv[2], torch.float32)  # loads the libraries
+small(input_ids=torch.ones(1, 4, dtype=torch.long))
+before = peak()
+offload = Offload(Path(folder), 20 << 20, torch.device("cpu"))
+model = load_model(folder, torch.float32, offload=offload)
+optimizer = HiZOO(model.parameters(), layers=StreamedLayers(model), hessian_smooth=1e-6)
+ids = torch.randint(5, 400, (4, 16))
+for _ in range(3):
+    optimizer.step(lambda: model(input_ids=ids, labels=ids).loss)
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_a_few_blocks(tmp_path: Path) -> None:
+    tiny_model(
+        "opt", num_hidden_layers=26, hidden_size=256, ffn_dim=1024, word_embed_proj_dim=256
+    ).save_pretrained(tmp_path / "model")
+    (tmp_path / "peak.py").write_text(PEAK)
+    arguments = [str(tmp_path / "model"), small_model().name]
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "peak.py"), *arguments],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    # Kept blocks 20, four buffers 24, and less than 60 for the weights outside and the passes.
+    assert int(done.stdout) < 104
