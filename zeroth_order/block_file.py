@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import sys
+import weakref
 from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 
@@ -109,6 +110,9 @@ class WorkingFile:
     It is read and written past the page cache, where the file system can: a cache that drops what
     was used longest ago keeps nothing of a model that is read in turn and is larger than it.
 
+    Attributes:
+        close: gives the disk space back.
+
     Raises:
         NoRoom: the disk is full.
         OSError: the folder cannot be written to.
@@ -129,6 +133,7 @@ class WorkingFile:
                 path.unlink()  # Linux creates it before it refuses
             self.descriptor = os.open(path, flags, 0o600)
         path.unlink()
+        self.close = weakref.finalize(self, os.close, self.descriptor)
         try:
             os.posix_fallocate(self.descriptor, 0, max(size, 1))
         except OSError as error:
@@ -144,7 +149,3 @@ class WorkingFile:
     def write(self, start: int, buffer: Tensor) -> None:
         """Write a page-aligned buffer."""
         transfer(os.pwritev, self.descriptor, bytes_of(buffer), start)
-
-    def close(self) -> None:
-        """Give the disk space back."""
-        os.close(self.descriptor)
