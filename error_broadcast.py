@@ -119,7 +119,7 @@ class ErrorBroadcast(torch.optim.Optimizer):
         if problems:
             raise ValueError("; ".join(problems))
         self.model, self.max_tokens, self.seed = model, max_tokens, seed
-        (blocks, self.final_norm), self.head = find_blocks(model), find_head(model)
+        blocks, self.final_norm = find_blocks(model)
         self.blocks = blocks[int(first * len(blocks)) :]
         # All that write to the stream from the first trained block on, and those that are trained.
         found = [writers_of(block) for block in self.blocks]
@@ -181,7 +181,7 @@ class ErrorBroadcast(torch.optim.Optimizer):
         handles = [
             self.blocks[0].register_forward_pre_hook(kept.see_stream, with_kwargs=True),
             self.final_norm.register_forward_pre_hook(kept.cut),
-            self.head.register_forward_hook(kept.see_logits),
+            find_head(self.model).register_forward_hook(kept.see_logits),
         ]
         for writer in writers:
             see = functools.partial(kept.see_writer, writer)

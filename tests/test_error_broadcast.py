@@ -344,6 +344,7 @@ def test_the_stream_is_checked_once_there_is_something_to_compare() -> None:
     optimizer.step(lambda: own_loss(model))
     assert optimizer.was_skipped
     model.load_state_dict(before)
+    model.lm_head = copy.deepcopy(model.lm_head)  # as by resize_token_embeddings
     model.model.layers[3].mlp.register_forward_hook(lambda _, __, output: 2 * output)
     with pytest.raises(UnknownStream, match="not the sum"):
         optimizer.step(lambda: own_loss(model))

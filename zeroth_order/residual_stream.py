@@ -67,8 +67,9 @@ def find_blocks(model: nn.Module) -> tuple[nn.ModuleList, nn.Module]:
     """Return a model's blocks, and the norm between the last of them and the head.
 
     Raises:
-        UnknownStream: there are none, or a block lacks one of the matrices.
+        UnknownStream: there are none, or a block lacks one of the matrices, or there is no head.
     """
+    find_head(model)
     for module in model.modules():
         norms = [getattr(module, name, None) for name in FINAL_NORMS]
         norm = next((norm for norm in norms if isinstance(norm, nn.Module)), None)
