@@ -53,6 +53,15 @@ def test_step(measured: Callable[..., Any]) -> None:
 
 
 @pytest.mark.slow
+def test_offload(measured: Callable[..., Any], tmp_path: Path) -> None:
+    small = ("--layers", "3", "--hidden", "64", "--tokens", "8", "--steps", "1", "--batch", "1")
+    rows = measured("offload.py", str(tmp_path / "model"), *small, "--methods", "HiZOO")
+    assert [row["weights"] for row in rows] == ["in memory", "1/8 kept", "none kept"]
+    assert [row["read_mib"] > 0 for row in rows] == [False, True, True]
+    assert rows[2]["written_mib"] >= rows[1]["written_mib"] > 0
+
+
+@pytest.mark.slow
 def test_scoring(measured: Callable[..., Any]) -> None:
     small = ("--model", "tiny", "--examples", "4", "--usual_examples", "2", "--repeats", "1")
     rows = measured("scoring.py", *small, "--only", "icl", "SST2", "generation 20")

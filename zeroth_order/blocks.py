@@ -125,6 +125,7 @@ class Blocks:
             own = {p: names[p] for p in module.parameters() if p in streamed}
             self.blocks.append(Block(len(self.blocks), module, own))
         self.block_of = {p: block for block in self.blocks for p in block.names}
+        self._placeholders = {parameter: parameter.data for parameter in self.block_of}
         self.running: Any = None
         self.owner: Owner | None = None
         device = next(iter(self.block_of)).device
@@ -227,7 +228,7 @@ class Blocks:
         if block.users or block.memory is None:
             return
         for parameter in block.names:
-            parameter.data = placeholder(parameter, parameter.device)
+            parameter.data = self._placeholders[parameter]
         if self.owner:
             self.owner.left(block)
         self.traffic.give_back(block)

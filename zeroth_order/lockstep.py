@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zeroth_order.signals import signals_wait
 from zeroth_order.traffic import Block
@@ -48,7 +48,7 @@ class ForwardPass:
         self._closure, self._device = closure, device
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
         self._is_abandoned = False
-        self._random = torch.get_rng_state()
+        self._random = self._exchange_random(None)
         # Hooks that the pass has registered are there only while it runs.
         self._hooks, self._own_hooks = hooks, list[tuple[Hooks, Hooks]]()
         self._ended = threads.submit(self._run)
@@ -73,8 +73,7 @@ class ForwardPass:
         """
         # Under autocast torch keeps weights that it has cast, and would not see other ones.
         torch.clear_autocast_cache()
-        random = torch.get_rng_state()
-        torch.set_rng_state(self._random)
+        random = self._exchange_random(self._random)
         others = {number for hooks in self._hooks for number in hooks}
         for hooks, own in self._own_hooks:
             hooks.update(own)
@@ -87,10 +86,21 @@ class ForwardPass:
                 self._own_hooks.append((hooks, own))
                 for number in own:
                     del hooks[number]
-        self._random = torch.get_rng_state()
-        torch.set_rng_state(random)
+        self._random = self._exchange_random(random)
         if self.before is None:
             self._ended.result()
+
+    def _exchange_random(self, wanted: list[Tensor] | None) -> list[Tensor]:
+        """Return the state of random numbers, and take on another one."""
+        found = [torch.get_rng_state()]
+        if self._device.type == "cuda":
+            found.append(torch.cuda.get_rng_state(self._device))
+        for number, state in enumerate(wanted or ()):
+            if number:
+                torch.cuda.set_rng_state(state, self._device)
+            else:
+                torch.set_rng_state(state)
+        return found
 
     def wait_before(self, block: Block) -> None:
         """Stop before a block; the pass itself calls this."""

@@ -183,7 +183,7 @@ class Traffic:
             host = self._on_host(block.region.size)
         else:
             size = block.region.size
-            host = self._staging[0] if size <= len(self._staging[0]) else self._on_host(size)
+            host = self._staging[0] if size <= len(self._staging[0]) else page_aligned(size)
         self._fill(block, host[: block.region.size])
         if block.home == HOST:
             block.host = host
