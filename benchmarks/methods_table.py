@@ -107,9 +107,11 @@ def mean_and_error(values: Sequence[float]) -> str:
     return text
 
 
-def cells(runs: list[dict[str, Any]], columns: Sequence[int]) -> dict[str, dict[int, list[Any]]]:
-    """Return the measurements (one a seed) of each method at each number of passes."""
-    found: dict[str, dict[int, list[Any]]] = defaultdict(lambda: defaultdict(list))
+def cells(
+    runs: list[dict[str, Any]], columns: Sequence[int]
+) -> dict[str, dict[int, dict[int, Any]]]:
+    """Return the measurement of each method, at each number of passes, of each seed."""
+    found: dict[str, dict[int, dict[int, Any]]] = defaultdict(lambda: defaultdict(dict))
     for run in runs:
         words = [word for word in run["method"].split() if not word.startswith("passes=")]
         is_one_budget = len(words) < len(run["method"].split())
@@ -125,7 +127,7 @@ def cells(runs: list[dict[str, Any]], columns: Sequence[int]) -> dict[str, dict[
             if fitting:
                 of_run[min(fitting)] = row
         for column, row in of_run.items():
-            found[" ".join(words)][column].append(row)
+            found[" ".join(words)][column][run["seed"]] = row
     return found
 
 
@@ -148,14 +150,14 @@ def table(runs: list[dict[str, Any]], columns: Sequence[int] = COLUMNS) -> str:
     for method, by_column in found.items():
         texts = []
         for column in columns:
-            rows = by_column.get(column, [])
+            rows = [*by_column.get(column, {}).values()]
             names = [n for n in ("loss", "accuracy") if rows and rows[0][n] is not None]
             texts.append(", ".join(mean_and_error([row[name] for row in rows]) for name in names))
         most = max(map(len, by_column.values()))
         times = [
             row["seconds"] / row["passes"]
             for rows in by_column.values()
-            for row in rows
+            for row in rows.values()
             if row["passes"]
         ]
         seconds = f"{statistics.median(times):.2f}" if times else ""
@@ -187,16 +189,16 @@ def draw(runs: list[dict[str, Any]], methods: Sequence[str], path: Path) -> None
 
 
 def main() -> None:
-    """Print a table for each file."""
+    """Print a table for each model and task."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", type=Path, nargs="+", help="of methods.py --output")
     parser.add_argument("--passes", type=int, nargs="+", default=COLUMNS, help="columns")
     arguments = parser.parse_args()
-    for file in arguments.files:
-        content = read_json(file)
-        print(
-            f"\n{content['model']}, {content['task']}\n\n{table(content['runs'], arguments.passes)}"
-        )
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for content in map(read_json, arguments.files):
+        runs[content["model"], content["task"]] += content["runs"]
+    for (model, task), of_both in runs.items():
+        print(f"\n{model}, {task}\n\n{table(of_both, arguments.passes)}")
 
 
 if __name__ == "__main__":
