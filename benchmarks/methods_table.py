@@ -100,11 +100,10 @@ def label(method: str) -> str:
 
 
 def mean_and_error(values: Sequence[float]) -> str:
-    """Return a mean, and its standard error if there are several values."""
-    text = f"{statistics.mean(values):.3f}".lstrip("0")
-    if len(values) > 1:
-        text += f" ± {statistics.stdev(values) / len(values) ** 0.5:.3f}".replace("0.", ".")
-    return text
+    """Return a mean, and its standard error if it is not 0."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    texts = [f"{value:.3f}".removeprefix("0") for value in (statistics.mean(values), error)]
+    return texts[0] if texts[1] == ".000" else " ± ".join(texts)
 
 
 def cells(
