@@ -2,9 +2,9 @@
 
     python benchmarks/methods_table.py FILE.json … [--passes 0 50 100 200 400 1000]
 
-A cell holds dev loss and accuracy, each the mean of the seeds and its standard error. A run whose
-method names its ``passes`` stands in that column alone. Linear probing stands in the first column
-that it can afford.
+A cell holds dev loss and accuracy, each the mean of the seeds and its standard error; n is given
+where the cell lacks some of the seeds. A run whose method names its ``passes`` stands in that
+column alone. Linear probing stands in the first column that it can afford.
 """
 
 from __future__ import annotations
@@ -147,12 +147,12 @@ def table(runs: list[dict[str, Any]], columns: Sequence[int] = COLUMNS) -> str:
         empty = " |" * (len(columns) + 1)
         lines.append(f"| best constant answer: {loss}, {accuracy} | {empty}")
     for method, by_column in found.items():
-        texts = []
+        texts, most = [], max(map(len, by_column.values()))
         for column in columns:
             rows = [*by_column.get(column, {}).values()]
             names = [n for n in ("loss", "accuracy") if rows and rows[0][n] is not None]
-            texts.append(", ".join(mean_and_error([row[name] for row in rows]) for name in names))
-        most = max(map(len, by_column.values()))
+            text = ", ".join(mean_and_error([row[name] for row in rows]) for name in names)
+            texts.append(f"{text} (n = {len(rows)})" if 0 < len(rows) < most else text)
         times = [
             row["seconds"] / row["passes"]
             for rows in by_column.values()

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Error broadcast beside AdamW and linear probing: the tables of runs/broadcast_*.json.
+#
+#   SMOLLM2=DIR/SmolLM2-135M-Instruct.Q4_1.gguf GEMMA3=DIR/gemma-3-270m-q4_k_m.gguf DATA_DIR=DIR \
+#       bash runs/broadcast.sh
+#
+# SMOLLM2, GEMMA3: Hub id, folder or GGUF file; default: the Hub's, whose weights are not rounded to
+# 4 bits as in the files behind the figures. DATA_DIR: folder with sst2/train.jsonl; default: hub.
+# A run that stands in a JSON file is not repeated; MeZO on SmolLM2 stands in runs/smollm2_sst2.json.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+SMOLLM2="${SMOLLM2:-HuggingFaceTB/SmolLM2-135M-Instruct}" GEMMA3="${GEMMA3:-google/gemma-3-270m}"
+REAL="${DATA_DIR:-hub}" SAMPLES=data/samples
+compare() { # FILE MODEL DATA_DIR TASK …
+    python benchmarks/methods.py --output "runs/broadcast_$1.json" --model "$2" --data_dir "$3" \
+        --task "$4" "${@:5}"
+}
+SETTINGS=("broadcast kappa=0.5" "broadcast kappa=2" "broadcast damping=0.03" "broadcast damping=0.3"
+    "broadcast from=0" "broadcast from=0.25" "broadcast from=0.75"
+    "broadcast matrices=o" "broadcast matrices=d")
+
+compare tiny_opt_sst2 data/tiny-opt "$SAMPLES" SST2 --at 50 100 200 400 --methods \
+    "broadcast passes=50" "broadcast passes=100" "broadcast passes=200" "broadcast passes=400" \
+    "broadcast passes=1000" zeroshot probing "adamw lr=1e-4" "adamw lr=3e-4" "curvature every=10"
+compare tiny_opt_sst2_settings data/tiny-opt "$SAMPLES" SST2 --seeds 3 --methods \
+    "broadcast passes=100" "${SETTINGS[@]/%/ passes=100}"
+compare smollm2_sst2 "$SMOLLM2" "$REAL" SST2 --methods \
+    "broadcast passes=100" "broadcast passes=400" zeroshot probing
+compare smollm2_squad "$SMOLLM2" "$SAMPLES" SQuAD --seeds 0 --at 50 100 --methods \
+    "broadcast passes=100" "adamw lr=1e-5"
+compare gemma3_sst2 "$GEMMA3" "$REAL" SST2 --methods "broadcast passes=100" zeroshot probing
+compare gemma3_sst2 "$GEMMA3" "$REAL" SST2 --seeds 0 --at 50 100 200 --methods "adamw lr=3e-6"
+compare gemma3_sst2 "$GEMMA3" "$REAL" SST2 --seeds 1 2 --at 50 100 --methods "adamw lr=3e-6"
+compare gemma3_sst2 "$GEMMA3" "$REAL" SST2 --seeds 0 --at 50 100 200 400 --methods \
+    "adamw lr=1e-5" "broadcast passes=400"
+python benchmarks/methods_table.py runs/smollm2_sst2.json \
+    runs/broadcast_{smollm2_sst2,smollm2_squad,gemma3_sst2,tiny_opt_sst2}.json
+python benchmarks/methods_table.py runs/broadcast_*_settings.json
