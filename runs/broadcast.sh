@@ -26,6 +26,8 @@ compare tiny_opt_sst2_settings data/tiny-opt "$SAMPLES" SST2 --seeds 3 --methods
     "broadcast passes=100" "${SETTINGS[@]/%/ passes=100}"
 compare smollm2_sst2 "$SMOLLM2" "$REAL" SST2 --methods \
     "broadcast passes=100" "broadcast passes=400" zeroshot probing
+compare smollm2_sst2_settings "$SMOLLM2" "$REAL" SST2 --seeds 3 --methods "broadcast passes=100" \
+    "broadcast kappa=2 passes=100" "broadcast from=0 passes=100" "broadcast matrices=d passes=100"
 compare smollm2_squad "$SMOLLM2" "$SAMPLES" SQuAD --seeds 0 --at 50 100 --methods \
     "broadcast passes=100" "adamw lr=1e-5"
 compare gemma3_sst2 "$GEMMA3" "$REAL" SST2 --methods "broadcast passes=100" zeroshot probing
@@ -33,6 +35,8 @@ compare gemma3_sst2 "$GEMMA3" "$REAL" SST2 --seeds 0 --at 50 100 200 --methods "
 compare gemma3_sst2 "$GEMMA3" "$REAL" SST2 --seeds 1 2 --at 50 100 --methods "adamw lr=3e-6"
 compare gemma3_sst2 "$GEMMA3" "$REAL" SST2 --seeds 0 --at 50 100 200 400 --methods \
     "adamw lr=1e-5" "broadcast passes=400"
+compare gemma3_copa "$GEMMA3" "$REAL" Copa --pool 88 --seeds 0 --at 50 100 --methods \
+    zeroshot "adamw lr=1e-5 from=0"
 python benchmarks/methods_table.py runs/smollm2_sst2.json \
-    runs/broadcast_{smollm2_sst2,smollm2_squad,gemma3_sst2,tiny_opt_sst2}.json
+    runs/broadcast_{smollm2_sst2,smollm2_squad,gemma3_sst2,gemma3_copa,tiny_opt_sst2}.json
 python benchmarks/methods_table.py runs/broadcast_*_settings.json
