@@ -126,11 +126,16 @@ for argv, last in json.loads(sys.argv[1]):
 """
 
 
-def test_a_kill_at_any_block_costs_no_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "loads",
+    [(12, 19), pytest.param((1, 15, 16, 17, 22, 23), marks=pytest.mark.slow)],
+    ids=["two", "others"],
+)
+def test_a_kill_at_any_block_costs_no_step(tmp_path: Path, loads: tuple[int, ...]) -> None:
     settings = {"max_steps": 4, "save_steps": 2, **DISK}
     finish(training(tmp_path / "whole", **settings))
     # Two blocks: a step loads both, and before the first one they are loaded some times more.
-    lines = [(training(tmp_path / f"{n}", **settings), n) for n in (1, 12, 15, 16, 17, 19, 22, 23)]
+    lines = [(training(tmp_path / f"{n}", **settings), n) for n in loads]
     (tmp_path / "driver.py").write_text(DRIVER)
     printed = subprocess.run(
         [sys.executable, str(tmp_path / "driver.py"), json.dumps(lines)],

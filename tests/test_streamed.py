@@ -93,7 +93,10 @@ HESSIANS = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [f if f == "llama" else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES],
+)
 def test_every_bit_is_that_of_the_step_in_memory(family: str, tmp_path: Path) -> None:
     wrong = []
     kinds = itertools.product(HESSIANS, (torch.float32, torch.bfloat16))
