@@ -191,6 +191,55 @@ FAULTS = [
         "sampling",
     ),
     Fault("metrics: articles count", "metrics.py", r"\b(?:a|an|the)\b", r"\b(?:a|an)\b", "metrics"),
+    Fault(
+        "broadcast: an update 1% too large",
+        "error_broadcast.py",
+        "scale = -share / len(errors)",
+        "scale = -1.01 * share / len(errors)",
+        "error_broadcast",
+    ),
+    Fault(
+        "broadcast: errors keep their length",
+        "error_broadcast.py",
+        "return errors * (squares / ",
+        "return errors * (squares.sqrt() / ",
+        "error_broadcast",
+    ),
+    Fault(
+        "broadcast: half of the damping",
+        "error_broadcast.py",
+        "ridge = max(damping / positions",
+        "ridge = max(damping / 2 / positions",
+        "error_broadcast",
+    ),
+    Fault(
+        "broadcast: around the norms behind the matrices",
+        "error_broadcast.py",
+        "if w.norm is not None:",
+        "if False:",
+        "error_broadcast",
+    ),
+    Fault(
+        "broadcast: options of one position apart",
+        "zeroth_order/residual_stream.py",
+        "of_positions.index_add_(0, ",
+        "of_positions.index_copy_(0, ",
+        "error_broadcast",
+    ),
+    Fault(
+        "broadcast: bfloat16 rounded to nearest",
+        "zeroth_order/rounding.py",
+        "bits = hashed(counters(key, index)).view(change.shape)",
+        "bits = torch.full(change.shape, -(1 << 31), dtype=torch.int32)",
+        "error_broadcast",
+    ),
+    Fault(
+        "offload: the oldest update of a block left out",
+        "zeroth_order/streamed.py",
+        "for update in updates if self.of_block[block] else ():",
+        "for update in updates[1:] if self.of_block[block] else ():",
+        "streamed",
+    ),
 ]
 
 
