@@ -76,6 +76,11 @@ class ForwardTrainer(ObjectiveTrainer):
         """Return the sum over the processes' parts of a batch."""
         return self.exchange.sum(tensor) if self.shares_batch else tensor
 
+    def loss_of(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Return the loss of a batch in the run's precision."""
+        with self.compute_loss_context_manager():
+            return self.compute_loss(self.model, inputs)
+
     def counted(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Let forward passes count; those whose losses come from a journal were of this run."""
 
@@ -183,9 +188,7 @@ class ZerothOrderTrainer(ForwardTrainer):
         inputs.pop(BORROWED, None)
 
         def batch_loss() -> Tensor:
-            with self.compute_loss_context_manager():
-                loss = self.compute_loss(self.model, inputs)
-            return self.sum_of_parts(loss * weight) / weight_of_all
+            return self.sum_of_parts(self.loss_of(inputs) * weight) / weight_of_all
 
         self.optimizer.shares = self.shares if recorded is None else None
         closure = self.recording.of_batch(batch_loss)
@@ -213,8 +216,7 @@ class ZerothOrderTrainer(ForwardTrainer):
 
         def loss() -> Tensor:
             inputs = self.collate([self.train_dataset[int(i)] for i in chosen])
-            with self.compute_loss_context_manager():
-                value = self.compute_loss(self.model, self._prepare_inputs(inputs))
+            value = self.loss_of(self._prepare_inputs(inputs))
             return self.accelerator.reduce(value, "mean")
 
         direction += self.config.num_samples
@@ -358,14 +360,11 @@ class ErrorBroadcastTrainer(ForwardTrainer):
         inputs = self._prepare_inputs(inputs)
         weight = self.batch_weight(inputs)
         inputs.pop(BORROWED, None)
-
-        def batch_loss() -> Tensor:
-            with self.compute_loss_context_manager():
-                return self.compute_loss(self.model, inputs)
-
         reads = (inputs["read_rows"], inputs["read_columns"])
         with naming_way_out():
-            loss = self.optimizer.estimate(self.counted(batch_loss), weight, reads)
+            loss = self.optimizer.estimate(
+                self.counted(functools.partial(self.loss_of, inputs)), weight, reads
+            )
         total = self.sum_of_parts(torch.tensor(loss * weight, device=self.args.device))
         self._loss_of_step += total / num_items_in_batch
         return total / num_items_in_batch

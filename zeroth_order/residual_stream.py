@@ -54,9 +54,7 @@ class Writer:
         return weight if isinstance(self.matrix, nn.Linear) else weight.T
 
     def errors(self, output: Tensor, of_stream: Tensor) -> Tensor:
-        """Return the gradient at the matrix's output, (S, hidden), from that at the stream."""
-        if self.norm is None:
-            return of_stream
+        """Return the gradient before the norm, (S, hidden), from that at the stream."""
         with torch.enable_grad():
             output = output.detach().requires_grad_()
             normed = self.norm(output)
