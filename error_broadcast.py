@@ -209,7 +209,7 @@ class ErrorBroadcast(torch.optim.Optimizer):
         if not self._batches:
             raise RuntimeError(
                 "step() needs a closure, or estimate(closure) before it; with transformers take "
-                "ErrorBroadcastTrainer (trainer.py), a plain Trainer calls neither"
+                "ForwardOnlyMixin (forward_only.py), a plain Trainer calls neither"
             )
         group = self.param_groups[0]
         rounding = mix_seed(self.seed, group["step"], ROUNDING)

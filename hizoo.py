@@ -183,7 +183,7 @@ class HiZOO(torch.optim.Optimizer):
         if not self._estimates:
             raise RuntimeError(
                 "step() needs a closure, or estimate(closure) before it; with transformers take "
-                "ZerothOrderTrainer (trainer.py), a plain Trainer calls neither"
+                "ForwardOnlyMixin (forward_only.py), a plain Trainer calls neither"
             )
         differences = itertools.chain.from_iterable(self._mean_differences())
         skipped = not all(map(math.isfinite, differences))

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from error_broadcast import ErrorBroadcast
+from forward_only import ForwardOnlyMixin
 from hizoo import HiZOO
 from language_model.streaming import read_hessians, save_hessians
 from training.checkpoints import ANOTHER
@@ -29,13 +30,12 @@ from training.rows import Evaluation
 from utils import InputError
 from zeroth_order import noise, step_rule
 from zeroth_order.block_file import NoRoom
-from zeroth_order.blocks import blocks_of
 from zeroth_order.config import AUTO, HiZOOConfig
 from zeroth_order.residual_stream import UnknownStream
 from zeroth_order.smoothing import SmoothingSchedule
 
 
-class ForwardTrainer(ObjectiveTrainer):
+class ForwardTrainer(ForwardOnlyMixin, ObjectiveTrainer):
     """Trains by forward passes, without a backward pass through the model.
 
     Under ``torchrun`` the processes share each batch, which is that of one process, and make the
@@ -47,8 +47,6 @@ class ForwardTrainer(ObjectiveTrainer):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.exchange = Exchange(self.args.device)
-        # There is no gradient that could be clipped.
-        self.args.max_grad_norm = 0.0
 
     @property
     def examples_of_a_batch(self) -> int:
@@ -90,14 +88,18 @@ class ForwardTrainer(ObjectiveTrainer):
 
         return loss
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
-        """Return nothing: no gradient has no norm."""
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the forward passes of one batch; the Trainer then calls ``optimizer.step()``."""
+        self._begin_step()
+        loss = super().training_step(*args, **kwargs)
+        self._loss_of_step += loss
+        return loss
 
     def _wrap_model(
         self, model: nn.Module, training: bool = True, dataloader: Any = None
     ) -> nn.Module:
-        # DistributedDataParallel would reserve memory for gradients. accelerate does not wrap
-        # models with this attribute.
+        # accelerate does not wrap models with this attribute, in autocast either: --fp16 and --bf16
+        # are for gradients.
         model._is_accelerate_prepared = True
         return model
 
@@ -167,36 +169,27 @@ class ZerothOrderTrainer(ForwardTrainer):
         with self.compute_loss_context_manager():
             return self.objective(self.model, self._prepare_inputs(self.collate(list(examples))))
 
-    def training_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
-        """Run the forward passes of one batch; the Trainer then calls ``optimizer.step()``."""
-        self._begin_step()
-        # The perturbed losses must differ by the perturbation alone, not by dropout.
-        model.eval()
-        inputs = self._prepare_inputs(inputs)
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the forward passes of one batch, with the smoothing of the step."""
         recorded = self.recording.step(self.state.global_step)
         smooth = self.smoothing.at(self.state.global_step, self.state.max_steps)
         for group in self.optimizer.param_groups:
             group["hessian_smooth"] = smooth if recorded is None else recorded.alpha
+        self.optimizer.shares = self.shares if recorded is None else None
+        return super().training_step(*args, **kwargs)
 
-        weight = torch.tensor(self.batch_weight(inputs), device=self.args.device)
-        weight_of_all = self.sum_of_parts(weight)
+    def estimate(self, model: nn.Module, inputs: dict[str, Any], items: Tensor) -> float:
+        """Run the forward passes of one batch, or take their losses from the journal."""
+        weight = self.batch_weight(inputs)
         inputs.pop(BORROWED, None)
 
         def batch_loss() -> Tensor:
-            return self.sum_of_parts(self.loss_of(inputs) * weight) / weight_of_all
+            return self.sum_of_parts(self.loss_of(inputs) * weight) / items
 
-        self.optimizer.shares = self.shares if recorded is None else None
         closure = self.recording.of_batch(batch_loss)
         with naming_full_disk():
-            loss = self.optimizer.estimate(self.counted(closure), float(weight_of_all))
-        self.recording.note(self.optimizer.losses, float(weight_of_all))
-        loss = torch.tensor(loss, device=self.args.device) * weight_of_all / num_items_in_batch
-        self._loss_of_step += loss
+            loss = self.optimizer.estimate(self.counted(closure), float(items))
+        self.recording.note(self.optimizer.losses, float(items))
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
@@ -292,24 +285,12 @@ class ZerothOrderTrainer(ForwardTrainer):
         """Whether the last step had no finite loss."""
         return self.optimizer.param_groups[0]["skipped_in_a_row"] > 0
 
-    def _get_learning_rate(self) -> float:
-        """Return η, for the log; where it is "auto" the scheduler knows k only."""
-        return self.optimizer.learning_rate(self.optimizer.param_groups[0])
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the optimizer's scalars beside the training loss."""
-        if "loss" in logs:
-            optimizer = self.optimizer
-            logs["projected_gradient"] = optimizer.projected_gradient
-            if optimizer.wants_curvature:
-                logs["curvature"] = optimizer.curvature
-            # Of MeZO h is 1; that of streamed weights would have to be read.
-            if optimizer.state and not blocks_of(self.model):
-                logs["hessian_mean"], logs["hessian_max"] = optimizer.hessian_mean_and_max()
-            if self.args.world_size > 1:
-                (sent, steps), now = self._logged, (self.exchange.bytes, self.state.global_step)
-                logs["exchanged_bytes_per_step"] = (now[0] - sent) / max(1, now[1] - steps)
-                self._logged = now
+        """Log, with what processes have exchanged beside the training loss."""
+        if "loss" in logs and self.args.world_size > 1:
+            (sent, steps), now = self._logged, (self.exchange.bytes, self.state.global_step)
+            logs["exchanged_bytes_per_step"] = (now[0] - sent) / max(1, now[1] - steps)
+            self._logged = now
         super().log(logs, start_time)
 
 
@@ -348,26 +329,16 @@ class ErrorBroadcastTrainer(ForwardTrainer):
         for parameter in self.optimizer.param_groups[0]["params"]:
             parameter.requires_grad_(True)
 
-    def training_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
-        """Run the forward pass of one batch; the Trainer then calls ``optimizer.step()``."""
-        self._begin_step()
-        model.eval()
-        inputs = self._prepare_inputs(inputs)
+    def estimate(self, model: nn.Module, inputs: dict[str, Any], items: Tensor) -> float:
+        """Run the forward pass of one batch."""
         weight = self.batch_weight(inputs)
         inputs.pop(BORROWED, None)
         reads = (inputs["read_rows"], inputs["read_columns"])
+        closure = self.counted(functools.partial(self.loss_of, inputs))
         with naming_way_out():
-            loss = self.optimizer.estimate(
-                self.counted(functools.partial(self.loss_of, inputs)), weight, reads
-            )
+            loss = self.optimizer.estimate(closure, weight, reads)
         total = self.sum_of_parts(torch.tensor(loss * weight, device=self.args.device))
-        self._loss_of_step += total / num_items_in_batch
-        return total / num_items_in_batch
+        return float(total / items)
 
     def was_skipped(self) -> bool:
         """Whether the last step had no finite error."""

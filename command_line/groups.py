@@ -137,9 +137,9 @@ class Rewards:
     _effect, _decides = when.REWARD_OBJECTIVE, TRAINING
 
     reward: str | None = argument(None, effect=when.REWARD, decides=NOTHING)
-    """FILE.py:function: takes lists of prompts, texts and rows (dictionaries), returns a number for
-    each. Its mean is the first metric, and the objective of --trainer zo. The file's code is run.
-    Default: none."""
+    """FILE.py:function: takes lists of prompts, texts and rows (dictionaries), or what TRL's
+    GRPOTrainer gives; returns a number for each. Its mean is the first metric, and the objective of
+    --trainer zo. The file's code is run. Default: none."""
     reward_samples: int = argument(1, at_least=1)
     """Texts of a prompt in a step; above 1 they are drawn at random, with the same random numbers
     for both sides of a direction."""

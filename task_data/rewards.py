@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
@@ -13,8 +14,11 @@ from typing import Any
 
 from utils import InputError, one_line
 
-# Prompts, texts and rows, as many of each -> a number for each text, the larger the better.
-Function = Callable[[list[str], list[str], list[dict[str, Any]]], Sequence[float]]
+# Prompts, texts and rows, as many of each -> a number for each text, the larger the better. A
+# function with a parameter ``completions`` is called as TRL's GRPOTrainer calls it.
+Function = Callable[..., Sequence[float]]
+# Columns that TRL gives by other names.
+NOT_AS_COLUMNS = ("prompt", "completion", "completion_ids", "messages")
 # Means of larger rewards, and their differences over μ, would overflow float32.
 LARGEST = 1e30
 
@@ -51,7 +55,7 @@ class Reward:
     ) -> list[float]:
         """Return the reward of each text, which follows the prompt made of its row."""
         with _errors_in_one_line(f"--reward: {self.name}"):
-            returned = self.function(list(prompts), list(texts), [dict(row) for row in rows])
+            returned = self._call(list(prompts), list(texts), [dict(row) for row in rows])
             unordered = isinstance(returned, str | bytes | Mapping | Set)
             if isinstance(returned, Iterable) and not unordered:
                 # One more than there should be: a generator may have no end.
@@ -70,6 +74,16 @@ class Reward:
             f"--reward: {self.name} returned {got} for {len(texts)} texts; return a list with a "
             f"number for each, between -{LARGEST:g} and {LARGEST:g}"
         )
+
+    def _call(self, prompts: list[Any], texts: list[Any], rows: list[dict[str, Any]]) -> Any:
+        if "completions" not in inspect.signature(self.function).parameters:
+            return self.function(prompts, texts, rows)
+        if rows and "messages" in rows[0]:
+            prompts = [row["messages"] for row in rows]
+            texts = [[{"role": "assistant", "content": text}] for text in texts]
+        names = [name for name in (rows[0] if rows else ()) if name not in NOT_AS_COLUMNS]
+        columns = {name: [row.get(name) for row in rows] for name in names}
+        return self.function(prompts=prompts, completions=texts, **columns)
 
 
 @contextlib.contextmanager

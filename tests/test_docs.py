@@ -225,6 +225,12 @@ def test_every_python_block_runs(checkout: Path) -> None:
     assert all(abs(a - b) < 0.05 * b for a, b in zip(losses, expected, strict=True))
 
 
+def test_the_trainer_of_its_page_runs(checkout: Path) -> None:
+    (block,), namespace = blocks("trl.md", "python"), {}
+    exec(compile(block, "trl.md", "exec"), namespace)
+    assert sum("curvature" in row for row in namespace["trainer"].state.log_history) == 3
+
+
 def test_a_task_is_added_as_its_page_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,9 +11,11 @@ import datasets
 import pytest
 from running import MODEL, ROOT, SAMPLES
 
-# tests/test_reference.py has the steps to copy.
+# tests/test_reference.py has the steps to copy, tests/test_forward_only.py TRL.
 EXAMPLES = sorted(
-    path.stem for path in (ROOT / "examples").glob("*.py") if not path.stem.endswith("_reference")
+    path.stem
+    for path in (ROOT / "examples").glob("*.py")
+    if not path.stem.endswith("_reference") and path.stem != "trl_sft"
 )
 
 

@@ -295,5 +295,5 @@ def test_a_plain_trainer_is_told_which_one_to_take(tmp_path) -> None:
     arguments = TrainingArguments(tmp_path, max_steps=1, report_to="none", use_cpu=True)
     optimizers = HiZOO(model.parameters()), None
     trainer = Trainer(model, arguments, train_dataset=rows, optimizers=optimizers)
-    with pytest.raises(RuntimeError, match="take ZerothOrderTrainer"):
+    with pytest.raises(RuntimeError, match="take ForwardOnlyMixin"):
         trainer.train()

@@ -15,18 +15,18 @@ import pytest
 import torch
 from running import ROOT
 
-PACKAGE = {"error_broadcast", "hizoo", "zeroth_order"}
+PACKAGE = {"error_broadcast", "forward_only", "hizoo", "zeroth_order"}
 # In the wheel's process: what a step gives, and which modules it has loaded.
 USE = """
 import json, sys
 sys.path[:] = [path for path in sys.path if not path.endswith("site-packages")] + sys.argv[1:]
 import torch
-import error_broadcast, hizoo, zeroth_order
+import error_broadcast, forward_only, hizoo, zeroth_order
 from hizoo import HiZOO, Layers
 model = torch.nn.Linear(3, 1)
 optimizer = HiZOO(model.parameters(), lr=1e-2, layers=Layers(model))
 losses = [optimizer.step(lambda: model(torch.ones(2, 3)).square().mean()) for _ in range(50)]
-files = [module.__file__ for module in (error_broadcast, hizoo, zeroth_order)]
+files = [module.__file__ for module in (error_broadcast, forward_only, hizoo, zeroth_order)]
 found = {"losses": losses, "files": files, "version": hizoo.__version__, "all": hizoo.__all__}
 print(json.dumps(found | {"modules": list(sys.modules)}))
 """
@@ -68,6 +68,7 @@ def test_the_wheel_holds_the_optimizers_alone_and_requires_torch_alone(wheel: Pa
     expected = [
         ROOT / "hizoo.py",
         ROOT / "error_broadcast.py",
+        ROOT / "forward_only.py",
         *(ROOT / "zeroth_order").glob("*.py"),
     ]
     assert own == {str(path.relative_to(ROOT)) for path in expected}
@@ -91,7 +92,10 @@ def test_the_installed_wheel_needs_nothing_else_of_the_project(wheel: Path, tmp_
     )
     assert process.returncode == 0, process.stderr
     found = json.loads(process.stdout)
-    own_files = ("error_broadcast.py", "hizoo.py", "zeroth_order/__init__.py")
+    own_files = (
+        *("error_broadcast.py", "forward_only.py", "hizoo.py"),
+        "zeroth_order/__init__.py",
+    )
     assert found["files"] == [str(target / name) for name in own_files]
     with (ROOT / "pyproject.toml").open("rb") as file:
         assert found["version"] == tomllib.load(file)["project"]["version"]

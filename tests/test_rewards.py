@@ -270,6 +270,41 @@ def test_bad_functions_are_told_in_one_line(
     assert Reward.load("mine.py:tensor")(["a"] * 3, ["b"] * 3, [{}] * 3) == [0, 0.5, 1]
 
 
+# As TRL's documentation has them.
+OF_TRL = """\
+def length(completions, **kwargs):
+    return [float(len(completion)) for completion in completions]
+
+def right(prompts, completions, kind, **kwargs):
+    assert kwargs == {"other": ["x", "y"]} and prompts == ["Is 1?", "Is 2?"]
+    return [float(c == k) for c, k in zip(completions, kind)]
+
+def of_messages(completions, answer, **kwargs):
+    assert kwargs == {"prompts": [[{"role": "user", "content": "Hi"}]] * 2}
+    return [float(c[0]["content"] == a) for c, a in zip(completions, answer)]
+
+def no_keywords(completions):
+    return [1.0 for _ in completions]
+"""
+
+
+def test_rewards_of_trl_are_taken_as_they_are(tmp_path: Path) -> None:
+    file = tmp_path / "trl_rewards.py"
+    file.write_text(OF_TRL)
+    prompts, texts = ["Is 1?", "Is 2?"], ["yes", "no"]
+    rows = [
+        {"prompt": prompt, "kind": kind, "other": other}
+        for prompt, kind, other in zip(prompts, ["yes", "yes"], ["x", "y"], strict=True)
+    ]
+    assert Reward.load(f"{file}:length")(prompts, texts, rows) == [3, 2]
+    assert Reward.load(f"{file}:right")(prompts, texts, rows) == [1, 0]
+    said = {"messages": [{"role": "user", "content": "Hi"}], "prompt": "Hi", "answer": "no"}
+    assert Reward.load(f"{file}:of_messages")(["Hi"] * 2, texts, [said] * 2) == [0, 1]
+    with pytest.raises(InputError, match=r"no_keywords raised TypeError: .*unexpected keyword"):
+        Reward.load(f"{file}:no_keywords")(prompts, texts, rows)
+    assert finish(own(tmp_path, rows_file(tmp_path), reward=f"{file}:length"))["steps"] == 2
+
+
 def test_a_function_that_fails_in_training_ends_it(
     tmp_path: Path, reward_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -328,8 +363,7 @@ def example(name: str) -> Any:
 def test_the_example_for_short_answers() -> None:
     rewards = example("arithmetic").nearness
     texts = ["12", "The sum is 12.", "13", "none", "-3"]
-    rows = [{"answer": "12"}] * 5
-    assert rewards([""] * 5, texts, rows) == pytest.approx([1, 0.97, 0.5, 0, 1 / 16])
+    assert rewards(completions=texts, answer=["12"] * 5) == pytest.approx([1, 0.97, 0.5, 0, 1 / 16])
     for name in ("arithmetic.jsonl", "arithmetic-validation.jsonl"):
         for line in (EXAMPLES / name).read_text().splitlines():
             row = json.loads(line)

@@ -1,0 +1,210 @@
+"""ForwardOnlyMixin in transformers' own Trainer, and in TRL's SFTTrainer."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from running import MODEL, ROOT, SAMPLES
+from tiny_models import tiny_model
+from transformers import Trainer, TrainingArguments
+
+from error_broadcast import ErrorBroadcast
+from forward_only import ForwardOnlyMixin
+from hizoo import HiZOO, Layers
+
+STEPS, LR = 6, 1e-3
+# Of 24 texts of 4 to 8 tokens the last 1 to 5 are scored.
+LENGTHS = [4 + number % 5 for number in range(24)]
+TEXTS = [torch.arange(5 + n, 5 + n + length).tolist() for n, length in enumerate(LENGTHS)]
+ROWS = [{"input_ids": text, "labels": [-100] * 3 + text[3:]} for text in TEXTS]
+
+Batch = dict[str, torch.Tensor]
+
+
+def collate(rows: list[dict[str, list[int]]]) -> Batch:
+    def padded(name: str, pad: int) -> torch.Tensor:
+        return torch.tensor([row[name] + [pad] * (8 - len(row[name])) for row in rows])
+
+    batch = {"input_ids": padded("input_ids", 1), "labels": padded("labels", -100)}
+    return batch | {"attention_mask": (batch["input_ids"] != 1).long()}
+
+
+class ForwardOnlyTrainer(ForwardOnlyMixin, Trainer):
+    """What a user writes, and the batches that it sees."""
+
+    def training_step(self, model: Any, inputs: Batch, *args: Any) -> torch.Tensor:
+        vars(self).setdefault("seen", []).append(dict(inputs))
+        return super().training_step(model, inputs, *args)
+
+
+def make_trainer(
+    folder: Path, method: Any = None, dtype: torch.dtype = torch.float32, **arguments: Any
+) -> ForwardOnlyTrainer:
+    """A trainer of a model with dropout."""
+    arguments = {"max_steps": STEPS, "per_device_train_batch_size": 4, **arguments}
+    args = TrainingArguments(
+        str(folder),
+        learning_rate=LR,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        **arguments,
+    )
+    model = tiny_model("opt", dropout=0.5).to(dtype)
+    return ForwardOnlyTrainer(
+        model, args, collate, train_dataset=ROWS, optimizer_cls_and_kwargs=method
+    )
+
+
+def weights(trainer: Trainer) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in trainer.model.parameters()]
+
+
+def largest_difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    return max(float((a - b).detach().abs().max()) for a, b in zip(one, other, strict=True))
+
+
+def logged(trainer: Trainer, name: str) -> list[float]:
+    return [row[name] for row in trainer.state.log_history if name in row]
+
+
+def test_a_step_is_that_of_a_loop_of_ones_own(tmp_path: Path) -> None:
+    """With the Trainer's schedule, weight decay, seed and accumulated batches of unequal size."""
+    trainer = make_trainer(tmp_path, gradient_accumulation_steps=2, weight_decay=0.1, seed=7)
+    trainer.train()
+    model = tiny_model("opt", dropout=0.5).eval()
+    decaying = trainer.get_decay_parameter_names(model)
+    named = dict(model.named_parameters())
+    groups = [
+        {"params": [p for n, p in named.items() if n in decaying], "weight_decay": 0.1},
+        {"params": [p for n, p in named.items() if n not in decaying]},
+    ]
+    optimizer, losses, slopes, rates = HiZOO(groups, lr=LR, seed=7), [], [], []
+    for step in range(STEPS):
+        total = count = 0.0
+        for batch in trainer.seen[2 * step : 2 * step + 2]:
+            items = int((batch["labels"] != -100).sum())
+            loss = optimizer.estimate(lambda b=batch: model(**b).loss, items)
+            total, count = total + loss * items, count + items
+        for group in optimizer.param_groups:
+            group["lr"] = LR * (1 - step / STEPS)
+        optimizer.step()
+        losses.append(total / count)
+        slopes.append(optimizer.projected_gradient)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert len({int((batch["labels"] != -100).sum()) for batch in trainer.seen}) > 1
+    assert largest_difference(weights(trainer), list(model.parameters())) < 1e-6
+    assert logged(trainer, "loss") == pytest.approx(losses, abs=1e-5)
+    assert logged(trainer, "learning_rate") == pytest.approx(rates, rel=1e-6)
+    assert logged(trainer, "projected_gradient") == pytest.approx(slopes, rel=1e-3)
+    for name in ("curvature", "hessian_mean", "hessian_max"):
+        assert len(logged(trainer, name)) == STEPS
+    assert not logged(trainer, "grad_norm")
+
+
+def test_accumulated_batches_are_one_large_batch(tmp_path: Path) -> None:
+    trained = []
+    for size, count in ((2, 4), (8, 1)):
+        trainer = make_trainer(
+            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=count
+        )
+        trainer.train()
+        trained.append(weights(trainer))
+    assert largest_difference(*trained) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path: Path, dtype: torch.dtype) -> None:
+    method = HiZOO, {"lr": "auto", "hessian_smooth": 1e-2, "seed": 3}
+    whole = make_trainer(tmp_path, method, dtype, save_steps=3)
+    before = weights(whole)
+    whole.train()
+    assert (type(whole.optimizer.layers) is Layers) == (dtype == torch.bfloat16)
+    resumed = make_trainer(tmp_path, method, dtype)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert largest_difference(weights(whole), weights(resumed)) == 0
+    assert largest_difference(weights(whole), before) > 0
+    assert logged(whole, "loss")[3:6] == logged(resumed, "loss")[3:6]
+    # η follows the curvature, and falls with the Trainer's schedule.
+    assert logged(whole, "learning_rate") != pytest.approx([0.1 * (1 - n / 6) for n in range(6)])
+
+
+def test_half_precision_weights_come_back_bit_for_bit(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, (HiZOO, {"lr": 0.0, "hessian_smooth": 0.0}), torch.bfloat16)
+    before = weights(trainer)
+    trainer.train()
+    assert largest_difference(weights(trainer), before) == 0
+    assert not logged(trainer, "curvature") and not logged(trainer, "hessian_mean")
+
+
+def test_autocast_is_the_trainers(tmp_path: Path) -> None:
+    losses = []
+    for bf16 in (False, True):
+        trainer = make_trainer(tmp_path, bf16=bf16)
+        trainer.train()
+        losses.append(logged(trainer, "loss")[0])
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+def test_a_batch_without_labels_counts_nothing(tmp_path: Path) -> None:
+    trained, empty = [], {"input_ids": [5, 6, 7], "labels": [-100] * 3}
+    for rows in (ROWS[:4], [empty] * 4 + ROWS[:4]):
+        count, order = len(rows) // 4, {"train_sampling_strategy": "sequential"}
+        trainer = make_trainer(tmp_path, max_steps=1, gradient_accumulation_steps=count, **order)
+        trainer.train_dataset = rows
+        trainer.train()
+        assert len(trainer.seen) == count and trainer.optimizer.skipped_steps == 0
+        trained.append(weights(trainer))
+    assert largest_difference(*trained) < 1e-6
+
+
+def test_error_broadcast_steps_as_in_a_loop_of_ones_own(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, (ErrorBroadcast, {"lr": 0.5}), gradient_accumulation_steps=2)
+    trainer.train()
+    model = tiny_model("opt", dropout=0.5).eval()
+    optimizer = ErrorBroadcast(model)
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = 0.5 * (1 - step / STEPS)
+        for batch in trainer.seen[2 * step : 2 * step + 2]:
+            items = int((batch["labels"] != -100).sum())
+            optimizer.estimate(lambda b=batch: model(**b).loss, items)
+        optimizer.step()
+    assert largest_difference(weights(trainer), list(model.parameters())) < 1e-5
+    rates = logged(trainer, "learning_rate")
+    assert rates == pytest.approx([0.5 * (1 - n / STEPS) for n in range(STEPS)])
+    assert not logged(trainer, "projected_gradient")
+
+
+def test_an_optimizer_that_needs_gradients_is_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, (torch.optim.SGD, {"lr": 0.1}))
+    with pytest.raises(ValueError, match=r"SGD needs gradients: give .*\(HiZOO, \{\.\.\.\}\)"):
+        trainer.train()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [[], ["--broadcast"]])
+def test_trl_steps_without_a_backward_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, arguments: list[str]
+) -> None:
+    assert len((ROOT / "examples/trl_sft.py").read_text(encoding="utf-8").splitlines()) <= 40
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/tiny-opt").symlink_to(MODEL)
+    (tmp_path / "data/samples").symlink_to(SAMPLES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(sys, "argv", ["trl_sft", *arguments])
+    runpy.run_module("examples.trl_sft", run_name="__main__")
+    printed = capsys.readouterr().out
+    losses = [float(loss) for loss in re.findall(r"'loss': '([\d.]+)'", printed)]
+    assert len(losses) == 3 and losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.7 * losses[0]
+    # TRL's own metrics are those of training.
+    assert ("mean_token_accuracy" in printed) == (not arguments)
