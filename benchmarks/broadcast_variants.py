@@ -8,6 +8,7 @@ buffer     inputs are whitened by those of the last 256 scored tokens
 averaged   the weights are the mean over the second half of the steps
 blocks     one forward pass for each block on the first batch, behind the step of that block
            alone; those whose loss falls by a quarter of the most are trained
+gated      the matrices before the MLP's product get steps, too (Llama's gate_proj and up_proj)
 curvature  every tenth step: the losses of this batch and the next one behind multiples of the
            step, and the multiple at which this batch's parabola is lowest
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,10 @@ import error_broadcast
 from error_broadcast import ErrorBroadcast
 from language_model.encoding import Encoder
 from tasks import get_task
+from zeroth_order.residual_stream import ForwardPass, Writer
 
 Batch = dict[str, Tensor]
-VARIANTS = ("plain", "held", "buffer", "averaged", "blocks", "curvature")
+VARIANTS = ("plain", "held", "buffer", "averaged", "blocks", "gated", "curvature")
 BUFFER, BATCH = 256, 16
 MULTIPLES = (0.5, 1.0, 2.0)
 
@@ -98,6 +101,43 @@ def buffered() -> Callable[[Tensor, float], Tensor]:
     return whitened
 
 
+class LastPass(ForwardPass):
+    """A forward pass that ``BeforeProduct`` finds again."""
+
+    last: LastPass
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        LastPass.last = self
+
+
+@dataclass(frozen=True, eq=False)
+class BeforeProduct(Writer):
+    """A matrix whose output reaches the stream through its MLP's product and down_proj."""
+
+    mlp: nn.Module
+
+    def errors(self, output: Tensor, of_stream: Tensor) -> Tensor:
+        """Return the gradient at its output, (S, m), from that at the stream."""
+        output = output.detach().requires_grad_()
+        values = {writer.matrix: value for writer, value in LastPass.last.outputs.items()}
+        values[self.matrix] = output
+        with torch.enable_grad():
+            gate = self.mlp.act_fn(values[self.mlp.gate_proj])
+            written = self.mlp.down_proj(gate * values[self.mlp.up_proj])
+        return torch.autograd.grad(written, output, of_stream)[0]
+
+
+def train_before_product(optimizer: ErrorBroadcast) -> None:
+    """Let ``optimizer`` train gate_proj and up_proj, too."""
+    error_broadcast.ForwardPass = LastPass
+    # The first pass would keep the outputs of matrices that write to the stream alone.
+    optimizer._stream_is_checked = True
+    for mlp in (block.mlp for block in optimizer.blocks):
+        matrices = (mlp.gate_proj, mlp.up_proj)
+        optimizer.writers += [BeforeProduct(matrix, nn.Identity(), mlp) for matrix in matrices]
+
+
 @torch.no_grad()
 def blocks_that_help(run: Run) -> list[nn.Module]:
     """Return the matrices of the blocks that ``blocks`` trains; prints each block's loss."""
@@ -140,6 +180,8 @@ def measure(arguments: argparse.Namespace, variant: str, seed: int) -> tuple[flo
     if variant == "buffer":
         error_broadcast.whitened = buffered()
         error_broadcast.whitened.matrices = len(optimizer.writers)
+    if variant == "gated":
+        train_before_product(optimizer)
     if variant == "blocks":
         chosen = blocks_that_help(run)
         optimizer = ErrorBroadcast(run.model, first=0.0, seed=seed)
