@@ -17,9 +17,10 @@ A method is a kind and its settings:
     zeroshot    the model as it is
 
 and for all that take steps, where they know it: eps, curvature_eps, every (curvature_every), decay
-(linear, to 0 at the end: broadcast always), mode (ft, lora, prefix, head), batch, passes (instead
-of --passes, with a dev loss at the end alone). A first-order step counts as three forward passes.
-Seconds are one thread's CPU seconds. Every finished run stands in --output and is not repeated.
+(linear, to 0 at the end: broadcast always), hold (the share of the steps before the decay), mode
+(ft, lora, prefix, head), batch, passes (instead of --passes, with a dev loss at the end alone). A
+first-order step counts as three forward passes. Seconds are one thread's CPU seconds. Every
+finished run stands in --output and is not repeated.
 """
 
 from __future__ import annotations
@@ -282,6 +283,7 @@ def train(
     """Take steps until the last of the numbers of passes; returns what was measured at each."""
     step, optimizer = make_step(model, settings, seed)
     decays = settings.get("decay") == "linear" or settings["kind"] == "broadcast"
+    held = settings.get("hold", 0.0)
     curve, passes, steps, seconds, largest, budget = [], 0, 0, 0.0, 0.0, targets[-1]
     data = batches(rows.train, seed, int(settings.get("batch", BATCH)))
     while True:
@@ -302,7 +304,7 @@ def train(
         if decays:
             for group in optimizer.param_groups:
                 start = group.setdefault("initial_lr", group["lr"])
-                group["lr"] = start * (1 - passes / budget)
+                group["lr"] = start * min(1.0, (1 - passes / budget) / (1 - held))
         batch = next(data)
         started = time.process_time()
         value, used = step(lambda batch=batch: rows.objective(model, batch), batch)
