@@ -263,3 +263,8 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure.savefig(path, dpi=150)
     except OSError as error:
         raise NotWritten.of(path, error) from error
+
+
+def share_of_run(steps: float, steps_of_run: int) -> int:
+    """Return a number of steps that is given as such, or below 1 as a fraction of the run."""
+    return int(steps if steps >= 1 else steps * steps_of_run)

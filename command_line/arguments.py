@@ -77,7 +77,7 @@ class Arguments(
         if self.offload != "none" and self.trainer == "zo" and self.zo_perturbation == AUTO:
             # Streamed weights are perturbed as copies: a run may resume in memory, or streamed.
             self.zo_perturbation = "layerwise"
-        self.lr_scheduler_type = self.lr_scheduler_type or self.default_schedule
+        self.choose_schedule()
         # The Trainer refuses the best model without checkpoints; a replay makes it.
         replays_best = self.replays_best
         if replays_best:

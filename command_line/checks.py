@@ -18,7 +18,7 @@ from command_line.arguments import Arguments
 from command_line.contradictions import check_values
 from command_line.declarations import AUTO
 from command_line.settings import examples_of_a_batch
-from utils import InputError, one_line
+from utils import InputError, one_line, share_of_run
 
 # These optimizers choose among a model's modules, and there is none yet.
 CHOOSE_MODULES = ("galore", "apollo", "lomo", "adalomo")
@@ -76,7 +76,8 @@ def _check_schedule(arguments: Arguments) -> None:
     steps = steps_of_run(arguments)
     warmup = arguments.get_warmup_steps(steps)
     name = arguments.lr_scheduler_type
-    for argument, value in (("warmup_steps", warmup), ("decay_step", arguments.decay_step + 1)):
+    decay = share_of_run(arguments.decay_step, steps)
+    for argument, value in (("warmup_steps", warmup), ("decay_step", decay + 1)):
         if value > steps:
             raise InputError(
                 f"--{argument} {getattr(arguments, argument):g}: the run has {steps} steps"

@@ -240,5 +240,6 @@ def _problems_of_steps(values: Any) -> Iterator[str]:
         if isinstance(value, str) and not value.startswith("{") and not is_file:
             yield f"--{name} {value}: give names and values, as in '{{\"num_cycles\": 2}}'"
     warmup, decay = values.warmup_steps, values.decay_step
-    if decay and has_effect(values, "decay_step") and warmup > decay:
-        yield f"--warmup_steps {warmup:g}: must be at most --decay_step {decay}"
+    comparable = (warmup < 1) == (decay < 1)  # steps, or fractions of the run
+    if decay and has_effect(values, "decay_step") and comparable and warmup > decay:
+        yield f"--warmup_steps {warmup:g}: must be at most --decay_step {decay:g}"

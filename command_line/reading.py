@@ -89,10 +89,13 @@ class Meaning:
         replayed = self.trainer == "zo" and self.save_strategy == "no"
         return self.load_best_model_at_end and replayed
 
-    @property
-    def default_schedule(self) -> str:
-        """The learning rate's schedule where none is given, as in the published scripts."""
-        return "linear" if self.trainer in ("regular", "broadcast") else "constant"
+    def choose_schedule(self) -> None:
+        """Set the learning rate's schedule where none is given, as in the published scripts."""
+        if self.lr_scheduler_type is None:
+            constant = self.trainer in ("zo", "none")
+            self.lr_scheduler_type = "constant" if constant else "linear"
+            if self.trainer == "broadcast":
+                self.decay_step = self.decay_step or 0.5
 
     @property
     def shares_batches(self) -> bool:
@@ -130,7 +133,7 @@ class Values(Meaning):
                 reason = "--linear_probing is a logistic regression"
                 ignored[f"--trainer {self.trainer}"] = reason
             self.trainer = given["trainer"] = "regular"
-        self.lr_scheduler_type = self.lr_scheduler_type or self.default_schedule
+        self.choose_schedule()
 
 
 def read_values(argv: Sequence[str], environment: Mapping[str, str] | None = None) -> Values:

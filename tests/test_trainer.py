@@ -287,6 +287,12 @@ SCHEDULES = {
         2,
         {"num_decay_steps": 3, "decay_type": "linear"},
     ),
+    "fraction": (
+        {"lr_scheduler_type": "linear", "decay_step": 0.625},
+        "warmup_stable_decay",
+        0,
+        {"num_decay_steps": 3, "decay_type": "linear"},
+    ),
 }
 
 

@@ -25,7 +25,7 @@ from training.callbacks import LogLines, LossProgress, save_and_stop
 from training.checkpoints import checkpoints, note_step, noted_step
 from training.resumable_trainer import ResumableTrainer
 from training.watching import Divergence
-from utils import InputError
+from utils import InputError, share_of_run
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +45,9 @@ class ObjectiveTrainer(ResumableTrainer):
 
     Args:
         objective: what is minimised, one of objectives.py.
-        decay_step: the learning rate stays constant until this step and takes the course of the
-            scheduler ``linear``, ``cosine`` or ``polynomial`` from there on; 0: from the start.
+        decay_step: the learning rate stays constant until this step, below 1 a fraction of the
+            run, and takes the course of the scheduler ``linear``, ``cosine`` or ``polynomial`` from
+            there on; 0: from the start.
         max_skipped_steps: steps in a row without a finite loss, after which the run stops with a
             checkpoint.
         dev_metric: measures a model on the dev set, beside the dev loss; returns metrics by name.
@@ -61,7 +62,7 @@ class ObjectiveTrainer(ResumableTrainer):
         self,
         *,
         objective: Objective,
-        decay_step: int = 0,
+        decay_step: float = 0,
         max_skipped_steps: int = 50,
         dev_metric: Callable[[nn.Module], dict[str, float]] | None = None,
         quiet: bool = False,
@@ -284,13 +285,14 @@ class ObjectiveTrainer(ResumableTrainer):
             return super().create_scheduler(num_training_steps, optimizer)
         optimizer, args = optimizer or self.optimizer, self.args
         warmup = args.get_warmup_steps(num_training_steps)
-        steps, options = num_training_steps - self.decay_step, dict(args.lr_scheduler_kwargs or {})
+        start = max(warmup, share_of_run(self.decay_step, num_training_steps))
+        steps, options = num_training_steps - start, dict(args.lr_scheduler_kwargs or {})
         course = get_scheduler(args.lr_scheduler_type, optimizer, 0, steps, options).lr_lambdas[0]
 
         def factor(step: int) -> float:
             if step < warmup:
                 return step / warmup
-            return 1.0 if step < self.decay_step else course(step - self.decay_step)
+            return 1.0 if step < start else course(step - start)
 
         self.lr_scheduler = LambdaLR(optimizer, factor)
         self._created_lr_scheduler = True
