@@ -42,7 +42,7 @@ from experiment.options import Options, options_of
 from experiment.plan import make_plan
 from experiment.predicting import predict_rows
 from experiment.preparation import prepare
-from experiment.results import earlier_result, is_wanted_again, summarize
+from experiment.results import earlier_result, is_wanted_again, summarize, write_rows
 from experiment.running import Experiment, say
 from experiment.telling import result_lines, table
 from language_model.loading import leave_out_loading_bars
@@ -52,7 +52,6 @@ from utils import (
     leave_process_group_at_exit,
     process_index,
     write_json,
-    write_json_lines,
 )
 
 
@@ -73,7 +72,7 @@ def run_experiment(options: Options) -> None:
         result = summarize(options, experiment.prepared, results, experiment.used)
         result["seconds"] = round(time.perf_counter() - started, 3)
         for path, rows in zip(options.predictions, predictions, strict=False):
-            write_json_lines(path, rows)
+            write_rows(path, rows)
         write_json(options.result, result)
         if "steps" in result:
             say("\n".join(table(options.data.task.metric_name, result)))

@@ -34,10 +34,12 @@ class TaskAndData:
     """Your own examples to report on, in the columns of --train_file. Default: a tenth of
     --train_file is held out."""
     text_column: str | None = argument(None, effect=when.OWN_COLUMNS, decides=TRAINING)
-    """Column of your own files that is the prompt. Default: prompt."""
+    """Column of your own files that is the prompt. Default: prompt, or text."""
     label_column: str | None = argument(None, effect=when.OWN_COLUMNS, decides=TRAINING)
     """Column of your own files with classes; its different values in the first file are the
-    options. Default: the columns options and answer."""
+    options. Default: the columns options and answer, or label."""
+    label_words: str | None = argument(None, effect=when.OWN_COLUMNS, decides=TRAINING)
+    """Words that the model reads for the labels, as in 0=terrible,1=great. Default: the labels."""
     answer_column: str | None = argument(None, effect=when.OWN_COLUMNS, decides=TRAINING)
     """Column of your own files with answers to generate. Default: answer."""
     prompt_template: str | None = argument(None, effect=when.OWN_COLUMNS, decides=TRAINING)

@@ -19,6 +19,7 @@ from command_line.published import AS_HERE, IGNORED, NOT_HERE, TRANSLATED
 from command_line.scripts import choose_defaults
 from command_line.trainer_arguments import NOT_OFFERED, OTHERS, MostUsed
 from task_data.columns import Columns
+from task_data.files import own_file
 from task_data.own_tasks import choose_task
 from tasks import Task
 from utils import InputError
@@ -64,13 +65,17 @@ class Meaning:
     @functools.cached_property
     def task(self) -> Task:
         """The task of --task_name, or that of the user's own files as they are at the start."""
+        own_file("--predict_file", self.predict_file)
         return choose_task(
             self.task_name,
             self.train_file,
             self.validation_file or (None if self.task_name else self.predict_file),
             self.metric,
             self.reward,
-            Columns(self.text_column, self.label_column, self.prompt_template, self.answer_column),
+            Columns(
+                *(self.text_column, self.label_column, self.prompt_template, self.answer_column),
+                self.label_words,
+            ),
         )
 
     @property

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
+from pathlib import Path
 
 import transformers
 from peft import PeftModel
@@ -11,13 +13,17 @@ from transformers import PreTrainedModel
 from experiment.folders import locked_places
 from experiment.options import Options
 from experiment.preparation import check_conversations, load_pretrained, prepare_encoder
-from experiment.results import check_predictions, prediction_rows
+from experiment.results import check_predictions, prediction_rows, write_rows
+from experiment.telling import use_in_python
 from language_model.encoding import Encoder
 from language_model.prediction import Prediction, predict
-from task_data.files import own_file
+from task_data.files import own_file, read_rows
 from task_data.loading import load_samples, read_samples
+from task_data.own_tasks import OwnTask
 from tasks import Sample
-from utils import process_index, write_json_lines
+from utils import InputError, process_index
+
+logger = logging.getLogger(__name__)
 
 
 def answers(
@@ -50,6 +56,11 @@ def predict_rows(options: Options, file: str) -> None:
     data, task = options.data, options.data.task
     encoder = prepare_encoder(options)
     questions = read_samples(task, own_file("--predict_file", file), with_answers=False)
+    own = [row for _, row in read_rows(Path(file))]  # with columns that no prompt needs
+    if taken := {"prediction", "scores", "correct"} & own[0].keys():
+        raise InputError(f"{file}: rename its column {min(taken)!r}: predictions have one")
+    if isinstance(task, OwnTask) and task.generation and not options.arguments.train_file:
+        logger.warning("answers are generated; --train_file chooses among the labels of its rows")
     train: list[Sample] = []
     if options.arguments.num_train:
         train, _ = load_samples(task, data.data_dir, with_validation=False)
@@ -63,5 +74,7 @@ def predict_rows(options: Options, file: str) -> None:
         if process_index() == 0:
             rows = prediction_rows(replace(task, reward=None), drawn.evaluation, predictions)
             order = {sample.id: row for sample, row in zip(drawn.evaluation, rows, strict=True)}
-            write_json_lines(path, [order[question.id] for question in questions])
+            write_rows(path, [row | order[n] for n, row in enumerate(own)])
+            if not options.arguments.quiet:
+                print("\n".join(use_in_python(options, encoder, questions[0])))
             print(f"predictions: {path} ({len(questions)} rows)")

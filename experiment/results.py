@@ -6,8 +6,11 @@ another one does not write over it.
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import importlib.metadata
+import io
+import json
 import math
 import platform
 import re
@@ -26,8 +29,9 @@ from experiment.options import Options
 from experiment.preparation import Prepared
 from language_model.prediction import Prediction
 from task_data.loading import split_files
+from task_data.own_tasks import OwnTask
 from tasks import Sample, Task
-from utils import InputError, fingerprint, read_json
+from utils import InputError, fingerprint, read_json, write_json_lines, write_text_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = ("torch", "transformers", "accelerate", "peft", "numpy")
@@ -54,6 +58,8 @@ def prediction_rows(
         row["prediction"] = prediction.answer
         if prediction.scores is not None:
             options = [task.option(sample, each).strip() for each in sample.candidates]
+            if isinstance(task, OwnTask):
+                options = task.labels_of(options)
             chosen = options[sample.candidates.index(prediction.answer)]
             row |= {"prediction": chosen, "options": options, "scores": list(prediction.scores)}
         if sample.correct:
@@ -61,6 +67,22 @@ def prediction_rows(
             row["correct"] = metrics["em" if task.generation else "accuracy"] == 1.0
         rows.append(row if reward is None else row | {"reward": reward})
     return rows
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as CSV or JSON Lines, as the file's name ends; a list in a cell is JSON."""
+    if path.suffix.lower() != ".csv":
+        write_json_lines(path, rows)
+        return
+    text = io.StringIO()
+    names = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        lists = {name: value for name, value in row.items() if isinstance(value, list)}
+        texts = {name: json.dumps(value, ensure_ascii=False) for name, value in lists.items()}
+        writer.writerow({**row, **texts})
+    write_text_atomically(path, text.getvalue())
 
 
 def history(
@@ -201,7 +223,8 @@ def _other_content(options: Options, settings: object) -> str:
 
 def is_wanted_again(options: Options) -> bool:
     """Whether a result that is there is to be made all the same, or other files are missing."""
-    configs = ("config.json", "adapter_config.json")
+    arguments = options.arguments
+    configs = ("config.json", *(() if arguments.merge_adapter else ("adapter_config.json",)))
     models = options.folders if options.arguments.save_model else ()
     has_all = all(path.is_file() for path in options.predictions) and all(
         any((folder / name).is_file() for name in configs) for folder in models

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shlex
+import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
+from command_line.groups import Generation, Model
+from command_line.reading import OWN
 from experiment.options import Options
-from experiment.results import KINDS_OF_METRICS
+from experiment.results import KINDS_OF_METRICS, ROOT
 from language_model.encoding import Encoder
 from language_model.prediction import Prediction
+from language_model.saved_adapters import SavedAdapter
+from task_data.own_tasks import OwnTask
 from task_data.sampling import ExampleSet
+from tasks import Sample
 
 SHOWN_EXAMPLES = 3
 # Losses rise by as much by chance: a small batch can be hard, the dev examples are the same.
 NOISE = {"loss": 1.0, "dev_loss": 0.1}
+# What a prediction needs to read its rows as training did.
+READS_ROWS = (
+    *("train_file", "text_column", "label_column", "label_words", "answer_column"),
+    *("prompt_template", *(field.name for kind in (Model, Generation) for field in fields(kind))),
+)
 
 
 def metric_names(options: Options) -> dict[str, str]:
@@ -80,7 +97,72 @@ def result_lines(
     for run in runs:
         for line in concerns(run, options.arguments.rate):
             yield f"set {run['train_set_seed']}: {line}" if len(runs) > 1 else line
+    if len(runs) == 1 and not options.arguments.quiet:
+        yield from _next_step(options, result)
     yield f"result: {options.result}"
+
+
+def _next_step(options: Options, result: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the command by which a model that was trained on one's own rows answers others."""
+    arguments = options.arguments
+    if not (options.trains and isinstance(options.data.task, OwnTask)):
+        return
+    model = options.folders[0] if arguments.save_model else result.get("checkpoint")
+    if not model:
+        yield "next: the same command with --save_model keeps the model, and answers other rows"
+        return
+    values = {name: getattr(arguments, name) for name in READS_ROWS}
+    values |= {"model_name": None, "offload_dir": None}  # the folder is of this run
+    words = [
+        word
+        for name, value in values.items()
+        if value is not None and value != OWN[name].default
+        for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
+    ]
+    file = Path(arguments.validation_file or arguments.train_file)
+    answers = "answers.csv" if file.suffix.lower() == ".csv" else "answers.jsonl"
+    words += ["--predict_file", str(file), "--predictions_file", answers]
+    yield f"next, with a file of rows without answers in place of {file.name}:"
+    yield f"  {_command(_run_py(), '--model_name', str(model), *words)}"
+
+
+def use_in_python(options: Options, encoder: Encoder, sample: Sample) -> Iterator[str]:
+    """Yield the command that answers a row with the model and transformers alone."""
+    name, task = options.model.name, encoder.task
+    if Path(name).suffix.lower() == ".gguf" or not isinstance(task, OwnTask):
+        return
+    if adapter := SavedAdapter.find(name):
+        if adapter.mode == "lora":
+            yield "next: the training command with --save_model --merge_adapter makes one model"
+        return
+    prompt: Any = task.prompt(sample).strip()
+    if options.data.chat:
+        said = options.data.system_prompt
+        system = [{"role": "system", "content": said}] if said else []
+        prompt = [*system, *task.messages(prompt, sample)]
+    answers = encoder.options(sample).options  # none where the answers are generated
+    length = max((answer.scored for answer in answers), default=encoder.max_new_tokens)
+    how = f"max_new_tokens={length}, do_sample=False"
+    if answers and length == 1:  # training may have compared the labels alone
+        labels = [answer.tokens[-1] for answer in answers]
+        how += f", prefix_allowed_tokens_fn=lambda *_: {labels}"
+    model, text = (json.dumps(each, ensure_ascii=False) for each in (name, prompt))
+    code = (
+        f'from transformers import pipeline; write = pipeline("text-generation", model={model}); '
+        f"print(write({text}, {how}))"
+    )
+    yield f"next, without this package:\n  {_command('-c', code)}"
+
+
+def _run_py() -> str:
+    return os.path.relpath(ROOT / "run.py") if Path.cwd() == ROOT else str(ROOT / "run.py")
+
+
+def _command(*words: str) -> str:
+    """Return a command of this Python, to be pasted into a shell."""
+    found = shutil.which("python")
+    same = found and os.path.realpath(found) == os.path.realpath(sys.executable)
+    return shlex.join(["python" if same else sys.executable, *words])
 
 
 def concerns(result: Mapping[str, Any], rate: str = "learning_rate") -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,13 @@ class Columns:
     label: str | None = None
     template: str | None = None  # the prompt, with columns in braces
     answer: str | None = None  # the column of generated answers; None: ``answer``
+    words: str | None = None  # what the model reads for each class, as in ``0=terrible,1=great``
     # What ``looked_up`` finds in the first file: the classes; whether a row may hold a class's
     # number in place of its text; whether rows are conversations, whose last turn is the answer.
     labels: tuple[str, ...] = ()
     by_number: bool = False
     from_messages: bool = False
+    options: tuple[str, ...] = ()  # the words of ``labels``, in their order
 
     @property
     def of_prompt(self) -> tuple[str, ...]:
@@ -46,6 +48,31 @@ class Columns:
         if self.template:
             return tuple(dict.fromkeys(_FIELD.findall(self.template)))
         return (self.text or "prompt",)
+
+    @property
+    def added(self) -> set[str]:
+        """The columns that ``arranged`` adds to a row's own."""
+        made = (("prompt", self.text or self.template), ("options", self.labels))
+        return {name for name, of_it in made if of_it}
+
+    def doubts(self) -> Iterator[str]:
+        """Yield what is odd about the labels."""
+        if self.labels and self.options == self.labels and _are_numbers(self.labels):
+            first, second = self.labels[:2]
+            yield (
+                f"the labels are numbers, {listed(self.labels)}: --label_words "
+                f"{first}=WORD,{second}=WORD gives the model words"
+            )
+        if len({label.casefold() for label in self.labels}) < len(self.labels):
+            yield f"some labels differ in upper and lower case alone: {listed(self.labels)}"
+
+    def guessed(self, row: Row, has_classes: bool) -> Columns:
+        """Return the columns with a file's ``text`` and ``label``, where no others are named."""
+        unnamed = not (self.text or self.template or any(c in row for c in CONVERSATIONS))
+        text = "text" if unnamed and "prompt" not in row and "text" in row else self.text
+        has_answers = self.label or self.answer or {"answer", "options"} & row.keys()
+        label = "label" if has_classes and not has_answers and "label" in row else self.label
+        return replace(self, text=text, label=label)
 
     def looked_up(self, file: Path, row: Row) -> Columns:
         """Return the columns with what the first of the user's files, and its first row, say.
@@ -70,7 +97,11 @@ class Columns:
                 raise InputError(f"{file}: {option}: no column {name!r}; there are {listed(row)}")
         if self.label:
             names = _class_names(file, self.label)
-            return replace(self, labels=names or _labels(file, self.label), by_number=bool(names))
+            labels = names or _labels(file, self.label)
+            options = _words_of(labels, self.words) if self.words else labels
+            return replace(self, labels=labels, by_number=bool(names), options=options)
+        if self.words:
+            raise InputError(f"--label_words {self.words}: {file} has no --label_column")
         given = self.text or self.template or self.answer or "prompt" in row
         return replace(self, from_messages=not given and any(c in row for c in CONVERSATIONS))
 
@@ -93,7 +124,7 @@ class Columns:
         if self.answer in row:
             arranged["answer"] = row[self.answer]
         if self.labels:
-            arranged["options"] = list(self.labels)
+            arranged["options"] = list(self.options)
             if self.label in row:
                 arranged["answer"] = self._class_of(row[self.label])
         return arranged
@@ -101,14 +132,15 @@ class Columns:
     def _class_of(self, value: Any) -> str:
         """Return the class that a row's label is the text of, or with names the number of."""
         if self.by_number and isinstance(value, int | float) and value in range(len(self.labels)):
-            return self.labels[int(value)]
+            return self.options[int(value)]
         label = _label(value)
-        if not self.by_number and not {label, label.removesuffix(".0")} & {*self.labels}:
-            raise InputError(
-                f"the label is {shown(value)}: expected one of those in the first file, "
-                f"{shown(list(self.labels))}"
-            )
-        return label
+        for name in (label, label.removesuffix(".0")):
+            if name in self.labels:
+                return self.options[self.labels.index(name)]
+        raise InputError(
+            f"the label is {shown(value)}: expected one of those in the first file, "
+            f"{shown(list(self.labels))}"
+        )
 
 
 def as_text(value: Any, what: str = "the value") -> str:
@@ -140,13 +172,29 @@ def _labels(file: Path, column: str) -> tuple[str, ...]:
     for place, row in read_rows(file):
         with errors_name(place):
             labels.add(_label(row.get(column)))
-    if not 2 <= len(labels) <= MOST_LABELS:
+    if len(labels) == 1:
+        raise InputError(f"--label_column {column}: all rows of {file} have {shown(*labels)} there")
+    if len(labels) > MOST_LABELS:
         raise InputError(
-            f"--label_column {column}: {file} has {len(labels)} different values in it, 2 to "
+            f"--label_column {column}: {file} has {len(labels):,} different values in it, at most "
             f"{MOST_LABELS} make classes; give --answer_column {column} for generated answers"
         )
-    numbers = all(re.fullmatch(r"[-+]?\d+(\.\d+)?", label) for label in labels)
+    numbers = _are_numbers(labels)
     return tuple(sorted(labels, key=lambda label: (float(label) if numbers else 0, label)))
+
+
+def _are_numbers(labels: Iterable[str]) -> bool:
+    return all(re.fullmatch(r"[-+]?\d+(\.\d+)?", label) for label in labels)
+
+
+def _words_of(labels: tuple[str, ...], words: str) -> tuple[str, ...]:
+    """Return the word of every label."""
+    pairs = [pair.partition("=") for pair in words.split(",")]
+    found = {label.strip(): word.strip() for label, _, word in pairs}
+    if {*found} != {*labels} or len({*found.values()} - {""}) < len(pairs):
+        expected = ",".join(f"{label}=…" for label in labels)
+        raise InputError(f"--label_words {words}: give each label a word of its own, {expected}")
+    return tuple(found[label] for label in labels)
 
 
 def _label(value: Any) -> str:

@@ -107,10 +107,15 @@ def _json(text: str, place: object) -> Any:
 def _csv_rows(path: Path) -> Iterator[PlacedRow]:
     csv.field_size_limit(2**31 - 1)  # The module's limit, 128 KiB, is shorter than some prompts.
     # Without skipinitialspace the quotes of `text, "label"` would be part of the label.
-    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True, skipinitialspace=True)
+    text = _text(path)
+    header = text.partition("\n")[0]
+    # Spreadsheets of many languages, whose numbers have commas, write semicolons.
+    delimiter = "," if "," in header else next((each for each in ";\t" if each in header), ",")
+    lines = io.StringIO(text, newline="")
+    reader = csv.reader(lines, strict=True, skipinitialspace=True, delimiter=delimiter)
     columns: list[str] = []
     try:
-        for cells in filter(None, reader):
+        for cells in filter(any, reader):  # a spreadsheet's empty rows are commas
             place = f"{path}:{reader.line_num}"
             if not columns:
                 columns = [name.strip() for name in cells]

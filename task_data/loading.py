@@ -28,6 +28,8 @@ def load_samples(
     if files is None:
         return _load_hub(task)
     train, validation = files
+    for doubt in task.own_columns.doubts() if isinstance(task, OwnTask) else ():
+        logger.warning("%s", doubt)
     samples = read_samples(task, train) if train else []
     if not with_validation:
         return samples, []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import templates
 from task_data.columns import Columns, as_text
 from task_data.files import PlacedRow, errors_name, own_file, read_rows
 from task_data.rewards import Reward
-from tasks import Sample, Task, get_task, shown
+from tasks import Sample, Task, get_task, listed, shown
 from templates import Row
 from utils import InputError
 
@@ -26,7 +26,6 @@ LAYOUTS = {
     ("instruction", "output"): "give --text_column instruction --answer_column output",
     ("prompt", "completion"): "give --answer_column completion",
     ("question", "answer"): "give --text_column question",
-    ("text", "label"): "give --text_column text --label_column label",
 }
 NAMED = (
     "name other columns with --text_column or --prompt_template, and with --label_column (classes) "
@@ -67,7 +66,7 @@ class OwnTask(Task):
                 if is_csv and self.generation:
                     arranged = _with_a_list(arranged)
                 if "prompt" in arranged:
-                    _check_text(arranged["prompt"], "prompt")
+                    _check_text(arranged["prompt"], " and ".join(self.prompt_columns))
             yield place, arranged
 
     def check_columns(self, row: Row, needed: Iterable[str]) -> None:
@@ -78,13 +77,23 @@ class OwnTask(Task):
                 f"{given}options, but the first row of {self.first_file} {there}: give them in "
                 "every row, or in none"
             )
-        try:
-            super().check_columns(row, needed)
-        except InputError as error:
-            if self.own_columns.from_messages:
-                raise InputError("the last turn is not the assistant's answer") from error
-            known = [each for names, each in LAYOUTS.items() if set(names) <= set(row)]
-            raise InputError(f"{error}; {(known or [NAMED])[0]}") from error
+        missing = next((column for column in needed if column not in row), None)
+        if missing and self.own_columns.from_messages:
+            raise InputError("the last turn is not the assistant's answer")
+        if missing:
+            found = [name for name in row if name not in self.own_columns.added]
+            known = [each for names, each in LAYOUTS.items() if set(names) <= set(found)]
+            label = self.own_columns.label if missing == "answer" else None
+            way_out = "" if label else f"; {(known or [NAMED])[0]}"
+            raise InputError(
+                f"column {label or missing!r} is missing; found {listed(found)}{way_out}"
+            )
+
+    def labels_of(self, options: Sequence[str]) -> list[str]:
+        """Return the file's own labels in place of the words that the model reads for them."""
+        columns = self.own_columns
+        names = dict(zip(columns.options, columns.labels, strict=True))
+        return [names.get(option, option) for option in options]
 
     def messages(self, prompt: str, sample: Sample) -> list[dict[str, str]]:
         """Return the turns of a conversation before its answer."""
@@ -135,7 +144,7 @@ def _own_task(
 ) -> OwnTask:
     first = train or validation
     _, row = next(read_rows(first))
-    columns = columns.looked_up(first, row)
+    columns = columns.guessed(row, not has_reward).looked_up(first, row)
     chosen = "options" in row or bool(columns.labels)
     kind, fitting = "generated", ("f1", "em")
     if chosen:

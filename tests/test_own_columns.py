@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import ast
+import csv
 import json
 import re
+import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
 import pytest
 import torch
-from running import SAMPLES, command, contents, finish, refused_line, small_model, training
+from running import (
+    ROOT,
+    SAMPLES,
+    assert_same_tensors,
+    command,
+    contents,
+    finish,
+    refused_line,
+    small_model,
+    training,
+    weights,
+)
 from test_chat import TEMPLATE, save
 from transformers import AutoModelForCausalLM, pipeline
 
@@ -74,7 +89,11 @@ def test_labels_are_those_of_the_training_file(reviews: Path, tmp_path: Path) ->
     for cells, columns, message in (
         ("review,stars\nGood.,3", Columns("review", "stars"), r":2: the label is '3': expected"),
         ("review,stars\nGood.,0", Columns("review", "stars"), r":2: the label is '0': expected"),
-        ("review,answer\nGood.,1", Columns("review", "stars"), r":2: column 'answer' is missing"),
+        (
+            "review,answer\nGood.,1",
+            Columns("review", "stars"),
+            r":2: column 'stars' is missing; found review",
+        ),
         ("title,answer\nGood.,1", Columns("title", answer="review"), r":2: column 'answer' is m"),
     ):
         other.write_text(f"{cells}\n")
@@ -86,6 +105,50 @@ def test_labels_are_those_of_the_training_file(reviews: Path, tmp_path: Path) ->
         else:
             failures.append(cells)
     assert not failures
+
+
+def test_text_and_label_need_no_argument(tmp_path: Path) -> None:
+    """Nor a comma between them, nor are a spreadsheet's empty rows examples."""
+    for content in (
+        'text,label\n"Warm, funny.",good\nDull.,bad\n,\n',
+        "\ufefftext;label\r\nWarm, funny.;good\r\nDull.;bad\r\n;\r\n",
+        "id\ttext\tlabel\n1\tWarm, funny.\tgood\n2\tDull.\tbad\n",
+    ):
+        (tmp_path / "rows.csv").write_text(content, encoding="utf-8", newline="")
+        task = choose_task(None, None, str(tmp_path / "rows.csv"), None)
+        _, samples = load_samples(task, None)
+        assert [task.prompt(sample) for sample in samples] == ["Warm, funny.", "Dull."]
+        assert [sample.candidates for sample in samples] == [("bad", "good")] * 2
+        assert [sample.correct for sample in samples] == [("good",), ("bad",)]
+    # Beside an answer, text and label are columns as any other.
+    file = write(tmp_path / "rows.jsonl", [{"text": "Two?", "label": 2, "answer": "two"}])
+    task = choose_task(None, None, str(file), None)
+    assert task.generation and load_samples(task, None)[1][0].correct == ("two",)
+
+
+def test_a_model_reads_words_for_numbers(
+    reviews: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    columns = Columns("review", "stars", words="1=terrible,2 = great")
+    task = choose_task(None, None, str(reviews), None, None, columns)
+    _, samples = load_samples(task, None)
+    assert [sample.correct for sample in samples] == [("great",), ("terrible",), ("great",)]
+    assert task.option(samples[0], "great") == " great" and not caplog.text
+    argv = own(reviews, text_column="review", label_column="stars", label_words=columns.words)
+    written = {"predictions_file": tmp_path / "p.jsonl", "result_file": tmp_path / "r.json"}
+    finish([*argv, *(str(word) for n, v in written.items() for word in (f"--{n}", v))])
+    for row in read(tmp_path / "p.jsonl"):  # in the file's own labels
+        assert row["options"] == ["1", "2"] and row["prediction"] in ("1", "2")
+    load_samples(
+        choose_task(None, None, str(reviews), None, None, Columns("review", "stars")), None
+    )
+    assert "the labels are numbers, 1, 2: --label_words 1=WORD,2=WORD gives" in caplog.text
+    for words in ("terrible,great", "1=terrible", "1=great,2=great", "1=great,2=", "1=a,2=b,3=c"):
+        columns = Columns("review", "stars", words=words)
+        with pytest.raises(InputError, match=r"give each label a word of its own, 1=…,2=…"):
+            choose_task(None, None, str(reviews), None, None, columns)
+    with pytest.raises(InputError, match="has no --label_column"):
+        choose_task(None, None, str(reviews), None, None, Columns("review", words="1=a,2=b"))
 
 
 def labels_of(file: Path, text: str = "text", label: str = "label") -> tuple[Any, list[Any]]:
@@ -169,7 +232,7 @@ def test_class_labels_of_parquet_have_names(tmp_path: Path) -> None:
     datasets.Dataset.from_list([{"text": "a", "label": -1}], datasets.Features(kinds)).to_parquet(
         file
     )
-    with pytest.raises(InputError, match=r"row 0 .*answer is '-1': expected one of the options"):
+    with pytest.raises(InputError, match=r"row 0 .*the label is -1: expected one of"):
         labels_of(file)
 
 
@@ -201,7 +264,7 @@ def test_bad_columns(tmp_path: Path) -> None:
             "--prompt_template '{review': name a column in braces, ",
         ),
         (Columns(answer="out"), "--answer_column: no column 'out'"),
-        (Columns("review", "same"), "--label_column same: .* has 1 different values"),
+        (Columns("review", "same"), "--label_column same: all rows of .* have '1'"),
     ):
         with pytest.raises(InputError, match=said):
             choose_task(None, None, str(file), None, None, columns)
@@ -210,9 +273,9 @@ def test_bad_columns(tmp_path: Path) -> None:
 def test_refusals(reviews: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, said in (
         ({"text_column": "review", "prompt_template": "{review}"}, "exclude each other"),
-        ({"predict_file": "reviews.csv"}, "give --predictions_file, for the answers"),
+        ({"predict_file": reviews}, "give --predictions_file, for the answers"),
         (
-            {"trainer": "zo", "num_train": 2, "predict_file": "a", "predictions_file": "b"},
+            {"trainer": "zo", "num_train": 2, "predict_file": reviews, "predictions_file": "b"},
             "train with --save_model first",
         ),
         ({"label_column": None}, "column 'answer' is missing"),
@@ -287,7 +350,9 @@ def test_answers_to_rows_without_any(
     files = {"predictions_file": tmp_path / "p.jsonl"}
     argv = own(reviews, **labels, **predicted, **files)
     assert run.main(argv) == 0
-    assert capsys.readouterr().out == f"predictions: {tmp_path / 'p.jsonl'} (5 rows)\n"
+    first, code, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("next, ") and code.startswith("  python -c 'from transformers")
+    assert last == f"predictions: {tmp_path / 'p.jsonl'} (5 rows)"
     found = read(tmp_path / "p.jsonl")
     assert [row["id"] for row in found] == [0, 1, 2, 3, 4]
     for row in found:
@@ -338,6 +403,54 @@ def test_a_predict_file_alone_is_a_task(tmp_path: Path) -> None:
         read_samples(task, write(tmp_path / "empty.jsonl", []))
 
 
+def test_columns_that_predictions_would_take(
+    reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = tmp_path / "new.csv"
+    new.write_text("review,prediction\nA lovely story.,mine\n")
+    labels = {"text_column": "review", "label_column": "stars", "train_file": reviews}
+    files = {"predict_file": new, "predictions_file": tmp_path / "p.csv", "validation_file": None}
+    said = f"{new}: rename its column 'prediction'"
+    assert said in refused_line(own(reviews, **labels, **files), capsys, tmp_path)
+    new.unlink()
+    said = f"--predict_file {new}: there is no such file"
+    assert said in refused_line(own(reviews, **labels, **files), capsys, tmp_path)
+
+
+# ------------------------------------------------------------------------- the walk of own-data.md
+
+
+def test_a_csv_file_becomes_a_model_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each command is the one that the last one printed."""
+    monkeypatch.chdir(tmp_path)
+    films = ROOT / "examples" / "films"
+    folder = tmp_path / "my model"
+    argv = ["--script", "broadcast.sh", "--train_file", str(films / "films.csv")]
+    assert run.main([*argv, "--save_model", "--output_dir", str(folder)]) == 0
+    *_, said, line, place = capsys.readouterr().out.splitlines()
+    assert said == "next, with a file of rows without answers in place of films.csv:"
+    result = json.loads(Path(place.removeprefix("result: ")).read_text())
+    assert result["metric_before_training"]["accuracy"] < 0.8 and result["accuracy"] > 0.95
+    python, script, *argv = shlex.split(line)
+    assert Path(script) == ROOT / "run.py" and shutil.which(python)
+    argv[argv.index("--predict_file") + 1] = str(films / "new.csv")
+    assert run.main(argv) == 0
+    _, line, place = capsys.readouterr().out.splitlines()
+    with Path(place.split()[1]).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    with (films / "new.csv").open(newline="") as file:
+        assert [{n: row[n] for n in ("id", "cinema", "text")} for row in rows] == [
+            *csv.DictReader(file)
+        ]
+    assert {row["prediction"] for row in rows} == {"terrible", "great"}
+    code = shlex.split(line)[2]
+    exec(code)
+    ((text,),) = [each.values() for each in ast.literal_eval(capsys.readouterr().out)]
+    assert text == f"{rows[0]['text']} {rows[0]['prediction']}"
+
+
 # --------------------------------------------------------------------------- a merged model in use
 
 
@@ -367,6 +480,10 @@ def test_a_merged_model_is_what_its_adapter_was(tmp_path: Path) -> None:
     assert names and all(name.endswith(("q_proj.weight", "v_proj.weight")) for name in names)
     generate = pipeline("text-generation", model=str(tmp_path / "b/out"))
     assert generate("It was", max_new_tokens=2)[0]["generated_text"].startswith("It was")
+    # The run that is done merges what it has, in the adapter's place.
+    finish(training(tmp_path / "a", **lora, no_eval=None, merge_adapter=True))
+    assert not list((tmp_path / "a/out").glob("adapter_*"))
+    assert_same_tensors(weights(tmp_path / "a/out"), weights(tmp_path / "b/out"))
 
 
 # ------------------------------------------------------------------------------------ the terminal

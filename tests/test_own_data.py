@@ -251,8 +251,8 @@ BAD_FILES: dict[str, tuple[str, str | bytes, list[str]]] = {
     "fraction": ("v.jsonl", OTHER + '"answer": 0.5}', ["v.jsonl:1:", "answer is 0.5"]),
     "no prompt": (
         "v.jsonl",
-        '{"text": "p", "label": 1}',
-        ["v.jsonl:1:", "'prompt'", "found text, label", "--text_column", "--label_column"],
+        '{"review": "p", "stars": 1}',
+        ["v.jsonl:1:", "'prompt'", "found review, stars", "--text_column", "--label_column"],
     ),
     "empty prompt": ("v.jsonl", TEXT + TEXT.replace('"p"', '" "'), ["v.jsonl:2:", "prompt is ' '"]),
     "prompt is none": ("v.jsonl", TEXT.replace('"p"', "null"), ["v.jsonl:1:", "prompt is None"]),
@@ -292,7 +292,8 @@ BAD_FILES: dict[str, tuple[str, str | bytes, list[str]]] = {
     "cells too few": ("v.csv", HEADER + CELLS + "\np,q\n", ["v.csv:4: 2 cells for the 3 columns"]),
     "comma too many": ("v.csv", "prompt,answer\np, q,a\n", ["v.csv:2: 3 cells for the 2 columns"]),
     "open quote": ("v.csv", HEADER + CELLS + 'p,"[""yes', ["v.csv:3: not CSV", "quotes"]),
-    "columns of csv": ("v.csv", "text;label\na;b\n", ["v.csv:2:", "'prompt'", "found text;label"]),
+    "semicolons": ("v.csv", "title;stars\na;b\n", ["v.csv:2:", "'prompt'", "found title, stars"]),
+    "no label": ("v.csv", "text,mood\na,b\n", ["v.csv:2:", "'answer'", "found text, mood;", "--l"]),
     "column twice": ("v.csv", "prompt,answer,answer\np,a,b\n", ["v.csv:1:", "'answer'"]),
     "many columns": ("v.csv", ",".join(map(str, range(200_000))) + "\na\n", ["v.csv:2: 1 cells"]),
     "options of csv": (
