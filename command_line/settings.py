@@ -149,8 +149,11 @@ def experiment_hash(arguments: Arguments) -> str:
     names -= NOT_OF_THE_RESULT.union(LENGTH)
     if not arguments.load_best_model_at_end:
         names -= {*CHOICE_OF_CHECKPOINT}
-    if arguments.trainer != "broadcast":  # results from before it keep their names
+    # Results from before these arguments keep their names.
+    if arguments.trainer != "broadcast":
         names -= {*BROADCAST}
+    if not arguments.label_words:
+        names -= {"label_words"}
     model, reward = Path(arguments.model_name), arguments.task.reward
     data = split_files(arguments.task, arguments.data_dir) or ()
     identity = {
