@@ -29,7 +29,7 @@ from language_model.prediction import Prediction
 from metrics import mean, standard_error
 from task_data.sampling import ExampleSet
 from tasks import Sample
-from training.callbacks import SaveOnInterrupt
+from training.callbacks import Reports, SaveOnInterrupt
 from training.checkpoints import RemoveEarlierCheckpoints, last_checkpoint
 from training.journal import FILE
 from training.replaying import return_to
@@ -59,6 +59,7 @@ class Experiment:
     prepared: Prepared
     has_result: bool
     used: dict[str, Any] = field(default_factory=dict)
+    reports: Reports | None = None
 
     def run(self, examples: ExampleSet, folder: Path) -> tuple[dict[str, Any], list[dict]]:
         """Evaluate, or train and evaluate; returns the results and the rows of predictions."""
@@ -88,6 +89,8 @@ class Experiment:
                 result |= self.evaluate("dev_metric", model, dev, [[]] * len(dev))[0]
         metrics, predictions = self.evaluate("metric", model, *evaluated)
         result |= metrics
+        if self.reports:
+            self.reports.metrics(reported(result))
         if arguments.verbose:
             say("\n".join(example_lines(encoder, examples, predictions)))
         return result, prediction_rows(encoder.task, examples.evaluation, predictions)
@@ -132,6 +135,8 @@ class Experiment:
             trainer.add_callback(interrupt)
         if not arguments.quiet:
             trainer.add_callback(SayAtStart(self.first_lines(examples)))
+        self.reports = Reports(options.settings, trainer.callback_handler.callbacks)
+        trainer.add_callback(self.reports)
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         self.used = used_by_optimizer(trainer.optimizer)
         # Metrics come from the model's own dtype, not from mixed precision.
@@ -206,6 +211,24 @@ class Experiment:
             "trained_parameters": sum(fitted.tokens * rows[0].numel() for rows in head),
             "train_seconds": round(time.perf_counter() - started, 3),
         }
+
+
+def reported(result: dict[str, Any]) -> dict[str, float]:
+    """Return a result's metrics with standard errors, by the names in TensorBoard and W&B.
+
+    These show ``test_…`` and ``eval_…`` in groups of their own.
+    """
+    forms = {
+        "metric": "test_{}",
+        "metric_before_training": "test_{}_before_training",
+        "dev_metric": "eval_final_{}",
+    }
+    found = {}
+    for kind, form in forms.items():
+        named = result.get(kind, {}), result.get(f"{kind}_standard_error", {})
+        for values, ending in zip(named, ("", "_standard_error"), strict=True):
+            found |= {form.format(name) + ending: value for name, value in values.items()}
+    return found
 
 
 def say(line: str) -> None:

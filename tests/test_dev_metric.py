@@ -10,6 +10,7 @@ import pytest
 from running import finish, log_of, training
 
 from experiment import training as making
+from experiment.running import reported
 
 CURVE = {"num_dev": 8, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
 
@@ -70,9 +71,9 @@ def test_tensorboard_shows_what_the_optimizer_does(
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    finish(training(tmp_path, **CURVE, eval_metric=True, report_to="tensorboard", max_steps=2))
-    (file,) = (tmp_path / "events").rglob("events.out.tfevents*")
-    events = EventAccumulator(str(file))
+    few = {"max_steps": 2, "no_eval": None, "eval_before_training": True}
+    result = finish(training(tmp_path, **CURVE, eval_metric=True, report_to="tensorboard", **few))
+    events = EventAccumulator(str(tmp_path / "events"))
     events.Reload()
     tags = {tag.partition("/")[2] for tag in events.Tags()["scalars"]}
     shown = {"loss", "projected_gradient", "curvature", "hessian_mean", "skipped_steps"}
@@ -84,3 +85,37 @@ def test_tensorboard_shows_what_the_optimizer_does(
     passes = [row["forward_passes"] for row in state["log_history"] if "loss" in row]
     logged = [event.value for event in events.Scalars("train/forward_passes")]
     assert set(passes) <= set(logged) and passes == [4, 7]
+    # The settings of the run, and the metrics that are printed at its end.
+    assert "settings/text_summary" in events.Tags()["tensors"]
+    assert set(reported_metrics(result)) == {
+        *("test/accuracy", "test/accuracy_before_training", "eval/final_accuracy"),
+        *("test/accuracy_standard_error", "test/accuracy_before_training_standard_error"),
+        "eval/final_accuracy_standard_error",
+    }
+    for name, value in reported_metrics(result).items():
+        assert events.Scalars(name)[-1].value == pytest.approx(value)
+
+
+def reported_metrics(result: dict[str, Any]) -> dict[str, float]:
+    return {name.replace("_", "/", 1): value for name, value in reported(result).items()}
+
+
+@pytest.mark.slow
+def test_wandb_has_the_settings_and_the_final_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb", reason="pip install wandb, which no requirement names")
+    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    own = {"zo_eps": 2e-3, "learning_rate": "auto", "logging_steps": 1, "max_steps": 2}
+    result = finish(training(tmp_path, report_to="wandb", num_dev=6, no_eval=None, **own))
+    summary, config = dict(wandb.run.summary), dict(wandb.run.config)
+    wandb.finish()
+    assert {name: summary[name] for name in reported_metrics(result)} == reported_metrics(result)
+    assert summary["train/global_step"] == 2 and summary["train/forward_passes"] == 7
+    assert 0 < summary["train/learning_rate"] != 0.1  # η, not the part k that "auto" takes
+    assert (config["zo_eps"], config["task_name"], config["learning_rate"]) == (
+        2e-3,
+        "SST2",
+        "auto",
+    )

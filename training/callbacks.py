@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import FrameType
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.trainer_callback import ExportableState
 
 # Entries of the log that are shown, with short names.
@@ -59,6 +61,38 @@ class RunState(TrainerCallback, ExportableState):
 def run_state(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return what ``RunState`` has kept in a trainer's state; nothing if another program did it."""
     return state["stateful_callbacks"].setdefault("RunState", {}).get("attributes", {})
+
+
+class Reports(TrainerCallback):
+    """Gives TensorBoard and W&B a run's settings and, after training, its metrics.
+
+    The Trainer's own callbacks report its arguments and its log alone. This one holds no model.
+
+    Args:
+        settings: of the run, by the names of the arguments.
+        callbacks: the Trainer's.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], callbacks: Iterable[TrainerCallback]) -> None:
+        kinds = TensorBoardCallback, WandbCallback
+        self.settings = {name: value for name, value in settings.items() if value is not None}
+        self.reporters = [each for each in callbacks if isinstance(each, kinds)]
+        self._run: tuple[Any, ...] = ()
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        """Report the settings."""
+        self._run = args, state, control
+        for each in self.reporters if state.is_world_process_zero else ():
+            if isinstance(each, WandbCallback):
+                each._wandb.config.update(self.settings, allow_val_change=True)
+            else:
+                text = json.dumps(self.settings, indent=2, default=str)
+                each.tb_writer.add_text("settings", text)
+
+    def metrics(self, named: Mapping[str, float]) -> None:
+        """Report metrics of the final model."""
+        for each in self.reporters if self._run else ():
+            each.on_log(*self._run, logs=dict(named))
 
 
 class SaveOnInterrupt(TrainerCallback):
