@@ -3,7 +3,7 @@
 #
 #   bash finetune.sh                                                    the bundled model and data
 #   MODEL=facebook/opt-1.3b TASK=SST2 MODE=ft LR=1e-5 bash finetune.sh  all parameters
-#   MODEL=facebook/opt-13b TASK=SST2 MODE=lora LR=1e-4 NUM_GPU=2 bash finetune.sh
+#   torchrun --nproc_per_node 2 --no-python bash finetune.sh            two processes
 #
 # Further arguments go to run.py and win over the variables: python run.py --help all lists them.
 #
@@ -27,8 +27,6 @@
 #                                                    the last checkpoint counts
 # EVAL                  1000                         validation examples to report on, or all there
 #                                                    are
-# NUM_GPU               1                            processes, one for each GPU; finetune_fsdp.sh:
-#                                                    all visible NVIDIA GPUs
 set -euo pipefail
 HERE=$(CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$HERE/settings.sh"

@@ -54,11 +54,6 @@ __version__ = "0.2.0"
 Perturbation = Shift | None
 
 
-def no_loss() -> float:
-    """Stand in for a loss that another process computes."""
-    return math.nan
-
-
 class HiZOO(torch.optim.Optimizer):
     """Zeroth-order optimizer with a diagonal curvature estimate; mathematics: module docstring.
 
@@ -86,9 +81,6 @@ class HiZOO(torch.optim.Optimizer):
     Attributes:
         projected_gradient, curvature: the last g and c that were measured, for the first group's μ.
         losses: of the last ``estimate``, in the order of its forward passes.
-        shares: None, or where several processes take some of a step's directions each: an object
-            whose ``owns(perturbation)`` says whether this one runs the forward pass, and whose
-            ``exchanged(losses)`` returns those of all, given its own and NaN for the others'.
 
     Raises:
         ValueError: an argument out of range, a parameter that is not contiguous or not of a
@@ -109,11 +101,11 @@ class HiZOO(torch.optim.Optimizer):
         **settings: Any,
     ) -> None:
         config = dataclasses.replace(config or HiZOOConfig(), **settings)
-        self.config, self.layers, self.shares = config, layers, None
+        self.config, self.layers = config, layers
         self.weights: Weights | None = None
         self.projected_gradient, self.curvature = math.nan, 0.0
         self._forget_estimates()
-        names = ("eps", "hessian_smooth", "weight_decay", "curvature_eps", "seed")
+        names = ("eps", "hessian_smooth", "weight_decay", "seed")
         defaults = {name: getattr(config, name) for name in names}
         defaults["lr"] = step_rule.CURVATURE_PART if config.lr == AUTO else config.lr
         counts = ("step", "skipped_steps", "skipped_in_a_row", "measured_steps")
@@ -135,22 +127,15 @@ class HiZOO(torch.optim.Optimizer):
         anything raises, the weights come back and the step starts anew.
         """
         self._prepare(closure)
-        measures, ratio = self._measures_curvature(), self._curvature_ratio()
-        signs = (1.0, ratio, -ratio, -1.0) if measures and ratio != 1 else (1.0, -1.0)
-        directions = range(self.config.num_samples)
+        measures, directions = self._measures_curvature(), range(self.config.num_samples)
         passes: list[Perturbation] = [None] if measures else []
-        passes += itertools.product(directions, signs)
+        passes += itertools.product(directions, (1.0, -1.0))
         if len(self._estimates) % 2:
             # Every other batch goes backwards, from where the one before it ended.
             passes.reverse()
         try:
-            owned = {at for at in passes if self.shares is None or self.shares.owns(at)}
-            values = self.weights.losses(
-                [(closure if at in owned else no_loss, at) for at in passes]
-            )
+            values = self.weights.losses([(closure, at) for at in passes])
             losses = dict(zip(passes, values, strict=True))
-            if self.shares is not None:
-                losses = self.shares.exchanged(losses)
             if self.param_groups[0]["step"] == 0 and not self._estimates:
                 at = passes[-1]
                 (again,) = self.weights.losses([(closure, at)])
@@ -163,9 +148,7 @@ class HiZOO(torch.optim.Optimizer):
             torch.clear_autocast_cache()
         center = losses.get(None, sum(losses.values()) / len(losses))
         first = [losses[d, 1.0] - losses[d, -1.0] for d in directions]
-        second = [0.0 for d in directions]
-        if measures:
-            second = [losses[d, ratio] + losses[d, -ratio] - 2 * center for d in directions]
+        second = [losses[d, 1.0] + losses[d, -1.0] - 2 * center for d in directions]
         self._estimates.append((1.0 if weight is None else float(weight), [first, second]))
         self._measured, self.losses = measures, [*losses.values()]
         return center
@@ -228,9 +211,8 @@ class HiZOO(torch.optim.Optimizer):
         """Return g and c of every direction with a group's μ, divided by their number."""
         first, second = self._mean_differences()
         eps, samples = group["eps"], self.config.num_samples
-        eps_of_c = eps * self._curvature_ratio()
         gradients = [difference / (2 * eps) / samples for difference in first]
-        curvatures = [abs(difference) / (2 * eps_of_c**2) / samples for difference in second]
+        curvatures = [abs(difference) / (2 * eps**2) / samples for difference in second]
         return gradients, curvatures if self._measured else None
 
     def learning_rate(self, group: dict[str, Any]) -> float:
@@ -349,14 +331,8 @@ class HiZOO(torch.optim.Optimizer):
         """Return whether this step takes the loss at θ too."""
         group, every = self.param_groups[0], self.config.curvature_every
         if every is None:
-            serves_h = group["hessian_smooth"] > 0 and self._curvature_ratio() == 1
-            every = 1 if serves_h else step_rule.RARELY
+            every = 1 if group["hessian_smooth"] > 0 else step_rule.RARELY
         return self.wants_curvature and step_rule.is_measured(group["step"], every)
-
-    def _curvature_ratio(self) -> float:
-        """Return how many times the μ of g the μ of c is."""
-        group = self.param_groups[0]
-        return 1.0 if group["curvature_eps"] is None else group["curvature_eps"] / group["eps"]
 
     def _forget_estimates(self) -> None:
         # Of every batch its weight, and l+ - l- and l+ + l- - 2 l0 of every direction.

@@ -9,7 +9,6 @@ kind of machine. --verify compares with the checksums that the run has left.
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,13 +22,12 @@ from command_line.optimizer import COMPILE
 from experiment.folders import locked
 from experiment.options import ModelOptions, TrainedWeights
 from experiment.preparation import choose_trained_weights, load_pretrained
+from experiment.training import save_model
 from hizoo import HiZOO
 from language_model.loading import choose_dtype, leave_out_loading_bars, load_config_and_tokenizer
-from language_model.manifest import MANIFEST, damage
-from training.checkpoints import STATE, UNFINISHED, write_together
 from training.journal import Journal, read_journal
 from training.recording import checksum_of, checksum_of_trained
-from training.replaying import Outcome, load_state, optimizer_of, play, rows_until
+from training.replaying import Outcome, optimizer_of, play, rows_until
 from training.rows import Header, Step
 from utils import InputError, exit_code
 
@@ -43,8 +41,8 @@ def parser() -> argparse.ArgumentParser:
     add("--journal", type=Path, required=True, help="journal.jsonl of the run")
     add(
         "--model_name",
-        help="the model that the run began with (Hub id, local directory or GGUF file), or a "
-        "checkpoint of the run. Default: the journal's",
+        help="the model that the run began with: Hub id, local directory or GGUF file. Default: "
+        "the journal's",
     )
     add("--output_dir", type=Path, help="folder of the model; without it nothing is saved")
     add("--steps", type=int, help="how many steps of the run. Default: all")
@@ -101,42 +99,36 @@ def check(options: argparse.Namespace) -> Journal:
     journal = read_journal(options.journal)
     if journal is None:
         raise InputError(f"--journal {options.journal}: there is none, or it has no step")
+    if journal.header.step:
+        raise InputError(
+            f"--journal {options.journal}: it begins with step {journal.header.step}, behind a "
+            "checkpoint; the first steps are missing"
+        )
     return journal
 
 
 def load_start(
     options: argparse.Namespace, header: Header
-) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase, HiZOO, int]:
-    """Return the model, its tokenizer and its optimizer, and how many steps they have done.
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase, HiZOO]:
+    """Return the model, its tokenizer and its optimizer, as they were before the first step.
 
     Raises:
-        InputError: the model is not the one that the run began with, or a damaged checkpoint.
+        InputError: the model is not the one that the run began with.
     """
     began, weights = model_and_weights(header, options)
-    folder = Path(began.name)
-    is_checkpoint = any((folder / name).exists() for name in (MANIFEST, STATE, "optimizer.pt"))
-    if is_checkpoint and (reason := damage(folder)):
-        raise InputError(f"--model_name {folder} is damaged: {reason}; give another checkpoint")
     _, tokenizer = load_config_and_tokenizer(began.name, began.trust_remote_code)
     pretrained = load_pretrained(began)
     # Of all weights: those below an adapter are not trained.
-    checksum = None if is_checkpoint else checksum_of(pretrained.parameters())
+    checksum = checksum_of(pretrained.parameters())
     model = choose_trained_weights(pretrained, weights, tokenizer, print)
     optimizer = optimizer_of(header, model, COMPILE[options.compile])
-    if is_checkpoint:
-        return model, tokenizer, optimizer, load_state(model, optimizer, folder)
-    if header.step:
-        raise InputError(
-            f"{options.journal} begins with step {header.step}: give a checkpoint of its run as "
-            "--model_name"
-        )
     is_same = header.settings.get("weights", checksum) == checksum
     if not is_same or checksum_of_trained(model) != header.start:
         raise InputError(
             f"--model_name {began.name}: its weights are not those that the run began with; give "
             f"{header.model.get('name')}, as it was then"
         )
-    return model, tokenizer, optimizer, 0
+    return model, tokenizer, optimizer
 
 
 def replay(options: argparse.Namespace, journal: Journal) -> int:
@@ -146,45 +138,22 @@ def replay(options: argparse.Namespace, journal: Journal) -> int:
         InputError: the model does not fit, or steps are missing.
         NotWritten: the disk is full.
     """
-    model, tokenizer, optimizer, done = load_start(options, journal.header)
-    rows, fault = rows_until(journal, done, options.steps)
+    rows, fault = rows_until(journal, options.steps)
+    model, tokenizer, optimizer = load_start(options, journal.header)
     total = sum(isinstance(row, Step) for row in rows)
     with tqdm(total=total, unit="step", disable=None) as bar:
         outcome = play(rows, optimizer, model, options.verify, bar.update)
-    print(f"{done + outcome.steps:,} steps")
+    print(f"{outcome.steps:,} steps")
     if fault:
-        print(f"damaged: {options.journal} ends there ({fault}); a checkpoint gives later steps")
+        print(f"damaged: {options.journal} ends there ({fault})")
     if options.verify:
         print(verdict(outcome))
     if outcome.different is not None:
         return 1
     if options.output_dir:
-        save(model, tokenizer, options.output_dir)
+        save_model(model.save_pretrained, tokenizer, options.output_dir)
         print(f"model: {options.output_dir}")
     return 1 if fault else 0
-
-
-def save(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path
-) -> None:
-    """Write a model whole or not at all: beside its place, which it moves to.
-
-    Raises:
-        NotWritten: the disk is full.
-    """
-    unfinished = folder / UNFINISHED
-
-    def write() -> None:
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        # The configuration, whose presence makes it a model, is the last one.
-        for file in sorted(unfinished.iterdir(), key=lambda file: "config.json" in file.name):
-            file.replace(folder / file.name)
-
-    try:
-        write_together(folder, write)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def verdict(outcome: Outcome) -> str:

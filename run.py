@@ -32,7 +32,6 @@ import transformers
 from command_line.arguments import Arguments, parse_arguments
 from command_line.checks import check
 from command_line.settings import (
-    config_lines,
     name_run,
     settings_of_all_processes,
     settle_dtype,
@@ -75,7 +74,7 @@ def run_experiment(options: Options) -> None:
             write_rows(path, rows)
         write_json(options.result, result)
         if "steps" in result:
-            say("\n".join(table(options.data.task.metric_name, result)))
+            say("\n".join(table(options.task.metric_name, result)))
         # The metrics of a single run have been printed.
         say("\n".join(result_lines(options, result, with_metrics="runs" in result)))
 
@@ -94,9 +93,6 @@ def do(arguments: Arguments) -> None:
     if arguments.warning and process_index() == 0:
         print(arguments.warning, file=sys.stderr)
     settle_dtype(arguments)
-    if arguments.show_config:
-        say("\n".join(config_lines(arguments)))
-        return
     leave_process_group_at_exit()
     if arguments.dry_run:
         options = options_of(arguments)

@@ -52,6 +52,11 @@ from sweeps.tables import best, in_words
 from utils import InputError, Interrupted, exit_code
 
 ROOT = Path(__file__).resolve().parent
+# Decide which examples a run draws, and how they become tokens.
+DRAWN = (
+    *("data_dir", "num_train", "num_dev", "num_eval", "num_train_sets", "train_set_seed"),
+    *("trainer", "max_length", "apply_chat_template", "system_prompt"),
+)
 
 
 class Sweep:
@@ -125,7 +130,8 @@ def print_plans(sweep: Sweep) -> None:
         if arguments.train_set_seed is not None:
             arguments.train_set_seed = 0
         options = options_of(arguments)
-        needed = repr((options.model, options.weights, options.data))
+        drawn = [getattr(arguments, name) for name in DRAWN]
+        needed = repr((options.model, options.weights, options.generation, options.task, drawn))
         if needed not in prepared:
             prepared[needed] = prepare(options)
         plan = make_plan(options, prepared[needed])

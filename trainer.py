@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import TrainOutput
 
 from error_broadcast import ErrorBroadcast
 from forward_only import ForwardOnlyMixin
@@ -24,15 +24,13 @@ from language_model.streaming import read_hessians, save_hessians
 from training.checkpoints import ANOTHER
 from training.objective_trainer import ObjectiveTrainer
 from training.optimizers import choose_layers, groups_of, make_optimizer
-from training.processes import BORROWED, Exchange, SharedDirections, own_part, see_every_batch
+from training.processes import BORROWED, own_part, rows_of_all, see_every_batch
 from training.recording import Recording
-from training.rows import Evaluation
 from utils import InputError
 from zeroth_order import noise, step_rule
 from zeroth_order.block_file import NoRoom
 from zeroth_order.config import AUTO, HiZOOConfig
 from zeroth_order.residual_stream import UnknownStream
-from zeroth_order.smoothing import SmoothingSchedule
 
 
 class ForwardTrainer(ForwardOnlyMixin, ObjectiveTrainer):
@@ -42,24 +40,17 @@ class ForwardTrainer(ForwardOnlyMixin, ObjectiveTrainer):
     same update, so their weights stay equal without being exchanged.
     """
 
-    shares_batch = True
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.exchange = Exchange(self.args.device)
-
     @property
     def examples_of_a_batch(self) -> int:
         """The examples of a batch in all processes together."""
-        return self._train_batch_size * (self.args.world_size if self.shares_batch else 1)
+        return self._train_batch_size * self.args.world_size
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return the batches of one process, as large as all processes' together, or parts."""
+        """Return this process's parts of the batches of one process."""
         if self.args.world_size == 1:
             return super().get_train_dataloader()
         collate, size = self.data_collator, self._train_batch_size
-        if self.shares_batch:
-            self.data_collator = functools.partial(own_part, collate)
+        self.data_collator = functools.partial(own_part, collate)
         self._train_batch_size = self.examples_of_a_batch
         try:
             return see_every_batch(super().get_train_dataloader())
@@ -69,10 +60,6 @@ class ForwardTrainer(ForwardOnlyMixin, ObjectiveTrainer):
     def batch_weight(self, batch: dict[str, Any]) -> int:
         """Return what the loss of a batch is the mean over; 0 where another process has it."""
         return 0 if BORROWED in batch else super().batch_weight(batch)
-
-    def sum_of_parts(self, tensor: Tensor) -> Tensor:
-        """Return the sum over the processes' parts of a batch."""
-        return self.exchange.sum(tensor) if self.shares_batch else tensor
 
     def loss_of(self, inputs: dict[str, Tensor]) -> Tensor:
         """Return the loss of a batch in the run's precision."""
@@ -107,16 +94,14 @@ class ForwardTrainer(ForwardOnlyMixin, ObjectiveTrainer):
 class ZerothOrderTrainer(ForwardTrainer):
     """Trains by HiZOO, or by MeZO where the smoothing is 0.
 
-    Every process runs its part of the batch, or of the directions, and they exchange losses. All of
-    them make the same noise.
+    Every process runs its part of the batch, and they exchange losses. All of them make the same
+    noise.
 
     Args:
         config: of the optimizer. Its learning rate, weight decay and seed count, not those of
             ``args``.
-        smoothing: α over the steps; None: constant, ``config.hessian_smooth``.
         perturbation: "inplace", "layerwise" (one module at a time, weights keep every bit) or
             "auto": layerwise where weights are half precision.
-        parallel: what processes share: "batch" or "directions".
         recording: of the run's journal; None: no journal.
         **kwargs: of ``ObjectiveTrainer``.
     """
@@ -127,23 +112,16 @@ class ZerothOrderTrainer(ForwardTrainer):
         self,
         *,
         config: HiZOOConfig,
-        smoothing: SmoothingSchedule | None = None,
         perturbation: str = "auto",
-        parallel: str = "batch",
         recording: Recording | None = None,
         **kwargs: Any,
     ) -> None:
         self.config = config
-        self.smoothing = smoothing or SmoothingSchedule("constant", config.hessian_smooth)
         self.perturbation = perturbation
         self.recording = recording or Recording()
         super().__init__(**kwargs)
         # The Trainer makes them as training begins, and asks callbacks for their state before.
         self._tr_loss, self._globalstep_last_logged = torch.zeros(()), 0
-        deals = parallel == "directions" and self.args.world_size > 1
-        self.shares = SharedDirections(config.num_samples, self.exchange) if deals else None
-        self.shares_batch = self.shares is None
-        self._logged = (0, 0)  # bytes that were exchanged, and steps
         self.args.learning_rate = step_rule.CURVATURE_PART if config.lr == AUTO else config.lr
 
     def create_optimizer(self, model: nn.Module | None = None) -> HiZOO:
@@ -169,17 +147,9 @@ class ZerothOrderTrainer(ForwardTrainer):
         with self.compute_loss_context_manager():
             return self.objective(self.model, self._prepare_inputs(self.collate(list(examples))))
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the forward passes of one batch, with the smoothing of the step."""
-        recorded = self.recording.step(self.state.global_step)
-        smooth = self.smoothing.at(self.state.global_step, self.state.max_steps)
-        for group in self.optimizer.param_groups:
-            group["hessian_smooth"] = smooth if recorded is None else recorded.alpha
-        self.optimizer.shares = self.shares if recorded is None else None
-        return super().training_step(*args, **kwargs)
-
     def estimate(self, model: nn.Module, inputs: dict[str, Any], items: Tensor) -> float:
         """Run the forward passes of one batch, or take their losses from the journal."""
+        self.recording.begin_batch(self.state.global_step)
         weight = self.batch_weight(inputs)
         inputs.pop(BORROWED, None)
 
@@ -214,25 +184,6 @@ class ZerothOrderTrainer(ForwardTrainer):
 
         direction += self.config.num_samples
         return self.optimizer.loss_along(self.counted(loss), distance, direction)
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Return the dev metrics; those that are in the journal are not computed again."""
-        step = self.state.global_step
-        recorded = self.recording.take(Evaluation, step)
-        best = self.args.metric_for_best_model or "loss"
-        if recorded and {"eval_loss", f"eval_{best.removeprefix('eval_')}"} <= {*recorded.metrics}:
-            return EvalLoopOutput(None, None, dict(recorded.metrics), len(self.eval_dataset))
-        output = super().evaluation_loop(*args, **kwargs)
-        if not recorded:
-            self.recording.write(Evaluation(step, dict(output.metrics)))
-        return output
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        is_best = super()._determine_best_metric(metrics, trial)
-        if is_best:
-            # The Trainer does not note it where there are no checkpoints.
-            self.state.best_global_step = self.state.global_step
-        return is_best
 
     def _run_state(self) -> dict[str, Any]:
         since_log = self.state.global_step - self._globalstep_last_logged
@@ -285,14 +236,6 @@ class ZerothOrderTrainer(ForwardTrainer):
         """Whether the last step had no finite loss."""
         return self.optimizer.param_groups[0]["skipped_in_a_row"] > 0
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with what processes have exchanged beside the training loss."""
-        if "loss" in logs and self.args.world_size > 1:
-            (sent, steps), now = self._logged, (self.exchange.bytes, self.state.global_step)
-            logs["exchanged_bytes_per_step"] = (now[0] - sent) / max(1, now[1] - steps)
-            self._logged = now
-        super().log(logs, start_time)
-
 
 class ErrorBroadcastTrainer(ForwardTrainer):
     """Trains by error broadcast, one forward pass a batch.
@@ -323,7 +266,7 @@ class ErrorBroadcastTrainer(ForwardTrainer):
         settings = (rate, damping, first, matrices, max_tokens, self.args.seed)
         with naming_way_out():
             self.optimizer = ErrorBroadcast(self.model.eval(), *settings)
-        self.optimizer.gather = self.exchange.rows
+        self.optimizer.gather = functools.partial(rows_of_all, device=self.args.device)
         # Other weights are frozen.
         self.model.requires_grad_(False)
         for parameter in self.optimizer.param_groups[0]["params"]:

@@ -14,7 +14,6 @@ import os
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -39,10 +38,6 @@ class Interrupted(Exception):
 
 class Diverged(Exception):
     """Too many steps in a row had no finite loss, or a far too large one; there is a checkpoint."""
-
-
-class Disagreement(Exception):
-    """Processes that train together have other weights; exit code 1."""
 
 
 class Lost(Exception):
@@ -84,24 +79,17 @@ def speaks_for_all() -> bool:
 
 
 def say_last(line: str) -> None:
-    """Print the line in which a command fails, once for all processes that torchrun has started.
-
-    The first process prints it. For each, torchrun reads it from a file that it names.
-    """
+    """Print the line in which a command fails, once for all processes that torchrun has started."""
     if speaks_for_all():
         print(line, file=sys.stderr)
-    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        details = {"py_callstack": line, "timestamp": str(int(time.time()))}
-        with contextlib.suppress(NotWritten):  # the disk may be full, which the line tells
-            write_json(Path(file), {"message": {"message": line, "extraInfo": details}})
 
 
 def exit_code(command: Callable[[], int | None]) -> int:
     """Do a command; returns its exit code, and says in one line why it fails.
 
-    0: done, or what the command returns. 1: losses that are not finite any more or far too large,
-    processes with different weights, or a file that could not be written. 2: bad input, a name
-    that no file can have among it. 130: interrupted.
+    0: done, or what the command returns. 1: losses that are not finite any more or far too large, a
+    lost process, or a file that could not be written. 2: bad input, a name that no file can have
+    among it. 130: interrupted.
     """
     try:
         return command() or 0
@@ -111,7 +99,7 @@ def exit_code(command: Callable[[], int | None]) -> int:
     except (Interrupted, KeyboardInterrupt) as error:
         say_last(f"interrupted: {error}" if str(error) else "interrupted")
         return 130
-    except (Diverged, NotWritten, Disagreement) as error:
+    except (Diverged, NotWritten) as error:
         say_last(f"stopped: {error}")
         return 1
     except Lost as error:

@@ -16,11 +16,11 @@ A method is a kind and its settings:
     probing     linear probing: one pass over the training rows
     zeroshot    the model as it is
 
-and for all that take steps, where they know it: eps, curvature_eps, every (curvature_every), decay
-(linear, to 0 at the end: broadcast always), hold (the share of the steps before the decay), mode
-(ft, lora, prefix, head), batch, passes (instead of --passes, with a dev loss at the end alone). A
-first-order step counts as three forward passes. Seconds are one thread's CPU seconds. Every
-finished run stands in --output and is not repeated.
+and for all that take steps, where they know it: eps, every (curvature_every), decay (linear, to 0
+at the end: broadcast always), hold (the share of the steps before the decay), mode (ft, lora,
+prefix, head), batch, passes (instead of --passes, with a dev loss at the end alone). A first-order
+step counts as three forward passes. Seconds are one thread's CPU seconds. Every finished run stands
+in --output and is not repeated.
 """
 
 from __future__ import annotations
@@ -175,7 +175,6 @@ def make_step(model: nn.Module, settings: dict[str, Any], seed: int) -> tuple[St
         hessian=settings.get("hessian", "full"),
         num_samples=int(settings.get("n", 1)),
         curvature_every=int(settings.get("every", 1)),
-        curvature_eps=settings.get("curvature_eps"),
         layers=layers,
         seed=seed,
     )

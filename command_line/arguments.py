@@ -71,22 +71,16 @@ class Arguments(
                 f"--ddp_backend {self.ddp_backend}: there is one process only; start several with "
                 "torchrun, or leave it out"
             )
-        if self.disable_tqdm is None or self.quiet:
+        if self.disable_tqdm is None:
             # In a file a bar would be one endless line.
-            self.disable_tqdm = self.quiet or not sys.stderr.isatty()
+            self.disable_tqdm = not sys.stderr.isatty()
         if self.offload != "none" and self.trainer == "zo" and self.zo_perturbation == AUTO:
             # Streamed weights are perturbed as copies: a run may resume in memory, or streamed.
             self.zo_perturbation = "layerwise"
         self.choose_schedule()
-        # The Trainer refuses the best model without checkpoints; a replay makes it.
-        replays_best = self.replays_best
-        if replays_best:
-            self.metric_for_best_model = self.metric_for_best_model or "loss"
-            self.load_best_model_at_end = False
         join(self.use_cpu, self.ddp_backend, self.ddp_timeout)
         with naming_lost_processes(self.ddp_timeout):
             super().__post_init__()
-        self.load_best_model_at_end = self.load_best_model_at_end or replays_best
         # The Trainer would call it trainer_output; settings.name_run names it after the run.
         self.output_dir = output_dir
         # Batches of encoded examples have no columns that a model's forward could name.
@@ -129,8 +123,9 @@ def make_arguments(values: Values) -> Arguments:
     """Return the arguments of a command line that was read; see ``parse_arguments``."""
     unmet = without_effect(values)
     on_gpu = torch.accelerator.is_available() and not values.use_cpu
-    if values.fp16 and values.trainer == "regular" and not on_gpu:
-        unmet["fp16"] = ON_GPU
+    if values.trainer == "regular" and not on_gpu:
+        of_a_gpu = ("fp16", "bf16") if "bf16" not in values.given_by_user else ("fp16",)
+        unmet |= {name: ON_GPU for name in of_a_gpu if getattr(values, name)}
     names = [name for name in values.given if name not in unmet]
     try:
         arguments = Arguments(

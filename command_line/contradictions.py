@@ -13,14 +13,12 @@ from typing import Any
 from command_line.declarations import AUTO, OFF, Effect
 from command_line.reading import DECLARED, OWN, TUNING_MODES, raise_problems, show_argument
 from command_line.scripts import WEIGHTS
-from command_line.sizes import bytes_of_size
 from task_data.own_tasks import OwnTask
 from tasks import Task
 from utils import InputError
-from zeroth_order.smoothing import SmoothingSchedule
+from zeroth_order.config import smoothing_of
 
 CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
-CONFIGS = ("accelerator_config", "fsdp_config")
 EXCLUDE_EACH_OTHER = (
     ("load_float16", "load_bfloat16"),
     ("load_int8", "load_int4"),
@@ -54,7 +52,7 @@ def check_values(values: Any) -> None:
     ]
     problems += _files(values)
     try:
-        SmoothingSchedule.parse(values.hessian_smooth_type)
+        smoothing_of(values.hessian_smooth_type)
     except ValueError as error:
         problems.append(f"--hessian_smooth_type {error}")
     try:
@@ -90,9 +88,7 @@ def warning(values: Any, unmet: dict[str, Effect]) -> str | None:
     reasons: dict[str, list[str]] = {}
     for name, effect in unmet.items():
         if name in values.given_by_user and asks_for_something(values, name):
-            of_task = "{task}" in effect.otherwise
-            reason = effect.otherwise.format(task=of_task and values.task.name)
-            reasons.setdefault(reason, []).append(f"--{name}")
+            reasons.setdefault(effect.otherwise, []).append(f"--{name}")
     for option, reason in values.ignored.items():
         reasons.setdefault(reason, []).append(option)
     shown = [f"{', '.join(names)} ({reason})" for reason, names in reasons.items()]
@@ -158,11 +154,6 @@ def _problems_of_task(values: Any, task: Task) -> Iterator[str]:
         yield f"--train_as_classification: {task.name} has no options; leave it out"
     if task.reward and not task.answer_column and not trained and values.num_train:
         yield f"--num_train {values.num_train}: the rows have no answers to demonstrate"
-    fitting = ("f1", "em") if task.generation else ("accuracy",)
-    if values.non_diff_metric and values.non_diff_metric not in fitting:
-        kind = "texts" if task.generation else "options"
-        given = f"--non_diff_metric {values.non_diff_metric}"
-        yield f"{given}: the answers of {task.name} are {kind}; give {' or '.join(fitting)}"
     metric = values.metric_for_best_model
     if metric and trained and metric.removeprefix("eval_") not in ("loss", *task.metric_names):
         measured = f"of {task.name}, {' and '.join(task.metric_names)}"
@@ -201,10 +192,6 @@ def _problems_of_offload(values: Any, quantised: str | None) -> Iterator[str]:
         yield f"--zo_perturbation inplace: {offload} perturbs copies of a block; leave it out"
     if values.merge_adapter:
         yield f"--merge_adapter needs all weights in memory, without {offload}; leave it out"
-    try:
-        bytes_of_size(values.offload_memory)
-    except ValueError as error:
-        yield f"--offload_memory {error}"
 
 
 def _problems_of_steps(values: Any) -> Iterator[str]:
@@ -216,15 +203,9 @@ def _problems_of_steps(values: Any) -> Iterator[str]:
         yield f"--num_beams {values.num_beams}: --reward_samples {samples} draws texts at random"
     if values.non_diff and values.sampling:
         yield "--sampling: the loss of --non_diff would change with every draw; leave it out"
-    if values.zo_parallel == "directions" and values.trainer == "zo" and values.zo_num_samples < 2:
-        yield "--zo_parallel directions: there is one direction only; give --zo_num_samples"
     metric = values.metric_for_best_model
     if values.save_strategy == "best" and metric is None:
         yield "--save_strategy best needs --metric_for_best_model: give loss, or a task's metric"
-    is_loss = metric in (None, "loss", "eval_loss")
-    if values.greater_is_better is not None and values.greater_is_better == is_loss:
-        best = "loss is the lowest" if is_loss else f"{metric} is the highest"
-        yield f"--greater_is_better: the best dev {best}; leave it out"
     sampling = values.train_sampling_strategy
     if sampling in ("group_by_length", "batch_rebalance"):
         yield f"--train_sampling_strategy {sampling}: batches are packed; give random or sequential"
@@ -234,9 +215,13 @@ def _problems_of_steps(values: Any) -> Iterator[str]:
             yield f"{resumed} is of one set: leave it out, and each of --num_train_sets resumes"
         if values.overwrite_output_dir:
             yield f"{resumed} and --overwrite_output_dir, which deletes checkpoints: give one"
-    for name in ("lr_scheduler_kwargs", *(f"{each}_kwargs" for each in CHECKPOINTING), *CONFIGS):
+    for name in (
+        "lr_scheduler_kwargs",
+        *(f"{each}_kwargs" for each in CHECKPOINTING),
+        "fsdp_config",
+    ):
         value = getattr(values, name)
-        is_file = name in CONFIGS and isinstance(value, str) and Path(value).is_file()
+        is_file = name == "fsdp_config" and isinstance(value, str) and Path(value).is_file()
         if isinstance(value, str) and not value.startswith("{") and not is_file:
             yield f"--{name} {value}: give names and values, as in '{{\"num_cycles\": 2}}'"
     warmup, decay = values.warmup_steps, values.decay_step

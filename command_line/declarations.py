@@ -26,7 +26,7 @@ TRAINING, RESULT, NOTHING = "training", "result", "nothing"
 class Effect:
     """A condition, inside a wider one, under which an argument has an effect."""
 
-    otherwise: str  # why there is none where the condition is not met; {task} is the task's name
+    otherwise: str  # why there is none where the condition is not met
     holds: Callable[[Any], object]  # takes the values of a command line
     inside: Effect | None = None
     refused: bool = False  # without the argument the result would be another

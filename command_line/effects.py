@@ -6,8 +6,8 @@ from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
-from command_line.declarations import AUTO, Effect
-from zeroth_order.smoothing import SmoothingSchedule
+from command_line.declarations import Effect
+from zeroth_order.config import smoothing_of
 
 
 def measures_dev_losses(v: Any) -> bool:
@@ -17,7 +17,7 @@ def measures_dev_losses(v: Any) -> bool:
 
 def smooths(v: Any) -> bool:
     """Whether h changes: a smoothing above 0."""
-    return SmoothingSchedule.parse(v.hessian_smooth_type).value > 0
+    return smoothing_of(v.hessian_smooth_type) > 0
 
 
 def evaluates(v: Any) -> bool:
@@ -72,11 +72,6 @@ HEAD = replace(NOT_BROADCAST, otherwise="--trainer broadcast trains no head", re
 RATE = Effect("--trainer broadcast has --broadcast_rate", lambda v: v.trainer != "broadcast", STEPS)
 DECAYS = replace(RATE, otherwise="--trainer broadcast has no weight decay", refused=True)
 HESSIAN = Effect("h stays 1 with a smoothing of 0", smooths, FORWARD)
-FULL_HESSIAN = is_("hessian", "full", HESSIAN)
-CURVATURE = Effect(
-    "the curvature is not measured", lambda v: v.learning_rate == AUTO or smooths(v), FORWARD
-)
-METRIC_OBJECTIVE = with_("non_diff", WITHOUT_GRADIENT)
 REWARD_OBJECTIVE = with_("reward", is_("trainer", "zo", TRAINED))
 LANGUAGE_MODEL_LOSS = Effect(
     "for the language-model loss",
@@ -99,11 +94,6 @@ DEV_LOSSES = Effect("no dev loss is computed", measures_dev_losses, STEPS)
 EVAL_STEPS = is_("eval_strategy", "steps", STEPS)
 SAVES = Effect("no checkpoint is saved", lambda v: v.save_strategy != "no", STEPS)
 SAVE_STEPS = is_("save_strategy", "steps", STEPS)
-BEST_MODEL = Effect(
-    "no dev loss is computed",
-    lambda v: v.eval_strategy != "no" or v.save_strategy != "no",
-    STEPS,
-)
 BEST = Effect(
     "no best model is looked for",
     lambda v: (
@@ -116,20 +106,6 @@ BEST = Effect(
 LOG_STEPS = Effect(
     "without --logging_strategy steps", lambda v: v.logging_strategy in (None, "steps"), STEPS
 )
-REPORTS = Effect("nothing is reported", lambda v: v.report_to not in ("none", []), STEPS)
-HUB = Effect("nothing goes to the Hub", attrgetter("push_to_hub"), STEPS)
-WORKERS = with_("dataloader_num_workers", STEPS)
-CHECKPOINTING = Effect(
-    "without --activation_checkpointing",
-    lambda v: v.activation_checkpointing or v.gradient_checkpointing,
-    BACKWARD,
-)
-SOME_MODULES = Effect(
-    "for --optim of GaLore or APOLLO",
-    lambda v: (v.optim or "").startswith(("galore", "apollo")),
-    BACKWARD,
-)
-SHARDED = with_("fsdp", BACKWARD)
 
 OWN_FILES = Effect("a task has its metrics", lambda v: v.train_file or v.validation_file)
 OWN_COLUMNS = Effect(
@@ -163,7 +139,7 @@ SCORES = Effect(
     lambda v: evaluates(v) or v.linear_probing or measures_dev_losses(v),
 )
 END = Effect("nothing is evaluated", lambda v: not v.no_eval)
-OPTIONS = Effect("{task} has options", attrgetter("task.generation"))
+OPTIONS = Effect("the task has options", attrgetter("task.generation"))
 GENERATES = Effect(
     "nothing is generated",
     lambda v: evaluates(v) or v.non_diff or v.reward or v.wants_dev_metric,

@@ -101,7 +101,7 @@ class Model:
     offload_dir: str | None = argument(None, path=True, effect=when.ON_DISK, decides=NOTHING)
     """Folder for the working file of --offload disk, as large as the blocks and their h. The
     model's own files are only read. Default: output_dir."""
-    offload_memory: str = argument("0", effect=when.OFFLOAD, decides=NOTHING)
+    offload_memory: str = argument("0GB", effect=when.OFFLOAD, decides=NOTHING)
     """Memory for the first blocks, which stay there, as in 8GB."""
     max_length: int | None = argument(None, at_least=1)
     """Tokens of a text at most; longer ones are cut on the left. Default: 2048, or the model's
@@ -169,15 +169,11 @@ class EvaluationAndResults:
     config: str | None = argument(None, path=True)
     """YAML file of arguments, as in learning_rate: 1e-6. Those of the command line win. Default:
     none."""
-    show_config: bool = argument(False)
-    """Print the arguments as such a file, and do nothing."""
     dry_run: bool = argument(False)
     """Check everything but the weights, print steps, forward passes and memory, and do nothing."""
     tag: str | None = argument(None, path=True)
     """Name of the run behind task and model, for its result file and output_dir. Default: made of
     the settings."""
-    quiet: bool = argument(False)
-    """Show neither bars nor lines of steps: only the metrics and the places of files."""
     verbose: bool = argument(False, effect=when.END)
     """Show the first prompts, their options and scores."""
 
@@ -194,7 +190,7 @@ class Generation:
     temperature: float = argument(1.0, above=0, effect=when.SAMPLES)
     """With --sampling, divides the logits; 1 leaves them."""
     num_beams: int = argument(1, at_least=1)
-    """Beams of the search, at most the vocabulary's tokens; 1: none."""
+    """Beams of the search; 1: none."""
     top_k: int | None = argument(None, at_least=1, effect=when.SAMPLES)
     """With --sampling, draw from the k likeliest tokens. Default: from all."""
     top_p: float = argument(0.95, above=0, at_most=1, effect=when.SAMPLES)
@@ -217,7 +213,7 @@ class TrainedWeights:
     """Train LoRA matrices on the query and value projections (arXiv 2106.09685) and nothing
     else."""
     lora_r: int = argument(8, at_least=1, effect=when.LORA)
-    """Rank of the LoRA matrices, at most the model's hidden size (MeZO paper: 8)."""
+    """Rank of the LoRA matrices (MeZO paper: 8)."""
     lora_alpha: int = argument(16, at_least=1, effect=when.LORA)
     """Scale of LoRA, divided by its rank (MeZO paper: 16)."""
     prefix_tuning: bool = argument(False, effect=when.NOT_BROADCAST)
@@ -285,8 +281,6 @@ class Training:
     """Steps between two entries of the log; below 1: a fraction of the run."""
     logging_nan_inf_filter: bool = argument(False, decides=NOTHING)
     """Log a loss that is not finite as 0. Default: as it is."""
-    max_skipped_steps: int = argument(50, at_least=1, decides=RESULT)
-    """Steps in a row without a finite loss, after which the run stops with a checkpoint."""
     save_on_interrupt: bool = argument(True, decides=NOTHING)
     """On Ctrl-C, SIGTERM, SIGUSR1 or SIGUSR2 finish the step, save a checkpoint and stop; the same
     command then resumes."""
@@ -306,24 +300,12 @@ class ZerothOrder:
     zo_eps: float | str = argument(1e-3, above=0, words=(AUTO,))
     """Perturbation scale μ in units of the weights (HiZOO and MeZO papers: 1e-3; 1e-1 for prefixes,
     1e-2 for LoRA). auto: by the noise and the curvature of the loss."""
-    curvature_eps: float | str | None = argument(
-        None, above=0, words=(AUTO,), effect=when.CURVATURE
-    )
-    """μ of the curvature c, where rounding wants a larger one than for g: two further forward
-    passes a direction. auto: by the noise of c. Default: that of --zo_eps."""
-    curvature_every: int | None = argument(None, at_least=1, effect=when.CURVATURE)
-    """Steps from one measurement of c to the next. Default: 1; 10 where c has a μ of its own, or
-    with --learning_rate auto and no smoothing."""
     hessian_smooth_type: str = argument("constant0")
-    """Smoothing α of the diagonal Hessian: constant<number>, or linear<number> and cosine<number>,
-    which fall to 0. constant0 is MeZO; HiZOO paper: 1e-10 to 1e-4."""
+    """Smoothing α of the diagonal Hessian: constant<number>. constant0 is MeZO; HiZOO paper: 1e-10
+    to 1e-4."""
     hessian: str = argument("full", effect=when.HESSIAN, choices=("full", "lowrank"))
     """full: an entry of h for each weight. lowrank: HiZOO-L, a row and a column vector for each
     matrix (Adafactor's factorisation, arXiv 1804.04235)."""
-    hessian_dtype: str = argument(
-        "auto", effect=when.FULL_HESSIAN, choices=("auto", "float32", "bfloat16")
-    )
-    """dtype of the full h; auto: that of the weights, bfloat16 for float16."""
     zo_perturbation: str = argument("auto", choices=("auto", "inplace", "layerwise"))
     """inplace: shift the weights and back, which rounds. layerwise: perturb one module at a time in
     scratch memory. auto: layerwise for half precision."""
@@ -333,20 +315,9 @@ class ZerothOrder:
     zo_compile: str = argument("auto", decides=RESULT, choices=("auto", "yes", "no"))
     """Whether torch.compile makes the step's kernels: 10 to 30 seconds in a first run, faster
     steps. Needs a C++ compiler. auto: from 16 million trained weights on."""
-    zo_parallel: str = argument("batch", decides=NOTHING, choices=("batch", "directions"))
-    """What several processes share. batch: each has --per_device_train_batch_size examples of it.
-    directions: each takes some of --zo_num_samples on the whole batch."""
-    check_every: int = argument(1000, at_least=1, decides=NOTHING)
-    """Steps between two checksums of the weights, in the journal; several processes stop if theirs
-    differ."""
     non_diff: bool = argument(False, effect=when.WITHOUT_GRADIENT)
     """Train on a metric without a gradient: minus the mean F1 of the generated text, or minus the
     accuracy of options."""
-    non_diff_metric: str | None = argument(
-        None, effect=when.METRIC_OBJECTIVE, choices=("f1", "em", "accuracy")
-    )
-    """The metric of --non_diff: f1 or em (exact match) for generated text, accuracy for options.
-    Default: f1, or accuracy."""
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import functools
 import inspect
 import itertools
@@ -15,7 +14,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from command_line.contradictions import EXCLUDE_EACH_OTHER
 from command_line.declarations import Declaration, declared
 from command_line.reading import GROUPS
-from command_line.trainer_arguments import OTHERS
 
 USAGE = """\
 python run.py --task_name TASK --model_name MODEL [arguments]
@@ -31,7 +29,7 @@ python run.py --task_name TASK --model_name MODEL [arguments]
   bash HiZOO.sh does the same with environment variables. python run.py --help shows the arguments
   that matter first, and the groups of all.
 """
-HELP = {"-h", "--help", "--help_all"}
+HELP = {"-h", "--help"}
 FIRST = (
     *("task_name", "model_name", "data_dir", "train_file", "num_train", "num_dev", "num_eval"),
     *("trainer", "max_steps", "per_device_train_batch_size", "learning_rate", "output_dir"),
@@ -40,13 +38,10 @@ INDENT = " " * 24
 
 
 def help_text(words: Sequence[str]) -> str:
-    """Return what a command line with ``--help`` or ``--help_all`` among its words asks for.
+    """Return what a command line with ``--help`` among its words asks for.
 
-    ``--help GROUP`` explains a group, ``--help all`` all arguments of ours, and ``--help_all``
-    those of transformers' Trainer too.
+    ``--help GROUP`` explains a group, ``--help all`` all arguments of ours.
     """
-    if "--help_all" in words:
-        return "\n".join([f"usage: {USAGE}", *_groups(GROUPS), *_others()])
     asked = next(i for i, word in enumerate(words) if word in HELP)
     word = next(iter(words[asked + 1 :]), "")
     of_word = {group._word: [group] for group in GROUPS} | {"all": GROUPS}
@@ -57,7 +52,7 @@ def help_text(words: Sequence[str]) -> str:
     lines += map(_line, (names[name] for name in FIRST))
     lines += ["", "All arguments, group by group: python run.py --help GROUP"]
     lines += [f"  {group._word:<12}{_title(group)}" for group in GROUPS]
-    lines += ["  all         all of these; --help_all: those of transformers' Trainer too"]
+    lines += ["  all         all of these; the Trainer's others: transformers.TrainingArguments"]
     return "\n".join(lines)
 
 
@@ -73,17 +68,12 @@ def _title(group: type) -> str:
 
 
 def _line(declaration: Declaration) -> str:
-    return _explained(_shown_name(declaration), explanation(declaration), declaration.default)
-
-
-def _others() -> Iterator[str]:
-    from transformers import TrainingArguments  # takes seconds
-
-    yield from ("", "The Trainer's others:")
-    for field in dataclasses.fields(TrainingArguments):
-        if field.name in OTHERS:
-            names = f"--{field.name} {field.name.upper()}"
-            yield _explained(names, field.metadata["help"], field.default)
+    text = explanation(declaration)
+    text += "" if declaration.default is None else f" (default: {declaration.default})"
+    width = min(100, max(60, shutil.get_terminal_size().columns))
+    indents = {"initial_indent": INDENT, "subsequent_indent": INDENT}
+    shown = textwrap.fill(text, width, **indents, break_on_hyphens=False)
+    return f"  {_shown_name(declaration)}\n{shown}"
 
 
 def _shown_name(declaration: Declaration) -> str:
@@ -112,10 +102,3 @@ def explanation(declaration: Declaration) -> str:
     pairs = [pair for pair in EXCLUDE_EACH_OTHER if declaration.name in pair]
     others = [f"--{name}" for pair in pairs for name in pair if name != declaration.name]
     return f"{text} Excludes {', '.join(others)}." if others else text
-
-
-def _explained(names: str, text: str, default: object = None) -> str:
-    text += "" if default is None else f" (default: {getattr(default, 'value', default)})"
-    width = min(100, max(60, shutil.get_terminal_size().columns))
-    indents = {"initial_indent": INDENT, "subsequent_indent": INDENT}
-    return f"  {names}\n" + textwrap.fill(text, width, **indents, break_on_hyphens=False)

@@ -88,12 +88,6 @@ class Meaning:
         """Whether the task's metrics are measured on the dev set during training."""
         return self.eval_metric or self.metric_for_best_model not in (None, "loss", "eval_loss")
 
-    @property
-    def replays_best(self) -> bool:
-        """Whether the best model is to be made by a replay, as there are no checkpoints."""
-        replayed = self.trainer == "zo" and self.save_strategy == "no"
-        return self.load_best_model_at_end and replayed
-
     def choose_schedule(self) -> None:
         """Set the learning rate's schedule where none is given, as in the published scripts."""
         if self.lr_scheduler_type is None:

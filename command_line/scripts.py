@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from command_line import launchers
 from task_data.files import read_rows
 from utils import InputError
 
@@ -31,8 +29,7 @@ _TRAINING = VARIABLES["icl.sh"] | {
     **{"SEED": "train_set_seed seed", "BS": "per_device_train_batch_size", "LR": "learning_rate"},
     **{"DEV": "num_dev", "MODE": ""},
 }
-VARIABLES["finetune.sh"] = _TRAINING | {"EPOCH": "num_train_epochs", "NUM_GPU": ""}
-VARIABLES["finetune_fsdp.sh"] = VARIABLES["finetune.sh"]
+VARIABLES["finetune.sh"] = _TRAINING | {"EPOCH": "num_train_epochs"}
 VARIABLES["mezo.sh"] = _TRAINING | {"EPS": "zo_eps"} | _STEPS
 VARIABLES["HiZOO.sh"] = VARIABLES["mezo.sh"] | {
     **{"HESSIAN_SMOOTH_TYPE": "hessian_smooth_type", "DIRECTIONS": "zo_num_samples"},
@@ -58,13 +55,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "finetune.sh": _EXAMPLES
     | {
         **{"trainer": "regular", "per_device_train_batch_size": 8, "num_train_epochs": 5},
-        **{"eval_strategy": "epoch", "save_total_limit": 1},
+        # Mixed precision, on a GPU: AdamW on half-precision weights would lose most updates.
+        **{"eval_strategy": "epoch", "save_total_limit": 1, "bf16": True},
     },
 }
 DEFAULTS["mezo.sh"] = DEFAULTS["HiZOO.sh"] | {
     **{"model_name": "facebook/opt-1.3b", "hessian_smooth_type": "constant0", "eval_steps": 4000},
 }
-DEFAULTS["finetune_fsdp.sh"] = DEFAULTS["finetune.sh"] | {"fsdp": True}
 # The bundled model has a thousandth of the parameters and learns in far fewer steps.
 BUNDLED: dict[str, Any] = {
     **{"num_dev": 200, "per_device_eval_batch_size": 64, "eval_before_training": True}
@@ -103,7 +100,8 @@ def choose_defaults(
     if script not in VARIABLES:
         raise InputError(f"--script {script}: choose from {', '.join(VARIABLES)}")
     found = {name: environment[name] for name in VARIABLES[script] if environment.get(name)}
-    _refuse(script, found, user)
+    if found.get("MODE", "ft") not in MODES:
+        raise InputError(f"MODE={found['MODE']}: give {', '.join(MODES)}")
     variables = {each: name for name in found for each in VARIABLES[script][name].split()}
     values = {argument: found[name] for argument, name in variables.items()}
     said = values | user
@@ -120,28 +118,13 @@ def choose_defaults(
     chosen |= values | ({"model_name": BUNDLED_MODEL} if is_bundled else {})
     _follow(chosen, user)
     if script != "icl.sh":
-        _share(script, chosen, environment, user)
+        _share(chosen, environment, user)
     labels = {argument: f"{name}={found[name]}" for argument, name in variables.items()}
     return {
         name: (str(word), labels.get(name, f"--{name} {word}"))
         for name, word in chosen.items()
         if name not in user
     }
-
-
-def _refuse(script: str, found: Mapping[str, str], user: Mapping[str, Any]) -> None:
-    """Refuse what a script cannot do."""
-    trainer, trains = user.get("trainer"), script != "icl.sh"
-    if trains and trainer == "none":
-        raise InputError(f"--trainer none: {script} trains; bash icl.sh evaluates")
-    if not trains and trainer not in (None, "none"):
-        others = "HiZOO.sh, broadcast.sh and finetune.sh"
-        raise InputError(f"--trainer {trainer}: icl.sh trains nothing; {others} do")
-    if found.get("MODE", "ft") not in MODES:
-        raise InputError(f"MODE={found['MODE']}: give {', '.join(MODES)}")
-    data = " ".join(f"{name}={found[name]}" for name in ("TASK", "DATA_DIR") if name in found)
-    if data and _own_file(user):
-        raise InputError(f"{data} and --train_file, --validation_file exclude each other: give one")
 
 
 def _own_file(said: Mapping[str, Any]) -> str | None:
@@ -153,7 +136,7 @@ def _is_bundled(model: str | Path) -> bool:
 
 
 def _of_mode(script: str, mode: str | None, said: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is trained, at which rate; for AdamW the precision too."""
+    """Return what is trained, at which rate."""
     if script == "broadcast.sh":
         return {}
     typed = "lora" if said.get("lora") else "prefix" if said.get("prefix_tuning") else None
@@ -162,15 +145,7 @@ def _of_mode(script: str, mode: str | None, said: Mapping[str, Any]) -> dict[str
         return MODES[mode]
     if script == "mezo.sh":  # the same rate and scale in all modes there
         return MODES[mode] | {"learning_rate": "1e-5", "zo_eps": "1e-3"}
-    chosen = MODES[mode] | ({"learning_rate": RATE_OF_ADAMW} if mode == "ft" else {})
-    given = any(name in said for name in ("fp16", "bf16", "use_cpu", *WEIGHTS))
-    given |= said.get("trainer", "regular") != "regular"  # there is no gradient to scale
-    if capabilities := [] if given else launchers.gpus("compute_cap"):
-        # AdamW on float16 weights would lose most updates, so precision is mixed. float16 overflows
-        # in models that were trained in bfloat16, which newer GPUs have.
-        newer = all(float(each) >= 8 for each in capabilities)
-        chosen |= {"bf16" if newer else "fp16": True}
-    return chosen
+    return MODES[mode] | ({"learning_rate": RATE_OF_ADAMW} if mode == "ft" else {})
 
 
 def _examples(said: Mapping[str, Any], dev: int) -> dict[str, Any]:
@@ -193,6 +168,9 @@ def _follow(chosen: dict[str, Any], user: Mapping[str, Any]) -> None:
     """Let defaults follow what else is said: dtypes, seeds, lengths, dev losses, checkpoints."""
     if any(name in user for name in WEIGHTS):
         chosen.pop("load_saved_dtype", None)
+        chosen.pop("bf16", None)
+    if "fp16" in user or user.get("trainer", "regular") != "regular":
+        chosen.pop("bf16", None)
     if "num_train_sets" in user:
         chosen.pop("train_set_seed", None)
     if "num_train_epochs" in user:
@@ -215,38 +193,23 @@ def _follow(chosen: dict[str, Any], user: Mapping[str, Any]) -> None:
             chosen["load_best_model_at_end"] = True
 
 
-def _share(
-    script: str, chosen: dict[str, Any], environment: Mapping[str, str], user: Mapping[str, Any]
-) -> None:
+def _share(chosen: dict[str, Any], environment: Mapping[str, str], user: Mapping[str, Any]) -> None:
     """Give each process its share of the examples of a step."""
     examples = str(chosen["per_device_train_batch_size"])
     processes = environment.get("WORLD_SIZE") or "1"
-    if script.startswith("finetune"):  # processes are to be started, or have been
-        processes = environment.get("NUM_GPU") or processes
     try:
         share, rest = divmod(int(examples), int(processes))
     except (ValueError, ZeroDivisionError):
         return  # the check of their values says it
-    is_chosen = "per_device_train_batch_size" in user or user.get("zo_parallel") == "directions"
-    if is_chosen or int(processes) < 1:
+    if "per_device_train_batch_size" in user or int(processes) < 1:
         return
     if rest:
         raise InputError(f"BS={examples}: give a multiple of the {processes} processes")
     chosen["per_device_train_batch_size"] = share
 
 
-def warnings_of_variables(script: str, environment: Mapping[str, str]) -> list[str]:
-    """Return a line for every variable that is set and not read, as far as it is meant."""
-    known = VARIABLES[script]
-    meant_by = {each.upper(): name for name, text in known.items() for each in text.split()}
-    meant_by |= {"BATCH_SIZE": "BS"} | {name: name for name in known}
-    others = {name for names in VARIABLES.values() for name in names}
-    lines = []
-    for name in sorted(environment.keys() - known.keys()):
-        near = difflib.get_close_matches(name.upper(), [n for n in known if len(n) > 3], 1, 0.87)
-        meant = meant_by.get(name.upper()) or next(iter(near), None)
-        if name in others:
-            lines.append(f"warning: {name} is not read by {script}, see bash {script} --help")
-        elif meant and len(name) > 1:
-            lines.append(f"warning: {name} is not read, do you mean {meant}?")
-    return lines
+def unread_variables(script: str, environment: Mapping[str, str]) -> list[str]:
+    """Return a line for every variable of another script, or of an earlier version, that is set."""
+    others = {name for names in VARIABLES.values() for name in names} | {"NUM_GPU"}
+    unread = sorted((others - VARIABLES[script].keys()) & environment.keys())
+    return [f"warning: {n} is not read by {script}, see bash {script} --help" for n in unread]

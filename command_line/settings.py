@@ -1,22 +1,20 @@
-"""The settings of a run: what its name, its result and its checkpoints go by, and --show_config."""
+"""The settings of a run: what its name, its result and its checkpoints go by."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from command_line.arguments import Arguments, plain_value
 from command_line.contradictions import has_effect
 from command_line.declarations import NOTHING, RESULT, TRAINING
-from command_line.groups import ErrorBroadcast, Generation
+from command_line.groups import Generation
 from command_line.reading import DECLARED, OWN, TUNING_MODES
 from language_model.loading import saved_dtype
 from task_data.loading import split_files
@@ -28,8 +26,6 @@ NOT_OF_THE_RESULT = {name for name, each in DECLARED.items() if each.decides == 
 # When checkpoints are saved matters where one of them is chosen.
 CHOICE_OF_CHECKPOINT = ("save_strategy", "save_steps")
 GENERATION = [each.name for each in dataclasses.fields(Generation)]
-BROADCAST = [each.name for each in dataclasses.fields(ErrorBroadcast)]
-NOT_OF_A_FILE = ("config", "show_config", "dry_run")
 # File systems allow 255 bytes; length, hash, suffix and a temporary file's name come on top.
 READABLE_BYTES = 120
 
@@ -73,27 +69,18 @@ def name_run(arguments: Arguments) -> None:
 
 
 def default_name(arguments: Arguments) -> str:
-    """Name a run after what distinguishes it: a readable part, its length, and its hash."""
-    trains, zeroth_order = arguments.trainer != "none", arguments.trainer == "zo"
-    broadcasts = arguments.trainer == "broadcast"
+    """Name a run after what people look for: task, model, method, rate, seed, length; and its hash.
+
+    The hash tells runs apart that differ in anything else.
+    """
     mode = next((name for each, name in TUNING_MODES.items() if getattr(arguments, each)), "ft")
-    batch = arguments.per_device_train_batch_size
-    batch = examples_of_a_batch(arguments) if arguments.shares_batches else batch
-    reward = arguments.task.reward
+    rate = getattr(arguments, arguments.rate)
     parts = [
         _task_part(arguments),
         _model_part(arguments.model_name),
         arguments.trainer,
-        mode if trains else f"{arguments.num_train}-shot",
-        reward and reward.name,
-        arguments.apply_chat_template and "chat",
-        *(name for name in ("non_diff", "sfc", "icl_sfc") if getattr(arguments, name)),
-        trains and mode != "probe" and f"{_rate_part(arguments)}-bs{batch}",
-        broadcasts and arguments.broadcast_matrices != "o,d" and arguments.broadcast_matrices,
-        zeroth_order and f"eps{_shown(arguments.zo_eps)}-{arguments.hessian_smooth_type}",
-        zeroth_order and arguments.hessian == "lowrank" and "lowrank",
-        arguments.fsdp and "fsdp",
-        arguments.train_set_seed is not None and f"set{arguments.train_set_seed}",
+        mode if arguments.trainer != "none" else f"{arguments.num_train}-shot",
+        f"lr{rate if isinstance(rate, str) else f'{rate:g}'}" if length_of_run(arguments) else "",
         f"seed{arguments.seed}",
     ]
     readable = "-".join(filter(None, parts)).encode()[:READABLE_BYTES].decode(errors="ignore")
@@ -102,17 +89,6 @@ def default_name(arguments: Arguments) -> str:
         for name, value in length_of_run(arguments).items()
     ]
     return "-".join([readable, *length, arguments.experiment])
-
-
-def _rate_part(arguments: Arguments) -> str:
-    if arguments.trainer != "broadcast":
-        return f"lr{_shown(arguments.learning_rate)}"
-    rate, damping = arguments.broadcast_rate, arguments.broadcast_damping
-    return f"rate{rate:g}-damping{damping:g}-from{arguments.broadcast_from:g}"
-
-
-def _shown(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:g}"
 
 
 def _task_part(arguments: Arguments) -> str:
@@ -149,11 +125,6 @@ def experiment_hash(arguments: Arguments) -> str:
     names -= NOT_OF_THE_RESULT.union(LENGTH)
     if not arguments.load_best_model_at_end:
         names -= {*CHOICE_OF_CHECKPOINT}
-    # Results from before these arguments keep their names.
-    if arguments.trainer != "broadcast":
-        names -= {*BROADCAST}
-    if not arguments.label_words:
-        names -= {"label_words"}
     model, reward = Path(arguments.model_name), arguments.task.reward
     data = split_files(arguments.task, arguments.data_dir) or ()
     identity = {
@@ -188,20 +159,6 @@ def changed_settings(arguments: Arguments) -> dict[str, Any]:
     }
     names = {name for name in names if has_effect(arguments, name)}
     return _plain_values(arguments, {*arguments.given, *names} - {"hub_token"})
-
-
-def config_lines(arguments: Arguments) -> Iterator[str]:
-    """Yield the arguments as a file of ``--config``, and the defaults as its comments."""
-    lines = {}
-    for name, value in changed_settings(arguments).items():
-        if value is not None and name not in NOT_OF_A_FILE:
-            text = yaml.safe_dump(
-                value, default_flow_style=True, allow_unicode=True, width=math.inf
-            )
-            lines[name] = f"{name}: " + text.removesuffix("\n").removesuffix("\n...")
-    yield from (line for name, line in lines.items() if name in arguments.given)
-    yield "# defaults"
-    yield from (f"# {line}" for name, line in lines.items() if name not in arguments.given)
 
 
 def settings_of_all_processes(arguments: Arguments) -> dict[str, Any]:
@@ -240,8 +197,7 @@ def _batch_and_processes(arguments: Arguments, name: str) -> dict[str, int]:
 
 def examples_of_a_batch(arguments: Arguments) -> int:
     """Return the examples of a batch in all processes together."""
-    shared = arguments.trainer != "zo" or arguments.zo_parallel == "batch"
-    return arguments.per_device_train_batch_size * (arguments.world_size if shared else 1)
+    return arguments.per_device_train_batch_size * arguments.world_size
 
 
 def _plain_values(arguments: Arguments, names: Collection[str]) -> dict[str, Any]:

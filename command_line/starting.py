@@ -1,4 +1,4 @@
-"""What run.py does first: say what is wrong, print the help, or start the processes of a script."""
+"""What run.py does first: say what is wrong, or print the help."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from command_line import launchers
 from command_line.contradictions import check_values
 from command_line.help import HELP, USAGE, help_text
 from command_line.reading import read_values
-from command_line.scripts import BUNDLED_MODEL, warnings_of_variables
+from command_line.scripts import BUNDLED_MODEL, unread_variables
 from utils import InputError, exit_code, speaks_for_all
 
 
@@ -28,19 +28,17 @@ def begin(argv: Sequence[str]) -> None:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as in --help | head
         print(help_text(argv))
         sys.exit(0)
-    by_torchrun = "WORLD_SIZE" in os.environ  # its processes would warn a second time
     try:
         _check_environment()
     except InputError as error:
         # Which process speaks for all is what cannot be known here.
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    if code := exit_code(lambda: _begin(list(argv), by_torchrun)):
+    if code := exit_code(lambda: _begin(argv)):
         sys.exit(code)
 
 
 def _check_environment() -> None:
-    launchers.take_slurm_variables(os.environ)
     launchers.check_variables(os.environ)
     launchers.take_store_of_restart(os.environ)
     try:
@@ -51,18 +49,14 @@ def _check_environment() -> None:
         raise InputError(f"the working directory {os.getcwd()} is not UTF-8: rename it") from error
 
 
-def _begin(argv: list[str], by_torchrun: bool) -> None:
+def _begin(argv: Sequence[str]) -> None:
     values = read_values(argv)
     check_values(values)
     if argv[0] != "--script":
         return
-    script = argv[1]
-    processes = launchers.processes_to_start(script, os.environ, "fsdp" in values.given)
-    if speaks_for_all() and not by_torchrun:
-        for line in warnings_of_variables(script, os.environ):
+    if speaks_for_all():
+        for line in unread_variables(argv[1], os.environ):
             print(line, file=sys.stderr)
-    if processes:
-        launchers.become_torchrun(processes, argv)
     if values.model_name == str(BUNDLED_MODEL):
         # A model this small gains nothing from a second thread, and loses much beside a process.
         os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -59,9 +59,9 @@ class MostUsed:
     save_total_limit: int | None = argument(None, at_least=1, effect=when.SAVES, decides=NOTHING)
     """Checkpoints that are kept: the newest, and with --load_best_model_at_end the best. Default:
     all."""
-    load_best_model_at_end: bool = argument(False, effect=when.BEST_MODEL, decides=RESULT)
+    load_best_model_at_end: bool = argument(False, effect=when.SAVES, decides=RESULT)
     """Report and keep the checkpoint of the lowest dev loss, or of the best
-    --metric_for_best_model; with --trainer zo and --save_strategy no it is replayed."""
+    --metric_for_best_model."""
     metric_for_best_model: str | None = argument(None, effect=when.BEST, decides=RESULT)
     """What the best checkpoint is best by, on the dev set: loss, accuracy, f1 or em. Default:
     loss."""
@@ -82,27 +82,24 @@ _ROWS: tuple[tuple[Effect | None, str, str], ...] = (
     (when.STEPS, NOTHING, "include_num_input_tokens_seen restore_callback_states_from_checkpoint"),
     (when.STEPS, NOTHING, "dataloader_pin_memory dataloader_num_workers"),
     (when.STEPS, RESULT, "full_determinism train_sampling_strategy auto_find_batch_size"),
-    (when.STEPS, RESULT, "accelerator_config use_liger_kernel eval_on_start ignore_data_skip"),
+    (when.STEPS, RESULT, "use_liger_kernel eval_on_start ignore_data_skip"),
     (when.STEPS, TRAINING, "dataloader_drop_last lr_scheduler_kwargs data_seed"),
     (when.EVAL_STEPS, RESULT, "eval_delay"),
     (when.SAVES, NOTHING, "save_only_model save_on_each_node"),
-    (when.BEST, RESULT, "greater_is_better"),
-    (when.HUB, NOTHING, "hub_token hub_private_repo hub_model_id hub_strategy hub_always_push"),
-    (when.HUB, NOTHING, "hub_revision"),
-    (when.REPORTS, NOTHING, "run_name project trackio_space_id trackio_bucket_id"),
-    (when.REPORTS, NOTHING, "trackio_static_space_id"),
-    (when.WORKERS, NOTHING, "dataloader_persistent_workers dataloader_multiprocessing_context"),
-    (when.WORKERS, NOTHING, "dataloader_in_order dataloader_prefetch_factor"),
+    (when.STEPS, NOTHING, "hub_token hub_private_repo hub_model_id hub_strategy hub_always_push"),
+    (when.STEPS, NOTHING, "hub_revision run_name project trackio_space_id trackio_bucket_id"),
+    (when.STEPS, NOTHING, "trackio_static_space_id dataloader_persistent_workers"),
+    (when.STEPS, NOTHING, "dataloader_multiprocessing_context dataloader_in_order"),
+    (when.STEPS, NOTHING, "dataloader_prefetch_factor"),
     (when.GRADIENT, TRAINING, "optim optim_args fp16 bf16 adam_beta1 adam_beta2 adam_epsilon"),
     (when.GRADIENT, TRAINING, "max_grad_norm neftune_noise_alpha"),
-    (when.SOME_MODULES, RESULT, "optim_target_modules"),
+    (when.BACKWARD, RESULT, "optim_target_modules"),
     (when.BACKWARD, NOTHING, "activation_checkpointing gradient_checkpointing ddp_static_graph"),
     (when.BACKWARD, NOTHING, "ddp_find_unused_parameters ddp_broadcast_buffers ddp_bucket_cap_mb"),
     (when.BACKWARD, NOTHING, "torch_empty_cache_steps"),
     (when.BACKWARD, RESULT, "torch_compile torch_compile_backend torch_compile_mode"),
-    (when.CHECKPOINTING, NOTHING, "activation_checkpointing_kwargs gradient_checkpointing_kwargs"),
-    (when.SHARDS, RESULT, "fsdp"),
-    (when.SHARDED, RESULT, "fsdp_config"),
+    (when.BACKWARD, NOTHING, "activation_checkpointing_kwargs gradient_checkpointing_kwargs"),
+    (when.SHARDS, RESULT, "fsdp fsdp_config"),
 )
 _FROM_0, _FROM_1 = {"kind": int, "at_least": 0}, {"kind": int, "at_least": 1}
 _NOT_NEGATIVE = {"kind": float, "at_least": 0}
@@ -127,6 +124,7 @@ OTHERS: dict[str, Declaration] = {
 NOT_OFFERED = by_name(
     {
         "neither loss has label smoothing": "label_smoothing_factor",
+        "the best loss is the lowest, the best metric the highest": "greater_is_better",
         "--save_on_interrupt saves a checkpoint on SIGTERM": "enable_jit_checkpoint",
         "scoring and generation decide where a cache saves time": "use_cache",
         "--use_liger_kernel takes its own defaults": "liger_kernel_config",
@@ -136,8 +134,9 @@ NOT_OFFERED = by_name(
             "eval_use_gather_object eval_accumulation_steps"
         ),
         "texts and labels are packed into batches of their own kind": (
-            "remove_unused_columns label_names length_column_name average_tokens_across_devices"
+            "remove_unused_columns label_names length_column_name average_tokens_across_devices "
+            "accelerator_config"
         ),
-        "weights are sharded with --fsdp (bash finetune_fsdp.sh)": "deepspeed parallelism_config",
+        "weights are sharded with --fsdp": "deepspeed parallelism_config",
     }
 )

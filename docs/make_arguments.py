@@ -21,13 +21,13 @@ INTRODUCTION = """\
 # Arguments of run.py
 
 Made from the code by `python docs/make_arguments.py`. `python run.py --help` prints the same, and
-`python run.py --help_all` the Trainer's other arguments too.
+the documentation of transformers the Trainer's others.
 
 - A flag is on with `--flag` or `--flag True`, off with `--flag False`. Of an argument that is given
   twice the last value counts. Names may be written with dashes.
 - "No effect" says where an argument has none. There it is left out, and one line names all of
-  these: `warning: no effect here: --top_k (SST2 has options)`. "Refused" marks those without which
-  the result would be another than the one that was asked for.
+  these: `warning: no effect here: --top_k (the task has options)`. "Refused" marks those without
+  which the result would be another than the one that was asked for.
 - Everything that is wrong with a command line is said at once, with exit code 2.
 - "—": not given.
 """
@@ -44,7 +44,7 @@ def make_page() -> str:
     sections.append(f"""\
 ## The Trainer's other arguments
 
-`--help_all` and the documentation of transformers explain these arguments of `TrainingArguments`:
+The documentation of transformers explains these arguments of `TrainingArguments`:
 
 {table(("arguments", "no effect"), grouped(others))}
 These change nothing and are accepted, as published command lines have them:

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.modeling import convert_file_size_to_int
 
 from command_line.arguments import Arguments
 from command_line.reading import OWN, TUNING_MODES
 from command_line.settings import changed_settings, length_of_run, settings_of_a_checkpoint
-from command_line.sizes import bytes_of_size
 from language_model.generation import GenerationSettings
 from language_model.loading import choose_dtype
 from language_model.streaming import Offload
 from task_data.sampling import ExampleSet, draw_example_sets
-from tasks import Task
-from utils import InputError
+from tasks import Sample, Task
+from utils import InputError, one_line
 
 
 @dataclass(frozen=True)
@@ -72,31 +71,23 @@ class TrainedWeights:
 
 
 @dataclass(frozen=True)
-class DataOptions:
-    """Which examples are read and drawn, how they become tokens, and how text is generated."""
-
-    task: Task
-    data_dir: str | None
-    draw: Callable[..., list[ExampleSet]]  # takes train and validation samples
-    max_length: int | None
-    chat: bool
-    system_prompt: str | None
-    generation: GenerationSettings
-
-
-@dataclass(frozen=True)
 class Options:
     """What an experiment is told."""
 
     arguments: Arguments
     model: ModelOptions
     weights: TrainedWeights
-    data: DataOptions
+    generation: GenerationSettings
     folders: tuple[Path, ...]  # of each set's checkpoints, journal and model
     predictions: tuple[Path, ...]  # each set's rows; empty: not written
     settings: Mapping[str, Any]  # of the result
     course: Mapping[str, Any]  # what decides the course of the training
     length: Mapping[str, float]  # max_steps or num_train_epochs; empty without steps
+
+    @property
+    def task(self) -> Task:
+        """The task, or the user's own examples."""
+        return self.arguments.task
 
     @property
     def trains(self) -> bool:
@@ -114,6 +105,20 @@ class Options:
         given = self.arguments.resume_from_checkpoint
         return given.lower() if str(given).lower() in ("true", "false") else given
 
+    def draw(self, train: list[Sample], validation: list[Sample]) -> list[ExampleSet]:
+        """Draw the examples of every run."""
+        arguments = self.arguments
+        return draw_example_sets(
+            train,
+            validation,
+            num_train=arguments.num_train,
+            num_dev=arguments.num_dev or 0,
+            num_eval=None if arguments.predict_file else arguments.num_eval,
+            num_train_sets=arguments.num_train_sets,
+            train_set_seed=arguments.train_set_seed,
+            in_context=not self.trains,
+        )
+
     @property
     def of_run(self) -> dict[str, Any]:
         """What decides the course of the training, and its length."""
@@ -125,7 +130,10 @@ def offload_of(arguments: Arguments) -> Offload | None:
     if arguments.offload == "none":
         return None
     folder = Path(arguments.offload_dir or arguments.output_dir or ".")
-    memory = bytes_of_size(arguments.offload_memory)
+    try:
+        memory = convert_file_size_to_int(arguments.offload_memory)
+    except ValueError as error:
+        raise InputError(f"--offload_memory: {one_line(error)}") from error
     return Offload(folder if arguments.offload == "disk" else None, memory, arguments.device)
 
 
@@ -142,23 +150,6 @@ def options_of(arguments: Arguments) -> Options:
     )
     names = [field.name for field in dataclasses.fields(GenerationSettings)]
     generation = GenerationSettings(**{name: getattr(arguments, name) for name in names})
-    data = DataOptions(
-        arguments.task,
-        arguments.data_dir,
-        functools.partial(
-            draw_example_sets,
-            num_train=arguments.num_train,
-            num_dev=arguments.num_dev or 0,
-            num_eval=arguments.num_eval,
-            num_train_sets=arguments.num_train_sets,
-            train_set_seed=arguments.train_set_seed,
-            in_context=arguments.trainer == "none",
-        ),
-        arguments.max_length,
-        arguments.apply_chat_template,
-        arguments.system_prompt,
-        dataclasses.replace(generation, eos_token=arguments.eos_token.replace("\\n", "\n")),
-    )
     # Several sets have a folder each.
     sets = arguments.num_train_sets or 1
     names = [f"set{seed}" for seed in range(sets)] if sets > 1 else [""]
@@ -167,7 +158,7 @@ def options_of(arguments: Arguments) -> Options:
         arguments,
         model,
         TrainedWeights.of(vars(arguments)),
-        data,
+        dataclasses.replace(generation, eos_token=arguments.eos_token.replace("\\n", "\n")),
         tuple(Path(arguments.output_dir or "", name) for name in names),
         tuple(rows.with_stem(f"{rows.stem}-{name}") if name else rows for name in names if rows),
         changed_settings(arguments),

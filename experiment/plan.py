@@ -87,8 +87,7 @@ def make_plan(options: Options, prepared: Prepared) -> Plan:
         kept = 0  # a step keeps nothing
     if arguments.trainer == "zo":
         zo = optimizer_config(arguments)
-        kept = getattr(torch, zo.hessian_dtype).itemsize if zo.hessian_dtype else size
-        kept *= zo.hessian == "full" and zo.hessian_smooth > 0
+        kept = size * (zo.hessian == "full" and zo.hessian_smooth > 0)
     if model.offload:
         of_trained = _trained(whole, arguments) if trained and kept else ()
         hessians = dict.fromkeys(of_trained, kept)
@@ -125,12 +124,12 @@ def training_passes(arguments: Arguments) -> tuple[int, int]:
         return sum(batches), 0
     if arguments.trainer == "regular":
         return sum(batches), sum(batches)
-    of_g, of_c, every = passes_of_a_batch(optimizer_config(arguments))
+    of_g, every = passes_of_a_batch(optimizer_config(arguments))
     measured = 0
     if every:
         measured = sum(n for step, n in enumerate(batches) if step_rule.is_measured(step, every))
     # The first loss is taken twice.
-    return of_g * sum(batches) + of_c * measured + 1, 0
+    return of_g * sum(batches) + measured + 1, 0
 
 
 def _evaluated_samples(options: Options, examples: ExampleSet) -> int:

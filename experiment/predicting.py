@@ -39,8 +39,8 @@ def answers(
     how = (arguments.per_device_eval_batch_size, arguments.calibration)
     return predict(
         *(model, encoder, samples, shown, *how),
-        generation=options.data.generation,
-        progress=None if arguments.quiet else label,
+        generation=options.generation,
+        progress=label,
     )
 
 
@@ -53,7 +53,7 @@ def predict_rows(options: Options, file: str) -> None:
     check_predictions(options)
     (path,) = options.predictions
     transformers.set_seed(options.weights.seed)
-    data, task = options.data, options.data.task
+    task = options.task
     encoder = prepare_encoder(options)
     questions = read_samples(task, own_file("--predict_file", file), with_answers=False)
     own = [row for _, row in read_rows(Path(file))]  # with columns that no prompt needs
@@ -63,9 +63,9 @@ def predict_rows(options: Options, file: str) -> None:
         logger.warning("answers are generated; --train_file chooses among the labels of its rows")
     train: list[Sample] = []
     if options.arguments.num_train:
-        train, _ = load_samples(task, data.data_dir, with_validation=False)
+        train, _ = load_samples(task, options.arguments.data_dir, with_validation=False)
     # Demonstrations are drawn as before eval examples, in whose order the answers come.
-    (drawn,) = data.draw(train, questions, num_dev=0, num_eval=None)
+    (drawn,) = options.draw(train, questions)
     check_conversations(encoder, drawn, file)
     with locked_places(options):
         model = load_pretrained(options.model)
@@ -75,6 +75,5 @@ def predict_rows(options: Options, file: str) -> None:
             rows = prediction_rows(replace(task, reward=None), drawn.evaluation, predictions)
             order = {sample.id: row for sample, row in zip(drawn.evaluation, rows, strict=True)}
             write_rows(path, [row | order[n] for n, row in enumerate(own)])
-            if not options.arguments.quiet:
-                print("\n".join(use_in_python(options, encoder, questions[0])))
+            print("\n".join(use_in_python(options, encoder, questions[0])))
             print(f"predictions: {path} ({len(questions)} rows)")

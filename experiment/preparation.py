@@ -11,13 +11,13 @@ from pathlib import Path
 
 import transformers
 from peft import PeftModel
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from experiment.options import ModelOptions, Options, TrainedWeights
 from language_model.adapters import add_lora, add_prefix, random_tokens, without_adapter
 from language_model.chat import Chat
 from language_model.encoding import Encoder
-from language_model.generation import GenerationSettings, check_generation
+from language_model.generation import check_generation
 from language_model.head import freeze_all_but_head, head_is_tied, untie_head
 from language_model.loading import choose_max_length, load_config_and_tokenizer, load_model
 from language_model.manifest import MANIFEST, damage
@@ -44,9 +44,8 @@ def prepare(options: Options) -> Prepared:
     Raises:
         InputError: the model, the data or a number does not fit.
     """
-    encoder, data = prepare_encoder(options), options.data
-    train, validation = load_samples(data.task, data.data_dir)
-    sets = data.draw(train, validation)
+    encoder = prepare_encoder(options)
+    sets = options.draw(*load_samples(options.task, options.arguments.data_dir))
     for examples in sets:
         check_conversations(encoder, examples, "validation data")
     return Prepared(encoder, sets)
@@ -72,30 +71,29 @@ def prepare_encoder(options: Options) -> Encoder:
     Raises:
         InputError: the model or a number does not fit, or a checkpoint is damaged.
     """
-    model, weights, data = options.model, options.weights, options.data
-    adapter, generation = SavedAdapter.find(model.name), data.generation
+    model, weights, arguments = options.model, options.weights, options.arguments
+    adapter, generation = SavedAdapter.find(model.name), options.generation
     for name in [model.name, adapter.base] if adapter else [model.name]:
         _check_whole(Path(name))
     config, tokenizer = load_config_and_tokenizer(model.name, model.trust_remote_code)
-    _check_sizes(config, weights, generation)
     num_prefix = weights.num_prefix if weights.mode == "prefix_tuning" else 0
     if adapter:
         num_prefix = adapter.num_prefix
         if options.trains:
             _check_trained_further(weights, adapter)
     # A prefix takes positions of its own before every text.
-    max_length = choose_max_length(data.max_length, config) - num_prefix
+    max_length = choose_max_length(arguments.max_length, config) - num_prefix
     if max_length < 2:
         raise InputError(
             f"--num_prefix {num_prefix} leaves no room for a text in --max_length "
             f"{max_length + num_prefix}"
         )
-    chat = Chat(tokenizer, data.system_prompt) if data.chat else None
+    chat = Chat(tokenizer, arguments.system_prompt) if arguments.apply_chat_template else None
     if chat:
         chat.check(model.name)
-    if data.task.generation:
+    if options.task.generation:
         check_generation(generation, tokenizer, max_length)
-    return Encoder(data.task, tokenizer, max_length, generation.max_new_tokens, chat)
+    return Encoder(options.task, tokenizer, max_length, generation.max_new_tokens, chat)
 
 
 def _check_whole(folder: Path) -> None:
@@ -106,21 +104,6 @@ def _check_whole(folder: Path) -> None:
             f"--model_name {folder} is a damaged checkpoint: {reason}; give another one, or delete "
             f"its {MANIFEST} if you have changed the file yourself"
         )
-
-
-def _check_sizes(
-    config: PreTrainedConfig, weights: TrainedWeights, generation: GenerationSettings
-) -> None:
-    """Refuse numbers that are larger than the model."""
-    sizes = config.get_text_config()
-    for name, value, size, what in (
-        ("lora_r", weights.lora_r, "hidden_size", "the model's hidden size"),
-        ("num_beams", generation.num_beams, "vocab_size", "the tokens of the vocabulary"),
-        ("top_k", generation.top_k, "vocab_size", "the tokens of the vocabulary"),
-    ):
-        largest = getattr(sizes, size, None)
-        if largest and value is not None and value > largest:
-            raise InputError(f"--{name} {value}: must be at most {largest}, {what}")
 
 
 def _check_trained_further(weights: TrainedWeights, adapter: SavedAdapter) -> None:

@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = ("torch", "transformers", "accelerate", "peft", "numpy")
 KINDS_OF_METRICS = ("metric_before_training", "dev_metric", "metric")
 # Settings that hold what was used, which can differ from what was asked for.
-USED = ("num_train", "num_dev", "num_eval", "max_length", "hessian_dtype", "zo_perturbation")
+USED = ("num_train", "num_dev", "num_eval", "max_length", "zo_perturbation")
 
 
 def prediction_rows(
@@ -110,7 +110,7 @@ def summarize(
     """Return the content of the result JSON: one run as it is, several with their mean."""
     examples = prepared.example_sets[0]
     shown = len(examples.demonstrations[0]) if examples.demonstrations else 0
-    files = split_files(options.data.task, options.data.data_dir)
+    files = split_files(options.task, options.arguments.data_dir)
     used = {
         "num_train": len(examples.train) or shown,
         "num_dev": len(examples.dev),
@@ -119,7 +119,7 @@ def summarize(
     }
     outcome = runs[0] if len(runs) == 1 else {**over_sets(runs), "runs": runs}
     return {
-        "task": options.data.task.name,
+        "task": options.task.name,
         "model": options.model.name,
         "trainer": options.arguments.trainer,
         "experiment": options.arguments.experiment,

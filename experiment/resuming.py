@@ -27,44 +27,38 @@ from training.checkpoints import (
 )
 from training.journal import FILE, Journal, read_journal
 from training.processes import from_first_process
-from training.recording import ANOTHER_FOLDER, Replay, checksum_of
+from training.recording import ANOTHER_FOLDER, Recording, checksum_of
 from utils import InputError, fingerprint, speaks_for_all
 from zeroth_order import noise
 from zeroth_order.blocks import in_order
 
 logger = logging.getLogger(__name__)
 logger.addFilter(lambda _: speaks_for_all())
-JOURNAL_OF_BEFORE = "journal.bin"
-# What decides the course of a training beside its settings, and the words where it differs.
-CONTENTS = {
-    "examples": "other examples than {data} has now",
-    "weights": "other weights than --model_name {model} has now",
-    "tokenizer": "another tokenizer than --model_name {model} has now",
-    "reward_file": "another reward than --reward {reward} is now",
-    "noise": "another version's noise",
-}
+# What decides the course of a training beside its settings, compared by content.
+CONTENTS = ("examples", "weights", "tokens", "rewards", "noise")
 # How the names of schedules begin that do not depend on the length of the run.
 ENDLESS = ("constant", "inverse_sqrt", "reduce_lr_on_plateau", "greedy")
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins: a checkpoint or the pre-trained weights, then a replay of a journal."""
+    """Where a run begins: a checkpoint or the pre-trained weights, then steps of a journal."""
 
     checkpoint: Path | None = None
-    journal: Path | None = None
-    replay: Replay = field(default_factory=Replay)
+    recording: Recording = field(default_factory=Recording)
 
     @property
     def source(self) -> str | None:
         """What the run resumes from, by its name; None if it begins anew."""
-        source = self.checkpoint or (self.journal if self.replay.steps else None)
+        journal = self.recording.path if self.recording.replayed_steps else None
+        source = self.checkpoint or journal
         return str(source) if source else None
 
     def words(self) -> str:
         """Return it in words; none where the run begins anew."""
-        steps = f"{self.replay.steps:,} steps of {self.journal}" if self.replay.steps else ""
-        return ", and ".join(filter(None, [self.checkpoint and str(self.checkpoint), steps]))
+        steps = self.recording.replayed_steps
+        of_journal = f"{steps:,} steps of {self.recording.path}" if steps else ""
+        return ", and ".join(filter(None, [self.checkpoint and str(self.checkpoint), of_journal]))
 
 
 def with_contents(
@@ -83,8 +77,8 @@ def with_contents(
         return {
             "examples": _digest([_texts(task, sample) for sample in samples]),
             "weights": checksum_of(in_order(model, weights)),
-            "tokenizer": _digest([tokens, template]),
-            "reward_file": task.reward and fingerprint([task.reward.file]),
+            "tokens": _digest([tokens, template]),
+            "rewards": task.reward and fingerprint([task.reward.file]),
             "noise": noise.VERSION,
         }
 
@@ -114,8 +108,11 @@ def find_start(options: Options, output_dir: Path, has_result: bool) -> Start:
     wanted, arguments = options.resume_from, options.arguments
     path = output_dir / FILE if arguments.trainer == "zo" else None
     if wanted == "false":
-        return Start(None, path)
-    journal = path and journal_of_first_process(path)
+        return Start(None, Recording(path))
+    try:
+        journal = path and from_first_process(lambda: read_journal(path))
+    except InputError as error:
+        raise InputError(f"{error}; give another --output_dir, or remove it") from error
     if wanted in (None, "true"):
         checkpoint = last_whole_checkpoint(output_dir)
     else:
@@ -127,23 +124,17 @@ def find_start(options: Options, output_dir: Path, has_result: bool) -> Start:
             )
     if wanted == "true" and not checkpoint and not journal:
         raise InputError(f"--resume_from_checkpoint: no whole checkpoint in {output_dir}")
-    before = output_dir / JOURNAL_OF_BEFORE
-    if path and not journal and before.exists() and not arguments.overwrite_output_dir:
-        raise InputError(
-            f"{before} is the journal of an earlier version, which cannot be resumed; "
-            f"{ANOTHER_FOLDER}"
-        )
     step = _step_of(options, checkpoint, has_result) if checkpoint else 0
     checkpoint = checkpoint if step else None
-    replay = Replay()
+    recording = Recording(path)
     if journal:
         is_finished = has_result and not checkpoint and journal.steps >= journal.header.max_steps
         settings = {**journal.header.settings, "noise": journal.header.noise}
         if is_resumed(options, path, settings, is_finished):
-            replay = _replay(options, journal, step)
-        if replay.steps and not checkpoint:
+            recording = _continued(options, journal, step)
+        if recording.replayed_steps and not checkpoint:
             _warn_of_another_length(options, path, settings)
-    return Start(checkpoint, path, replay)
+    return Start(checkpoint, recording)
 
 
 def is_resumed(
@@ -156,7 +147,7 @@ def is_resumed(
     Raises:
         InputError: it belongs to another run: a setting, an example or a weight differs.
     """
-    course, given = options.course, options.settings
+    course = options.course
     if options.arguments.overwrite_output_dir and not options.resume_from:
         return not is_finished and settings == options.of_run
     # A setting that is not written down is newer than what is there, and has its default.
@@ -164,11 +155,7 @@ def is_resumed(
     different = {n: now for n, now in course.items() if saved.get(n) != now}
     # Other settings may be the reason for other contents, so name the settings alone.
     words = [f"--{n} {settings[n]}, not {now}" for n, now in different.items() if n not in CONTENTS]
-    if not words:
-        sources = ("train_file", "data_dir", "task_name")
-        data = next((f"--{name} {given[name]}" for name in sources if given.get(name)), "")
-        known = {"data": data, "model": options.model.name, "reward": given.get("reward")}
-        words = [CONTENTS[name].format(**known) for name in different]
+    words = words or [f"other {name}" for name in different]
     if words:
         raise InputError(f"{place} comes from a run with {', '.join(words)}: {ANOTHER_FOLDER}")
     return True
@@ -177,11 +164,8 @@ def is_resumed(
 def _warn_of_another_length(options: Options, place: Path, settings: Mapping[str, Any]) -> None:
     """Say that the end is not that of a straight run, where a schedule depends on the length."""
     course, length = options.course, options.length
-    names = [
-        name
-        for name in ("lr_scheduler_type", "hessian_smooth_type")
-        if not str(course.get(name, "constant")).startswith(ENDLESS)
-    ]
+    schedule = course.get("lr_scheduler_type", "constant")
+    names = [] if schedule.startswith(ENDLESS) else ["lr_scheduler_type"]
     names += ["warmup_steps"] if 0 < course.get("warmup_steps", 0) < 1 else []
     if names and any(settings.get(name) != now for name, now in length.items()):
         schedules = ", ".join(f"--{name} {course[name]}" for name in names)
@@ -214,40 +198,29 @@ def _step_of(options: Options, checkpoint: Path, has_result: bool) -> int:
     return step
 
 
-def _replay(options: Options, journal: Journal, step: int) -> Replay:
-    """Return what a run takes from its journal after ``step`` steps."""
+def _continued(options: Options, journal: Journal, step: int) -> Recording:
+    """Return a recording that continues a journal after ``step`` steps."""
     path, header = journal.path, journal.header
-    if step < header.step:
-        logger.warning(f"{path} begins with step {header.step}, not {step}: it is begun anew")
-        return Replay()
-    if options.resume_from not in (None, "true"):
-        # The user named a checkpoint: resume there, not behind the last step of the journal.
-        return Replay(begins_at=journal.end_of(step))
-    rows, end, fault = journal.after(step)
-    replay = Replay(rows, end, header.start if step == header.step else None)
-    if replay.steps:
-        _check_length(options, path, step + replay.steps)
-    if fault:
+    if journal.fault:
         logger.warning(
-            f"{path} is damaged after step {step + replay.steps} ({fault}): what follows is "
+            f"{path} is damaged after step {journal.steps} ({journal.fault}): what follows is "
             "computed again"
         )
-    return replay
+    if not header.step <= step <= journal.steps:
+        logger.warning(
+            f"{path} has steps {header.step} to {journal.steps}, not {step}: it is begun anew"
+        )
+        return Recording(path)
+    if options.resume_from not in (None, "true"):
+        # The user named a checkpoint: resume there, not behind the last step of the journal.
+        return Recording(path, begins_at=journal.end_of(step))
+    start = header.start if step == header.step else None
+    if step < journal.steps:
+        _check_length(options, path, journal.steps)
+    return Recording(path, journal.after(step), journal.ends[-1], start)
 
 
 def _check_length(options: Options, place: Path, steps: int) -> None:
     max_steps = options.length.get("max_steps")
     if max_steps and steps > max_steps:
         raise InputError(f"{place} has more than --max_steps {max_steps}: {ANOTHER_FOLDER}")
-
-
-def journal_of_first_process(path: Path) -> Journal | None:
-    """Return the journal that the first process finds.
-
-    Raises:
-        InputError: in all processes, where it cannot be read.
-    """
-    try:
-        return from_first_process(lambda: read_journal(path))
-    except InputError as error:
-        raise InputError(f"{error}; give another --output_dir, or remove it") from error

@@ -14,12 +14,12 @@ from peft import PeftModel
 from transformers import PreTrainedModel, TrainerCallback
 
 from command_line.declarations import AUTO
-from command_line.optimizer import COMPILE, method
+from command_line.optimizer import method
 from experiment.options import Options
 from experiment.predicting import answers
 from experiment.preparation import Prepared, choose_trained_weights, load_pretrained
 from experiment.results import history, prediction_rows
-from experiment.resuming import Start, find_start, journal_of_first_process, with_contents
+from experiment.resuming import Start, find_start, with_contents
 from experiment.telling import describe, example_lines, metric_names
 from experiment.training import dev_samples, make_trainer, save_model, used_by_optimizer
 from language_model.adapters import check_merge, save_merged
@@ -31,9 +31,8 @@ from task_data.sampling import ExampleSet
 from tasks import Sample
 from training.callbacks import Reports, SaveOnInterrupt
 from training.checkpoints import RemoveEarlierCheckpoints, last_checkpoint
-from training.journal import FILE
-from training.replaying import return_to
-from training.scales import ChooseScales
+from training.scales import ChooseScale
+from training.watching import SKIPPED_STEPS
 from utils import Diverged, Interrupted, process_index
 
 Model = PreTrainedModel | PeftModel
@@ -124,17 +123,14 @@ class Experiment:
             check_merge(model)
         trainer = make_trainer(options, model, self.prepared, examples, folder, start)
         probe, interrupt = None, SaveOnInterrupt()
-        eps, curvature_eps = arguments.zo_eps, arguments.curvature_eps
-        measured = (eps == AUTO, (curvature_eps or eps) == AUTO)
-        if any(measured):
-            probe = ChooseScales(trainer.loss_along, trainer.recording, *measured, folder)
+        if arguments.zo_eps == AUTO:
+            probe = ChooseScale(trainer.loss_along, trainer.recording, folder)
             trainer.add_callback(probe)
         if arguments.overwrite_output_dir and not checkpoint:
             trainer.add_callback(RemoveEarlierCheckpoints())
         if arguments.save_on_interrupt:
             trainer.add_callback(interrupt)
-        if not arguments.quiet:
-            trainer.add_callback(SayAtStart(self.first_lines(examples)))
+        trainer.add_callback(SayAtStart(self.first_lines(examples)))
         self.reports = Reports(options.settings, trainer.callback_handler.callbacks)
         trainer.add_callback(self.reports)
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
@@ -146,12 +142,10 @@ class Experiment:
         if interrupt.received:
             raise Interrupted(f"{interrupt.received}: {place}; the same command resumes there")
         if reason := trainer.divergence.reason:
-            from_the_start = state.global_step <= arguments.max_skipped_steps
+            from_the_start = state.global_step <= SKIPPED_STEPS
             remedy = f"lower --{arguments.rate}" + " or --zo_eps" * (arguments.trainer == "zo")
             advice = advice_for_losses(trainer.model, from_the_start, remedy)
             raise Diverged(f"{reason}: {place}; {advice}")
-        if arguments.replays_best and state.best_global_step:
-            self.return_to_best(model, folder, state.best_global_step)
         if arguments.save_model:
             if arguments.merge_adapter:
                 save = functools.partial(save_merged, model)
@@ -169,9 +163,8 @@ class Experiment:
             **trainer.costs.passes(),
             "resumed_from": start.source,
             "checkpoint": best and str(best),
-            **({"best_step": state.best_global_step} if arguments.replays_best else {}),
             **({"probe": probe.found} if probe else {}),
-            "history": history(state.log_history, options.data.task.metric_name),
+            "history": history(state.log_history, options.task.metric_name),
         }
 
     def first_lines(self, examples: ExampleSet) -> Iterator[str]:
@@ -180,14 +173,6 @@ class Experiment:
             yield line
         if not examples.dev and dev_samples(self.options, examples):
             yield "dev losses are those of the eval examples: there is no --num_dev"
-
-    def return_to_best(self, model: Model, folder: Path, step: int) -> None:
-        """Give ``model`` the weights of the best step, from its journal."""
-        options, tokenizer = self.options, self.prepared.encoder.tokenizer
-        began = choose_trained_weights(load_pretrained(options.model), options.weights, tokenizer)
-        journal = journal_of_first_process(folder / FILE)
-        return_to(model, began, journal, step, COMPILE[options.arguments.zo_compile])
-        say(f"best step: {step}, by a replay of {journal.path}")
 
     def fit_head(self, model: Model, examples: ExampleSet, folder: Path) -> dict[str, Any]:
         """Fit the head of ``model`` by logistic regression; returns what it was fitted to."""

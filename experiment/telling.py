@@ -37,7 +37,7 @@ def metric_names(options: Options) -> dict[str, str]:
     """Return what the metrics are called, by their kinds."""
     after = "in-context" if options.arguments.num_train else "zero-shot"
     words = ("zero-shot", "dev", "test" if options.trains else after)
-    metric = options.data.task.metric_name
+    metric = options.task.metric_name
     return {kind: f"{name} {metric}" for kind, name in zip(KINDS_OF_METRICS, words, strict=True)}
 
 
@@ -97,7 +97,7 @@ def result_lines(
     for run in runs:
         for line in concerns(run, options.arguments.rate):
             yield f"set {run['train_set_seed']}: {line}" if len(runs) > 1 else line
-    if len(runs) == 1 and not options.arguments.quiet:
+    if len(runs) == 1:
         yield from _next_step(options, result)
     yield f"result: {options.result}"
 
@@ -105,7 +105,7 @@ def result_lines(
 def _next_step(options: Options, result: Mapping[str, Any]) -> Iterator[str]:
     """Yield the command by which a model that was trained on one's own rows answers others."""
     arguments = options.arguments
-    if not (options.trains and isinstance(options.data.task, OwnTask)):
+    if not (options.trains and isinstance(options.task, OwnTask)):
         return
     model = options.folders[0] if arguments.save_model else result.get("checkpoint")
     if not model:
@@ -136,8 +136,8 @@ def use_in_python(options: Options, encoder: Encoder, sample: Sample) -> Iterato
             yield "next: the training command with --save_model --merge_adapter makes one model"
         return
     prompt: Any = task.prompt(sample).strip()
-    if options.data.chat:
-        said = options.data.system_prompt
+    if options.arguments.apply_chat_template:
+        said = options.arguments.system_prompt
         system = [{"role": "system", "content": said}] if said else []
         prompt = [*system, *task.messages(prompt, sample)]
     answers = encoder.options(sample).options  # none where the answers are generated

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from command_line.arguments import Arguments
-from command_line.optimizer import optimizer_config, smoothing
+from command_line.optimizer import optimizer_config
 from experiment.options import Options
 from experiment.predicting import answers
 from experiment.preparation import Prepared
@@ -33,7 +34,7 @@ from language_model.shared_tokens import can_share_prompt
 from task_data.sampling import ExampleSet, has_correct_option
 from tasks import Sample
 from trainer import ErrorBroadcastTrainer, ZerothOrderTrainer
-from training.checkpoints import write_together
+from training.checkpoints import UNFINISHED, write_together
 from training.objective_trainer import ObjectiveTrainer
 from training.recording import Recording
 from utils import process_index
@@ -51,7 +52,7 @@ def choose_objective(
     options: Options, model: PreTrainedModel | PeftModel, encoder: Encoder
 ) -> Training:
     """Return what training minimises."""
-    arguments, task, generation = options.arguments, encoder.task, options.data.generation
+    arguments, task, generation = options.arguments, encoder.task, options.generation
     packed = functools.partial(collate, share_prompt=can_share_prompt(model, encoder.max_length))
     if arguments.train_as_classification:
         return Training(classification_loss, encoder.options, packed)
@@ -61,7 +62,7 @@ def choose_objective(
         return Training(language_model_loss, encode, packed)
     if not task.generation:
         return Training(negative_accuracy, encoder.options, packed)
-    metric, count = arguments.non_diff_metric or "f1", 1
+    metric, count = "f1", 1
     if task.reward:
         # Several texts of a prompt are sampled.
         metric, count = "reward", arguments.reward_samples
@@ -97,9 +98,7 @@ def make_trainer(
         "objective": chosen.objective,
         "data_collator": chosen.collate,
         "decay_step": arguments.decay_step,
-        "max_skipped_steps": arguments.max_skipped_steps,
         "dev_metric": dev_metric(options, prepared.encoder, dev),
-        "quiet": arguments.quiet,
         "settings": options.of_run,
     }
     if arguments.trainer == "regular":
@@ -113,19 +112,11 @@ def make_trainer(
             max_tokens=arguments.broadcast_tokens,
             **shared,
         )
-    recording = None
-    if start:
-        header = {
-            "model": {"name": options.model.name},
-            "settings": options.of_run,
-            "versions": {"torch": torch.__version__},
-        }
-        recording = Recording(start.journal, header, start.replay, arguments.check_every)
+    recording = start.recording if start else Recording()
+    recording.header = {"model": {"name": options.model.name}, "settings": options.of_run}
     return ZerothOrderTrainer(
         config=optimizer_config(arguments),
-        smoothing=smoothing(arguments),
         perturbation=arguments.zo_perturbation,
-        parallel=arguments.zo_parallel,
         recording=recording,
         **shared,
     )
@@ -167,23 +158,30 @@ def dev_metric(
 def save_model(
     save: Callable[[Path], None], tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
-    """Let the first process save a model, and the tokenizer beside it."""
+    """Let the first process save a model and its tokenizer, whole or not at all.
+
+    Raises:
+        NotWritten: the disk is full.
+    """
+    unfinished = folder / UNFINISHED
 
     def write() -> None:
         if process_index() == 0:
-            save(folder)
-            tokenizer.save_pretrained(folder)
+            save(unfinished)
+            tokenizer.save_pretrained(unfinished)
+            # The configuration, whose presence makes it a model, is the last one.
+            for file in sorted(unfinished.iterdir(), key=lambda file: "config.json" in file.name):
+                file.replace(folder / file.name)
 
-    write_together(folder, write)
+    try:
+        write_together(folder, write)
+    finally:
+        if process_index() == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def used_by_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, str | None]:
+def used_by_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, str]:
     """Return what HiZOO has made of settings that may be "auto"; nothing for other optimizers."""
     if not isinstance(optimizer, HiZOO):
         return {}
-    full = (state.get("hessian_minus_one") for state in optimizer.state.values())
-    dtypes = {str(h.dtype).removeprefix("torch.") for h in full if h is not None}
-    return {
-        "zo_perturbation": "inplace" if optimizer.layers is None else "layerwise",
-        "hessian_dtype": ", ".join(sorted(dtypes)) or None,
-    }
+    return {"zo_perturbation": "inplace" if optimizer.layers is None else "layerwise"}

@@ -35,7 +35,7 @@ from command_line.reading import (
     read_values,
 )
 from utils import InputError
-from zeroth_order.smoothing import SmoothingSchedule
+from zeroth_order.config import smoothing_of
 
 # Arguments by name, as the user types them.
 Typed = dict[str, str]
@@ -43,7 +43,7 @@ Typed = dict[str, str]
 # The sweep sets these for every run.
 OF_THE_SWEEP = ("output_dir", "result_file", "tag", "predictions_file", "resume_from_checkpoint")
 # With these run.py writes no result.
-WITHOUT_RESULT = ("dry_run", "show_config", "predict_file")
+WITHOUT_RESULT = ("dry_run", "predict_file")
 # File systems allow 255 bytes; a hash, a suffix and a temporary file's name are added.
 LONGEST_NAME = 150
 
@@ -165,7 +165,7 @@ def _meaning(values: Values) -> dict[str, Any]:
             with contextlib.suppress(ValueError):
                 meaning[name] = float(value)
     if "hessian_smooth_type" in meaning:
-        meaning["hessian_smooth_type"] = SmoothingSchedule.parse(values.hessian_smooth_type)
+        meaning["hessian_smooth_type"] = smoothing_of(values.hessian_smooth_type)
     return meaning
 
 

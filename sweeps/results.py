@@ -169,8 +169,7 @@ def differing_settings(outcomes: Sequence[Outcome]) -> tuple[str, ...]:
     values: dict[str, dict[str, set[str]]] = {}
     for each in outcomes:
         for name, value in each.settings.items():
-            # Without h, h has no dtype.
-            if name not in NO_SETTING and not (name == "hessian_dtype" and value is None):
+            if name not in NO_SETTING:
                 values.setdefault(name, {}).setdefault(each.task, set()).add(shown(value))
     return tuple(n for n, tasks in values.items() if any(len(v) > 1 for v in tasks.values()))
 

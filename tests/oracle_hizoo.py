@@ -59,7 +59,6 @@ class OracleHiZOO:
     weight_decay: Sequence[float]
     low_rank: bool = False
     is_auto: bool = False
-    curvature_eps: float | None = None
     every: int = 1
     hessians: list[Tensor] = field(default_factory=list)
 
@@ -91,8 +90,8 @@ class OracleHiZOO:
         def mean_loss(parameters: list[Tensor]) -> float:
             return sum(loss(parameters) for loss in losses) / len(losses)
 
-        def two_sides(direction: list[Tensor], eps: float) -> tuple[float, float]:
-            shift = [eps * u / h**0.5 for u, h in zip(direction, self.hessians, strict=True)]
+        def two_sides(direction: list[Tensor]) -> tuple[float, float]:
+            shift = [self.eps * u / h**0.5 for u, h in zip(direction, self.hessians, strict=True)]
             plus = mean_loss([p + z for p, z in zip(self.parameters, shift, strict=True)])
             return plus, mean_loss([p - z for p, z in zip(self.parameters, shift, strict=True)])
 
@@ -101,11 +100,9 @@ class OracleHiZOO:
         number, samples = self.steps, len(directions)
         measured_now = number < self.every or number % self.every == 0
         for direction in directions:
-            plus, minus = two_sides(direction, self.eps)
+            plus, minus = two_sides(direction)
             gradients.append((plus - minus) / (2 * self.eps))
-            eps = self.curvature_eps or self.eps
-            plus, minus = two_sides(direction, eps)
-            curvatures.append(abs(plus + minus - 2 * center) / (2 * eps**2))
+            curvatures.append(abs(plus + minus - 2 * center) / (2 * self.eps**2))
         if measured_now:
             self.curvatures.append(sum(curvatures) / samples)
         self.steps += 1

@@ -97,7 +97,7 @@ def test_models_of_another_architecture_are_refused_in_one_line(
         model = tmp_path / family
         tiny_model(family).save_pretrained(model)
         tiny_tokenizer().save_pretrained(model)
-        argv = training(tmp_path / f"run {family}", model_name=model, quiet=True, **BROADCAST)
+        argv = training(tmp_path / f"run {family}", model_name=model, **BROADCAST)
         line = refused_line(argv, capsys)
         assert line.startswith("--trainer broadcast: ") and line.endswith("; use --trainer zo")
         assert not (tmp_path / f"run {family}").exists()

@@ -13,7 +13,7 @@ import run
 from command_line.arguments import parse_arguments
 from command_line.checks import check
 from command_line.config_files import words_of_config
-from command_line.settings import experiment_hash, settle_dtype
+from command_line.settings import experiment_hash
 from experiment import running
 
 CONFIG = """\
@@ -116,31 +116,6 @@ def test_dictionaries_of_a_file_are_json(tmp_path: Path) -> None:
     _, word = words_of_config(tmp_path / "config.yaml")["a"]
     expected = {"b": 1e-7, "c": True, "d": None, "e": "!!python/name:os.system", "f": [1, "x"]}
     assert json.loads(word) == expected
-
-
-def test_shown_arguments_are_a_file_of_the_same_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    argv = training(
-        tmp_path,
-        **{"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": '{"min_lr": 1e-7}'},
-        **{"zo_compile": "no", "eos_token": None, "learning_rate": 0.1 + 0.2},
-    )
-    monkeypatch.setenv("DIRECTIONS", "2")
-    script = ["--script", "HiZOO.sh", "--no_eval"]
-    assert run.main([*script, *argv, "--show_config"]) == 0
-    shown = capsys.readouterr().out
-    assert "learning_rate: 0.30000000000000004\n" in shown and "zo_compile: 'no'\n" in shown
-    assert "zo_num_samples: 2\n" in shown and "workers" not in shown
-    assert "# defaults\n" in shown and "# hessian: full\n" in shown
-    again = parse_arguments(
-        ["--config", write_config(tmp_path, shown.replace("{", "{{").replace("}", "}}"))]
-    )
-    check(again)
-    first = parse_arguments([*script, *argv])
-    settle_dtype(first)
-    assert experiment_hash(again) == experiment_hash(first)
-    assert not (tmp_path / "out").exists()
 
 
 def test_dry_run_checks_everything_but_the_weights(

@@ -1,4 +1,4 @@
-"""--help, --help_all, docs/arguments.md, and what is said to arguments that do not exist."""
+"""--help, docs/arguments.md, and what is said to arguments that do not exist."""
 
 from __future__ import annotations
 
@@ -42,9 +42,6 @@ def test_help_has_our_own_arguments_in_groups(capsys: pytest.CaptureFixture[str]
     assert places == sorted(places)
     assert all(len(line) <= 100 for line in text.splitlines())
     assert help_text(["--help", "--task_name", "zo"]) == help_text(["--help"])
-    everything = names_in(help_text(["--help_all"]))
-    assert everything[: len(OWN)] == list(OWN)
-    assert sorted(everything) == sorted(DECLARED)
 
 
 def test_every_argument_of_ours_is_explained() -> None:

@@ -41,7 +41,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "HiZOO-L in bfloat16": {
         **{"hessian": "lowrank", "load_bfloat16": True, "zo_num_samples": 2},
         **{"gradient_accumulation_steps": 2, "weight_decay": 0.1, "num_train": 16},
-        **{"lr_scheduler_type": "linear", "hessian_smooth_type": "linear1e-2"},
+        **{"lr_scheduler_type": "linear", "hessian_smooth_type": "constant1e-2"},
     },
     "MeZO, kept blocks": {"hessian_smooth_type": "constant0", "offload_memory": "30KB"},
     "F1 of texts": {
@@ -157,7 +157,7 @@ def test_a_kill_at_any_block_costs_no_step(tmp_path: Path, loads: tuple[int, ...
 REFUSED = {
     "--trainer regular and broadcast need all weights in memory": {"trainer": "regular"},
     "--zo_perturbation inplace": {"zo_perturbation": "inplace"},
-    "--offload_memory much: give a number and a unit": {"offload_memory": "much"},
+    "--offload_memory: `size` much is not in a valid format": {"offload_memory": "much"},
     "--merge_adapter needs all weights": {"merge_adapter": True, "lora": True, "save_model": True},
     "--load_int8": {"load_int8": True, "lora": True},
 }

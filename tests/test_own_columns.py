@@ -501,16 +501,3 @@ def test_the_end_of_a_run_is_a_table(tmp_path: Path, capsys: pytest.CaptureFixtu
     metrics = [result[k]["accuracy"] for k in ("metric_before_training", "dev_metric", "metric")]
     assert cells[:5] == [*(f"{value:.4f}" for value in metrics), "6", "19"]
     assert cells[-1].endswith("MiB")
-
-
-def test_quiet_shows_metrics_and_places_alone(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    curve = {"num_dev": 4, "eval_strategy": "steps", "eval_steps": 3, "no_eval": None}
-    result = finish(training(tmp_path, **curve, quiet=True))
-    out, err = capfd.readouterr()
-    starts = ("checkpoint: ", "dev accuracy: ", "test accuracy: ", "result: ")
-    lines = out.splitlines()
-    assert [line for line in lines if line.startswith(starts)] == [*lines[:3], lines[-1]]
-    assert not any(line.startswith("step ") for line in lines) and err == ""
-    assert "quiet" in result["settings"]

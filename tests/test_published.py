@@ -132,7 +132,6 @@ def test_first_line_of_a_training(tmp_path: Path, capsys: pytest.CaptureFixture[
         ({"hessian_smooth_type": None}, "MeZO: 2 forward passes a step"),
         (alpha, "HiZOO, α 1e-8: 3 forward passes a step"),
         (alpha | {"hessian": "lowrank"}, "HiZOO-L, α 1e-8: 3 forward passes a step"),
-        ({"hessian_smooth_type": "linear1e-6"}, "HiZOO, α 1e-6 (linear): 3 forward passes a step"),
         (alpha | {"q": 2}, "HiZOO, α 1e-8, 2 directions: 5 forward passes a step"),
         (
             {"hessian_smooth_type": None, "learning_rate": "auto"},

@@ -209,10 +209,10 @@ def test_result_holds_the_experiment_and_nothing_else(tmp_path: Path) -> None:
         *("num_train", "num_dev", "train_set_seed", "max_length", "seed"),
         *("load_float16", "load_int4", "per_device_train_batch_size", "learning_rate", "hessian"),
         *("lr_scheduler_type", "warmup_steps", "weight_decay", "max_steps", "zo_eps", "lora"),
-        *("hessian_smooth_type", "curvature_eps", "logging_steps", "save_steps", "output_dir"),
+        *("hessian_smooth_type", "logging_steps", "save_steps", "output_dir"),
     }
     without_effect = {"lora_r", "num_prefix", "num_train_epochs", "eval_steps", "top_p", "optim"}
-    nothing_decided = {"quiet", "save_on_interrupt", "report_to", "check_every"}
+    nothing_decided = {"save_on_interrupt", "report_to"}
     assert not set(settings) & (without_effect | nothing_decided)
     assert settings["data_seed"] == 5 and settings["dataloader_drop_last"] is True
     assert settings["output_dir"] == str(tmp_path / "out")

@@ -165,7 +165,7 @@ BAD_GRIDS = (
     (f"seed: {'[' * 1200}{']' * 1200}\n", "grid.yaml:1: nested more than 20 times"),
     ("seed: [[1, 2], 3]\n", "grid.yaml:1: seed is a list; give one value"),
     ("tag: [a, b]\n", "--tag in a sweep: every run has files of its own"),
-    ("show_config: [true, false]\n", "--show_config of the runs of a sweep: they write no result"),
+    ("dry_run: [true, false]\n", "--dry_run of the runs of a sweep: they write no result"),
     ("seed: [0, -1]\n", "seed=-1: --seed -1: must be at least 0"),
 )
 BAD_COMMAND_LINES = (
@@ -435,8 +435,6 @@ PLANNED = (
     {},
     {"hessian_smooth_type": "constant0"},
     {"zo_num_samples": 2, "gradient_accumulation_steps": 2},
-    {"curvature_every": 2, "max_steps": 5},
-    {"curvature_eps": 1e-2, "max_steps": 12},
     {"learning_rate": "auto", "hessian_smooth_type": "constant0", "max_steps": 11},
     {"trainer": "regular"},
     {"trainer": "broadcast", "gradient_accumulation_steps": 2},

@@ -237,18 +237,13 @@ def test_linear_probing_learns_and_saves(tmp_path: Path) -> None:
 
 def test_training_without_a_gradient(tmp_path: Path) -> None:
     least = {}
-    for task, metric, mode in (
-        ("SST2", None, {}),
-        ("SQuAD", None, MODES["lora"]),
-        ("DROP", "em", MODES["prefix"]),
-    ):
+    for task, mode in (("SST2", {}), ("SQuAD", MODES["lora"]), ("DROP", MODES["prefix"])):
         argv = training(
             *(tmp_path / task, task),
             **mode,
             **TRAINERS["zo"] | {"zo_eps": 1e-1, "train_as_classification": None, "max_steps": 2},
             **{"num_dev": 4, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 2},
             non_diff=True,
-            non_diff_metric=metric,
             max_new_tokens=None if task == "SST2" else 4,
         )
         finish(argv)
@@ -274,10 +269,6 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "quantised and full": ({"load_int8": True}, ["--load_int8", "--lora"]),
     "8 bits without a GPU": ({"load_int8": True, "lora": True}, ["--load_int8", "CUDA GPU"]),
     "two objectives": ({"non_diff": True}, ["--train_as_classification", "--non_diff"]),
-    "f1 of options": (
-        {"non_diff": True, "non_diff_metric": "f1", "train_as_classification": None},
-        ["--non_diff_metric f1", "accuracy"],
-    ),
     "prefix without activations": (
         {
             "prefix_tuning": True,

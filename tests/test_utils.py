@@ -109,8 +109,8 @@ def test_fingerprints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert fingerprint([first]) != fingerprint([second])
 
 
-def test_last_line_is_said_by_the_first_process_and_kept_for_torchrun(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_last_line_is_said_by_the_first_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "2")
     monkeypatch.delenv("WORLD_SIZE", raising=False)  # a rank of nothing
@@ -119,10 +119,5 @@ def test_last_line_is_said_by_the_first_process_and_kept_for_torchrun(
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, said in (("0", "error: a value\n"), ("1", "")):
         monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / rank))
         utils.say_last("error: a value")
         assert capsys.readouterr().err == said
-        assert json.loads((tmp_path / rank).read_text())["message"]["message"] == "error: a value"
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "file" / "0"))  # not writable
-    utils.say_last("error: a value")

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterable, Mapping
 from types import FrameType
 from typing import Any
@@ -99,29 +95,20 @@ class SaveOnInterrupt(TrainerCallback):
     """Saves a checkpoint and stops after the current step when a signal arrives.
 
     SIGINT is Ctrl-C. Slurm sends SIGTERM, or SIGUSR1 (``sbatch --signal``), before a job's time is
-    over. A process that then waits for another one cannot end its step: it ends ``PATIENCE``
-    seconds later; Slurm's SIGKILL comes after 30.
+    over.
 
     ``received`` is the signal's name, None as long as none arrived.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    PATIENCE = 20.0
 
     def __init__(self) -> None:
         self.received: str | None = None
         self._previous: dict[int, Any] = {}
-        self._pipe: tuple[int, int] | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         """Listen for the signals."""
         self._previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
-        if args.world_size > 1:
-            # Python's handlers wait for the main thread, which may wait in a library.
-            self._pipe = os.pipe()
-            os.set_blocking(self._pipe[1], False)
-            signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-            threading.Thread(target=self._end_a_waiting_process, daemon=True).start()
 
     def on_step_end(
         self, args: TrainingArguments, state: Any, control: TrainerControl, **_: Any
@@ -140,29 +127,9 @@ class SaveOnInterrupt(TrainerCallback):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
-        if self._pipe:
-            signal.set_wakeup_fd(-1)
-            os.close(self._pipe[1])  # which ends the thread
-            self._pipe = None
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
-
-    def _end_a_waiting_process(self) -> None:
-        reader, main = self._pipe[0], threading.main_thread().ident
-        while (read := os.read(reader, 1)) and read[0] not in self.SIGNALS:
-            pass
-        waited, before, tick = 0.0, None, self.PATIENCE / 20
-        while read and self._pipe and waited < self.PATIENCE:
-            time.sleep(tick)
-            frame = sys._current_frames()[main]
-            waits = frame is before and "distributed" in frame.f_code.co_filename
-            waited, before = waited + tick if waits else 0.0, frame
-        if waited >= self.PATIENCE:
-            name = signal.Signals(read[0]).name
-            print(f"interrupted: {name} while waiting for another process", file=sys.stderr)
-            os._exit(130)
-        os.close(reader)
 
 
 def save_and_stop(control: TrainerControl) -> None:

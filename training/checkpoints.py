@@ -27,7 +27,7 @@ STATE = "trainer_state.json"
 # Within the output folder; holds the number of the last step that is done.
 LAST_STEP = "last_step"
 # Counts changes of what a checkpoint holds, of the noise u among it.
-CHECKPOINT_VERSION = 4
+CHECKPOINT_VERSION = 5
 ANOTHER = "give another one, or --overwrite_output_dir to start anew"
 
 
@@ -69,13 +69,8 @@ def write_checkpoint(folder: Path, write: Callable[[Path], None], *, writes_mani
             write_together(folder, part)
     except NotWritten as error:
         clear()
-        before = last_checkpoint(folder.parent)
-        way_out = (
-            f"{before} is whole, the same command resumes from there"
-            if before
-            else "there is no checkpoint before it"
-        )
-        raise NotWritten(f"{error}; {way_out}") from error
+        before = last_checkpoint(folder.parent) or "its start"
+        raise NotWritten(f"{error}; the same command resumes from {before}") from error
 
 
 def write_together(place: Path, write: Callable[[], None]) -> None:

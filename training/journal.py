@@ -28,56 +28,34 @@ SYNC_EVERY = 1.0
 
 @dataclass
 class Journal:
-    """What is in a journal's file."""
+    """What is in a journal's file, until its end or the first line that cannot be used."""
 
     path: Path
     header: Header
-    # A text says why a line cannot be used.
-    rows: list[Row | str] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
     # Where each line ends, in bytes; the header's first.
     ends: list[int] = field(default_factory=list)
+    # Why the line behind the last row cannot be used; None at the end of the file.
+    fault: str | None = None
 
     @property
     def steps(self) -> int:
         """How many steps the run has done."""
-        rows = (row for row in self.rows if isinstance(row, Row))
-        return max((row.step + isinstance(row, Step) for row in rows), default=self.header.step)
+        return self.header.step + sum(isinstance(row, Step) for row in self.rows)
 
-    def after(self, step: int) -> tuple[list[Row], int, str | None]:
-        """Return what followed when so many steps were done, until the end or a damaged line.
-
-        The dev loss of that step is among the rows before step 0 only; later a checkpoint has it.
-
-        Returns:
-            The rows, where the last of them ends in bytes, and what is wrong with the line behind
-            it, None at the end of the file.
-        """
-        first = 0
-        if step or self.header.step:
-            found = (i for i, r in enumerate(self.rows) if isinstance(r, Step) and r.step == step)
-            first = next(found, self._count_before(step))
-        rows: list[Row] = []
-        for number, row in enumerate(self.rows[first:], first + 2):
-            if isinstance(row, str):
-                return rows, self.ends[first + len(rows)], f"line {number}: {row}"
-            if row.step != step:
-                fault = f"line {number}: step {row.step} where {step} was due"
-                return rows, self.ends[first + len(rows)], fault
-            rows.append(row)
-            step += isinstance(row, Step)
-        return rows, self.ends[-1], None
+    def after(self, step: int) -> list[Row]:
+        """Return what followed when so many steps were done."""
+        return self.rows[self._count_before(step) :]
 
     def end_of(self, step: int) -> int:
         """Return where the rows of the first so many steps end, in bytes."""
         return self.ends[self._count_before(step)]
 
     def _count_before(self, step: int) -> int:
-        """Return how many rows there are until so many steps are done, with their dev loss."""
-        count = 0
-        for number, row in enumerate(self.rows, 1):
-            if isinstance(row, Row) and row.step + isinstance(row, Step) <= step:
-                count = number
-        return count
+        if step == self.header.step:
+            return 0  # the choice of μ follows
+        steps = (i for i, row in enumerate(self.rows) if isinstance(row, Step) and row.step >= step)
+        return next(steps, len(self.rows))
 
 
 def read_journal(path: Path) -> Journal | None:
@@ -103,8 +81,6 @@ def read_journal(path: Path) -> Journal | None:
     except ValueError as error:
         if content.startswith(BEGIN):
             fault = f"its header is damaged ({error})"
-        elif content.startswith(b"HiZOO journal"):
-            fault = "it is the journal of an earlier version, which cannot be read"
     if not isinstance(header, Header):
         raise InputError(f"{path}: {fault}")
     if header.version != VERSION:
@@ -112,23 +88,27 @@ def read_journal(path: Path) -> Journal | None:
             f"{path}: journal version {header.version}; this program reads version {VERSION}"
         )
     journal = Journal(path, header, ends=[len(lines[0]) + 1])
-    for line in lines[1:]:
-        journal.rows.append(_usable_row(line, header))
+    for number, line in enumerate(lines[1:], 2):
+        try:
+            row = _usable_row(line, journal)
+        except ValueError as error:
+            journal.fault = f"line {number}: {error}"
+            break
+        journal.rows.append(row)
         journal.ends.append(journal.ends[-1] + len(line) + 1)
     return journal
 
 
-def _usable_row(line: bytes, header: Header) -> Row | str:
-    """Return the row of a line, or why it cannot be used."""
-    try:
-        row = row_of(line)
-    except ValueError as error:
-        return str(error)
+def _usable_row(line: bytes, journal: Journal) -> Row:
+    """Return the row of a line; raises ValueError if it cannot follow those of the journal."""
+    row, due = row_of(line), journal.steps
     if isinstance(row, Header):
-        return "a second header"
-    least = 2 * header.optimizer.num_samples
+        raise ValueError("a second header")
+    if row.step != due:
+        raise ValueError(f"step {row.step} where {due} was due")
+    least = 2 * journal.header.optimizer.num_samples
     if isinstance(row, Step) and min(map(len, row.losses)) < least:
-        return f"step {row.step} has fewer losses than {least} a batch"
+        raise ValueError(f"step {row.step} has fewer losses than {least} a batch")
     return row
 
 

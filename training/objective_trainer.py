@@ -48,10 +48,7 @@ class ObjectiveTrainer(ResumableTrainer):
         decay_step: the learning rate stays constant until this step, below 1 a fraction of the
             run, and takes the course of the scheduler ``linear``, ``cosine`` or ``polynomial`` from
             there on; 0: from the start.
-        max_skipped_steps: steps in a row without a finite loss, after which the run stops with a
-            checkpoint.
         dev_metric: measures a model on the dev set, beside the dev loss; returns metrics by name.
-        quiet: show no line of the log.
         **kwargs: of ``ResumableTrainer``.
     """
 
@@ -63,13 +60,11 @@ class ObjectiveTrainer(ResumableTrainer):
         *,
         objective: Objective,
         decay_step: float = 0,
-        max_skipped_steps: int = 50,
         dev_metric: Callable[[nn.Module], dict[str, float]] | None = None,
-        quiet: bool = False,
         **kwargs: Any,
     ) -> None:
         self.objective, self.dev_metric = objective, dev_metric
-        self.decay_step, self.divergence = decay_step, Divergence(max_skipped_steps)
+        self.decay_step, self.divergence = decay_step, Divergence()
         self._was_skipped, self._ended_step = False, 0
         arguments = kwargs["args"]
         if arguments.n_gpu > 1:
@@ -78,17 +73,13 @@ class ObjectiveTrainer(ResumableTrainer):
         super().__init__(**kwargs)
         if arguments.fsdp and not self.is_fsdp_enabled:
             # accelerate would train with whole weights in every process, without a word.
-            raise InputError(
-                "no GPU found: --fsdp, which finetune_fsdp.sh adds, shards the weights over GPUs; "
-                "run finetune.sh, or leave it out"
-            )
-        self._finite = torch.ones((), dtype=torch.bool, device=arguments.device)
+            raise InputError("no GPU found: --fsdp shards the weights over GPUs; leave it out")
         self._loss_of_step = torch.zeros((), device=arguments.device)
         # Losses come weighted (compute_loss): the Trainer need not divide them by their number.
         self.model_accepts_loss_kwargs = True
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(LossProgress(*shown_as(objective)))
-        if self.pop_callback(PrinterCallback) is not None and not quiet:
+        if self.pop_callback(PrinterCallback) is not None:
             self.add_callback(LogLines(*shown_as(objective)))
 
     def warn(self, line: str) -> None:
@@ -193,41 +184,30 @@ class ObjectiveTrainer(ResumableTrainer):
         inputs: dict[str, Tensor],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Compute gradients of a batch, and see whether its loss is finite."""
+        """Compute gradients of a batch, and count its passes."""
         self._begin_step()
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.costs.forward_passes += 1
         self.costs.backward_passes += 1
-        self._finite = self._finite & torch.isfinite(loss)
         self._loss_of_step += loss.detach()
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Return the norm; what is not finite is left out, just before the optimizer's step."""
+        """Return the norm; gradients that are not finite are left out, just before the step."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
+        self._was_skipped = not math.isfinite(float(grad_norm))
         # A scaler of float16 gradients looks for overflow itself, and leaves such steps out.
-        scaled = self.accelerator.scaler is not None
-        finite = self._finite & (scaled or math.isfinite(float(grad_norm)))
-        # One process whose loss is not finite is enough.
-        finite = bool(self.accelerator.reduce(finite.float(), "mean") == 1)
-        if not finite and not scaled:
+        if self._was_skipped and self.accelerator.scaler is None:
             # An optimizer leaves alone what has no gradient.
             model.zero_grad(set_to_none=True)
-        self._was_skipped = not finite
-        self._finite = torch.ones((), dtype=torch.bool, device=self.args.device)
         return grad_norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with what training has taken, and the number of skipped steps beside its loss.
-
-        The first entry also has the loss of the first step alone, ``first_loss``.
-        """
+        """Log, with what training has taken, and the number of skipped steps beside its loss."""
         if "loss" in logs or "eval_loss" in logs:
             logs |= self.costs.logged()
         if "loss" in logs:
             logs["skipped_steps"] = self.divergence.skipped_steps
-            if not any("first_loss" in row for row in self.state.log_history):
-                logs["first_loss"] = self.divergence.first_loss
         super().log(logs, start_time)
 
     # ---- dev loss, log, schedule

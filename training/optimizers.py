@@ -29,16 +29,11 @@ def groups_of(
     groups = (
         Group(
             weight_decay if decays else 0.0,
-            {name: described(p) for name, p in trained.items() if (name in decaying) == decays},
+            tuple(name for name in trained if (name in decaying) == decays),
         )
         for decays in (True, False)
     )
     return tuple(group for group in groups if group.parameters)
-
-
-def described(tensor: Tensor) -> str:
-    """Return dtype and shape in words, as in ``float32 512 x 128``."""
-    return f"{str(tensor.dtype).removeprefix('torch.')} {' x '.join(map(str, tensor.shape))}"
 
 
 def make_optimizer(

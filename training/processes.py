@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -19,11 +18,9 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from utils import Disagreement, InputError, Lost, NotWritten, one_line
+from utils import InputError, Lost, NotWritten, one_line
 
 Value = TypeVar("Value")
-# Where a loss is taken: a direction and a multiple of μ; None: at θ.
-Shift = tuple[int, float] | None
 
 # The key of a padding batch: a borrowed example with weight 0.
 BORROWED = "borrowed"
@@ -112,25 +109,6 @@ def from_first_process(compute: Callable[[], Value]) -> Value:
     return broadcast_object_list([value])[0]
 
 
-def check_agreement(checksum: str, step: int) -> None:
-    """Compare the checksum of the weights between the processes.
-
-    Raises:
-        Disagreement: in all processes; names those whose weights are not the most frequent.
-    """
-    if PartialState().num_processes == 1:
-        return
-    found = gather_object([checksum])
-    (usual, count), *others = Counter(found).most_common()
-    if others:
-        ranks = [str(rank) for rank, value in enumerate(found) if value != usual or count == 1]
-        raise Disagreement(
-            f"after step {step} the weights of rank {', '.join(ranks)} differ from the others "
-            "(a fault of the machine, or devices that round differently); the same command "
-            "resumes from the last checkpoint and the journal"
-        )
-
-
 # -------------------------------------------------------------------------------- share a step
 
 
@@ -152,49 +130,13 @@ def see_every_batch(loader: DataLoader) -> DataLoader:
     return loader
 
 
-class Exchange:
-    """Sums over the processes, and counts the bytes that each of them has sent."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.bytes = 0
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Return the sum of all processes' tensors."""
-        if PartialState().num_processes > 1:
-            tensor = tensor.to(self.device, copy=True)
-            torch.distributed.all_reduce(tensor)
-            self.bytes += tensor.nbytes
+def rows_of_all(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return the rows of all processes' matrices, in the order of the processes."""
+    if PartialState().num_processes == 1:
         return tensor
-
-    def rows(self, tensor: Tensor) -> Tensor:
-        """Return the rows of all processes' matrices, in the order of the processes."""
-        if PartialState().num_processes == 1:
-            return tensor
-        counts = gather_object([len(tensor)])
-        padded = tensor.new_zeros(max(counts), tensor.shape[1]).to(self.device)
-        padded[: len(tensor)] = tensor
-        self.bytes += padded.nbytes
-        of_all = [torch.empty_like(padded) for _ in counts]
-        torch.distributed.all_gather(of_all, padded)
-        return torch.cat([rows[:count] for rows, count in zip(of_all, counts, strict=True)])
-
-
-class SharedDirections:
-    """Deals a step's directions out to the processes; ``HiZOO.shares``."""
-
-    def __init__(self, directions: int, exchange: Exchange) -> None:
-        self.directions, self.exchange = directions, exchange
-
-    def owns(self, shift: Shift) -> bool:
-        """Whether this process runs the forward pass at a shift."""
-        state = PartialState()
-        # A process with fewer directions than others, if there is one, takes θ.
-        direction = self.directions if shift is None else shift[0]
-        return direction % state.num_processes == state.process_index
-
-    def exchanged(self, losses: dict[Shift, float]) -> dict[Shift, float]:
-        """Return the losses of all processes, bit for bit as they were computed."""
-        own = [float(loss) if self.owns(shift) else 0.0 for shift, loss in losses.items()]
-        of_all = self.exchange.sum(torch.tensor(own, dtype=torch.float64)).tolist()
-        return dict(zip(losses, of_all, strict=True))
+    counts = gather_object([len(tensor)])
+    padded = tensor.new_zeros(max(counts), tensor.shape[1]).to(device)
+    padded[: len(tensor)] = tensor
+    of_all = [torch.empty_like(padded) for _ in counts]
+    torch.distributed.all_gather(of_all, padded)
+    return torch.cat([rows[:count] for rows, count in zip(of_all, counts, strict=True)])

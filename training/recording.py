@@ -1,15 +1,15 @@
 """Writes the losses of each step into the journal; on resume feeds them back in place of passes.
 
 A resumed run is the Trainer's own loop, from the newest checkpoint or from the beginning. As long
-as the journal has its steps, losses and dev metrics come from there. Batches, schedules, the log
-and checkpoints are what they are without it.
+as the journal has its steps, losses come from there. Batches, schedules, dev losses, the log and
+checkpoints are what they are without it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +20,6 @@ from transformers import TrainerState
 from hizoo import HiZOO
 from training.journal import JournalFile
 from training.optimizers import trained_weights
-from training.processes import check_agreement
 from training.rows import VERSION, Checksum, Group, Header, Row, Step
 from utils import InputError
 from zeroth_order import noise
@@ -30,52 +29,22 @@ logger = logging.getLogger(__name__)
 Closure = Callable[[], Any]
 SomeRow = TypeVar("SomeRow", bound=Row)
 
-# Numbers that a checksum takes at a time.
-PIECE = 1 << 20
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-ODD = 0x9E3779B97F4A7C15 - (1 << 64)
+# Steps between two checksums of the weights.
+CHECK_EVERY = 1000
 ANOTHER_FOLDER = "give another --output_dir, or --overwrite_output_dir to start anew"
 
 
 def checksum_of(tensors: Iterable[Tensor]) -> str:
-    """Return 64 bits of tensors, in their order: one number that differs always changes them.
-
-    It is the sum, modulo 2**64, of a hash of each number's bits and index; the order in which a
-    device adds does not matter.
-    """
-    checksum = 0
+    """Return 64 bits of the SHA-256 of tensors' bytes, in their order."""
+    digest = hashlib.sha256()
     for tensor in tensors:
-        flat = tensor.detach().reshape(-1).view(INTEGERS[tensor.element_size()])
-        total = torch.zeros((), dtype=torch.int64, device=flat.device)
-        for start in range(0, len(flat), PIECE):
-            bits = flat[start : start + PIECE].to(torch.int64, copy=True)
-            index = torch.arange(start, start + len(bits), device=flat.device)
-            bits.mul_((index * ODD).bitwise_or_(1))
-            # High bits would stay high.
-            total += bits.bitwise_xor_(bits >> 32).mul_(ODD).sum()
-        checksum = noise.mix_seed(checksum, int(total))
-    return f"{checksum:016x}"
+        digest.update(tensor.detach().reshape(-1).view(torch.uint8).cpu().numpy())
+    return digest.hexdigest()[:16]
 
 
 def checksum_of_trained(model: nn.Module) -> str:
     """Return the checksum of the weights that are trained."""
     return checksum_of(in_order(model, trained_weights(model).values()))
-
-
-@dataclass(frozen=True)
-class Replay:
-    """What a run takes from its journal: the rows behind the checkpoint that it resumes from."""
-
-    rows: Sequence[Row] = ()
-    # The byte behind which the journal is continued; None: a new one is begun.
-    begins_at: int | None = None
-    # The checksum of the weights before the first of the rows, None if not known.
-    start: str | None = None
-
-    @property
-    def steps(self) -> int:
-        """How many steps there are."""
-        return sum(isinstance(row, Step) for row in self.rows)
 
 
 class Recording:
@@ -85,23 +54,26 @@ class Recording:
 
     Args:
         path: of the journal.
-        header: fields of ``Header`` that the trainer does not know: ``model``, ``settings`` and
-            ``versions``.
-        replay: what is in the journal already.
-        check_every: steps between two checksums of the weights.
+        rows: of the journal, behind the checkpoint that the run resumes from.
+        begins_at: the byte behind which the journal is continued; None: a new one is begun.
+        start: the checksum of the weights before the first of ``rows``, None if not known.
+
+    Attributes:
+        header: fields of ``Header`` that the trainer does not know: ``model`` and ``settings``.
     """
 
     def __init__(
         self,
         path: Path | None = None,
-        header: Mapping[str, Any] | None = None,
-        replay: Replay | None = None,
-        check_every: int = 1000,
+        rows: Sequence[Row] = (),
+        begins_at: int | None = None,
+        start: str | None = None,
     ) -> None:
-        self.path, self.header, self.replay = path, header or {}, replay or Replay()
-        self.check_every = check_every
+        self.path, self.begins_at, self.start = path, begins_at, start
+        self.header: Mapping[str, Any] = {}
+        self.replayed_steps = sum(isinstance(row, Step) for row in rows)
         self.file: JournalFile | None = None
-        self._rows = {(type(row), row.step): row for row in self.replay.rows}
+        self._rows = {(type(row), row.step): row for row in rows}
         self._step = -1
         self._recorded: Step | None = None
         self._losses: list[tuple[float, ...]] = []
@@ -118,12 +90,11 @@ class Recording:
 
     # ---- a step
 
-    def step(self, step: int) -> Step | None:
-        """Return the row of the step that is done now, None if it is not in the journal."""
+    def begin_batch(self, step: int) -> None:
+        """Note which step a batch belongs to; its row may be in the journal already."""
         if step != self._step:
             self._step, self._losses, self._weights = step, [], []
             self._recorded = self.take(Step, step)
-        return self._recorded
 
     def of_batch(self, closure: Closure) -> Closure:
         """Return what computes the losses of the step's next batch, or takes them back.
@@ -157,9 +128,8 @@ class Recording:
             return
         group = optimizer.param_groups[0]
         g, c, eta = optimizer.pending()
-        lr, alpha = float(group["lr"]), float(group["hessian_smooth"])
         losses, weights = tuple(self._losses), tuple(self._weights)
-        self.write(Step(self._step, lr, alpha, losses, weights, g, c, eta))
+        self.write(Step(self._step, float(group["lr"]), losses, weights, g, c, eta))
 
     def _unfit(self) -> InputError:
         return InputError(
@@ -180,7 +150,7 @@ class Recording:
         if self.path is None:
             return
         start = checksum_of_trained(model)
-        if self.replay.rows and self.replay.start not in (None, start):
+        if self._rows and self.start not in (None, start):
             raise InputError(
                 f"{self.path} begins with other weights: another model, adapter or version of the "
                 f"libraries; {ANOTHER_FOLDER}"
@@ -197,19 +167,14 @@ class Recording:
                 optimizer=optimizer.config,
                 **self.header,
             )
-            self.file = JournalFile(self.path, header, self.replay.begins_at)
+            self.file = JournalFile(self.path, header, self.begins_at)
 
     def end_step(self, model: nn.Module, state: TrainerState) -> None:
-        """Write a checksum of the weights now and then, or compare with the one that is there.
-
-        Raises:
-            Disagreement: another process has other weights.
-        """
+        """Write a checksum of the weights now and then, or compare with the one that is there."""
         step = state.global_step
-        if not self.path or (step % self.check_every and step < state.max_steps):
+        if not self.path or (step % CHECK_EVERY and step < state.max_steps):
             return
         recorded, checksum = self.take(Checksum, step), checksum_of_trained(model)
-        check_agreement(checksum, step)
         if recorded is None:
             self.write(Checksum(step, checksum))
         elif recorded.checksum != checksum:

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import nn
 
 from hizoo import HiZOO
-from language_model.streaming import read_hessians
 from training.journal import Journal
-from training.optimizers import checked_layers, described, make_optimizer, trained_weights
+from training.optimizers import checked_layers, make_optimizer
 from training.recording import checksum_of_trained, replayed
-from training.rows import Checksum, Header, Row, Scales, Step
+from training.rows import Checksum, Header, Row, Scale, Step
 from utils import InputError, one_line
 from zeroth_order import noise
-from zeroth_order.blocks import blocks_of
 
 
 class Outcome(NamedTuple):
@@ -42,12 +38,10 @@ def optimizer_of(header: Header, model: nn.Module, compile: bool | None) -> HiZO
         raise InputError(
             f"the journal's noise has version {header.noise}, this program's {noise.VERSION}"
         )
-    trained = {name: text for group in header.groups for name, text in group.parameters.items()}
+    trained = {name for group in header.groups for name in group.parameters}
     parameters = dict(model.named_parameters())
-    for name, text in trained.items():
-        found = described(parameters[name]) if name in parameters else "missing"
-        if found != text:
-            raise InputError(f"{name} is {text} in the journal and {found} in the model")
+    if missing := sorted(trained - parameters.keys()):
+        raise InputError(f"{missing[0]} is in the journal, and not in the model")
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in trained)
     layers = checked_layers(model) if header.layerwise else None
@@ -55,27 +49,23 @@ def optimizer_of(header: Header, model: nn.Module, compile: bool | None) -> HiZO
     return make_optimizer(model, header.groups, config, layers, f"the journal's μ {config.eps:g}")
 
 
-def rows_until(journal: Journal, done: int, steps: int | None) -> tuple[list[Row], str | None]:
-    """Return the rows from ``done`` steps on until ``steps``, None: to the end or a damaged line.
+def rows_until(journal: Journal, steps: int | None) -> tuple[list[Row], str | None]:
+    """Return the rows of the first ``steps`` steps, None: to the end or a damaged line.
 
     With them comes why they are fewer than asked for, None if they are not.
 
     Raises:
         InputError: the journal does not have them.
     """
-    rows, _, fault = journal.after(done)
-    found = done + sum(isinstance(row, Step) for row in rows)
     if steps is None:
-        return rows, fault
-    if steps < done:
-        raise InputError(f"--steps {steps}: the checkpoint has {done} already")
-    if found < steps:
-        why = f" ({fault})" if fault else ""
-        way_out = " or a checkpoint behind it as --model_name" if fault else ""
+        return journal.rows, journal.fault
+    if journal.steps < steps:
+        why = f" ({journal.fault})" if journal.fault else ""
         raise InputError(
-            f"{journal.path} has {found} steps{why}, not {steps}; give --steps {found}{way_out}"
+            f"{journal.path} has {journal.steps} steps{why}, not {steps}; give --steps "
+            f"{journal.steps}"
         )
-    return [row for row in rows if row.step + isinstance(row, Step) <= steps], None
+    return [row for row in journal.rows if row.step + isinstance(row, Step) <= steps], None
 
 
 def play(
@@ -94,9 +84,9 @@ def play(
     """
     steps, compared, different = 0, [], None
     for row in rows:
-        if isinstance(row, Scales):
+        if isinstance(row, Scale):
             for group in optimizer.param_groups:
-                group["eps"], group["curvature_eps"] = row.eps, row.curvature_eps
+                group["eps"] = row.eps
         elif isinstance(row, Step):
             _do(row, optimizer)
             steps += 1
@@ -111,7 +101,7 @@ def play(
 def _do(step: Step, optimizer: HiZOO) -> None:
     """Do a recorded step."""
     for group in optimizer.param_groups:
-        group["lr"], group["hessian_smooth"] = step.lr, step.alpha
+        group["lr"] = step.lr
     for losses, weight in zip(step.losses, step.weights, strict=True):
         try:
             optimizer.estimate(replayed(losses), weight)
@@ -123,45 +113,3 @@ def _do(step: Step, optimizer: HiZOO) -> None:
                 f"takes {len(optimizer.losses)}"
             )
     optimizer.step()
-
-
-@torch.no_grad()
-def return_to(
-    model: nn.Module, began: nn.Module, journal: Journal, steps: int, compile: bool | None
-) -> None:
-    """Give a model the weights that it had after so many steps of its run.
-
-    ``began`` is another model, with the weights that the run began with.
-
-    Raises:
-        InputError: the journal does not have these steps, or ``began`` is another model.
-    """
-    rows, _ = rows_until(journal, 0, steps)
-    optimizer = optimizer_of(journal.header, model, compile)
-    first = dict(began.named_parameters())
-    if blocks := blocks_of(model):
-        blocks.begin_again()
-    for name, parameter in trained_weights(model).items():
-        if not blocks or parameter not in blocks.block_of:
-            parameter.data.copy_(first[name])
-    if checksum_of_trained(model) != journal.header.start:
-        raise InputError(f"{journal.path} begins with other weights than the model has now")
-    play(rows, optimizer, model)
-
-
-def load_state(model: nn.Module, optimizer: HiZOO, checkpoint: Path) -> int:
-    """Load the optimizer's state of a checkpoint; returns how many steps were done.
-
-    Raises:
-        InputError: the state cannot be loaded, or is of another run.
-    """
-    try:
-        state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(state)
-        read_hessians(model, optimizer, checkpoint)
-    except Exception as error:  # whatever a damaged pickle, or another model's state, leads to
-        raise InputError(
-            f"{checkpoint / 'optimizer.pt'} does not fit the journal ({type(error).__name__}); "
-            "give a checkpoint of its run, or the model that it began with"
-        ) from error
-    return optimizer.param_groups[0]["step"]

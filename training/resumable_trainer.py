@@ -33,7 +33,7 @@ from training.checkpoints import (
 )
 from training.processes import from_first_process
 from training.watching import Costs
-from utils import Disagreement, InputError, NotWritten, first_line
+from utils import InputError, NotWritten, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class ResumableTrainer(Trainer):
                 return self._load_finished(state)
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        except (UnpicklingError, InputError, NotWritten, Disagreement, KeyboardInterrupt) as error:
+        except (UnpicklingError, InputError, NotWritten, KeyboardInterrupt) as error:
             # Close progress bars, restore the handlers of signals.
             self.callback_handler.on_train_end(self.args, self.state, self.control)
             if not isinstance(error, UnpicklingError):

@@ -16,7 +16,7 @@ from typing import Any
 from utils import one_line
 from zeroth_order.config import HiZOOConfig, check_settings
 
-VERSION = 2
+VERSION = 3
 
 
 def check_step(step: int) -> None:
@@ -27,10 +27,10 @@ def check_step(step: int) -> None:
 
 @dataclass(frozen=True)
 class Group:
-    """Weights with the same weight decay: dtype and shape of each, by name."""
+    """The names of weights with the same weight decay."""
 
     weight_decay: float
-    parameters: dict[str, str]
+    parameters: tuple[str, ...]
 
     def __post_init__(self) -> None:
         check_settings(vars(self))
@@ -38,7 +38,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Header:
-    """What a run began with; ``settings`` and ``versions`` are for comparison only."""
+    """What a run began with; ``settings`` are for comparison only."""
 
     version: int
     noise: int  # version of u
@@ -51,7 +51,6 @@ class Header:
     # Its name, and the SHA-256 of its files.
     model: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_step(self.step)
@@ -75,7 +74,6 @@ class Step(Row):
     """One step; ``step`` counts those that were done before it."""
 
     lr: float  # k where it is "auto"
-    alpha: float
     losses: tuple[tuple[float, ...], ...]  # of each batch, in the order of its forward passes
     weights: tuple[float, ...]  # what each batch counts
     g: float | None = None
@@ -84,7 +82,7 @@ class Step(Row):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_settings({"lr": self.lr, "hessian_smooth": self.alpha})
+        check_settings({"lr": self.lr})
         if not all(0 <= weight < math.inf for weight in self.weights):
             raise ValueError("a weight must be at least 0 and finite")
         if not self.losses or len(self.losses) != len(self.weights):
@@ -92,21 +90,13 @@ class Step(Row):
 
 
 @dataclass(frozen=True)
-class Evaluation(Row):
-    """The metrics of the dev examples, by name."""
-
-    metrics: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Scales(Row):
-    """The μ of g and of c that "auto" has chosen; None: that of c is that of g."""
+class Scale(Row):
+    """The μ that "auto" has chosen."""
 
     eps: float
-    curvature_eps: float | None
 
     def __post_init__(self) -> None:
-        check_settings({name: value for name, value in vars(self).items() if value is not None})
+        check_settings(vars(self))
         if self.step != 0:
             raise ValueError(f"step {self.step}: μ is chosen before the first step")
 
@@ -118,7 +108,7 @@ class Checksum(Row):
     checksum: str
 
 
-KINDS = {each.__name__.lower(): each for each in (Header, Step, Evaluation, Scales, Checksum)}
+KINDS = {each.__name__.lower(): each for each in (Header, Step, Scale, Checksum)}
 
 
 # ------------------------------------------------------------------------------------ as lines

@@ -140,7 +140,6 @@ class Scales:
     settled: bool  # whether a difference table showed the noise; otherwise it is a guess
     eps: float
     curvature_eps: float
-    shared_eps: float | None  # a μ that serves both
     error: float | None  # of g at eps, relative; None: noise hides g
     curvature_error: float | None  # of the mean of c at curvature_eps
     scales: tuple[float, ...]  # every μ that was measured, rising
@@ -245,16 +244,11 @@ def choose_scales(
     eps, eps_of_c = (float(f"{best:.3g}") for best in fit.best_scales(fit.scales[-1]))
     eps_of_c = eps_of_c if fit.of_c.size else eps
     error, error_of_c = fit.of_g.error(eps), fit.of_c.error(eps_of_c)
-    shared = max(eps, eps_of_c)
-    serves = (
-        fit.of_g.error(shared) <= 2 * ACCURACY and fit.of_c.error(shared) <= 2 * CURVATURE_ACCURACY
-    )
     return Scales(
         noise=fit.noise,
         settled=settled,
         eps=eps,
         curvature_eps=eps_of_c,
-        shared_eps=shared if serves else None,
         error=error if fit.of_g.size else None,
         curvature_error=error_of_c if fit.of_c.size else None,
         scales=tuple(fit.scales.tolist()),
@@ -283,33 +277,26 @@ def kept_weights(model: nn.Module, optimizer: HiZOO) -> Iterator[None]:
             parameter.detach().copy_(copy)
 
 
-class ChooseScales(TrainerCallback):
-    """Chooses the μ that are ``auto`` (``eps``, ``curvature_eps``) before the first step.
+class ChooseScale(TrainerCallback):
+    """Chooses μ before the first step, ``--zo_eps auto``: the larger of that of g and that of c.
 
-    A resumed run has them in its checkpoint or journal. ``found`` is the probe, for the result.
+    A resumed run has it in its checkpoint or journal. ``found`` is the probe, for the result.
     """
 
-    def __init__(
-        self, loss_at: LossAt, recording: Recording, eps: bool, curvature_eps: bool, folder: Path
-    ) -> None:
-        self.loss_at, self.recording = loss_at, recording
-        self.eps, self.curvature_eps = eps, curvature_eps
-        self.file = folder / FILE
+    def __init__(self, loss_at: LossAt, recording: Recording, folder: Path) -> None:
+        self.loss_at, self.recording, self.file = loss_at, recording, folder / FILE
         self.found: dict[str, Any] | None = None
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, *, model: Any, optimizer: HiZOO, **_: Any
     ) -> None:
-        """Choose them, or take what was chosen before."""
-        if not (self.eps or self.curvature_eps):
-            return
-        recorded = self.recording.take(rows.Scales, 0)
-        chosen = recorded and {"eps": recorded.eps, "curvature_eps": recorded.curvature_eps}
-        if chosen is None and state.global_step == 0:
+        """Choose it, or take what was chosen before."""
+        recorded = self.recording.take(rows.Scale, 0)
+        if recorded is None and state.global_step == 0:
             with kept_weights(model, optimizer):
                 scales = choose_scales(self.loss_at)
-            chosen = self.choose(scales, optimizer)
-            self.recording.write(rows.Scales(0, **chosen))
+            eps = max(scales.eps, scales.curvature_eps * optimizer.wants_curvature)
+            self.recording.write(rows.Scale(0, eps))
             self.found = asdict(scales)
             if args.process_index == 0:
                 write_json(self.file, self.found)
@@ -317,18 +304,8 @@ class ChooseScales(TrainerCallback):
                     tqdm.write(line)  # above the bar
         else:
             self.found = read_json(self.file) or None
+            eps = recorded.eps if recorded else optimizer.param_groups[0]["eps"]
         for group in optimizer.param_groups:
-            group |= chosen or {}
+            group["eps"] = eps
         if recorded:
             check_scale(optimizer, str(self.recording.path))
-
-    def choose(self, scales: Scales, optimizer: HiZOO) -> dict[str, float | None]:
-        """Return μ of g and c; one for both if it serves, since a second one takes more passes."""
-        eps, eps_of_c = (optimizer.param_groups[0][name] for name in ("eps", "curvature_eps"))
-        measures = optimizer.wants_curvature
-        if self.eps:
-            shared = scales.shared_eps if measures and self.curvature_eps else None
-            eps = shared or scales.eps
-        if self.curvature_eps:
-            eps_of_c = scales.curvature_eps if measures and scales.curvature_eps > eps else None
-        return {"eps": eps, "curvature_eps": eps_of_c}

@@ -11,8 +11,8 @@ from typing import Any
 # A run has diverged if so many losses in a row lie above the first one by so many times the first
 # one (or 1).
 RISEN_STEPS, RISEN = 50, 2.0
-# What a resumed run does not take from its checkpoint.
-GIVEN_ANEW = ("max_skipped_steps", "reason")
+# So does one without a finite loss in so many steps in a row.
+SKIPPED_STEPS = 50
 
 
 class Costs:
@@ -72,7 +72,6 @@ class Costs:
 class Divergence:
     """Counts steps without a finite loss, and tells when a run has diverged (``reason``)."""
 
-    max_skipped_steps: int  # in a row, after which it has
     first_loss: float | None = None
     risen_in_a_row: int = 0
     skipped_steps: int = 0
@@ -81,7 +80,7 @@ class Divergence:
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
-        return {name: value for name, value in vars(self).items() if name not in GIVEN_ANEW}
+        return {name: value for name, value in vars(self).items() if name != "reason"}
 
     def look(self, loss: float, was_skipped: bool) -> None:
         """Look at the loss of a step, and at whether it was skipped."""
@@ -91,8 +90,8 @@ class Divergence:
             self.first_loss = loss  # a later one where the first is not finite
         limit = self.first_loss + RISEN * max(abs(self.first_loss), 1.0)
         self.risen_in_a_row = self.risen_in_a_row + 1 if loss > limit else 0
-        if self.skipped_in_a_row >= self.max_skipped_steps:
-            self.reason = f"no finite loss in {self.max_skipped_steps} steps in a row"
+        if self.skipped_in_a_row >= SKIPPED_STEPS:
+            self.reason = f"no finite loss in {SKIPPED_STEPS} steps in a row"
         elif self.risen_in_a_row >= RISEN_STEPS:
             self.reason = (
                 f"the loss of each of the last {RISEN_STEPS} steps is above {limit:.3g}, the first "

@@ -9,7 +9,6 @@ from typing import Any
 
 AUTO = "auto"
 HESSIANS = ("full", "lowrank")
-HESSIAN_DTYPES = ("float32", "bfloat16", "float16")
 
 Bound = tuple[str, Callable[[Any], bool]]
 NOT_NEGATIVE: Bound = "at least 0 and finite", lambda value: 0 <= value < math.inf
@@ -21,13 +20,11 @@ BOUNDS: dict[str, Bound] = {
     "eps": POSITIVE,
     "hessian_smooth": ("in [0, 1)", lambda value: 0 <= value < 1),
     "hessian": (f"one of {', '.join(HESSIANS)}", lambda value: value in HESSIANS),
-    "hessian_dtype": (f"one of {', '.join(HESSIAN_DTYPES)}", lambda value: value in HESSIAN_DTYPES),
     "num_samples": AT_LEAST_1,
-    "curvature_eps": POSITIVE,
     "curvature_every": AT_LEAST_1,
 }
 # What a setting may be beside the values within its bounds.
-SPECIAL = {"lr": AUTO, "hessian_dtype": None, "curvature_eps": None, "curvature_every": None}
+SPECIAL = {"lr": AUTO, "curvature_every": None}
 
 
 @dataclass(frozen=True)
@@ -40,11 +37,8 @@ class HiZOOConfig:
         hessian_smooth: smoothing α of h; 0 is MeZO.
         weight_decay: λ.
         hessian: ``"full"``, or ``"lowrank"`` (HiZOO-L: a row and a column vector for each matrix).
-        hessian_dtype: dtype of the full h; None: the weights' dtype, bfloat16 for float16.
         num_samples: directions a step, n.
-        curvature_eps: μ of c; None: that of g.
-        curvature_every: steps between two measurements of c; None: 1 where h takes c from the
-            losses of g, else 10.
+        curvature_every: steps between two measurements of c; None: 1 where h needs c, else 10.
         seed: of the noise.
         compile: whether torch.compile makes the kernels; None: for 16 million weights and more.
 
@@ -57,18 +51,12 @@ class HiZOOConfig:
     hessian_smooth: float = 1e-8
     weight_decay: float = 0.0
     hessian: str = "full"
-    hessian_dtype: str | None = None
     num_samples: int = 1
-    curvature_eps: float | None = None
     curvature_every: int | None = None
     seed: int = 0
     compile: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.hessian_dtype is not None:
-            # A torch.dtype is kept by its name.
-            name = str(self.hessian_dtype).removeprefix("torch.")
-            object.__setattr__(self, "hessian_dtype", name)
         settings = vars(self).items()
         check_settings({n: v for n, v in settings if n not in SPECIAL or v != SPECIAL[n]})
 
@@ -86,3 +74,21 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             wrong.append(f"{name} must be {bound}, not {value!r}")
     if wrong:
         raise ValueError("; ".join(wrong))
+
+
+def smoothing_of(text: str) -> float:
+    """Return α, as scripts write it: ``constant1e-8``.
+
+    Raises:
+        ValueError: it is written otherwise, or not in [0, 1).
+    """
+    number = text.removeprefix("constant")
+    try:
+        value = math.nan if number == text else float(number)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < 1:
+        raise ValueError(
+            f"{text}: give constant<number>, from 0 (MeZO) to below 1, as in constant1e-8"
+        )
+    return value

@@ -21,12 +21,8 @@ def is_low_rank(parameter: Tensor, state: State, hessian: str) -> bool:
     return ROWS in state or (hessian == "lowrank" and parameter.dim() > 1 and parameter.numel() > 0)
 
 
-def dtype_of_hessian(parameter: Tensor, state: State, wanted: str | None) -> torch.dtype:
-    """Return the dtype that a parameter's full h has, or would have."""
-    if OFFSET in state:
-        return state[OFFSET].dtype
-    if wanted is not None:
-        return getattr(torch, wanted)
+def dtype_of_hessian(parameter: Tensor) -> torch.dtype:
+    """Return the dtype of a parameter's full h: float16's range is too small for it."""
     return torch.bfloat16 if parameter.dtype == torch.float16 else parameter.dtype
 
 

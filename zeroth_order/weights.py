@@ -90,9 +90,7 @@ class Weights:
                     number,
                     low_rank=curvature.is_low_rank(parameter, state, config.hessian),
                     compiles=compiles and parameter.numel() >= SMALLEST_COMPILED,
-                    hessian_dtype=curvature.dtype_of_hessian(
-                        parameter, state, config.hessian_dtype
-                    ),
+                    hessian_dtype=curvature.dtype_of_hessian(parameter),
                 )
         self.parameters = [*self.trained.values()]
 

@@ -1,7 +1,7 @@
 #!/bin/bash
-# Brings up Slurm on this machine and runs README's job in it: to its time limit, requeued, preempted,
-# and with two tasks; then compares the weights with those of runs outside Slurm. Needs root and
-# Debian's slurm-wlm and munge; takes some minutes on two cores. By hand:
+# Brings up Slurm on this machine and runs README's job in it: to its time limit, requeued and
+# preempted; then compares the weights with those of a run outside Slurm. Needs root and Debian's
+# slurm-wlm and munge; takes some minutes on two cores. By hand:
 #
 #   bash tests/slurm/try_slurm.sh FOLDER       FOLDER: where all of it goes, new or empty
 set -euo pipefail
@@ -136,14 +136,3 @@ wait_for "$JOB" RUNNING
 wait_for "$JOB" COMPLETED FAILED TIMEOUT CANCELLED
 grep "resuming from\|interrupted\|accuracy" limit.out
 same_weights outside inside
-
-echo "--- two tasks: one distributed job"
-JOB=$(sbatch --parsable --time=30 --ntasks=2 --output=two.out job.sh "$FOLDER/two")
-wait_for "$JOB" COMPLETED FAILED TIMEOUT CANCELLED
-tail -n 5 two.out
-echo "results: $(grep -c '^result: ' two.out); dev losses of one task and of two:"
-for run in outside two; do
-    "$PYTHON" -c '
-import json, sys
-print(json.load(open(sys.argv[1]))["history"]["dev_loss"])' "$run.json"
-done
