@@ -375,8 +375,8 @@ def main() -> None:
                 write_runs(arguments.output, shared, runs)
     print(table(runs))
     if arguments.plot:
-        chosen = arguments.methods or list(dict.fromkeys(run["method"] for run in runs))
-        draw(runs, chosen, arguments.plot)
+        chosen = [run for run in runs if run["method"] in arguments.methods]
+        draw(chosen or runs, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Tables and pictures of what methods.py has measured.
 
     python benchmarks/methods_table.py FILE.json … [--passes 0 50 100 200 400 1000]
+    python benchmarks/methods_table.py FILE.json … --plot FILE.png     of one model and task
 
 A cell holds dev loss and accuracy, each the mean of the seeds and its standard error; n is given
 where the cell lacks some of the seeds. A run whose method names its ``passes`` stands in that
@@ -27,6 +28,7 @@ from utils import read_json, write_text_atomically
 
 COLUMNS = (0, 50, 100, 200, 400, 1000)
 LONGEST_STEP = 9  # passes: FZOO's
+PUBLISHED_RATE = 1e-6  # of MeZO and HiZOO, for models of billions of weights
 NAMES = {
     "mezo": "MeZO",
     "hizoo": "HiZOO",
@@ -77,6 +79,11 @@ def _short(value: Any) -> Any:
     return float(f"{value:.6g}") if abs(value) < float("inf") else None
 
 
+def short(value: float) -> str:
+    """Return a number as people write it: 1e-6."""
+    return f"{value:g}".replace("e-0", "e-")
+
+
 def label(method: str) -> str:
     """Return a method as people say it."""
     settings = settings_of(method)
@@ -85,8 +92,8 @@ def label(method: str) -> str:
         words += [{"head": "head tuning"}.get(settings["mode"], settings["mode"])]
     if "from" in settings and settings["kind"] == "adamw":
         words += [f"blocks from {settings['from']:g} of the depth on"]
-    words += [f"learning rate {settings['lr']:g}"] if "lr" in settings else []
-    words += [f"α {settings['alpha']:g}"] if settings.get("alpha") else []
+    words += [f"learning rate {short(settings['lr'])}"] if "lr" in settings else []
+    words += [f"α {short(settings['alpha'])}"] if settings.get("alpha") else []
     words += ["c every tenth step"] if settings.get("every") == 10 else []
     words += ["rate falling to 0"] if settings.get("decay") == "linear" else []
     if settings["kind"] == "broadcast":
@@ -164,26 +171,69 @@ def table(runs: list[dict[str, Any]], columns: Sequence[int] = COLUMNS) -> str:
     return "\n".join(lines)
 
 
-def draw(runs: list[dict[str, Any]], methods: Sequence[str], path: Path) -> None:
-    """Draw dev loss and accuracy over forward passes: mean and standard error of the seeds."""
+def said(method: str) -> str:
+    """Return a method as a legend says it."""
+    settings = settings_of(method)
+    of_papers = settings["kind"] in ("mezo", "hizoo") and settings.get("lr") == PUBLISHED_RATE
+    name = label(method).replace(f"learning rate {short(PUBLISHED_RATE)}", "published rate")
+    return name if of_papers else name.replace("learning rate", "rate")
+
+
+def points(
+    runs: list[dict[str, Any]], name: str
+) -> dict[str, dict[int, tuple[float, float, float]]]:
+    """Return passes, mean and standard error of a measurement, of each method at each point.
+
+    Runs of a budget (``passes=``) are points of one line, each the end of its run.
+    """
+    found: dict[str, dict[int, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        words = [word for word in run["method"].split() if not word.startswith("passes=")]
+        is_one_budget = len(words) < len(run["method"].split())
+        for index, row in enumerate(run["curve"]):
+            if not is_one_budget or row is run["curve"][-1]:
+                place = row["passes"] if is_one_budget else index
+                found[" ".join(words)][place].append((row["passes"], row[name]))
+    return {
+        method: {
+            place: (
+                statistics.mean(passes for passes, _ in of_seeds),
+                statistics.mean(values := [value for _, value in of_seeds]),
+                statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0,
+            )
+            for place, of_seeds in sorted(by_place.items())
+        }
+        for method, by_place in found.items()
+    }
+
+
+def draw(runs: list[dict[str, Any]], path: Path) -> None:
+    """Draw dev loss and accuracy over forward passes: mean and standard error of the seeds.
+
+    A dashed line joins the ends of runs of different lengths.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
     names = [name for name in ("loss", "accuracy") if runs[0]["curve"][0][name] is not None]
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        for method in methods:
-            curves = [run["curve"] for run in runs if run["method"] == method]
-            shortest = min(map(len, curves))
-            passes = [row["passes"] for row in curves[0][:shortest]]
-            values = torch.tensor([[row[name] for row in curve[:shortest]] for curve in curves])
-            mean = values.mean(dim=0)
-            error = values.std(dim=0, correction=int(len(curves) > 1)) / len(curves) ** 0.5
-            axes.plot(passes, mean, label=label(method), marker="o", markersize=3)
-            axes.fill_between(passes, mean - error, mean + error, alpha=0.2, linewidth=0)
+        by_method = points(runs, name)
+        budgets = {method.split()[0] for run in runs if " passes=" in (method := run["method"])}
+        for number, method in enumerate(m for m in by_method if m != "zeroshot"):
+            passes, mean, error = map(torch.tensor, zip(*by_method[method].values(), strict=True))
+            how = {"color": f"C{number}", "label": said(method)}
+            if len(passes) == 1:
+                axes.errorbar(passes, mean, error, marker="D", linestyle="none", capsize=3, **how)
+                continue
+            dashes = "--" if method.split()[0] in budgets else "-"
+            axes.plot(passes, mean, dashes, marker="o", markersize=3, **how)
+            axes.fill_between(
+                passes, mean - error, mean + error, alpha=0.2, linewidth=0, color=how["color"]
+            )
         axes.set(xlabel="forward passes (a backward pass counts as two)", ylabel=f"dev {name}")
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
 
 
@@ -192,10 +242,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", type=Path, nargs="+", help="of methods.py --output")
     parser.add_argument("--passes", type=int, nargs="+", default=COLUMNS, help="columns")
+    parser.add_argument("--plot", type=Path, help="picture of all runs")
     arguments = parser.parse_args()
     runs: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for content in map(read_json, arguments.files):
         runs[content["model"], content["task"]] += content["runs"]
+    if arguments.plot:
+        draw([run for of_both in runs.values() for run in of_both], arguments.plot)
     for (model, task), of_both in runs.items():
         print(f"\n{model}, {task}\n\n{table(of_both, arguments.passes)}")
 

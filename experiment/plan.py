@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from command_line.arguments import Arguments
+from command_line.arguments import Arguments, plain_value
 from command_line.checks import steps_of_run
 from command_line.optimizer import optimizer_config, passes_of_a_batch
 from command_line.settings import examples_of_a_batch
@@ -82,18 +82,28 @@ def make_plan(options: Options, prepared: Prepared) -> Plan:
         evaluated *= 1 + encoder.max_new_tokens
     of_all_sets = (n * len(prepared.example_sets) for n in (steps, forward, backward, evaluated))
     size, offload = model.dtype.itemsize, None
-    kept = 3 * size  # a gradient and AdamW's two means
-    if arguments.trainer == "broadcast":
-        kept = 0  # a step keeps nothing
-    if arguments.trainer == "zo":
-        zo = optimizer_config(arguments)
-        kept = size * (zo.hessian == "full" and zo.hessian_smooth > 0)
+    kept = kept_for_a_weight(arguments, size)
     if model.offload:
         of_trained = _trained(whole, arguments) if trained and kept else ()
         hessians = dict.fromkeys(of_trained, kept)
         offload = plan_of_offload(streamed, whole, model.offload, hessians, bool(trained))
     memory = int(parameters * (model.bits / 8 if model.bits else size)) + trained * kept
     return Plan(*of_all_sets, parameters, trained, memory, offload)
+
+
+def kept_for_a_weight(arguments: Arguments, size: int) -> int:
+    """Return the bytes that training keeps for each trained weight, of ``size`` bytes, beside it.
+
+    What is kept for a matrix's rows and columns alone (HiZOO-L, Adafactor) is not counted.
+    """
+    if arguments.trainer == "regular":
+        kept = {"adalomo": 0, "lomo": 0, "sgd": 1, "adafactor": 1}  # gradients
+        return size * kept.get(plain_value(arguments.optim), 3)  # with AdamW's two means
+    if arguments.trainer == "zo":
+        zo = optimizer_config(arguments)
+        if zo.hessian == "full" and zo.hessian_smooth > 0:
+            return size
+    return 0  # a step of MeZO or error broadcast keeps nothing
 
 
 def _trained(model: nn.Module, arguments: Arguments) -> Iterator[nn.Parameter]:

@@ -161,7 +161,7 @@ def _run_py() -> str:
 def _command(*words: str) -> str:
     """Return a command of this Python, to be pasted into a shell."""
     found = shutil.which("python")
-    same = found and os.path.realpath(found) == os.path.realpath(sys.executable)
+    same = found and os.path.dirname(found) == os.path.dirname(sys.executable)
     return shlex.join(["python" if same else sys.executable, *words])
 
 

@@ -40,3 +40,6 @@ compare gemma3_copa "$GEMMA3" "$REAL" Copa --pool 88 --seeds 0 --at 50 100 --met
 python benchmarks/methods_table.py runs/smollm2_sst2.json \
     runs/broadcast_{smollm2_sst2,smollm2_squad,gemma3_sst2,gemma3_copa,tiny_opt_sst2}.json
 python benchmarks/methods_table.py runs/broadcast_*_settings.json
+# README's picture
+python benchmarks/methods_table.py runs/smollm2_sst2.json runs/broadcast_smollm2_sst2.json \
+    --plot runs/smollm2_sst2.png

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SmolLM2-135M-Instruct on SST-2: README's picture and table, runs/smollm2_sst2*.json and .png.
+# SmolLM2-135M-Instruct on SST-2: README's table, runs/smollm2_sst2*.json.
 #
 #   MODEL=DIR/SmolLM2-135M-Instruct.Q4_1.gguf DATA_DIR=DIR bash runs/smollm2_sst2.sh
 #
@@ -12,7 +12,7 @@ compare() {
     python benchmarks/methods.py --model "${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}" \
         --task SST2 --data_dir "${DATA_DIR:-hub}" "$@"
 }
-compare --passes 400 --points 4 --output runs/smollm2_sst2.json --plot runs/smollm2_sst2.png \
+compare --passes 400 --points 4 --output runs/smollm2_sst2.json \
     --methods "mezo lr=1e-6" "hizoo lr=1e-6 alpha=1e-6" "mezo lr=3e-5" "curvature" "adamw lr=1e-5"
 compare --passes 900 --points 9 --output runs/smollm2_sst2_900.json --methods "curvature"
 compare --passes 2100 --points 10 --output runs/smollm2_sst2_1000_steps.json \

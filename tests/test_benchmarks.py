@@ -162,7 +162,12 @@ def test_methods_beside_zeroth_order_on_pooled_rows(
     monkeypatch.setattr(sys, "argv", ["methods_table.py", str(file)])
     methods_table.main()
     text = capsys.readouterr().out
-    assert "| Linear probing | 1 |" in text and "AdamW, head tuning, learning rate 1e-05" in text
+    assert "| Linear probing | 1 |" in text and "AdamW, head tuning, learning rate 1e-5" in text
+    curves = methods_table.points([*runs.values()], "loss")
+    assert curves["broadcast"][2][0] == 2 and set(curves["adamw lr=1e-5 mode=head"]) == {0, 1, 2}
+    assert methods_table.said("mezo lr=1e-6") == "MeZO, published rate"
+    methods_table.draw([*runs.values()], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_adamw_trains_the_upper_blocks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
