@@ -75,7 +75,6 @@ def model_and_weights(
     model = ModelOptions(
         name,
         choose_dtype(settings.get("load_float16") is True, settings.get("load_bfloat16") is True),
-        next((bits for bits in (8, 4) if settings.get(f"load_int{bits}") is True), None),
         spread=not options.use_cpu,
         device=gpu or torch.device("cpu"),
         trust_remote_code=options.trust_remote_code,

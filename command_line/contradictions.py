@@ -21,7 +21,6 @@ from zeroth_order.config import smoothing_of
 CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
 EXCLUDE_EACH_OTHER = (
     ("load_float16", "load_bfloat16"),
-    ("load_int8", "load_int4"),
     *(("load_saved_dtype", other) for other in WEIGHTS),
     ("sfc", "icl_sfc"),
     ("reward", "non_diff"),
@@ -162,18 +161,11 @@ def _problems_of_task(values: Any, task: Task) -> Iterator[str]:
 
 def _problems_of_weights(values: Any) -> Iterator[str]:
     """Yield what cannot be trained, or saved."""
-    quantised = next((name for name in ("load_int8", "load_int4") if getattr(values, name)), None)
-    if quantised and values.trainer != "none" and not (values.lora or values.prefix_tuning):
-        adapter = "--lora or --prefix_tuning"
-        way_out = f"take --trainer zo with {adapter}"
-        way_out = way_out if values.trainer == "broadcast" else f"add {adapter}"
-        yield f"--{quantised}: quantised weights are not trained; {way_out}"
-    if quantised and values.untie_emb:
-        yield f"--untie_emb: the head of --{quantised} is quantised; leave it out"
-    if values.offload != "none":
-        yield from _problems_of_offload(values, quantised)
-    if quantised and values.merge_adapter:
-        yield "--merge_adapter: quantised weights take no matrices; leave it out"
+    offload = f"--offload {values.offload}"
+    if values.offload != "none" and values.zo_perturbation == "inplace" and values.trainer == "zo":
+        yield f"--zo_perturbation inplace: {offload} perturbs copies of a block; leave it out"
+    if values.offload != "none" and values.merge_adapter:
+        yield f"--merge_adapter needs all weights in memory, without {offload}; leave it out"
     for name in CHECKPOINTING:
         # Layers are computed again without the keys and values of the prefix.
         if values.prefix_tuning and getattr(values, name) and name in values.given:
@@ -181,17 +173,6 @@ def _problems_of_weights(values: Any) -> Iterator[str]:
     for name in ("linear_probing", "prefix_tuning", "merge_adapter", "eval_before_training"):
         if values.fsdp and values.trainer == "regular" and getattr(values, name):
             yield f"--{name}: it needs whole weights, which --fsdp shards; leave it out"
-
-
-def _problems_of_offload(values: Any, quantised: str | None) -> Iterator[str]:
-    """Yield what does not go with weights that are streamed."""
-    offload = f"--offload {values.offload}"
-    if quantised:
-        yield f"{offload}: bitsandbytes keeps --{quantised} in the GPU's memory; give one of them"
-    if values.zo_perturbation == "inplace" and values.trainer == "zo":
-        yield f"--zo_perturbation inplace: {offload} perturbs copies of a block; leave it out"
-    if values.merge_adapter:
-        yield f"--merge_adapter needs all weights in memory, without {offload}; leave it out"
 
 
 def _problems_of_steps(values: Any) -> Iterator[str]:

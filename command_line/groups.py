@@ -88,10 +88,6 @@ class Model:
     load_saved_dtype: bool = argument(False, decides=RESULT)
     """On a GPU, load the weights in the half precision that the model was saved in: float16, or
     bfloat16 where the GPU has it. Otherwise float32."""
-    load_int8: bool = argument(False)
-    """Load 8-bit weights with bitsandbytes, for --trainer none or adapters. Needs a CUDA GPU."""
-    load_int4: bool = argument(False)
-    """As --load_int8, with 4-bit weights (NF4)."""
     offload: str = argument(
         "none", choices=("none", "cpu", "disk"), effect=when.OFFLOADED, decides=NOTHING
     )

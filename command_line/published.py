@@ -50,6 +50,7 @@ NOT_HERE = by_name(
         ),
         "--trainer zo has no momentum": "momentum",
         "--prefix_tuning trains a prefix": "prompt_tuning",
+        "--offload streams weights that do not fit into memory": "load_int8 load_int4",
     }
 )
 # Values that ask for what is done anyway.

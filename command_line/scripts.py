@@ -81,7 +81,7 @@ MODES: dict[str, dict[str, Any]] = {
 RATE_OF_ADAMW = "1e-5"
 # CB and Copa have fewer than 500 training examples.
 FEW_DEV = {"cb": 100, "copa": 100}
-WEIGHTS = ("load_float16", "load_bfloat16", "load_int8", "load_int4")
+WEIGHTS = ("load_float16", "load_bfloat16")
 
 
 def choose_defaults(

@@ -121,7 +121,9 @@ def experiment_hash(arguments: Arguments) -> str:
     Raises:
         InputError: a file of data is missing.
     """
-    names = {field.name for field in dataclasses.fields(arguments) if field.init}
+    fields = (field for field in dataclasses.fields(arguments) if field.init)
+    # Those at their defaults do not count: a new argument leaves the names of results.
+    names = {each.name for each in fields if getattr(arguments, each.name) != each.default}
     names -= NOT_OF_THE_RESULT.union(LENGTH)
     if not arguments.load_best_model_at_end:
         names -= {*CHOICE_OF_CHECKPOINT}

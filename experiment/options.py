@@ -29,7 +29,6 @@ class ModelOptions:
 
     name: str
     dtype: torch.dtype = torch.float32
-    bits: int | None = None
     spread: bool = True  # over all GPUs of one process
     device: torch.device | None = None  # None: sharding moves each layer itself
     trust_remote_code: bool = False
@@ -142,7 +141,6 @@ def options_of(arguments: Arguments) -> Options:
     model = ModelOptions(
         arguments.model_name,
         choose_dtype(arguments.load_float16, arguments.load_bfloat16),
-        8 if arguments.load_int8 else 4 if arguments.load_int4 else None,
         not arguments.no_auto_device,
         None if arguments.fsdp else arguments.device,
         arguments.trust_remote_code,

@@ -87,7 +87,7 @@ def make_plan(options: Options, prepared: Prepared) -> Plan:
         of_trained = _trained(whole, arguments) if trained and kept else ()
         hessians = dict.fromkeys(of_trained, kept)
         offload = plan_of_offload(streamed, whole, model.offload, hessians, bool(trained))
-    memory = int(parameters * (model.bits / 8 if model.bits else size)) + trained * kept
+    memory = parameters * size + trained * kept
     return Plan(*of_all_sets, parameters, trained, memory, offload)
 
 

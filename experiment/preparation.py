@@ -129,9 +129,8 @@ def load_pretrained(options: ModelOptions) -> PreTrainedModel | PeftModel:
         InputError: there is no such model, or it does not fit the options.
     """
     spread, code = options.spread, options.trust_remote_code
-    offload = options.offload
-    model = load_model(options.name, options.dtype, options.bits, spread, code, offload)
-    placed = offload or getattr(model, "hf_device_map", None)
+    model = load_model(options.name, options.dtype, spread, code, options.offload)
+    placed = options.offload or getattr(model, "hf_device_map", None)
     if options.device and not placed:
         model.to(options.device)
     return model

@@ -23,7 +23,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -50,7 +49,6 @@ def choose_dtype(load_float16: bool, load_bfloat16: bool) -> torch.dtype:
 def load_model(
     name: str,
     dtype: torch.dtype,
-    quantised_bits: int | None = None,
     auto_device: bool = True,
     trust_remote_code: bool = False,
     offload: Offload | None = None,
@@ -61,7 +59,6 @@ def load_model(
         name: a Hub id, a local directory or a GGUF file, of a model or of an adapter, which is
             loaded with its base model.
         dtype: of the weights.
-        quantised_bits: 8 or 4 (NF4) bits a weight, by bitsandbytes; needs a GPU.
         auto_device: spread the model over the GPUs there are, if any. Otherwise, and in a run of
             several processes, the caller places it.
         trust_remote_code: run code that comes with the model.
@@ -70,10 +67,6 @@ def load_model(
     adapter = SavedAdapter.find(name)
     base = adapter.base if adapter else name
     gguf = GgufFile.find(base)
-    if quantised_bits and (gguf or not torch.cuda.is_available()):
-        of_file = "the weights of a GGUF file, quantised ones too, are loaded as ordinary ones"
-        reason = of_file if gguf else "bitsandbytes needs a CUDA GPU"
-        raise InputError(f"--load_int{quantised_bits}: {reason}; leave it out")
     if offload:
         config = load_config(base, trust_remote_code)
         if gguf:
@@ -93,7 +86,6 @@ def load_model(
         if gguf:
             model, found = gguf.load(**how)
         else:
-            how["quantization_config"] = _quantisation(quantised_bits, dtype)
             how["trust_remote_code"] = trust_remote_code
             model, found = AutoModelForCausalLM.from_pretrained(base, **how)
     _check_weights_are_there(base, model, found)
@@ -115,14 +107,6 @@ def _check_weights_are_there(name: str, model: PreTrainedModel, found: dict[str,
             f"{min(missing)} ({len(missing)} in all); give a model that was saved whole, with its "
             "language-model head"
         )
-
-
-def _quantisation(bits: int | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    if bits == 4:
-        return BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-        )
-    return BitsAndBytesConfig(load_in_8bit=True) if bits else None
 
 
 def load_config_and_tokenizer(

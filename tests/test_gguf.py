@@ -212,11 +212,6 @@ def test_without_the_package_one_line_names_it(file: Path, monkeypatch: pytest.M
         load_model(str(file), torch.float32)
 
 
-def test_ordinary_weights_are_not_loaded_in_8_bits(file: Path) -> None:
-    with pytest.raises(InputError, match="--load_int8: the weights of a GGUF file"):
-        load_model(str(file), torch.float32, quantised_bits=8)
-
-
 def test_a_folder_of_gguf_files_is_told_to_name_one(file: Path) -> None:
     (file.parent / "config.json").unlink()
     (file.parent / "adapter_config.json").unlink()

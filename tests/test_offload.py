@@ -159,7 +159,6 @@ REFUSED = {
     "--zo_perturbation inplace": {"zo_perturbation": "inplace"},
     "--offload_memory: `size` much is not in a valid format": {"offload_memory": "much"},
     "--merge_adapter needs all weights": {"merge_adapter": True, "lora": True, "save_model": True},
-    "--load_int8": {"load_int8": True, "lora": True},
 }
 
 

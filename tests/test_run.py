@@ -207,7 +207,7 @@ def test_result_holds_the_experiment_and_nothing_else(tmp_path: Path) -> None:
     assert set(settings) >= {
         *("task_name", "model_name", "data_dir", "trainer", "train_as_classification", "num_eval"),
         *("num_train", "num_dev", "train_set_seed", "max_length", "seed"),
-        *("load_float16", "load_int4", "per_device_train_batch_size", "learning_rate", "hessian"),
+        *("load_float16", "per_device_train_batch_size", "learning_rate", "hessian"),
         *("lr_scheduler_type", "warmup_steps", "weight_decay", "max_steps", "zo_eps", "lora"),
         *("hessian_smooth_type", "logging_steps", "save_steps", "output_dir"),
     }

@@ -192,9 +192,8 @@ def test_what_the_user_types_wins() -> None:
     assert values_of("HiZOO.sh", "--eval-steps 30").save_steps == 30
     assert values_of("HiZOO.sh", "--num_train_epochs 2").max_steps == -1
     assert values_of("HiZOO.sh", "--num_train_sets 2").train_set_seed is None
-    for flag in ("load_float16", "load_bfloat16", "load-int8 --trainer none"):
-        script = "icl.sh" if "none" in flag else "HiZOO.sh"
-        assert not values_of(script, f"--{flag}").load_saved_dtype
+    for flag in ("load_float16", "load_bfloat16"):
+        assert not values_of("HiZOO.sh", f"--{flag}").load_saved_dtype
 
 
 def test_modes() -> None:

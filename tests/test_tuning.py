@@ -266,8 +266,6 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"prefix_tuning": True, "num_prefix": 1023},
         ["--num_prefix 1023", "--max_length 1024"],
     ),
-    "quantised and full": ({"load_int8": True}, ["--load_int8", "--lora"]),
-    "8 bits without a GPU": ({"load_int8": True, "lora": True}, ["--load_int8", "CUDA GPU"]),
     "two objectives": ({"non_diff": True}, ["--train_as_classification", "--non_diff"]),
     "prefix without activations": (
         {
