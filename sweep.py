@@ -135,10 +135,9 @@ def print_plans(sweep: Sweep) -> None:
         if needed not in prepared:
             prepared[needed] = prepare(options)
         plan = make_plan(options, prepared[needed])
-        passes = {"training": plan.forward_passes, "evaluation": plan.evaluation_passes}
-        row = {f"forward passes of {name}": f"{number:,}" for name, number in passes.items()}
+        row = {"steps": f"{plan.steps:,}", "forward passes": f"{plan.forward_passes:,}"}
         state = "finished" if sweep.job(run).is_over else "left"
-        rows.append({**run.choice, "steps": f"{plan.steps:,}", **row, "": state})
+        rows.append({**run.choice, **row, "": state})
     print("each run:", command((*words_of(sweep.grid.fixed), *sweep.grid.further)))
     print(pd.DataFrame(rows).fillna(MISSING).to_string(index=False))
     print(f"{sum(row[''] == 'left' for row in rows)} of {len(rows)} runs are left")

@@ -21,9 +21,7 @@ from error_broadcast import ErrorBroadcast
 from experiment.offload_plan import OffloadPlan, plan_of_offload, streamed_by_block
 from experiment.options import Options
 from experiment.preparation import Prepared, choose_trained_weights
-from experiment.training import dev_samples
 from language_model.loading import load_config_and_tokenizer
-from task_data.sampling import ExampleSet
 from trainer import naming_way_out
 from zeroth_order import step_rule
 
@@ -35,7 +33,6 @@ class Plan:
     steps: int
     forward_passes: int
     backward_passes: int
-    evaluation_passes: int
     parameters: int
     trained_parameters: int
     memory: int
@@ -45,15 +42,11 @@ class Plan:
         """Yield the plan in words."""
         memory = f"{self.memory / 2**20:,.0f} MiB for weights"
         if self.steps:
-            backward = f" and {self.backward_passes:,} backward" if self.backward_passes else ""
-            yield (
-                f"{self.steps:,} steps: {self.forward_passes:,} forward{backward} passes of "
-                f"training, {self.evaluation_passes:,} of evaluation"
-            )
+            backward = f", {self.backward_passes:,} backward" if self.backward_passes else ""
+            yield f"{self.steps:,} steps: {self.forward_passes:,} forward passes{backward}"
             trained = f"{self.trained_parameters:,} trained"
             yield f"{self.parameters:,} parameters, {trained}; {memory} and optimizer"
         else:
-            yield f"{self.evaluation_passes:,} forward passes of evaluation"
             yield f"{self.parameters:,} parameters; {memory}"
         if self.offload:
             yield self.offload.line()
@@ -76,11 +69,7 @@ def make_plan(options: Options, prepared: Prepared) -> Plan:
             weights = replace(options.weights, prefix_init_by_real_act=False)
             whole = choose_trained_weights(empty, weights, encoder.tokenizer)
             trained = sum(p.numel() for p in _trained(whole, arguments))
-    samples = _evaluated_samples(options, prepared.example_sets[0])
-    evaluated = math.ceil(samples / arguments.per_device_eval_batch_size)
-    if encoder.task.generation:
-        evaluated *= 1 + encoder.max_new_tokens
-    of_all_sets = (n * len(prepared.example_sets) for n in (steps, forward, backward, evaluated))
+    of_all_sets = (number * len(prepared.example_sets) for number in (steps, forward, backward))
     size, offload = model.dtype.itemsize, None
     kept = kept_for_a_weight(arguments, size)
     if model.offload:
@@ -140,20 +129,3 @@ def training_passes(arguments: Arguments) -> tuple[int, int]:
         measured = sum(n for step, n in enumerate(batches) if step_rule.is_measured(step, every))
     # The first loss is taken twice.
     return of_g * sum(batches) + measured + 1, 0
-
-
-def _evaluated_samples(options: Options, examples: ExampleSet) -> int:
-    """Return how many samples are scored or generated in all, one of them several times."""
-    arguments, test, dev = options.arguments, len(examples.evaluation), len(examples.dev)
-    if not options.trains:
-        return test
-    number = test * arguments.eval_before_training + (test + dev) * (not arguments.no_eval)
-    if options.weights.mode == "linear_probing":
-        return number + len(examples.train)
-    dev = len(dev_samples(options, examples))
-    number += dev * bool(arguments.eval_on_start)
-    if arguments.eval_strategy == "epoch":
-        return number + dev * math.ceil(arguments.num_train_epochs)
-    every = arguments.eval_steps or arguments.logging_steps
-    times = int(steps_of_run(arguments) / every if every >= 1 else 1 / every)
-    return number + dev * times * (arguments.eval_strategy == "steps")

@@ -461,7 +461,7 @@ def test_plan_counts_weights_and_says_so(tmp_path: Path) -> None:
     assert plan.steps == 6 and plan.forward_passes == result["forward_passes"]
     assert 4 * plan.parameters < plan.memory < 100 * 2**20
     steps, weights = plan.lines()
-    assert steps.startswith("6 steps: 19 forward passes of training")
+    assert steps.startswith("6 steps: 19 forward passes")
     assert weights.endswith("for weights and optimizer")
     argv = training(tmp_path / "broadcast", trainer="broadcast", broadcast_matrices="o")
     of_broadcast = options_of(parse_arguments(argv))
