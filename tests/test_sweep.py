@@ -480,7 +480,7 @@ def test_dry_run_tells_what_differs_and_writes_nothing(
     every, head, *rows, last = capsys.readouterr().out.splitlines()
     assert every.startswith("each run: python ") and "--task_name SST2" in every
     assert head.split()[:3] == ["seed", "steps", "forward"]
-    assert [row.split()[:4] for row in rows] == [["0", "2", "7", "0"], ["1", "2", "7", "0"]]
+    assert [row.split()[:4] for row in rows] == [["0", "2", "7", "left"], ["1", "2", "7", "left"]]
     assert last == "2 of 2 runs are left"
     assert len(prepared) == 1  # seeds change no number
     assert contents(tmp_path) == {}
