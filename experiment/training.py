@@ -170,8 +170,11 @@ def save_model(
             save(unfinished)
             tokenizer.save_pretrained(unfinished)
             # The configuration, whose presence makes it a model, is the last one.
-            for file in sorted(unfinished.iterdir(), key=lambda file: "config.json" in file.name):
+            files = sorted(unfinished.iterdir(), key=lambda file: "config.json" in file.name)
+            for file in files:
                 file.replace(folder / file.name)
+            for name in {file.name for file in folder.glob("adapter_*")} - {f.name for f in files}:
+                (folder / name).unlink()  # of a model that was saved there before
 
     try:
         write_together(folder, write)

@@ -139,8 +139,6 @@ def save_merged(model: PeftModel, folder: Path) -> None:
         for part in (config, config.get_text_config(decoder=True)):
             part.tie_word_embeddings = False
         config.save_pretrained(folder)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):  # of a save without merging
-        (folder / name).unlink(missing_ok=True)
 
 
 def check_merge(model: PeftModel) -> None:

@@ -271,8 +271,8 @@ def test_bad_input_during_preparation_changes_nothing(
     capsys.readouterr()
     assert run.main([*too_small, "--overwrite_output_dir"]) == 2
     assert contents(tmp_path / "out") == written
-    refused = training(tmp_path, **SHORT, lora=True, lora_r=9999, output_dir=tmp_path / "new")
-    assert "--lora_r 9999" in refused_line(refused, capsys, tmp_path)
+    refused = training(tmp_path, **SHORT, max_length=9999, output_dir=tmp_path / "new")
+    assert "--max_length 9999" in refused_line(refused, capsys, tmp_path)
 
 
 def test_places_in_use_are_refused_at_once(
