@@ -103,6 +103,7 @@ def label(method: str) -> str:
             for name, word in named.items()
             if name in settings
         ]
+        words += ["κ constant in the first half"] if settings.get("hold") == 0.5 else []
     return ", ".join(words)
 
 

@@ -257,8 +257,7 @@ class Training:
     """Steps over which the learning rate rises from 0; below 1: a fraction of the run."""
     decay_step: float = argument(0, at_least=0, fraction=True, effect=when.DECAY)
     """Step until which the learning rate stays constant before it takes the scheduler's course to
-    the end of the run; below 1: a fraction of the run. 0: it takes it from the start. Default with
-    --trainer broadcast and no --lr_scheduler_type: 0.5."""
+    the end of the run; below 1: a fraction of the run. 0: it takes it from the start."""
     lr_scheduler_type: str | None = argument(None, "--zo_lr_scheduler_type", choices=SCHEDULES)
     """Learning-rate schedule of transformers, per step; with warmup_steps constant means
     constant_with_warmup. Default: constant; with --trainer regular and broadcast

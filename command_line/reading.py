@@ -93,8 +93,6 @@ class Meaning:
         if self.lr_scheduler_type is None:
             constant = self.trainer in ("zo", "none")
             self.lr_scheduler_type = "constant" if constant else "linear"
-            if self.trainer == "broadcast":
-                self.decay_step = self.decay_step or 0.5
 
     @property
     def shares_batches(self) -> bool:
