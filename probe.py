@@ -28,7 +28,15 @@ from experiment.training import make_trainer
 from language_model.loading import leave_out_loading_bars
 from trainer import ZerothOrderTrainer
 from training.scales import FILE, Scales, choose_scales, kept_weights
-from utils import InputError, check_writable, exit_code, new_figure, save_figure, write_json
+from utils import (
+    InputError,
+    OneLineParser,
+    check_writable,
+    exit_code,
+    new_figure,
+    save_figure,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -82,8 +90,8 @@ def draw(found: Scales, figure: Figure) -> None:
 def run_command_line(argv: Sequence[str]) -> None:
     """Read the command line, measure, and write and draw what is found."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=raw, allow_abbrev=False, usage="probe.py [arguments]"
+    parser = OneLineParser(
+        "probe.py", "probe.py [arguments]", __doc__, formatter_class=raw, allow_abbrev=False
     )
     parser.add_argument("--plot", type=Path, help="picture of g and c over μ; default: none")
     own, others = parser.parse_known_args(argv)

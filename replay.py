@@ -29,14 +29,13 @@ from training.journal import Journal, read_journal
 from training.recording import checksum_of, checksum_of_trained
 from training.replaying import Outcome, optimizer_of, play, rows_until
 from training.rows import Header, Step
-from utils import InputError, exit_code
+from utils import InputError, OneLineParser, exit_code
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> OneLineParser:
     """Return the command line."""
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    made = OneLineParser("replay.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
     add = made.add_argument
     add("--journal", type=Path, required=True, help="journal.jsonl of the run")
     add(

@@ -11,7 +11,14 @@ from argparse import RawTextHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 
-from sweeps.results import RECORD, Outcome, name_data, read_outcomes, read_sweep
+from sweeps.results import (
+    RECORD,
+    Outcome,
+    name_data,
+    read_outcomes,
+    read_sweep,
+    with_short_models,
+)
 from sweeps.tables import COLUMNS, FORMATS, FORMS, make_table
 from utils import (
     InputError,
@@ -68,7 +75,7 @@ def load(places: Sequence[Path]) -> list[Outcome]:
             what = "there is no result of a run in it" if place.is_dir() else NO_RESULT
             raise InputError(f"{place}: {what}")
         found |= {path.resolve(): runs for path, runs in outcomes.items()}
-    return name_data([each for runs in found.values() for each in runs])
+    return with_short_models(name_data([each for runs in found.values() for each in runs]))
 
 
 def _in_folder(folder: Path) -> dict[Path, list[Outcome]]:

@@ -45,6 +45,7 @@ from sweeps.results import (
     read_outcomes,
     read_sweep,
     record,
+    short_models,
 )
 from sweeps.running import Job, Processes, follow
 from sweeps.slurm import JobArray
@@ -121,7 +122,7 @@ def command(words: Sequence[str]) -> str:
 
 
 def print_plans(sweep: Sweep) -> None:
-    """Print what differs between the runs, and the forward passes of each."""
+    """Print what differs between the runs, and the steps and forward passes of each."""
     prepared: dict[str, Prepared] = {}
     rows = []
     for run in sweep.runs:
@@ -138,8 +139,16 @@ def print_plans(sweep: Sweep) -> None:
         row = {"steps": f"{plan.steps:,}", "forward passes": f"{plan.forward_passes:,}"}
         state = "finished" if sweep.job(run).is_over else "left"
         rows.append({**run.choice, **row, "": state})
+    table = pd.DataFrame(rows).fillna(MISSING)
+    if "model_name" in table:
+        table["model_name"] = table["model_name"].map(short_models(table["model_name"]))
+    choices = {name for run in sweep.runs for name in run.choice}
+    shared = [name for name in table if name not in choices and table[name].nunique() == 1]
     print("each run:", command((*words_of(sweep.grid.fixed), *sweep.grid.further)))
-    print(pd.DataFrame(rows).fillna(MISSING).to_string(index=False))
+    numbers = [f"{table[name].iloc[0]} {name}" for name in shared if name]
+    if numbers:
+        print("each run:", ", ".join(numbers))
+    print(table.drop(columns=shared).to_string(index=False))
     print(f"{sum(row[''] == 'left' for row in rows)} of {len(rows)} runs are left")
 
 
@@ -184,7 +193,12 @@ def closing_lines(sweep: Sweep, jobs: Sequence[Job]) -> Iterator[str]:
             yield f"{place}no best setting: {words}"
             continue
         first, *others = (runs[path] for path in dict.fromkeys(each.path for each in chosen))
-        setting = (f"{name} {value}" for name, value in first.choice.items() if name not in SEEDS)
+        models = short_models(run.choice.get("model_name", "") for run in sweep.runs)
+        setting = (
+            f"{name} {models[value] if name == 'model_name' else value}"
+            for name, value in first.choice.items()
+            if name not in SEEDS
+        )
         yield f"{place}best on the dev set: {', '.join(setting) or 'the only setting'}"
         yield f"  {words}"
         yield f"  {command(first.words)}"

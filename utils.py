@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -56,10 +57,13 @@ class NotWritten(OSError):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Raises InputError where a command line is wrong."""
+    """Raises InputError where a command line is wrong, in the words of run.py."""
 
     def error(self, message: str) -> NoReturn:
         """Raise InputError."""
+        message = message.removeprefix("argument ")
+        message = message.replace("unrecognized arguments:", "unknown argument")
+        message = message.replace("the following arguments are required:", "missing:")
         raise InputError(f"{message} (python {self.prog} --help explains the arguments)")
 
 
@@ -89,10 +93,19 @@ def exit_code(command: Callable[[], int | None]) -> int:
 
     0: done, or what the command returns. 1: losses that are not finite any more or far too large, a
     lost process, or a file that could not be written. 2: bad input, a name that no file can have
-    among it. 130: interrupted.
+    among it. 130: interrupted. 141: nobody reads the output any more.
     """
     try:
-        return command() or 0
+        code = command() or 0
+        sys.stdout.flush()  # here, not when Python ends: a reader may have gone, as head does
+        return code
+    except BrokenPipeError:
+        try:
+            print(flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
+        raise  # it was another pipe
     except InputError as error:
         say_last(f"error: {error}")
         return 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback
 
 from command_line.declarations import AUTO
@@ -217,6 +219,7 @@ def reported(result: dict[str, Any]) -> dict[str, float]:
 
 
 def say(line: str) -> None:
-    """Print a line, from one process only."""
+    """Print a line, above a bar if there is one, from one process only."""
     if process_index() == 0:
-        print(line, flush=True)
+        tqdm.write(line)
+        sys.stdout.flush()

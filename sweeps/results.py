@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
@@ -194,6 +194,23 @@ def name_data(outcomes: Sequence[Outcome]) -> list[Outcome]:
             words += [each.data]
         named.append(replace(each, task=" ".join(filter(None, words))))
     return named
+
+
+def short_models(names: Iterable[str]) -> dict[str, str]:
+    """Return models' names without folder and ``.gguf``; whole ones where two would be the same."""
+    found = {name: name.rstrip("/").rpartition("/")[2].removesuffix(".gguf") for name in names}
+    return found if len({*found.values()}) == len(found) else {name: name for name in found}
+
+
+def with_short_models(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Return runs with short names of their models."""
+    names = short_models(shown(each.settings.get("model_name")) for each in outcomes)
+    return [
+        replace(each, settings={**each.settings, "model_name": names[shown(model)]})
+        if (model := each.settings.get("model_name"))
+        else each
+        for each in outcomes
+    ]
 
 
 def check_distinct(outcomes: Sequence[Outcome]) -> None:

@@ -108,10 +108,12 @@ def seed_title(outcome: Outcome) -> str:
 
 
 def markdown(table: Table, percent: bool) -> str:
-    """Return the table in Markdown."""
+    """Return the table in Markdown, with columns that stand below each other in a terminal."""
     cells = texts(table, percent, " ± ", "**{}**", _for_markdown)
-    lines = [list(cells.columns), ["---"] * cells.shape[1], *cells.to_numpy().tolist()]
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    lines = [list(cells.columns), *cells.to_numpy().tolist()]
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    text = "".join(f"| {' | '.join(map(str.ljust, line, widths))} |\n" for line in lines)
     return f"{text}\n{remark(table)}\n"
 
 

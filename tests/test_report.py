@@ -50,7 +50,8 @@ def printed(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
 
 
 def cells(text: str) -> list[list[str]]:
-    return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    lines = [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line] for line in lines]
 
 
 @pytest.fixture
@@ -163,7 +164,20 @@ def test_a_file_that_is_there_is_not_written_over(
         line = refused_line(["a.json", option, name, *more], capsys, tmp_path, report.main)
         assert said in line and line.startswith(f"{option} {name}")
     printed(capsys, "a.json", "--output", "notes.md", "--overwrite")
-    assert (tmp_path / "notes.md").read_text().startswith("| SST2 |")
+    assert (tmp_path / "notes.md").read_text().startswith("| SST2   |")
+
+
+def test_models_have_short_names_where_these_differ(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("org/opt-1.3b", "/models/Smol.Q4_1.gguf", "tuned/")
+    files = [written(tmp_path, str(n), 0.5, model_name=name) for n, name in enumerate(names)]
+    shown = printed(capsys, *files)
+    assert [row[0] for row in cells(shown)[2:]] == ["opt-1.3b", "Smol.Q4_1", "tuned"]
+    lines = [line for line in shown.splitlines() if line.startswith("|")]
+    assert len({len(line) for line in lines}) == 1  # columns stand below each other
+    files += [written(tmp_path, "3", 0.5, model_name="other/tuned")]
+    assert [row[0] for row in cells(printed(capsys, *files))[2:]] == [*names, "other/tuned"]
 
 
 def test_settings_are_shown_as_given_where_they_differ(tmp_path: Path) -> None:
@@ -235,7 +249,7 @@ def test_odd_results_end_in_no_traceback(
     # A mean over some of a setting's runs would mislead: that cell is empty.
     assert table == [
         ["learning_rate", "SST2"],
-        ["---", "---"],
+        ["-" * 13, "-" * 6],
         ["0.5", "–"],
         ["[1, {'a': 2}]", "0.7500"],
     ]
@@ -269,7 +283,7 @@ BAD_INPUT = (
     ("n" * 300, f"{'n' * 300}: File name too long; give another place"),
     ("empty", "empty: there is no result of a run in it"),
     ("other.json", "other.json: this is no result of a run"),
-    ("a.json --show f1", "argument --show: invalid choice: 'f1'"),
+    ("a.json --show f1", "--show: invalid choice: 'f1'"),
     ("a.json --also backward_passes", "none of the 1 results has backward_passes"),
     ("a.json twin.json", "a.json and twin.json have the same settings and seed"),
     ("a.json --plot a.txt", "--plot a.txt: give a name that ends in .png"),

@@ -477,12 +477,20 @@ def test_dry_run_tells_what_differs_and_writes_nothing(
     prepared: list[Options] = []
     monkeypatch.setattr(sweep, "prepare", lambda each: prepared.append(each) or prepare(each))
     assert sweep.main(["--seed", "0", "1", "--dry_run", "--jobs", "2", "--", *short()]) == 0
-    every, head, *rows, last = capsys.readouterr().out.splitlines()
+    every, same, head, *rows, last = capsys.readouterr().out.splitlines()
     assert every.startswith("each run: python ") and "--task_name SST2" in every
-    assert head.split()[:3] == ["seed", "steps", "forward"]
-    assert [row.split()[:4] for row in rows] == [["0", "2", "7", "left"], ["1", "2", "7", "left"]]
+    assert same == "each run: 2 steps, 7 forward passes"
+    assert [row.split() for row in (head, *rows)] == [["seed"], ["0"], ["1"]]
     assert last == "2 of 2 runs are left"
     assert len(prepared) == 1  # seeds change no number
+    (tmp_path / "other.gguf").symlink_to(MODEL)
+    lists = ["--model_name", str(MODEL), "other.gguf", "--learning_rate", "1e-6", "1e-2"]
+    others = short(model_name=None, learning_rate=None)
+    assert sweep.main([*lists, "--dry_run", "--", *others]) == 0
+    _, _, *rows, _ = capsys.readouterr().out.splitlines()
+    names = [[model, rate] for model in ("tiny-opt", "other") for rate in ("1e-6", "1e-2")]
+    assert [row.split() for row in rows] == [["model_name", "learning_rate"], *names]
+    (tmp_path / "other.gguf").unlink()
     assert contents(tmp_path) == {}
 
 

@@ -6,15 +6,23 @@ import datetime
 import json
 import math
 import os
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import probe
+import replay
+import report
+import run
+import sweep
 import utils
 from utils import (
     InputError,
     NotWritten,
     check_writable,
+    exit_code,
     fingerprint,
     write_json,
     write_json_lines,
@@ -121,3 +129,34 @@ def test_last_line_is_said_by_the_first_process(
         monkeypatch.setenv("RANK", rank)
         utils.say_last("error: a value")
         assert capsys.readouterr().err == said
+
+
+def test_a_reader_who_has_gone_ends_a_command_without_a_word(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flush in (True, False):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with monkeypatch.context() as patched, os.fdopen(writer, "w") as output:
+            patched.setattr(sys, "stdout", output)
+            assert exit_code(lambda flush=flush: print("line", flush=flush)) == 141
+    assert capsys.readouterr() == ("", "")
+
+    def another_pipe() -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        exit_code(another_pipe)
+
+
+@pytest.mark.parametrize("command", [probe, replay, report, run, sweep])
+def test_every_command_refuses_in_one_line(
+    command: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needed = {replay: ["--journal", "none"], report: ["none"]}.get(command, [])
+    # The words before -- are lists of values to sweep.py.
+    value = ["3"] if command is sweep else []
+    assert command.main([*needed, "--nonsense", *value]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1
+    assert err.startswith("error: ") and "unknown argument --nonsense" in err and "--help" in err
