@@ -86,6 +86,11 @@ class Columns:
                 f"--prompt_template {shown(self.template)}: name a column in braces, one of "
                 f"{listed(row)}"
             )
+        if shows := {self.label, self.answer} & {*fields, self.text} - {None}:
+            raise InputError(
+                f"the prompt has the column {min(shows)!r}, which is its answer: leave it out of "
+                "--prompt_template and --text_column; answers are put behind the prompt"
+            )
         named = [
             ("--text_column", self.text),
             ("--label_column", self.label),

@@ -264,6 +264,8 @@ def test_bad_columns(tmp_path: Path) -> None:
             "--prompt_template '{review': name a column in braces, ",
         ),
         (Columns(answer="out"), "--answer_column: no column 'out'"),
+        (Columns("same", "same"), "the prompt has the column 'same', which is its answer"),
+        (Columns(label="same", template="{same}"), "the prompt has the column 'same'"),
         (Columns("review", "same"), "--label_column same: all rows of .* have '1'"),
     ):
         with pytest.raises(InputError, match=said):
