@@ -62,14 +62,7 @@ FAULTS = [
         "1.0, [first, second]))",
         "hizoo_in_use trainer",
     ),
-    Fault("c: doubled", "hizoo.py", "(2 * eps_of_c**2)", "(eps_of_c**2)", STEP),
-    Fault(
-        "c: of μ of g where it has its own",
-        "hizoo.py",
-        "eps_of_c = eps * self._curvature_ratio()",
-        "eps_of_c = eps",
-        STEP,
-    ),
+    Fault("c: doubled", "hizoo.py", "(2 * eps**2)", "(eps**2)", STEP),
     Fault(
         "h: grows 2% too fast",
         "zeroth_order/weights.py",
