@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 
-from command_line import launchers
 from command_line.contradictions import check_values
 from command_line.help import HELP, USAGE, help_text
 from command_line.reading import read_values
 from command_line.scripts import BUNDLED_MODEL, unread_variables
 from utils import InputError, exit_code, speaks_for_all
+
+# How many processes srun or mpirun has started: torch.distributed does not read them.
+OF_OTHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def begin(argv: Sequence[str]) -> None:
@@ -39,8 +43,8 @@ def begin(argv: Sequence[str]) -> None:
 
 
 def _check_environment() -> None:
-    launchers.check_variables(os.environ)
-    launchers.take_store_of_restart(os.environ)
+    check_variables(os.environ)
+    take_store_of_restart(os.environ)
     try:
         os.getcwd().encode()
     except FileNotFoundError as error:
@@ -60,3 +64,67 @@ def _begin(argv: Sequence[str]) -> None:
     if values.model_name == str(BUNDLED_MODEL):
         # A model this small gains nothing from a second thread, and loses much beside a process.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+# ------------------------------------------------------------------- the variables of torchrun
+
+
+def check_variables(environment: Mapping[str, str]) -> None:
+    """Refuse variables with which processes would wait for, or repeat, one another, or be silent.
+
+    Raises:
+        InputError: names the variable and its value.
+    """
+    if "WORLD_SIZE" not in environment:
+        for name in ("RANK", "LOCAL_RANK"):
+            if name in environment:
+                raise _unusable(environment, name, "WORLD_SIZE beside it")
+        for name in OF_OTHERS:
+            if (environment.get(name) or "1") != "1":
+                raise _unusable(environment, name, "one process")
+        return
+    processes = _number(environment, "WORLD_SIZE", 1)
+    # With a local rank, accelerate connects even a single process.
+    connects = processes > 1 or "LOCAL_RANK" in environment
+    if connects or "RANK" in environment:
+        _number(environment, "RANK", below=processes)
+    if connects:
+        of_node = processes
+        if "LOCAL_WORLD_SIZE" in environment:
+            of_node = _number(environment, "LOCAL_WORLD_SIZE", 1, processes + 1)
+        _number(environment, "LOCAL_RANK", below=of_node)
+        _number(environment, "MASTER_PORT", 1, 2**16)
+        try:
+            socket.getaddrinfo(environment["MASTER_ADDR"], None)
+        except (KeyError, OSError, UnicodeError):
+            raise _unusable(environment, "MASTER_ADDR", "the first process's host") from None
+
+
+def take_store_of_restart(environment: MutableMapping[str, str]) -> None:
+    """Let processes that torchrun has restarted meet at a new store.
+
+    torchrun's own still holds the addresses of the killed processes (PyTorch's issue 135712): two
+    or four processes on one machine never found one another again.
+
+    Raises:
+        InputError: names a variable of torchrun that makes no sense.
+    """
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    if restarts := _number(environment, "TORCHELASTIC_RESTART_COUNT"):
+        environment["MASTER_PORT"] = str(_number(environment, "MASTER_PORT") + restarts)
+        environment["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+
+
+def _number(
+    environment: Mapping[str, str], name: str, at_least: int = 0, below: int = 2**32
+) -> int:
+    word = environment.get(name, "")
+    if not re.fullmatch("[0-9]{1,10}", word) or not at_least <= int(word) < below:
+        raise _unusable(environment, name, f"a whole number from {at_least} to {below - 1}")
+    return int(word)
+
+
+def _unusable(environment: Mapping[str, str], name: str, expected: str) -> InputError:
+    shown = f"{name}={environment[name]}" if name in environment else f"{name} is not set"
+    return InputError(f"{shown}: expected {expected}; start several with torchrun, or unset it")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from running import ROOT, finish, training, weights
 
-from command_line.launchers import take_store_of_restart
+from command_line.starting import take_store_of_restart
 
 
 def test_only_a_restart_takes_a_new_store() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from command_line.launchers import check_variables, take_store_of_restart
+from command_line.starting import check_variables, take_store_of_restart
 from utils import InputError
 
 RANKS = {
