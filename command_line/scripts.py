@@ -154,7 +154,7 @@ def _examples(said: Mapping[str, Any], dev: int) -> dict[str, Any]:
         return {"num_dev": FEW_DEV.get(str(said.get("task_name")).lower(), dev)}
     try:
         rows = sum(1 for _ in read_rows(Path(said["train_file"])))
-    except (KeyError, InputError):
+    except (KeyError, InputError, OSError):
         return {}  # the file's own error comes later
     rows -= 0 if said.get("validation_file") else max(1, rows // 10)  # held out to report on
     try:

@@ -282,6 +282,7 @@ def test_what_makes_no_sense_is_refused() -> None:
     for script, line, variables, message in (
         ("HiZOO.sh", "--train_file a.csv", {"TASK": "CB"}, "--task_name and --train_file exclude"),
         ("HiZOO.sh", "--train_file a.csv", {"DATA_DIR": "b"}, "--data_dir and --train_file excl"),
+        ("HiZOO.sh", "--train_file a.csv", {}, "--train_file a.csv: "),
         ("HiZOO.sh", "", {"MODE": "nothing"}, "MODE=nothing: give ft, prefix, lora"),
         ("HiZOO.sh", "", {"BS": "1.5"}, "BS=1.5: must be a whole number"),
         ("HiZOO.sh", "", {"BS": "a[$(touch x)]"}, r"BS=a\[\$\(touch x\)\]: must be a whole number"),
