@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from error_broadcast import ErrorBroadcast
-from hizoo import HiZOO, Layers
+from hizoo import HiZOO, Layers, OnlyInPlace
 from zeroth_order.blocks import blocks_of
 
 
@@ -37,6 +37,7 @@ class ForwardOnlyMixin:
     Raises:
         ValueError: another optimizer was given, weights are sharded (FSDP, DeepSpeed), or error
             broadcast was asked for in several processes.
+        OnlyInPlace: the loss reads half-precision weights outside their modules.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -103,7 +104,13 @@ class ForwardOnlyMixin:
                 value = self.compute_loss(model, dict(inputs), num_items_in_batch=divisor)
             return self.accelerator.reduce(value, "mean")
 
-        return self.optimizer.estimate(loss, None if items is None else float(items))
+        try:
+            return self.optimizer.estimate(loss, None if items is None else float(items))
+        except OnlyInPlace as error:
+            raise OnlyInPlace(
+                f"half-precision weights, and {error}: take a loss that runs the model whole (of "
+                "TRL's SFTTrainer: compute_loss = Trainer.compute_loss), or float32 weights"
+            ) from error
 
     def _clip_grad_norm(self, model: nn.Module) -> None:
         """Clip nothing: there is no gradient."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 
 from error_broadcast import ErrorBroadcast
 from forward_only import ForwardOnlyMixin
-from hizoo import HiZOO, Layers
+from hizoo import HiZOO, Layers, OnlyInPlace
 
 STEPS, LR = 6, 1e-3
 # Of 24 texts of 4 to 8 tokens the last 1 to 5 are scored.
@@ -145,6 +147,22 @@ def test_half_precision_weights_come_back_bit_for_bit(tmp_path: Path) -> None:
     assert not logged(trainer, "curvature") and not logged(trainer, "hessian_mean")
 
 
+def test_half_precision_weights_that_a_loss_reads_by_itself_are_refused(tmp_path: Path) -> None:
+    class Fused(ForwardOnlyTrainer):
+        """Multiplies with the head's matrix itself, as TRL's SFTTrainer."""
+
+        def compute_loss(self, model: Any, inputs: Batch, **_: Any) -> torch.Tensor:
+            states = model.model(inputs["input_ids"]).last_hidden_state
+            return (states @ model.lm_head.weight.T).float().square().mean()
+
+    trainer = make_trainer(tmp_path, dtype=torch.bfloat16)
+    trainer.__class__ = Fused
+    before = weights(trainer)
+    with pytest.raises(OnlyInPlace, match=r"compute_loss = Trainer\.compute_loss"):
+        trainer.train()
+    assert largest_difference(weights(trainer), before) == 0
+
+
 def test_autocast_is_the_trainers(tmp_path: Path) -> None:
     losses = []
     for bf16 in (False, True):
@@ -187,6 +205,38 @@ def test_an_optimizer_that_needs_gradients_is_refused(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, (torch.optim.SGD, {"lr": 0.1}))
     with pytest.raises(ValueError, match=r"SGD needs gradients: give .*\(HiZOO, \{\.\.\.\}\)"):
         trainer.train()
+
+
+IN_A_PROCESS = """
+import sys
+import torch
+from pathlib import Path
+from test_forward_only import logged, make_trainer, weights
+folder, size = Path(sys.argv[1]), int(sys.argv[2])
+order = {"train_sampling_strategy": "sequential"}
+trainer = make_trainer(folder, per_device_train_batch_size=size, **order)
+trainer.train()
+kept = {"weights": weights(trainer), "losses": logged(trainer, "loss")}
+torch.save(kept, folder / f"{trainer.args.process_index}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(IN_A_PROCESS)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    kept = []
+    for name, launcher, size in (("alone", [], 8), ("two", torchrun, 4)):
+        (tmp_path / name).mkdir()
+        argv = [sys.executable, *launcher, str(script), str(tmp_path / name), str(size)]
+        paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+        subprocess.run(argv, check=True, env=os.environ | paths, capture_output=True)
+        kept += [torch.load(file) for file in sorted((tmp_path / name).glob("*.pt"))]
+    alone, first, second = kept
+    assert largest_difference(first["weights"], second["weights"]) == 0
+    assert largest_difference(first["weights"], alone["weights"]) < 1e-5
+    assert first["losses"] == pytest.approx(alone["losses"], abs=1e-4)
 
 
 @pytest.mark.slow
