@@ -31,7 +31,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -45,7 +45,7 @@ from zeroth_order.curvature import mean_and_max
 from zeroth_order.in_place import InPlaceWeights
 from zeroth_order.layerwise import Layers, OnlyInPlace
 from zeroth_order.signals import signals_wait
-from zeroth_order.weights import GroupStep, Shift, Weights
+from zeroth_order.weights import GroupStep, Pass, Shift, Weights
 
 __all__ = ["HiZOO", "HiZOOConfig", "Layers", "OnlyInPlace"]
 __version__ = "0.2.0"
@@ -80,7 +80,7 @@ class HiZOO(torch.optim.Optimizer):
 
     Attributes:
         projected_gradient, curvature: the last g and c that were measured, for the first group's μ.
-        losses: of the last ``estimate``, in the order of its forward passes.
+        losses: of each batch of the last estimate, in the order of its forward passes.
 
     Raises:
         ValueError: an argument out of range, a parameter that is not contiguous or not of a
@@ -104,6 +104,7 @@ class HiZOO(torch.optim.Optimizer):
         self.config, self.layers = config, layers
         self.weights: Weights | None = None
         self.projected_gradient, self.curvature = math.nan, 0.0
+        self._checked_scales: list[tuple[int, float]] = []
         self._forget_estimates()
         names = ("eps", "hessian_smooth", "weight_decay", "seed")
         defaults = {name: getattr(config, name) for name in names}
@@ -115,7 +116,6 @@ class HiZOO(torch.optim.Optimizer):
 
     # ---- the algorithm
 
-    @torch.no_grad()
     def estimate(self, closure: Callable[[], Any], weight: float | None = None) -> float:
         """Run the forward passes of one batch: 2 a direction, and those of c if it is measured.
 
@@ -126,32 +126,46 @@ class HiZOO(torch.optim.Optimizer):
         count alike. Returns the unperturbed loss, or without it the mean of the perturbed ones. If
         anything raises, the weights come back and the step starts anew.
         """
-        self._prepare(closure)
-        measures, directions = self._measures_curvature(), range(self.config.num_samples)
-        passes: list[Perturbation] = [None] if measures else []
-        passes += itertools.product(directions, (1.0, -1.0))
-        if len(self._estimates) % 2:
+        return self.estimate_batches([(closure, 1.0 if weight is None else weight)])[0]
+
+    @torch.no_grad()
+    def estimate_batches(self, batches: Sequence[tuple[Callable[[], Any], float]]) -> list[float]:
+        """Estimate on several batches, a closure and a weight each.
+
+        It is ``estimate`` for one after the other, but streamed weights are read once for all.
+        """
+        self._prepare(batches[0][0])
+        self._measured, directions = self._measures_curvature(), range(self.config.num_samples)
+        order: list[Perturbation] = [None] if self._measured else []
+        order += itertools.product(directions, (1.0, -1.0))
+        passes: list[Pass] = []
+        for number, (closure, _) in enumerate(batches, start=len(self._estimates)):
             # Every other batch goes backwards, from where the one before it ended.
-            passes.reverse()
+            passes += [(closure, at) for at in (reversed(order) if number % 2 else order)]
+        is_first = self.param_groups[0]["step"] == 0 and not self._estimates
         try:
-            values = self.weights.losses([(closure, at) for at in passes])
-            losses = dict(zip(passes, values, strict=True))
-            if self.param_groups[0]["step"] == 0 and not self._estimates:
-                at = passes[-1]
-                (again,) = self.weights.losses([(closure, at)])
-                check_repeats(losses[at], again, losses.values(), self.weights.trained)
+            values = self.weights.losses(passes + passes[-1:] if is_first else passes)
+            found = []
+            for start in range(0, len(passes), len(order)):
+                of_batch = slice(start, start + len(order))
+                places = (at for _, at in passes[of_batch])
+                found.append(dict(zip(places, values[of_batch], strict=True)))
+            if is_first:
+                check_repeats(*values[-2:], found[-1].values(), self.weights.trained)
         except BaseException:
             self.restore()
             self._forget_estimates()
             raise
         finally:
             torch.clear_autocast_cache()
-        center = losses.get(None, sum(losses.values()) / len(losses))
-        first = [losses[d, 1.0] - losses[d, -1.0] for d in directions]
-        second = [losses[d, 1.0] + losses[d, -1.0] - 2 * center for d in directions]
-        self._estimates.append((1.0 if weight is None else float(weight), [first, second]))
-        self._measured, self.losses = measures, [*losses.values()]
-        return center
+        centers = []
+        for losses, (_, weight) in zip(found, batches, strict=True):
+            centers.append(losses.get(None, sum(losses.values()) / len(losses)))
+            first = [losses[d, 1.0] - losses[d, -1.0] for d in directions]
+            second = [losses[d, 1.0] + losses[d, -1.0] - 2 * centers[-1] for d in directions]
+            self._estimates.append((float(weight), [first, second]))
+        self.losses = [[*losses.values()] for losses in found]
+        return centers
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> float | None:
@@ -241,6 +255,7 @@ class HiZOO(torch.optim.Optimizer):
         """
         scales = {p: group["eps"] for group, p in self._parameters() if p.requires_grad}
         loaded = self._loaded(scales)
+        self._checked_scales = [(id(p), eps) for p, eps in scales.items()]
         check_perturbation_scale(((p, scales[p]) for p in loaded), in_place=self.layers is None)
 
     @property
@@ -369,7 +384,9 @@ class HiZOO(torch.optim.Optimizer):
         known = self.weights.trained if self.weights else ()
         if not self._estimates and [*map(id, known)] != [*map(id, self._trained())]:
             self._check_trained()
-            self.check_perturbation_scale()
+            trained = [(id(p), group["eps"]) for group, p in self._parameters() if p.requires_grad]
+            if trained != self._checked_scales:
+                self.check_perturbation_scale()
             kind = partial(self.layers.kind, self.layers) if self.layers else InPlaceWeights
             self.weights = kind(self.param_groups, self.state, self.config)
         self.weights.prepare(closure)

@@ -119,6 +119,7 @@ class ZerothOrderTrainer(ForwardTrainer):
         self.config = config
         self.perturbation = perturbation
         self.recording = recording or Recording()
+        self._batches: list[tuple[dict[str, Any], int, Tensor]] = []  # of the step under way
         super().__init__(**kwargs)
         # The Trainer makes them as training begins, and asks callbacks for their state before.
         self._tr_loss, self._globalstep_last_logged = torch.zeros(()), 0
@@ -148,19 +149,31 @@ class ZerothOrderTrainer(ForwardTrainer):
             return self.objective(self.model, self._prepare_inputs(self.collate(list(examples))))
 
     def estimate(self, model: nn.Module, inputs: dict[str, Any], items: Tensor) -> float:
-        """Run the forward passes of one batch, or take their losses from the journal."""
-        self.recording.begin_batch(self.state.global_step)
+        """Keep a batch; run the passes of all of a step's batches at the last, or take its losses.
+
+        So streamed weights are read once a step. The batches before it return 0, and the last one
+        what makes up for them.
+        """
         weight = self.batch_weight(inputs)
         inputs.pop(BORROWED, None)
+        self._batches.append((inputs, weight, items))
+        if not self.accelerator.sync_gradients:
+            return 0.0
+        batches, self._batches = self._batches, []
 
-        def batch_loss() -> Tensor:
+        def batch_loss(inputs: dict[str, Any], weight: int, items: Tensor) -> Tensor:
             return self.sum_of_parts(self.loss_of(inputs) * weight) / items
 
-        closure = self.recording.of_batch(batch_loss)
+        closures = [functools.partial(batch_loss, *batch) for batch in batches]
+        closures = self.recording.of_batches(self.state.global_step, closures)
+        counts = [float(items) for *_, items in batches]
         with naming_full_disk():
-            loss = self.optimizer.estimate(self.counted(closure), float(items))
-        self.recording.note(self.optimizer.losses, float(items))
-        return loss
+            losses = self.optimizer.estimate_batches(
+                [*zip(map(self.counted, closures), counts, strict=True)]
+            )
+        self.recording.note(self.optimizer.losses, counts)
+        before = sum(loss * count for loss, count in zip(losses[:-1], counts, strict=False))
+        return losses[-1] + before / counts[-1]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
         """Write the step into the journal, just before the update; no gradient has no norm."""

@@ -68,6 +68,7 @@ OFFLOADED = Effect(
 )
 OFFLOAD = Effect("without --offload", lambda v: v.offload != "none")
 ON_DISK = is_("offload", "disk", OFFLOAD)
+WRITES_BLOCKS = is_("trainer", "zo", ON_DISK)
 HEAD = replace(NOT_BROADCAST, otherwise="--trainer broadcast trains no head", refused=False)
 RATE = Effect("--trainer broadcast has --broadcast_rate", lambda v: v.trainer != "broadcast", STEPS)
 DECAYS = replace(RATE, otherwise="--trainer broadcast has no weight decay", refused=True)

@@ -99,6 +99,12 @@ class Model:
     model's own files are only read. Default: output_dir."""
     offload_memory: str = argument("0GB", effect=when.OFFLOAD, decides=NOTHING)
     """Memory for the first blocks, which stay there, as in 8GB."""
+    offload_write_every: int | str = argument(
+        AUTO, at_least=1, words=(AUTO,), effect=when.WRITES_BLOCKS, decides=NOTHING
+    )
+    """With --offload disk: a block is written after so many updates, and those that the disk lacks
+    are computed again at each visit. The weights are the same bits. auto: 1, or more where writing
+    takes longer than that."""
     max_length: int | None = argument(None, at_least=1)
     """Tokens of a text at most; longer ones are cut on the left. Default: 2048, or the model's
     positions if they are fewer."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from language_model.streaming import Offload
 from utils import InputError
 from zeroth_order.block_file import NoRoom, free_bytes
-from zeroth_order.blocks import NoBlocks, block_modules, streamed_parameters
-from zeroth_order.traffic import BUFFERS
+from zeroth_order.blocks import Blocks
+from zeroth_order.traffic import BUFFERS, DISK, HOST
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class OffloadPlan:
     Attributes:
         blocks: how many there are.
         largest: the largest one, with its h.
-        read, written: what a step with one batch moves.
+        read, written: what a step moves.
         on_disk: the working file; None: there is none.
         in_memory: buffers, blocks that stay, and the weights outside of blocks, with their h.
     """
@@ -45,66 +46,46 @@ class OffloadPlan:
         return f"{largest}; {moved}; {mib['in_memory']} in memory{disk}"
 
 
-def streamed_by_block(model: nn.Module) -> list[set[Tensor]]:
-    """Return the parameters of each block of a model without an adapter.
-
-    Raises:
-        InputError: it cannot be streamed.
-    """
-    try:
-        return [streamed_parameters(block, model) for block in block_modules(model)]
-    except NoBlocks as error:
-        raise InputError(f"--offload: {error}; leave it out") from error
-
-
 def plan_of_offload(
-    streamed: Sequence[Collection[Tensor]],
+    blocks: Blocks,
     model: nn.Module,
     offload: Offload,
-    hessians: Mapping[Tensor, int],
+    states: Mapping[Tensor, tuple[str, torch.dtype]],
     trains: bool,
 ) -> OffloadPlan:
     """Return what it takes to stream a model.
 
     Args:
-        streamed: the parameters of each block.
+        blocks: of the model, on the meta device.
         model: with its adapter, and with what is trained.
         offload: where blocks lie.
-        hessians: the bytes of a number of h, of parameters that have a full one.
+        states: names and dtypes of the full h of parameters that have one.
         trains: whether there is a training.
 
     Raises:
         InputError: the disk has no room.
     """
-    sizes = [sum(_sizes(parameters, hessians)) for parameters in streamed]
-    writes = trains and any(p.requires_grad for parameters in streamed for p in parameters)
-    room, far = offload.memory, []
-    for size in sizes:
-        if size <= room:
-            room -= size
-        else:
-            far.append(size)
-    stays = offload.folder is None and offload.device.type == "cpu"
-    far = [] if stays else far
-    inside = {p for parameters in streamed for p in parameters}
-    outside = sum(_sizes({p for p in model.parameters() if p not in inside}, hessians))
+    blocks.lay_out(states)
+    sizes = [block.region.size for block in blocks.blocks]
+    home = DISK if offload.folder else HOST
+    far = [block.region.size for block in blocks.blocks if block.home == home]
+    writes = trains and any(p.requires_grad for p in blocks.block_of)
+    outside = sum(
+        p.numel() * (p.element_size() + (states[p][1].itemsize if p in states else 0))
+        for p in model.parameters()
+        if p not in blocks.block_of
+    )
     buffers = min(BUFFERS, len(far)) * max(far, default=0) + max(sizes) * writes
-    on_disk = sum(far) if offload.folder and writes else None
+    on_disk = blocks.traffic.size_on_disk(blocks.blocks) if offload.folder and writes else None
     if on_disk and free_bytes(offload.folder) < on_disk:
         reason = NoRoom.of(offload.folder, on_disk)
         raise InputError(f"--offload disk: {reason}; give another --offload_dir")
     return OffloadPlan(
-        len(streamed),
+        len(sizes),
         max(sizes),
         sum(far),
         sum(far) * writes,
         on_disk,
-        outside + buffers + sum(sizes) - (0 if stays else sum(far)),
+        outside + buffers + sum(sizes) - sum(far),
         trains,
     )
-
-
-def _sizes(parameters: Iterable[Tensor], hessians: Mapping[Tensor, int]) -> Iterator[int]:
-    """Yield the bytes of parameters, each with its h."""
-    for parameter in parameters:
-        yield parameter.numel() * (parameter.element_size() + hessians.get(parameter, 0))

@@ -13,6 +13,7 @@ import torch
 from accelerate.utils.modeling import convert_file_size_to_int
 
 from command_line.arguments import Arguments
+from command_line.declarations import AUTO
 from command_line.reading import OWN, TUNING_MODES
 from command_line.settings import changed_settings, length_of_run, settings_of_a_checkpoint
 from language_model.generation import GenerationSettings
@@ -133,7 +134,9 @@ def offload_of(arguments: Arguments) -> Offload | None:
         memory = convert_file_size_to_int(arguments.offload_memory)
     except ValueError as error:
         raise InputError(f"--offload_memory: {one_line(error)}") from error
-    return Offload(folder if arguments.offload == "disk" else None, memory, arguments.device)
+    every = arguments.offload_write_every
+    on_disk = folder if arguments.offload == "disk" else None
+    return Offload(on_disk, memory, arguments.device, None if every == AUTO else every)
 
 
 def options_of(arguments: Arguments) -> Options:

@@ -18,10 +18,11 @@ from command_line.checks import steps_of_run
 from command_line.optimizer import optimizer_config, passes_of_a_batch
 from command_line.settings import examples_of_a_batch
 from error_broadcast import ErrorBroadcast
-from experiment.offload_plan import OffloadPlan, plan_of_offload, streamed_by_block
+from experiment.offload_plan import OffloadPlan, plan_of_offload
 from experiment.options import Options
 from experiment.preparation import Prepared, choose_trained_weights
 from language_model.loading import load_config_and_tokenizer
+from language_model.streaming import stream_blocks
 from trainer import naming_way_out
 from zeroth_order import step_rule
 
@@ -61,7 +62,7 @@ def make_plan(options: Options, prepared: Prepared) -> Plan:
         empty = AutoModelForCausalLM.from_config(
             config, dtype=model.dtype, trust_remote_code=model.trust_remote_code
         )
-        streamed = streamed_by_block(empty) if model.offload else []
+        blocks = model.offload and stream_blocks(empty, None, model.offload)
         whole, parameters = empty, sum(p.numel() for p in empty.parameters())
         if options.trains and options.weights.mode != "linear_probing":
             steps, (forward, backward) = steps_of_run(arguments), training_passes(arguments)
@@ -74,8 +75,9 @@ def make_plan(options: Options, prepared: Prepared) -> Plan:
     kept = kept_for_a_weight(arguments, size)
     if model.offload:
         of_trained = _trained(whole, arguments) if trained and kept else ()
-        hessians = dict.fromkeys(of_trained, kept)
-        offload = plan_of_offload(streamed, whole, model.offload, hessians, bool(trained))
+        states = {parameter: ("h", model.dtype) for parameter in of_trained}
+        with torch.device("meta"):  # buffers take no memory
+            offload = plan_of_offload(blocks, whole, model.offload, states, bool(trained))
     memory = parameters * size + trained * kept
     return Plan(*of_all_sets, parameters, trained, memory, offload)
 

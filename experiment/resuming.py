@@ -27,10 +27,9 @@ from training.checkpoints import (
 )
 from training.journal import FILE, Journal, read_journal
 from training.processes import from_first_process
-from training.recording import ANOTHER_FOLDER, Recording, checksum_of
+from training.recording import ANOTHER_FOLDER, Recording, checksum_of_weights
 from utils import InputError, fingerprint, speaks_for_all
 from zeroth_order import noise
-from zeroth_order.blocks import in_order
 
 logger = logging.getLogger(__name__)
 logger.addFilter(lambda _: speaks_for_all())
@@ -76,7 +75,7 @@ def with_contents(
         template = encoder.chat and encoder.tokenizer.chat_template
         return {
             "examples": _digest([_texts(task, sample) for sample in samples]),
-            "weights": checksum_of(in_order(model, weights)),
+            "weights": checksum_of_weights(model, weights),
             "tokens": _digest([tokens, template]),
             "rewards": task.reward and fingerprint([task.reward.file]),
             "noise": noise.VERSION,

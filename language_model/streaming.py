@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,11 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.core_model_loading import revert_weight_conversion
 
 from hizoo import HiZOO
 from language_model.weight_files import SINGLE, WeightFiles, write_weights
-from language_model.weight_names import own_names
+from language_model.weight_names import saved_names, tied_weights
 from utils import InputError
 from zeroth_order.block_file import give_freed_memory_back
 from zeroth_order.blocks import Blocks, NoBlocks, blocks_of, placeholder
@@ -39,11 +41,13 @@ class Offload:
         folder: of the working file; None: in the host's memory.
         memory: bytes of memory that the first blocks take.
         device: that runs the passes.
+        write_every: of ``Blocks``.
     """
 
     folder: Path | None
     memory: int
     device: torch.device
+    write_every: int | None = 1
 
 
 def load_streamed(
@@ -63,13 +67,23 @@ def load_streamed(
     files = WeightFiles.of_model(name, model)
     _give_placeholders(model, offload.device)
     _check(name, model, files)
-    try:
-        Blocks(model, files, offload.folder, offload.memory)
-    except NoBlocks as error:
-        raise InputError(f"--offload: {error}; leave it out") from error
+    stream_blocks(model, files, offload)
     _read_outside(model, files)
     model.save_pretrained = functools.partial(_save, model)
     return model.eval()
+
+
+def stream_blocks(model: nn.Module, files: WeightFiles | None, offload: Offload) -> Blocks:
+    """Let a model's blocks come from files.
+
+    Raises:
+        InputError: it has none.
+    """
+    staged = offload.device.type == "cuda"
+    try:
+        return Blocks(model, files, offload.folder, offload.memory, staged, offload.write_every)
+    except NoBlocks as error:
+        raise InputError(f"--offload: {error}; leave it out") from error
 
 
 def _give_placeholders(model: nn.Module, device: torch.device) -> None:
@@ -179,15 +193,17 @@ def save_hessians(model: nn.Module, optimizer: HiZOO, folder: Path) -> None:
         shapes = {name: (dtype, p.shape) for name, (p, dtype) in kinds.items()}
         parameters = blocks.in_order(p for p, _ in kinds.values())
         hessians = (optimizer.state[p][OFFSET] for p in parameters)
-        write_weights(folder / HESSIANS, shapes, hessians)
+        write_weights(folder / HESSIANS, shapes, zip(shapes, hessians, strict=True))
 
 
 def _save(model: PreTrainedModel, save_directory: Path | str, **_: Any) -> None:
     """Save a streamed model as ``save_pretrained`` does, one block in memory at a time."""
     folder = Path(save_directory)
     PreTrainedModel.save_pretrained(model, folder, state_dict={})
-    state = model.state_dict(keep_vars=True)
-    names = {own: name for name, own in own_names(model).items()}
-    saved = {names[own]: state[own] for own in state if own in names}
-    kinds = {name: (tensor.dtype, tensor.shape) for name, tensor in saved.items()}
-    write_weights(folder / SINGLE, kinds, blocks_of(model).in_order(saved.values()))
+    state, tied = model.state_dict(keep_vars=True), tied_weights(model)
+    own = {name: tensor for name, tensor in state.items() if name not in tied}
+    kinds = {n: (t.dtype, t.shape) for n, t in saved_names(model).items()}
+    loaded = zip(own, blocks_of(model).in_order(own.values()), strict=True)
+    # transformers stores some weights in other pieces than the model has.
+    pieces = (revert_weight_conversion(model, {name: weight}).items() for name, weight in loaded)
+    write_weights(folder / SINGLE, kinds, itertools.chain.from_iterable(pieces))

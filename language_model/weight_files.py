@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from utils import InputError
@@ -54,34 +60,69 @@ class Place:
 def places_in(path: Path) -> dict[str, Place]:
     """Return where the tensors of a safetensors file lie; the file stays open.
 
+    Its tensors are read by their places, since safetensors maps the whole file: what was read would
+    stay in this process's memory.
+
     Raises:
-        SafetensorError: it is no such file, or it is cut off.
+        SafetensorError: it is no such file, it is cut off, or it has numbers of another kind.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    size, length = (
-        os.fstat(descriptor).st_size,
-        int.from_bytes(os.pread(descriptor, 8, 0), "little"),
-    )
-    if not 0 < length <= size - 8:
-        raise SafetensorError(f"{path} has no header")
-    header = json.loads(os.pread(descriptor, length, 8))
-    header.pop("__metadata__", None)
+    descriptor, end = os.open(path, os.O_RDONLY | os.O_CLOEXEC), path.stat().st_size
     places = {}
-    for name, entry in header.items():
-        start, end = entry["data_offsets"]
-        if 8 + length + end > size:
-            raise SafetensorError(f"{path} is cut off")
-        dtype = DTYPES.get(entry["dtype"])
-        if dtype is None:
-            raise SafetensorError(f"{path}: {name} is {entry['dtype']}")
-        places[name] = Place(descriptor, 8 + length + start, dtype, tuple(entry["shape"]))
+    with safe_open(path, "pt") as file:
+        # Tensors lie one behind the other, up to the end.
+        for name in reversed(file.offset_keys()):
+            entry = file.get_slice(name)
+            dtype, shape = DTYPES.get(entry.get_dtype()), tuple(entry.get_shape())
+            if dtype is None:
+                raise SafetensorError(f"{path}: {name} is {entry.get_dtype()}")
+            end -= math.prod(shape) * dtype.itemsize
+            places[name] = Place(descriptor, end, dtype, shape)
     return places
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A tensor that lies in several pieces, as the experts of a layer do.
+
+    Attributes:
+        converter: makes it of them, as transformers does where it loads a model.
+        pieces: by the patterns of the converter that their names match.
+    """
+
+    converter: WeightConverter
+    pieces: dict[str, list[Place]]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the whole."""
+        return tuple(self._of(lambda place: torch.empty(place.shape, device="meta")).shape)
+
+    def read(self, target: Tensor) -> int:
+        """Read the tensor into ``target``, of any dtype; return how many bytes its pieces have."""
+        count = 0
+
+        def read(place: Place) -> Tensor:
+            nonlocal count
+            piece = torch.empty(place.shape, dtype=target.dtype)
+            count += place.read(piece)
+            return piece
+
+        target.copy_(self._of(read))
+        return count
+
+    def _of(self, read: Callable[[Place], Tensor]) -> Tensor:
+        tensors: Any = {pattern: [*map(read, each)] for pattern, each in self.pieces.items()}
+        patterns = (self.converter.source_patterns, self.converter.target_patterns)
+        for operation in self.converter.operations:
+            tensors = operation.convert(tensors, *patterns)
+        (whole,) = tensors.values()
+        return whole
 
 
 class WeightFiles:
     """The tensors of some safetensors files, by the names that a model gives them."""
 
-    def __init__(self, places: Mapping[str, Place]) -> None:
+    def __init__(self, places: Mapping[str, Place | Merged]) -> None:
         self.places = places
 
     @classmethod
@@ -94,7 +135,7 @@ class WeightFiles:
         """Return the weights of a model on disk, a Hub id or a folder, whole or in shards.
 
         Raises:
-            InputError: there are none, or they are stored in other pieces than the model has.
+            InputError: there are none, or several weights are stored in one piece.
         """
         found = cached_file(str(name), SINGLE, _raise_exceptions_for_missing_entries=False)
         paths = [found] if found else []
@@ -111,17 +152,24 @@ class WeightFiles:
         conversions = get_model_conversion_mapping(model)
         renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
         converters = [each for each in conversions if isinstance(each, WeightConverter)]
-        state, places = model.state_dict(keep_vars=True), {}
+        pattern_of = {pattern: each for each in converters for pattern in each.source_patterns}
+        state, places, stored = model.state_dict(keep_vars=True), dict[str, Place | Merged](), {}
         for path in paths:
-            for key, place in places_in(Path(path)).items():
-                prefix = model.base_model_prefix
-                named, converted = rename_source_key(key, renamings, converters, prefix, state)
-                if converted is not None:
-                    raise InputError(
-                        f"--offload: {name} stores {key} in other pieces than "
-                        f"{type(model).__name__} has; leave --offload out"
-                    )
-                places[named] = place
+            stored |= places_in(Path(path))
+        for key in sorted(stored, key=dot_natural_key):  # the order of transformers
+            prefix = model.base_model_prefix
+            named, pattern = rename_source_key(key, renamings, converters, prefix, state)
+            if pattern is None:
+                places[named] = stored[key]
+                continue
+            converter = pattern_of[pattern]
+            if len(converter.target_patterns) > 1:
+                raise InputError(
+                    f"--offload: {name} stores {key} in one piece with other weights of "
+                    f"{type(model).__name__}; leave --offload out"
+                )
+            merged = places.setdefault(named, Merged(converter, {}))
+            merged.pieces.setdefault(pattern, []).append(stored[key])
         return cls(places)
 
     def read(self, name: str, target: Tensor) -> int:
@@ -130,18 +178,22 @@ class WeightFiles:
 
 
 def write_weights(
-    path: Path, kinds: Mapping[str, tuple[torch.dtype, torch.Size]], tensors: Iterable[Tensor]
+    path: Path,
+    kinds: Mapping[str, tuple[torch.dtype, torch.Size]],
+    tensors: Iterable[tuple[str, Tensor]],
 ) -> None:
-    """Write a safetensors file; ``tensors`` come one by one, in the order of ``kinds``."""
+    """Write a safetensors file; ``tensors`` come one by one, with their names."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
+    starts, end = {}, 0
     for name, (dtype, shape) in kinds.items():
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": NAMES[dtype], "shape": [*shape], "data_offsets": [start, end]}
+        starts[name], end = end, end + math.prod(shape) * dtype.itemsize
+        offsets = [starts[name], end]
+        header[name] = {"dtype": NAMES[dtype], "shape": [*shape], "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
+        for name, tensor in tensors:
+            file.seek(8 + len(text) + starts[name])
             if tensor.numel():
                 file.write(bytes_of(tensor.detach().cpu().contiguous()))

@@ -18,25 +18,16 @@ def tied_weights(model: PreTrainedModel) -> set[str]:
 def saved_names(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Return the model's tensors, without values, under the names that ``save_pretrained`` gives.
 
-    transformers loads some families under other names than their files have (GPT-NeoX's head).
-    """
-    without_values = {
-        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-        for name, tensor in model.state_dict(keep_vars=True).items()
-    }
-    return revert_weight_conversion(model, without_values)
-
-
-def own_names(model: PreTrainedModel) -> dict[str, str]:
-    """Return the model's names of its weights by those that ``save_pretrained`` gives.
-
-    A weight that is stored in other pieces is left out, and so is one that is tied to another.
+    Those that are tied to another one are left out. transformers loads some families under other
+    names than their files have (GPT-NeoX's head), or in other pieces (Mixtral's experts).
     """
     state, tied = model.state_dict(keep_vars=True), tied_weights(model)
-    empty = {n: torch.empty_like(t, device="meta") for n, t in state.items() if n not in tied}
-    own = {id(tensor): name for name, tensor in empty.items()}
-    saved = revert_weight_conversion(model, dict(empty))
-    return {name: own[id(tensor)] for name, tensor in saved.items() if id(tensor) in own}
+    without_values = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        for name, tensor in state.items()
+        if name not in tied
+    }
+    return revert_weight_conversion(model, without_values)
 
 
 def load_renamed_weights(model: nn.Module, folder: Path) -> bool:

@@ -16,7 +16,12 @@ from tiny_models import tiny_model
 from transformers import OPTPreTrainedModel
 
 import run
+from hizoo import HiZOO, Layers
+from language_model.loading import load_model
+from language_model.streaming import Offload
 from training.journal import FILE
+from utils import InputError
+from zeroth_order.streamed import StreamedLayers
 
 DISK = {"offload": "disk"}
 IN_MEMORY = {"zo_perturbation": "layerwise"}
@@ -152,6 +157,51 @@ def test_a_kill_at_any_block_costs_no_step(tmp_path: Path, loads: tuple[int, ...
         assert_same(tmp_path / "whole", tmp_path / f"{number}", "checkpoint-4")
         left = [path.name for path in (tmp_path / f"{number}" / "out").iterdir()]
         assert not [name for name in left if "blocks" in name]
+
+
+# Of a family: what it is stored as, in which dtype, and how large a file may be.
+STORED = {
+    "opt": ("bfloat16", "20KB"),
+    "llama": ("float16", "5GB"),
+    "gpt_neox": ("float32", "20KB"),
+    "gemma2": ("float32", "5GB"),
+    "mixtral": ("bfloat16", "20KB"),
+}
+
+
+def test_files_of_a_model_are_read_and_written_as_transformers_does(tmp_path: Path) -> None:
+    offload = Offload(tmp_path, 0, torch.device("cpu"))
+    ids = torch.randint(5, 400, (2, 9))
+    for family, (dtype, size) in STORED.items():
+        stored = tmp_path / family
+        tiny_model(family).to(getattr(torch, dtype)).save_pretrained(stored, max_shard_size=size)
+        assert (stored / "model.safetensors").is_file() == (size == "5GB")
+        found = []
+        for place in (None, offload):
+            model = load_model(str(stored), torch.float32, offload=place)
+            layers = StreamedLayers(model) if place else Layers(model)
+            optimizer = HiZOO(model.parameters(), layers=layers, lr=1e-2, hessian_smooth=1e-2)
+            for _ in range(2):
+                optimizer.step(lambda model=model: model(input_ids=ids, labels=ids).loss)
+            optimizer.finish()
+            folder = tmp_path / f"{family} of {place}"
+            model.save_pretrained(folder)
+            saved = load_model(str(folder), torch.float32).state_dict()
+            found.append((optimizer.losses, saved))
+        (losses, expected), (streamed, weights) = found
+        assert losses == streamed, family
+        assert expected.keys() == weights.keys(), family
+        assert not [n for n, t in expected.items() if not torch.equal(t, weights[n])], family
+        first = load_model(str(stored), torch.float32).state_dict()
+        assert [n for n, t in expected.items() if not torch.equal(t, first[n])], family
+
+
+def test_a_model_in_pickled_files_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("opt")
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match="reads safetensors files, and there are none; save the"):
+        load_model(str(tmp_path), torch.float32, offload=Offload(None, 0, torch.device("cpu")))
 
 
 REFUSED = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import threading
 from pathlib import Path
@@ -10,15 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from oracle_hizoo import OracleHiZOO, read_noise
 from tiny_models import tiny_model
 from torch import Tensor, nn
 
 from hizoo import HiZOO, Layers
 from zeroth_order.blocks import Blocks, blocks_of, placeholder
-from zeroth_order.streamed import StreamedLayers, StreamedWeights
+from zeroth_order.streamed import StreamedLayers, StreamedWeights, best_write_every
 from zeroth_order.traffic import Block, Traffic
 
-FAMILIES = ("opt", "llama", "qwen2", "gpt_neox", "gemma2")
+FAMILIES = ("opt", "llama", "qwen2", "gpt_neox", "gemma2", "mixtral")
 STATE = "hessian_minus_one"
 
 
@@ -56,10 +58,18 @@ def trained(
     optimizer = HiZOO(groups, layers=layers, **settings)
     generator, log = torch.Generator().manual_seed(1), []
     for _ in range(steps):
-        for _ in range(accumulated):
-            ids = torch.randint(5, 400, (2, 9), generator=generator)
-            optimizer.estimate(lambda ids=ids: model(input_ids=ids, labels=ids).loss, len(ids))
-            log.append(optimizer.losses)
+        ids = [torch.randint(5, 400, (2, 9 + i), generator=generator) for i in range(accumulated)]
+        batches = [
+            (lambda each=each: model(input_ids=each, labels=each).loss, i + 1)
+            for i, each in enumerate(ids)
+        ]
+        if blocks_of(model):
+            optimizer.estimate_batches(batches)
+            log += optimizer.losses
+        else:
+            for batch in batches:
+                optimizer.estimate(*batch)
+                log += optimizer.losses
         optimizer.step()
         log.append([optimizer.projected_gradient, optimizer.curvature])
         if scheduled:
@@ -103,16 +113,60 @@ def test_every_bit_is_that_of_the_step_in_memory(family: str, tmp_path: Path) ->
     for number, (name, dtype) in enumerate(kinds):
         model = tiny_model(family, num_hidden_layers=3).to(dtype)
         settings = {"lr": 1e-3, "weight_decay": 0.1, "eps": 1e-2} | HESSIANS[name]
-        course = {"steps": 4, "accumulated": 1 + number % 2, "scheduled": number % 3 > 0}
+        course = {"steps": 5, "accumulated": 1 + number % 2, "scheduled": number % 3 > 0}
         course |= settings | {"num_samples": 1 + (number % 4 == 1)}
         folder, budget = tmp_path if number % 4 else None, (number % 3) * 30_000
         # A GPU's blocks go through buffers on the host.
-        twin = streamed(model, folder, budget, staged=number % 2 == 0)
+        how = {"staged": number % 2 == 0, "write_every": 3 if number % 4 in (1, 2) else 1}
+        twin = streamed(model, folder, budget, **how)
         found = trained(twin, StreamedLayers(twin), **course)
         expected = trained(model, Layers(model), **course)
         wrong += [(name, dtype, each) for each in differences(expected, found)]
     assert not wrong
     assert threading.active_count() < 100
+
+
+@pytest.mark.parametrize("kind", ["full", "low-rank", "no h"])
+def test_streamed_steps_follow_the_oracle(kind: str, tmp_path: Path) -> None:
+    model = tiny_model("opt", num_hidden_layers=2).double()
+    names = [name for name, _ in model.named_parameters()]
+    generator = torch.Generator().manual_seed(3)
+    batches = [torch.randint(5, 50, (2, 6), generator=generator) for _ in range(2)]
+
+    def loss_of(model: Any, ids: Tensor) -> Tensor:
+        logits = model(input_ids=ids).logits[:, :-1]
+        return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+    def of_parameters(ids: Tensor, parameters: list[Tensor]) -> float:
+        weights = dict(zip(names, parameters, strict=True))
+        with torch.no_grad():
+            call = functools.partial(torch.func.functional_call, model, weights, ())
+            return float(loss_of(lambda **inputs: call(inputs), ids))
+
+    smooth = HESSIANS[kind]["hessian_smooth"]
+    count = len(names)
+    rates, decays = [1e-2] * count, [0.1] * count
+    oracle = OracleHiZOO([*model.parameters()], 1e-3, smooth, rates, decays, kind == "low-rank")
+    twin = streamed(model, tmp_path, write_every=2)
+    settings = {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1, "num_samples": 2}
+    optimizer = HiZOO(twin.parameters(), layers=StreamedLayers(twin), **settings | HESSIANS[kind])
+    for _ in range(5):
+        noise = [read_noise(optimizer, direction) for direction in range(2)]
+        oracle.step([functools.partial(of_parameters, ids) for ids in batches], noise)
+        optimizer.estimate_batches(
+            [(functools.partial(loss_of, twin, ids), 1.0) for ids in batches]
+        )
+        optimizer.step()
+    before = [parameter.detach() for parameter in model.parameters()]
+    changes = zip(before, oracle.parameters, strict=True)
+    moved = max(float((old - new).abs().max()) for old, new in changes)
+    weights = blocks_of(twin).in_order(twin.parameters())
+    pairs = zip(weights, oracle.parameters, strict=True)
+    difference = max(float((found - right).abs().max()) for found, right in pairs)
+    assert difference < 1e-6 * moved
+    assert moved > 1e-3
+    if smooth:
+        assert max(float((h - 1).abs().max()) for h in oracle.hessians) > 1e-3
 
 
 def moved(blocks: Blocks) -> tuple[int, int]:
@@ -130,8 +184,13 @@ def test_a_step_reads_and_writes_every_block_once(tmp_path: Path) -> None:
         blocks, layers = blocks_of(twin), StreamedLayers(twin)
         optimizer = HiZOO(twin.parameters(), layers=layers, num_samples=3, **settings)
         ids, counts = torch.randint(5, 400, (2, 9)), []
+
+        def loss(twin: nn.Module = twin, ids: Tensor = ids) -> Tensor:
+            return twin(input_ids=ids, labels=ids).loss
+
         for _ in range(4):
-            optimizer.step(lambda twin=twin, ids=ids: twin(input_ids=ids, labels=ids).loss)
+            optimizer.estimate_batches([(loss, 1.0), (loss, 2.0)])
+            optimizer.step()
             counts.append(moved(blocks))
         assert counts[0][1] == 0, kind  # the first update is applied as its block comes by again
         size = sum(block.region.size for block in blocks.blocks)
@@ -139,6 +198,24 @@ def test_a_step_reads_and_writes_every_block_once(tmp_path: Path) -> None:
         assert size < (2 if kind == "full" else 1) * weights + 4 * (4096 + 64 * 32), kind
         steps = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(counts)]
         assert steps[1:] == [(size, size)] * 2, kind
+
+
+def test_blocks_are_written_less_often_where_the_disk_is_the_limit(tmp_path: Path) -> None:
+    twin = streamed(tiny_model("opt", num_hidden_layers=4), tmp_path, write_every=3)
+    blocks, layers = blocks_of(twin), StreamedLayers(twin)
+    optimizer = HiZOO(twin.parameters(), layers=layers, hessian_smooth=1e-3)
+    ids = torch.randint(5, 400, (2, 9))
+    for _ in range(8):
+        optimizer.step(lambda: twin(input_ids=ids, labels=ids).loss)
+    size = sum(block.region.size for block in blocks.blocks)
+    written = moved(blocks)[1]
+    assert 2 * size <= written < 3 * size  # seven updates were applied to every block
+    optimizer.finish()
+    assert moved(blocks)[1] == written + size
+    seconds = {"reading": 6.0, "writing": 6.0, "waiting": 9.0}
+    for updating, every in ((0.01, 16), (1.0, 8), (3.0, 4)):
+        assert best_write_every(12.0, seconds | {"updating": updating}) == every
+    assert best_write_every(12.0, seconds | {"updating": 0.01, "waiting": 1.0}) == 1
 
 
 def test_wrong_updates_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

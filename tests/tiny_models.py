@@ -34,6 +34,7 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    MixtralConfig,
     MptConfig,
     NanoChatConfig,
     Olmo3Config,
@@ -115,6 +116,7 @@ _OTHER_NAMES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
             "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
         },
     ),
+    "mixtral": (MixtralConfig, {**_GROUPED, "num_local_experts": 3, "sliding_window": None}),
     "roberta": (RobertaConfig, {**_SHAPE, "intermediate_size": 48, "is_decoder": True}),
     "mamba": (MambaConfig, {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}),
     "recurrent_gemma": (

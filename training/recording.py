@@ -23,7 +23,7 @@ from training.optimizers import trained_weights
 from training.rows import VERSION, Checksum, Group, Header, Row, Step
 from utils import InputError
 from zeroth_order import noise
-from zeroth_order.blocks import in_order
+from zeroth_order.blocks import blocks_of
 
 logger = logging.getLogger(__name__)
 Closure = Callable[[], Any]
@@ -42,9 +42,20 @@ def checksum_of(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
+def checksum_of_weights(model: nn.Module, weights: Iterable[nn.Parameter]) -> str:
+    """Return the checksum of some weights; streamed ones are read once until they are updated."""
+    blocks, weights = blocks_of(model), [*weights]
+    key = tuple(map(id, weights))
+    if not blocks:
+        return checksum_of(weights)
+    if key not in blocks.checksums:
+        blocks.checksums[key] = checksum_of(blocks.in_order(weights))
+    return blocks.checksums[key]
+
+
 def checksum_of_trained(model: nn.Module) -> str:
     """Return the checksum of the weights that are trained."""
-    return checksum_of(in_order(model, trained_weights(model).values()))
+    return checksum_of_weights(model, trained_weights(model).values())
 
 
 class Recording:
@@ -76,7 +87,7 @@ class Recording:
         self._rows = {(type(row), row.step): row for row in rows}
         self._step = -1
         self._recorded: Step | None = None
-        self._losses: list[tuple[float, ...]] = []
+        self._losses: list[list[float]] = []
         self._weights: list[float] = []
 
     def take(self, kind: type[SomeRow], step: int) -> SomeRow | None:
@@ -90,29 +101,22 @@ class Recording:
 
     # ---- a step
 
-    def begin_batch(self, step: int) -> None:
-        """Note which step a batch belongs to; its row may be in the journal already."""
-        if step != self._step:
-            self._step, self._losses, self._weights = step, [], []
-            self._recorded = self.take(Step, step)
-
-    def of_batch(self, closure: Closure) -> Closure:
-        """Return what computes the losses of the step's next batch, or takes them back.
+    def of_batches(self, step: int, closures: Sequence[Closure]) -> Sequence[Closure]:
+        """Return what computes the losses of a step's batches, or takes them from the journal.
 
         Raises:
-            InputError: the recorded step has fewer batches.
+            InputError: the recorded step has another number of batches.
         """
+        self._step, self._recorded = step, self.take(Step, step)
         if self._recorded is None:
-            return closure
-        batch = len(self._losses)
-        if batch == len(self._recorded.losses):
+            return closures
+        if len(closures) != len(self._recorded.losses):
             raise self._unfit()
-        return replayed(self._recorded.losses[batch])
+        return [*map(replayed, self._recorded.losses)]
 
-    def note(self, losses: Sequence[float], weight: float) -> None:
-        """Take the losses of a batch, and what it counts beside others of the step."""
-        self._losses.append(tuple(losses))
-        self._weights.append(weight)
+    def note(self, losses: list[list[float]], weights: list[float]) -> None:
+        """Take the losses of the step's batches, and what each counts beside the others."""
+        self._losses, self._weights = losses, weights
 
     def write_step(self, optimizer: HiZOO) -> None:
         """Write the step, just before the update; a replayed one takes its η from there.
@@ -128,7 +132,7 @@ class Recording:
             return
         group = optimizer.param_groups[0]
         g, c, eta = optimizer.pending()
-        losses, weights = tuple(self._losses), tuple(self._weights)
+        losses, weights = tuple(map(tuple, self._losses)), tuple(self._weights)
         self.write(Step(self._step, float(group["lr"]), losses, weights, g, c, eta))
 
     def _unfit(self) -> InputError:

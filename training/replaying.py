@@ -107,9 +107,10 @@ def _do(step: Step, optimizer: HiZOO) -> None:
             optimizer.estimate(replayed(losses), weight)
         except ValueError as error:  # μ does not fit the weights
             raise InputError(f"step {step.step} of the journal: {one_line(error)}") from error
-        if len(optimizer.losses) != len(losses):
+        taken = len(optimizer.losses[0])
+        if taken != len(losses):
             raise InputError(
                 f"step {step.step} of the journal has {len(losses)} losses, where the optimizer "
-                f"takes {len(optimizer.losses)}"
+                f"takes {taken}"
             )
     optimizer.step()

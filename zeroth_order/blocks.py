@@ -36,7 +36,7 @@ class Owner(Protocol):
     """Who trains the weights of blocks."""
 
     def arrived(self, block: Block, tensors: Mapping[Any, Tensor]) -> bool:
-        """Bring a block that was loaded up to date; return whether this changed it."""
+        """Bring a block that was loaded up to date; return whether it is to be written."""
 
     def left(self, block: Block) -> None:
         """Let go of the tensors of a block."""
@@ -97,11 +97,13 @@ class Blocks:
             if the others lie in the host's. Of blocks that come in turn, keeping those that were
             used last would keep none.
         staged: of ``Traffic``.
+        write_every: of ``streamed.StreamedWeights``.
 
     Attributes:
         traffic: moves the blocks, and counts their bytes.
         running: the forward pass that runs in a thread of its own.
         owner: who trains the weights.
+        checksums: of weights that no update has changed since, by their ids.
         hessians: where h comes from the first time; None: it begins at 1.
 
     Raises:
@@ -115,8 +117,9 @@ class Blocks:
         folder: Path | None = None,
         budget: int = 0,
         staged: bool | None = None,
+        write_every: int | None = 1,
     ) -> None:
-        self.source, self.budget = source, budget
+        self.source, self.budget, self.write_every = source, budget, write_every
         self.hessians: Source | None = None
         names = {parameter: name for name, parameter in model.named_parameters()}
         self.blocks: list[Block] = []
@@ -128,6 +131,7 @@ class Blocks:
         self._placeholders = {parameter: parameter.data for parameter in self.block_of}
         self.running: Any = None
         self.owner: Owner | None = None
+        self.checksums: dict[tuple[int, ...], str] = {}
         device = next(iter(self.block_of)).device
         self.traffic = Traffic(device, self._fill, folder, staged)
         self.lay_out({})
@@ -178,6 +182,7 @@ class Blocks:
             block.memory = block.host = None
             block.is_changed = block.is_in_file = False
         self.source, self.hessians = source or self.source, hessians
+        self.checksums.clear()
         if self.owner is not None:
             self.owner.forget()
 
@@ -210,7 +215,8 @@ class Blocks:
                     self.traffic.drop(other)
             if block.memory is None:
                 self.traffic.begin_to_read(block)
-                block.memory = self.traffic.end_of_reading(block)
+                with self.traffic.timed("waiting"):
+                    block.memory = self.traffic.end_of_reading(block)
         except BaseException:
             block.users = 0
             raise
@@ -219,7 +225,6 @@ class Blocks:
         for parameter in block.names:
             parameter.data = tensors[parameter]
         if self.owner and self.owner.arrived(block, tensors):
-            block.is_changed = True
             self.traffic.begin_to_write(block)
 
     def release(self, block: Block) -> None:

@@ -95,5 +95,5 @@ def check_repeats(
             f"the closure's loss differs by {difference:.2g} between two calls with the same "
             f"weights, the perturbation changes it by {change:.2g}: give the same batch, and "
             "leave dropout out (model.eval())",
-            stacklevel=5,
+            stacklevel=7,
         )

@@ -9,6 +9,7 @@ every block once and writes it once.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,8 +22,28 @@ from zeroth_order.blocks import Blocks, NoBlocks, blocks_of
 from zeroth_order.chunks import TrainedParameter
 from zeroth_order.layerwise import Layers, LayerwiseWeights, give
 from zeroth_order.lockstep import ForwardPass, hooks_of
-from zeroth_order.traffic import Block
-from zeroth_order.weights import GroupStep, Pass, Shift, Update
+from zeroth_order.traffic import DISK, Block
+from zeroth_order.weights import GroupStep, Pass, Shift, States, Update
+
+
+def best_write_every(total: float, seconds: Mapping[str, float]) -> int:
+    """Return after how many updates a block is best written.
+
+    A step that writes one block in k computes (k - 1) / 2 updates more than one that writes all.
+
+    Args:
+        total: seconds of a step that wrote all blocks.
+        seconds: of ``Traffic``, in this step.
+    """
+    reading, writing, waiting = (seconds[name] for name in ("reading", "writing", "waiting"))
+    if waiting < total / 10:
+        return 1
+
+    def expected(every: int) -> float:
+        disk = total * (reading + writing / every) / (reading + writing)
+        return max(total - waiting + seconds["updating"] * (every - 1) / 2, disk)
+
+    return min(range(1, 17), key=expected)
 
 
 class StreamedLayers(Layers):
@@ -62,7 +83,10 @@ class StreamedWeights(LayerwiseWeights):
     Weights outside of blocks are updated at once, and so are those of an adapter within them.
 
     Attributes:
-        waiting: updates that some block still has to get, the oldest first.
+        waiting: updates that the file of some block lacks, the oldest first.
+        write_every: a block on disk that was updated so many times is written; until then what it
+            lacks is applied whenever it is read. A second visit between two steps writes it, too.
+            None: 1 at first, then what two steps show to be the fastest.
     """
 
     layers: StreamedLayers
@@ -70,6 +94,7 @@ class StreamedWeights(LayerwiseWeights):
     def __init__(self, layers: StreamedLayers, *args: Any) -> None:
         super().__init__(layers, *args)
         self.blocks = blocks = layers.blocks
+        self.write_every, self._writing_steps = blocks.write_every, 0
         if blocks.owner is not None:
             blocks.owner.finish()
         self.resident = [t for t in self.parameters if t.parameter not in blocks.block_of]
@@ -80,6 +105,9 @@ class StreamedWeights(LayerwiseWeights):
         self.waiting: list[Update] = []
         self._first = 0  # the number of the oldest one
         self._next = dict.fromkeys(blocks.blocks, 0)  # the number of the one a block gets next
+        # Of blocks that were not written: their low-rank h as it was when they were.
+        self._states_then: dict[Block, States] = {}
+        self._visited = dict.fromkeys(blocks.blocks, -1)  # how many updates there were then
         self._threads: ThreadPoolExecutor | None = None
         blocks.owner = self
 
@@ -103,6 +131,7 @@ class StreamedWeights(LayerwiseWeights):
     def start_hessian(self, trained: TrainedParameter) -> None:
         """Let a parameter's h begin at 1; that of a streamed one comes with its block."""
         if trained.low_rank or trained.parameter not in self.blocks.block_of:
+            self.finish()  # updates that wait know of no h
             super().start_hessian(trained)
 
     # ---- forward passes
@@ -111,7 +140,7 @@ class StreamedWeights(LayerwiseWeights):
         """Return the losses of forward passes, which run in lockstep."""
         if self._threads is None or self._threads._max_workers < len(passes):
             self._threads = ThreadPoolExecutor(len(passes))
-        device = self.parameters[0].parameter.device
+        device, begun = self.parameters[0].parameter.device, time.perf_counter()
         running = [
             ForwardPass(closure, self._threads, device, self.layers.hooks) for closure, _ in passes
         ]
@@ -127,15 +156,31 @@ class StreamedWeights(LayerwiseWeights):
                     (e.before for e in stopped), key=lambda b: (b.number - last - 1) % count
                 )
                 last = block.number
+                at_block: dict[Shift | None, list[ForwardPass]] = {}
+                for each in stopped:
+                    if each.before is block:
+                        at_block.setdefault(shifts[each], []).append(each)
                 with self.blocks.loaded(block):
-                    for each in stopped:
-                        if each.before is block:
-                            with self._perturbed(block, shifts[each]):
-                                self._run(each, shifts[each])
+                    for shift, passes_of_shift in at_block.items():
+                        with self._perturbed(block, shift):
+                            for each in passes_of_shift:
+                                self._run(each, shift)
         finally:
             for each in running:
                 each.abandon()
+        self._choose_write_every(time.perf_counter() - begun)
         return [each.loss for each in running]
+
+    def _choose_write_every(self, total: float) -> None:
+        """After the second step that wrote blocks, choose how often they are written from now on.
+
+        The first one may have applied all steps of a journal.
+        """
+        seconds = self.blocks.traffic.seconds
+        self._writing_steps += seconds["writing"] > 0
+        if self.write_every is None and self._writing_steps == 2:
+            self.write_every = best_write_every(total, seconds)
+        seconds.clear()
 
     def _run(self, each: ForwardPass, shift: Shift | None) -> None:
         """Let a pass run until it stops before a block, or ends."""
@@ -171,6 +216,7 @@ class StreamedWeights(LayerwiseWeights):
         self.apply(self.resident, update)
         if any(self.of_block.values()):
             self.waiting.append(update)
+            self.blocks.checksums.clear()
 
     @torch.no_grad()
     def arrived(self, block: Block, tensors: Mapping[Any, Tensor]) -> bool:
@@ -178,13 +224,29 @@ class StreamedWeights(LayerwiseWeights):
         for key, tensor in tensors.items():
             if isinstance(key, tuple):
                 self.states[key[0]] = {key[1]: tensor}
-        updates = self.waiting[self._next[block] - self._first :]
-        for update in updates if self.of_block[block] else ():
-            self.apply(self.of_block[block], update)
-        self._next[block] = self._first + len(self.waiting)
+        now, trained = self._first + len(self.waiting), self.of_block[block]
+        updates = self.waiting[self._next[block] - self._first :] if trained else []
+        # What was not written is read as it was then; the low-rank h of then belongs to it.
+        self.states.update(self._states_then.pop(block, {}))
+        low_rank = (t.parameter for t in trained if t.low_rank)
+        then = {p: self.states[p] for p in low_rank if p in self.states}
+        with self.blocks.traffic.timed("updating"):
+            for update in updates:
+                self.apply(trained, update)
+        block.is_changed |= bool(updates)
+        again, self._visited[block] = self._visited[block] == now, now
+        if (
+            updates
+            and not again
+            and block.home == DISK
+            and (now + block.number) % (self.write_every or 1)
+        ):
+            self._states_then[block] = then
+            return False
+        self._next[block] = now
         done = min(self._next.values()) - self._first
         self.waiting, self._first = self.waiting[done:], self._first + done
-        return bool(updates) and bool(self.of_block[block])
+        return bool(updates)
 
     def left(self, block: Block) -> None:
         """Forget the h of a block that lies with its weights."""
@@ -194,13 +256,13 @@ class StreamedWeights(LayerwiseWeights):
 
     def finish(self) -> None:
         """Apply the updates that wait to all blocks."""
-        if self.waiting:
-            for block in self.blocks.blocks:
-                with self.blocks.loaded(block):
-                    pass
+        for block in self.blocks.blocks if self.waiting else ():
+            self._visited[block] = self._first + len(self.waiting)
+            with self.blocks.loaded(block):
+                pass
 
     def forget(self) -> None:
         """Leave out the updates that wait: blocks begin again."""
         self._first += len(self.waiting)
-        self.waiting = []
+        self.waiting, self._states_then = [], {}
         self._next = dict.fromkeys(self._next, self._first)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import queue
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,6 +68,7 @@ class Traffic:
 
     Attributes:
         bytes_read, bytes_written: of blocks that came and went so far.
+        seconds: that reading, writing and waiting for blocks took.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class Traffic:
         self.is_gpu = device.type == "cuda"
         self.staged = self.is_gpu if staged is None else staged
         self.bytes_read = self.bytes_written = 0
+        self.seconds: Counter[str] = Counter()
         self.file: WorkingFile | None = None
         self._free: queue.SimpleQueue[Buffer] = queue.SimpleQueue()
         self._reader, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
@@ -124,6 +128,13 @@ class Traffic:
         """
         if self.file is None and (size := self.size_on_disk(blocks)):
             self.file = WorkingFile(self.folder, size)
+
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Add the seconds that something takes."""
+        begun = time.perf_counter()
+        yield
+        self.seconds[what] += time.perf_counter() - begun
 
     def _on_device(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self.device)
@@ -191,10 +202,12 @@ class Traffic:
 
     def _fill(self, block: Block, memory: Tensor) -> None:
         if block.is_in_file:
-            self.file.read(block.region.start, memory)
+            with self.timed("reading"):
+                self.file.read(block.region.start, memory)
             self.bytes_read += len(memory)
         else:
-            self.bytes_read += self.fill(block, memory)
+            with self.timed("reading"):
+                self.bytes_read += self.fill(block, memory)
 
     def _copy_in(self, host: Tensor, buffer: Buffer) -> None:
         with torch.cuda.stream(self._stream_in) if self.is_gpu else contextlib.nullcontext():
@@ -228,7 +241,8 @@ class Traffic:
                 self._stream_out.synchronize()
             source = host
         if block.home == DISK:
-            self.file.write(block.region.start, source)
+            with self.timed("writing"):
+                self.file.write(block.region.start, source)
             block.is_in_file = True
         self.bytes_written += len(source)
 
