@@ -229,8 +229,15 @@ FAULTS = [
     Fault(
         "offload: the oldest update of a block left out",
         "zeroth_order/streamed.py",
-        "for update in updates if self.of_block[block] else ():",
-        "for update in updates[1:] if self.of_block[block] else ():",
+        "for update in updates:",
+        "for update in updates[1:]:",
+        "streamed",
+    ),
+    Fault(
+        "offload: an update that is computed again begins with the present low-rank h",
+        "zeroth_order/streamed.py",
+        "self.states.update(self._states_then.pop(block, {}))",
+        "self._states_then.pop(block, {})",
         "streamed",
     ),
 ]
