@@ -228,6 +228,9 @@ def test_models_and_disks_that_do_not_fit_are_refused(
     plan = [*training(tmp_path, **DISK), "--dry_run"]
     assert run.main(plan) == 0
     assert "2 blocks, the largest 0 MiB; a step reads 0 MiB" in capfd.readouterr().out
+    prefix = training(tmp_path, prefix_tuning=True, **DISK)
+    assert run.main([*prefix, "--dry_run"]) == 0
+    assert "a step reads 0 MiB and writes 0 MiB; 0 MiB in memory" in capfd.readouterr().out
     with monkeypatch.context() as patched:
         patched.setattr(OPTPreTrainedModel, "_no_split_modules", [])
         for argv in (plan, training(tmp_path, **DISK)):

@@ -91,7 +91,7 @@ class Blocks:
 
     Args:
         model: its parameters are there already, as ``placeholder`` makes them.
-        source: of the weights.
+        source: of the weights; None: blocks are laid out, and none comes.
         folder: of the working file; None: blocks lie in the host's memory.
         budget: bytes of memory; the first blocks that fit stay there, on a GPU in its own memory
             if the others lie in the host's. Of blocks that come in turn, keeping those that were
@@ -113,7 +113,7 @@ class Blocks:
     def __init__(
         self,
         model: nn.Module,
-        source: Source,
+        source: Source | None,
         folder: Path | None = None,
         budget: int = 0,
         staged: bool | None = None,
@@ -135,7 +135,7 @@ class Blocks:
         device = next(iter(self.block_of)).device
         self.traffic = Traffic(device, self._fill, folder, staged)
         self.lay_out({})
-        for block in self.blocks:
+        for block in self.blocks if source else ():
             enter, leave = (functools.partial(f, block) for f in (self._enter, self._leave))
             block.module.register_forward_pre_hook(enter, prepend=True)
             block.module.register_forward_hook(leave, always_call=True)
