@@ -25,9 +25,9 @@ import torch
 from transformers import AutoModelForCausalLM, OPTConfig
 
 from command_line.arguments import parse_arguments
-from experiment.offload_plan import plan_of_offload, streamed_by_block
+from experiment.offload_plan import plan_of_offload
 from experiment.plan import kept_for_a_weight
-from language_model.streaming import Offload
+from language_model.streaming import Offload, stream_blocks
 
 HIZOO = "--trainer zo --hessian_smooth_type constant1e-6"
 METHODS = {
@@ -82,10 +82,12 @@ def formula_table(dtype: torch.dtype) -> str:
         empty = empty_model(shape, dtype)
         weights = sum(p.numel() for p in empty.parameters())
         sizes = [weights * (dtype.itemsize + each) for each in groups]
-        streamed, near = streamed_by_block(empty), Offload(None, 0, torch.device("cuda"))
-        for h in (0, kept["HiZOO"]):
-            hessians = dict.fromkeys(empty.parameters(), h) if h else {}
-            plan = plan_of_offload(streamed, empty, near, hessians, trains=True)
+        near = Offload(None, 0, torch.device("cuda"))
+        with torch.device("meta"):
+            blocks = stream_blocks(empty, None, near)
+        for has_h in (False, True):
+            states = dict.fromkeys(empty.parameters(), ("h", dtype)) if has_h else {}
+            plan = plan_of_offload(blocks, empty, near, states, trains=True)
             sizes += [plan.in_memory, plan.read + plan.written]
         lines.append(f"| {model} | {' | '.join(f'{size / 2**30:,.1f}' for size in sizes)} |")
     return "\n".join(lines)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,7 @@ class OffloadPlan:
         largest: the largest one, with its h.
         read, written: what a step moves.
         on_disk: the working file; None: there is none.
-        in_memory: buffers, blocks that stay, and the weights outside of blocks, with their h.
+        in_memory: buffers, perturbed copies, and with their h blocks that stay and other weights.
     """
 
     blocks: int
@@ -65,17 +65,21 @@ def plan_of_offload(
     Raises:
         InputError: the disk has no room.
     """
-    blocks.lay_out(states)
+    with torch.device("meta"):  # buffers take no memory
+        blocks.lay_out(states)
     sizes = [block.region.size for block in blocks.blocks]
     home = DISK if offload.folder else HOST
     far = [block.region.size for block in blocks.blocks if block.home == home]
     writes = trains and any(p.requires_grad for p in blocks.block_of)
-    outside = sum(
-        p.numel() * (p.element_size() + (states[p][1].itemsize if p in states else 0))
-        for p in model.parameters()
-        if p not in blocks.block_of
-    )
-    buffers = min(BUFFERS, len(far)) * max(far, default=0) + max(sizes) * writes
+    inside = {p for block in blocks.blocks for p in block.module.parameters()}
+    outside = [p for p in model.parameters() if p not in inside]
+    resident = [p for p in model.parameters() if p not in blocks.block_of]
+    kept = sum(p.nbytes for p in resident)
+    kept += sum(p.numel() * states[p][1].itemsize for p in resident if p in states)
+    # Perturbed copies are of a whole block, and of one weight outside of blocks.
+    copies = max(_trained_bytes(block.module.parameters()) for block in blocks.blocks)
+    copies += max((_trained_bytes([p]) for p in outside), default=0)
+    buffers = min(BUFFERS, len(far)) * max(far, default=0)
     on_disk = blocks.traffic.size_on_disk(blocks.blocks) if offload.folder and writes else None
     if on_disk and free_bytes(offload.folder) < on_disk:
         reason = NoRoom.of(offload.folder, on_disk)
@@ -86,6 +90,10 @@ def plan_of_offload(
         sum(far),
         sum(far) * writes,
         on_disk,
-        outside + buffers + sum(sizes) - sum(far),
+        kept + buffers + copies * trains + sum(sizes) - sum(far),
         trains,
     )
+
+
+def _trained_bytes(parameters: Iterable[Tensor]) -> int:
+    return sum(p.nbytes for p in parameters if p.requires_grad)

@@ -76,8 +76,7 @@ def make_plan(options: Options, prepared: Prepared) -> Plan:
     if model.offload:
         of_trained = _trained(whole, arguments) if trained and kept else ()
         states = {parameter: ("h", model.dtype) for parameter in of_trained}
-        with torch.device("meta"):  # buffers take no memory
-            offload = plan_of_offload(blocks, whole, model.offload, states, bool(trained))
+        offload = plan_of_offload(blocks, whole, model.offload, states, bool(trained))
     memory = parameters * size + trained * kept
     return Plan(*of_all_sets, parameters, trained, memory, offload)
 

@@ -22,6 +22,7 @@ from zeroth_order.blocks import Blocks, NoBlocks, blocks_of
 from zeroth_order.chunks import TrainedParameter
 from zeroth_order.layerwise import Layers, LayerwiseWeights, give
 from zeroth_order.lockstep import ForwardPass, hooks_of
+from zeroth_order.scratch import Scratch
 from zeroth_order.traffic import DISK, Block
 from zeroth_order.weights import GroupStep, Pass, Shift, States, Update
 
@@ -108,6 +109,7 @@ class StreamedWeights(LayerwiseWeights):
         # Of blocks that were not written: their low-rank h as it was when they were.
         self._states_then: dict[Block, States] = {}
         self._visited = dict.fromkeys(blocks.blocks, -1)  # how many updates there were then
+        self._scratch = Scratch()
         self._threads: ThreadPoolExecutor | None = None
         blocks.owner = self
 
@@ -197,7 +199,8 @@ class StreamedWeights(LayerwiseWeights):
     def _perturbed(self, block: Block, shift: Shift | None) -> Iterator[None]:
         """Give a block that is in memory perturbed weights."""
         parameters = self.layers.of_block[block] if shift and shift[1] else []
-        scratch = self.layers.scratch
+        # Within the last block the head begins, with scratch of its own.
+        scratch = self._scratch
         copies, own = scratch.borrow(parameters), {p: p.data for p in parameters}
         try:
             if copies:
