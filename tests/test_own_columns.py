@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import importlib
 import json
 import re
 import shlex
@@ -420,6 +421,18 @@ def test_columns_that_predictions_would_take(
 
 
 # ------------------------------------------------------------------------- the walk of own-data.md
+
+
+def test_films_are_what_their_script_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "data"))
+    make_films = importlib.import_module("make_films")
+    monkeypatch.setattr(make_films, "FOLDER", tmp_path)
+    make_films.main()
+    for name in ("films.csv", "new.csv"):
+        kept = ROOT / "examples" / "films" / name
+        assert (tmp_path / name).read_bytes() == kept.read_bytes()
 
 
 def test_a_csv_file_becomes_a_model_in_use(
