@@ -56,8 +56,11 @@ def test_step(measured: Callable[..., Any]) -> None:
 def test_offload(measured: Callable[..., Any], tmp_path: Path) -> None:
     small = ("--layers", "3", "--hidden", "64", "--tokens", "8", "--steps", "1", "--batch", "1")
     rows = measured("offload.py", str(tmp_path / "model"), *small, "--methods", "HiZOO")
-    assert [row["weights"] for row in rows] == ["in memory", "1/8 kept", "none kept"]
-    assert [row["read_mib"] > 0 for row in rows] == [False, True, True]
+    steps = ["in memory", "1/8 kept", "none kept", "1/8 written"]
+    assert [row["weights"] for row in rows] == [*steps, "warm", "cold"]
+    assert [row["read_mib"] > 0 for row in rows] == [False, *[True] * 5]
+    assert rows[3]["written_mib"] < rows[2]["written_mib"]
+    assert rows[4]["written_mib"] == 0
     assert rows[2]["written_mib"] >= rows[1]["written_mib"] > 0
 
 
