@@ -171,10 +171,10 @@ def shown(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
-def listed(names: Iterable[Any]) -> str:
+def listed(names: Iterable[Any], most: int = 20) -> str:
     """Return names as an error's one line lists them."""
     names = list(map(str, names))
-    return ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
 # ----------------------------------------------------------------------- candidates and answers

@@ -16,7 +16,7 @@ from command_line import groups
 from command_line.config_files import words_of_config
 from command_line.declarations import OFF, Declaration, declared
 from command_line.published import AS_HERE, IGNORED, NOT_HERE, TRANSLATED
-from command_line.scripts import choose_defaults
+from command_line.scripts import choose_defaults, replaced
 from command_line.trainer_arguments import NOT_OFFERED, OTHERS, MostUsed
 from task_data.columns import Columns
 from task_data.files import own_file
@@ -154,7 +154,10 @@ def read_values(argv: Sequence[str], environment: Mapping[str, str] | None = Non
     user = reader.read((reader.config(config) if any(config) else {}) | typed)
     chosen: dict[str, Any] = {}
     if of_script and not reader.problems:
-        defaults = choose_defaults(script, os.environ if environment is None else environment, user)
+        variables = os.environ if environment is None else environment
+        defaults = choose_defaults(script, variables, user)
+        reason = "the files of --train_file and --validation_file replace it"
+        reader.ignored |= dict.fromkeys(replaced(variables, user), reason)
         words_of_script = {
             ours: ([each], label)
             for name, (word, label) in defaults.items()

@@ -100,6 +100,7 @@ def choose_defaults(
     if script not in VARIABLES:
         raise InputError(f"--script {script}: choose from {', '.join(VARIABLES)}")
     found = {name: environment[name] for name in VARIABLES[script] if environment.get(name)}
+    found = {name: word for name, word in found.items() if name not in replaced(found, user)}
     if found.get("MODE", "ft") not in MODES:
         raise InputError(f"MODE={found['MODE']}: give {', '.join(MODES)}")
     variables = {each: name for name in found for each in VARIABLES[script][name].split()}
@@ -125,6 +126,11 @@ def choose_defaults(
         for name, word in chosen.items()
         if name not in user
     }
+
+
+def replaced(environment: Mapping[str, str], user: Mapping[str, Any]) -> list[str]:
+    """Return the variables that are set, and that the user's own files replace."""
+    return [name for name in ("TASK", "DATA_DIR") if environment.get(name) and _own_file(user)]
 
 
 def _own_file(said: Mapping[str, Any]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -10,13 +11,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from task_data.files import errors_name, read_rows
+from task_data.files import read_rows
 from tasks import listed, shown
 from templates import Row
 from utils import InputError
 
 # More different labels than this are no classes.
 MOST_LABELS = 100
+# Nor are more different numbers, if most rows have one of their own.
+MOST_SCORES = 10
 # A list of {"role", "content"}, or as in ShareGPT of {"from", "value"}.
 CONVERSATIONS = ("messages", "conversations")
 ROLES = {"human": "user", "gpt": "assistant"}
@@ -60,7 +63,7 @@ class Columns:
         if self.labels and self.options == self.labels and _are_numbers(self.labels):
             first, second = self.labels[:2]
             yield (
-                f"the labels are numbers, {listed(self.labels)}: --label_words "
+                f"the labels are numbers, {listed(self.labels, 5)}: --label_words "
                 f"{first}=WORD,{second}=WORD gives the model words"
             )
         if len({label.casefold() for label in self.labels}) < len(self.labels):
@@ -110,8 +113,11 @@ class Columns:
         given = self.text or self.template or self.answer or "prompt" in row
         return replace(self, from_messages=not given and any(c in row for c in CONVERSATIONS))
 
-    def arranged(self, row: Row) -> Row:
-        """Return a row with what it has of prompt, options and answer beside its own columns."""
+    def arranged(self, row: Row, with_answer: bool = True) -> Row:
+        """Return a row with what it has of prompt, options and answer beside its own columns.
+
+        Without the answer any label will do.
+        """
         if self.from_messages:
             return {**row, **_conversation(row)}
         arranged: dict[str, Any] = dict(row)
@@ -130,7 +136,7 @@ class Columns:
             arranged["answer"] = row[self.answer]
         if self.labels:
             arranged["options"] = list(self.options)
-            if self.label in row:
+            if self.label in row and with_answer:
                 arranged["answer"] = self._class_of(row[self.label])
         return arranged
 
@@ -173,10 +179,16 @@ def _class_names(file: Path, column: str) -> tuple[str, ...]:
 
 def _labels(file: Path, column: str) -> tuple[str, ...]:
     """Return the different values of a column, in the order of numbers or letters."""
-    labels = set()
-    for place, row in read_rows(file):
-        with errors_name(place):
+    labels, unlabelled, rows = set(), [], list(read_rows(file))
+    for place, row in rows:
+        try:
             labels.add(_label(row.get(column)))
+        except InputError as error:
+            unlabelled.append((place, error))
+    if unlabelled:
+        (place, error), count = unlabelled[0], len(unlabelled)
+        all_of_them = f" ({count} rows: {listed((place for place, _ in unlabelled), 3)})"
+        raise InputError(f"{place}: {error}{all_of_them if count > 1 else ''}")
     if len(labels) == 1:
         raise InputError(f"--label_column {column}: all rows of {file} have {shown(*labels)} there")
     if len(labels) > MOST_LABELS:
@@ -185,6 +197,11 @@ def _labels(file: Path, column: str) -> tuple[str, ...]:
             f"{MOST_LABELS} make classes; give --answer_column {column} for generated answers"
         )
     numbers = _are_numbers(labels)
+    if numbers and len(labels) > max(MOST_SCORES, len(rows) / 2):
+        raise InputError(
+            f"--label_column {column}: {len(labels)} different numbers in the {len(rows)} rows of "
+            f"{file}, but a label is a class: write one of a few in its place, as in low and high"
+        )
     return tuple(sorted(labels, key=lambda label: (float(label) if numbers else 0, label)))
 
 
@@ -203,10 +220,12 @@ def _words_of(labels: tuple[str, ...], words: str) -> tuple[str, ...]:
 
 
 def _label(value: Any) -> str:
-    text = as_text(value, "the label").strip()
-    if not text:
-        raise InputError(f"the label is {shown(value)}: expected a text or a number")
-    return text
+    with contextlib.suppress(InputError):
+        if text := as_text(value).strip():
+            return text
+    raise InputError(
+        f"the label is {shown(value)}: expected a text or a number; fill it in, or delete the row"
+    )
 
 
 def _conversation(row: Row) -> dict[str, Any]:

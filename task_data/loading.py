@@ -42,8 +42,8 @@ def _held_out(samples: list[Sample], file: Path) -> tuple[list[Sample], list[Sam
         raise InputError(f"{file} has one row, too few to hold any out: give --validation_file")
     held_out = permutation_subset(samples, max(1, len(samples) // 10), seed=0)
     logger.warning(
-        "no --validation_file: %d of the %d rows of %s are held out to report on",
-        *(len(held_out), len(samples), file),
+        "no --validation_file: %d of the %d rows of %s %s held out to report on",
+        *(len(held_out), len(samples), file, "is" if len(held_out) == 1 else "are"),
     )
     chosen = {sample.id for sample in held_out}
     return [sample for sample in samples if sample.id not in chosen], held_out
@@ -81,7 +81,7 @@ def _split_file(folder: Path, split: str) -> Path:
 
 def read_samples(task: Task, path: Path, with_answers: bool = True) -> list[Sample]:
     """Return the samples of a file in their order; without answers the rows need none."""
-    rows = task.rows(path) if isinstance(task, OwnTask) else read_rows(path)
+    rows = task.rows(path, with_answers) if isinstance(task, OwnTask) else read_rows(path)
     return _samples(task, rows, with_answers)
 
 

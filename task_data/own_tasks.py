@@ -57,12 +57,12 @@ class OwnTask(Task):
         """Columns of the user's file that the prompt is made of."""
         return self.own_columns.of_prompt
 
-    def rows(self, path: Path) -> Iterator[PlacedRow]:
+    def rows(self, path: Path, with_answers: bool = True) -> Iterator[PlacedRow]:
         """Yield the rows of a file, each with what it has of prompt, options and answer."""
         is_csv = path.suffix.lower() == ".csv"
         for place, row in read_rows(path):
             with errors_name(place):
-                arranged = self.own_columns.arranged(row)
+                arranged = self.own_columns.arranged(row, with_answers)
                 if is_csv and self.generation:
                     arranged = _with_a_list(arranged)
                 if "prompt" in arranged:
@@ -83,11 +83,15 @@ class OwnTask(Task):
         if missing:
             found = [name for name in row if name not in self.own_columns.added]
             known = [each for names, each in LAYOUTS.items() if set(names) <= set(found)]
-            label = self.own_columns.label if missing == "answer" else None
-            way_out = "" if label else f"; {(known or [NAMED])[0]}"
-            raise InputError(
-                f"column {label or missing!r} is missing; found {listed(found)}{way_out}"
-            )
+            named = self.own_columns.label or self.own_columns.answer
+            names = ("text", "prompt") if missing == "prompt" else ("label", "answer")
+            if missing == "answer" and (named or "options" in row):
+                names = (named or "answer",)
+            way_out = "" if named in names else f"; {(known or [NAMED])[0]}"
+            if near := next((name for name in found if name.lower() in names), None):
+                way_out = f"; rename {near!r}, or{way_out[1:]}" if way_out else f"; rename {near!r}"
+            columns = " (or ".join(names) + ")" * (len(names) - 1)
+            raise InputError(f"no column {columns}; found {listed(found)}{way_out}")
 
     def labels_of(self, options: Sequence[str]) -> list[str]:
         """Return the file's own labels in place of the words that the model reads for them."""

@@ -93,9 +93,9 @@ def test_labels_are_those_of_the_training_file(reviews: Path, tmp_path: Path) ->
         (
             "review,answer\nGood.,1",
             Columns("review", "stars"),
-            r":2: column 'stars' is missing; found review",
+            r":2: no column stars; found review$",
         ),
-        ("title,answer\nGood.,1", Columns("title", answer="review"), r":2: column 'answer' is m"),
+        ("title,answer\nGood.,1", Columns("title", answer="review"), r":2: no column review;"),
     ):
         other.write_text(f"{cells}\n")
         task = choose_task(None, str(reviews), str(other), None, None, columns)
@@ -175,6 +175,10 @@ def test_labels_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
         )
         == numbers
     )
+    # Scores, of which most rows have one of their own, are no classes.
+    write(tmp_path / "rows.jsonl", [{"text": "a", "label": n / 8} for n in range(40)])
+    with pytest.raises(InputError, match=r"40 different numbers in the 40 rows .* is a class"):
+        labels_of(tmp_path / "rows.jsonl")
     csv.write_text('text, label\nA film, "great"\nOne more, bad\n')
     assert labels_of(csv) == (("bad", "great"), ["great", "bad"])
 
@@ -191,6 +195,11 @@ def test_a_row_without_a_label_is_named(tmp_path: Path) -> None:
             InputError, match=r"rows\.jsonl:3: the (label|value) is .*expected a text"
         ):
             labels_of(file)
+    # All of the first file are counted.
+    write(file, [*rows[:2], *({"text": "c", "label": " "} for _ in range(5))])
+    said = r"jsonl:3: the label is ' ': .*; fill it in, or delete the row \(5 rows: .*l:5, …\)$"
+    with pytest.raises(InputError, match=said):
+        labels_of(file)
     # A text of JSON stays a text.
     rows[2] = {"text": "c", "label": "nan"}
     assert labels_of(write(tmp_path / "rows.jsonl", rows))[0] == ("0", "1", "nan")
@@ -281,7 +290,7 @@ def test_refusals(reviews: Path, capsys: pytest.CaptureFixture[str]) -> None:
             {"trainer": "zo", "num_train": 2, "predict_file": reviews, "predictions_file": "b"},
             "train with --save_model first",
         ),
-        ({"label_column": None}, "column 'answer' is missing"),
+        ({"label_column": None}, "no column label (or answer); found title, review, stars"),
     ):
         argv = own(reviews, **({"text_column": "review", "label_column": "stars"} | arguments))
         assert said in refused_line(argv, capsys)
@@ -347,7 +356,8 @@ def test_answers_to_rows_without_any(
     reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = tmp_path / "new.csv"
-    rows.write_text("review\n" + "".join(f"Number {n}.\n" for n in range(5)))
+    # Labels of rows to answer may be other ones, or none.
+    rows.write_text("review,stars\n" + "".join(f"Number {n}.,{'x' * n}\n" for n in range(5)))
     labels = {"text_column": "review", "label_column": "stars", "train_file": reviews}
     predicted = {"validation_file": reviews, "predict_file": rows, "num_train": 2}
     files = {"predictions_file": tmp_path / "p.jsonl"}

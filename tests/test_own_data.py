@@ -218,6 +218,9 @@ def test_without_a_validation_file_rows_are_held_out(
     caplog.clear()
     # Nothing to report on is wanted: all rows are for training, without a word.
     assert len(load_samples(task, None, with_validation=False)[0]) == 25 and not caplog.text
+    write_jsonl(path, [{"prompt": "1", "answer": "a"}] * 2)
+    load_samples(choose_task(None, str(path), None, None), None)
+    assert f"1 of the 2 rows of {path} is held out" in caplog.text
     write_jsonl(path, [{"prompt": "1", "answer": "a"}])
     with pytest.raises(InputError, match=r"has one row, .* give --validation_file"):
         load_samples(choose_task(None, str(path), None, None), None)
@@ -236,7 +239,7 @@ BAD_FILES: dict[str, tuple[str, str | bytes, list[str]]] = {
     "no answer": (
         "v.jsonl",
         GOOD + "\n" + OTHER.rstrip(", ") + "}\n",
-        ["v.jsonl:3:", "'answer' is missing", "found prompt, options"],
+        ["v.jsonl:3:", "no column answer;", "found prompt, options"],
     ),
     "answer is none": ("v.jsonl", GOOD + OTHER + '"answer": null}', ["v.jsonl:2:", "None", "yes"]),
     "answer is NaN": ("v.jsonl", GOOD + OTHER + '"answer": NaN}', ["v.jsonl:2:", "nan", "yes"]),
@@ -252,7 +255,7 @@ BAD_FILES: dict[str, tuple[str, str | bytes, list[str]]] = {
     "no prompt": (
         "v.jsonl",
         '{"review": "p", "stars": 1}',
-        ["v.jsonl:1:", "'prompt'", "found review, stars", "--text_column", "--label_column"],
+        ["v.jsonl:1: no column text (or prompt)", "found review, stars; name", "--label_column"],
     ),
     "empty prompt": ("v.jsonl", TEXT + TEXT.replace('"p"', '" "'), ["v.jsonl:2:", "prompt is ' '"]),
     "prompt is none": ("v.jsonl", TEXT.replace('"p"', "null"), ["v.jsonl:1:", "prompt is None"]),
@@ -292,8 +295,17 @@ BAD_FILES: dict[str, tuple[str, str | bytes, list[str]]] = {
     "cells too few": ("v.csv", HEADER + CELLS + "\np,q\n", ["v.csv:4: 2 cells for the 3 columns"]),
     "comma too many": ("v.csv", "prompt,answer\np, q,a\n", ["v.csv:2: 3 cells for the 2 columns"]),
     "open quote": ("v.csv", HEADER + CELLS + 'p,"[""yes', ["v.csv:3: not CSV", "quotes"]),
-    "semicolons": ("v.csv", "title;stars\na;b\n", ["v.csv:2:", "'prompt'", "found title, stars"]),
-    "no label": ("v.csv", "text,mood\na,b\n", ["v.csv:2:", "'answer'", "found text, mood;", "--l"]),
+    "semicolons": (
+        "v.csv",
+        "title;stars\na;b\n",
+        ["v.csv:2: no column text (", "found title, stars"],
+    ),
+    "no label": ("v.csv", "text,mood\na,b\n", ["no column label (or answer); found text, mood;"]),
+    "upper case": (
+        "v.csv",
+        "Text,label\na,b\nb,c\n",
+        ["no column text (", "rename 'Text', or name"],
+    ),
     "column twice": ("v.csv", "prompt,answer,answer\np,a,b\n", ["v.csv:1:", "'answer'"]),
     "many columns": ("v.csv", ",".join(map(str, range(200_000))) + "\na\n", ["v.csv:2: 1 cells"]),
     "options of csv": (

@@ -274,14 +274,16 @@ def test_own_files(tmp_path: Path) -> None:
         assert values_of("HiZOO.sh", [*own, "--num_dev", "99"]).num_train == 1
         assert values_of("icl.sh", own).num_train == 32
         assert values_of("icl.sh", own[1:]).num_train == 0
+        values = values_of("HiZOO.sh", own, TASK="RTE", DATA_DIR="nowhere")
+        assert (values.task_name, values.data_dir) == (None, None)
+        assert "here: TASK, DATA_DIR (the files of --tr" in make_arguments(values).warning
         held_out = values_of("HiZOO.sh", [own[0], *more])  # a tenth of the rows to report on
         assert (held_out.num_train, held_out.num_dev) == (15, 3)
 
 
 def test_what_makes_no_sense_is_refused() -> None:
     for script, line, variables, message in (
-        ("HiZOO.sh", "--train_file a.csv", {"TASK": "CB"}, "--task_name and --train_file exclude"),
-        ("HiZOO.sh", "--train_file a.csv", {"DATA_DIR": "b"}, "--data_dir and --train_file excl"),
+        ("HiZOO.sh", "--train_file a.csv --task_name CB", {}, "--task_name and --train_file excl"),
         ("HiZOO.sh", "--train_file a.csv", {}, "--train_file a.csv: "),
         ("HiZOO.sh", "", {"MODE": "nothing"}, "MODE=nothing: give ft, prefix, lora"),
         ("HiZOO.sh", "", {"BS": "1.5"}, "BS=1.5: must be a whole number"),
