@@ -21,16 +21,30 @@ SETTINGS=("broadcast kappa=0.5" "broadcast kappa=2" "broadcast damping=0.03" "br
 
 compare tiny_opt_sst2 data/tiny-opt "$SAMPLES" SST2 --at 50 100 200 400 --methods \
     "broadcast passes=50" "broadcast passes=100" "broadcast passes=200" "broadcast passes=400" \
-    "broadcast passes=1000" zeroshot probing "adamw lr=1e-4" "adamw lr=3e-4" "curvature every=10"
+    "broadcast passes=1000" "broadcast hold=0.5 passes=50" "broadcast hold=0.5 passes=100" \
+    "broadcast hold=0.5 passes=200" "broadcast hold=0.5 passes=400" \
+    "broadcast hold=0.5 passes=1000" \
+    zeroshot probing "adamw lr=1e-4" "adamw lr=3e-4" "curvature every=10"
 compare tiny_opt_sst2_settings data/tiny-opt "$SAMPLES" SST2 --seeds 3 --methods \
     "broadcast passes=100" "${SETTINGS[@]/%/ passes=100}"
 compare smollm2_sst2 "$SMOLLM2" "$REAL" SST2 --methods \
     "broadcast passes=100" "broadcast passes=400" zeroshot probing
-compare smollm2_sst2_settings "$SMOLLM2" "$REAL" SST2 --seeds 3 --methods "broadcast passes=100" \
-    "broadcast kappa=2 passes=100" "broadcast from=0 passes=100" "broadcast matrices=d passes=100"
+RATES=(smollm2_sst2_rates "$SMOLLM2" "$REAL" SST2)
+compare "${RATES[@]}" --methods "broadcast hold=0.5 passes=100"
+compare "${RATES[@]}" --seeds 0 1 --methods "broadcast hold=0.5 passes=400"
+compare "${RATES[@]}" --seeds 0 --at 50 100 200 400 --methods \
+    "adamw lr=3e-6" "adamw lr=3e-5" "adamw lr=1e-5 from=0.5"
+compare "${RATES[@]}" --seeds 1 2 --at 50 100 200 --methods "adamw lr=3e-5"
+compare smollm2_sst2_settings "$SMOLLM2" "$REAL" SST2 --seeds 3 --methods \
+    "broadcast passes=100" "${SETTINGS[@]/%/ passes=100}"
+compare smollm2_wic "$SMOLLM2" "$REAL" WIC --pool 370 --seeds 0 --at 50 100 --methods \
+    zeroshot "broadcast passes=100" "adamw lr=1e-5"
+compare smollm2_boolq "$SMOLLM2" "$REAL" BoolQ --pool 700 --seeds 0 --methods \
+    zeroshot probing "broadcast passes=100"
 compare smollm2_squad "$SMOLLM2" "$SAMPLES" SQuAD --seeds 0 --at 50 100 --methods \
     "broadcast passes=100" "adamw lr=1e-5"
-compare gemma3_sst2 "$GEMMA3" "$REAL" SST2 --methods "broadcast passes=100" zeroshot probing
+compare gemma3_sst2 "$GEMMA3" "$REAL" SST2 --methods \
+    "broadcast passes=100" "broadcast hold=0.5 passes=100" zeroshot probing
 compare gemma3_sst2 "$GEMMA3" "$REAL" SST2 --seeds 0 --at 50 100 200 --methods "adamw lr=3e-6"
 compare gemma3_sst2 "$GEMMA3" "$REAL" SST2 --seeds 1 2 --at 50 100 --methods "adamw lr=3e-6"
 compare gemma3_sst2 "$GEMMA3" "$REAL" SST2 --seeds 0 --at 50 100 200 400 --methods \
@@ -38,7 +52,7 @@ compare gemma3_sst2 "$GEMMA3" "$REAL" SST2 --seeds 0 --at 50 100 200 400 --metho
 compare gemma3_copa "$GEMMA3" "$REAL" Copa --pool 88 --seeds 0 --at 50 100 --methods \
     zeroshot "adamw lr=1e-5 from=0"
 python benchmarks/methods_table.py runs/smollm2_sst2.json \
-    runs/broadcast_{smollm2_sst2,smollm2_squad,gemma3_sst2,gemma3_copa,tiny_opt_sst2}.json
+    runs/broadcast_{smollm2_{sst2,sst2_rates,wic,boolq,squad},gemma3_{sst2,copa},tiny_opt_sst2}.json
 python benchmarks/methods_table.py runs/broadcast_*_settings.json
 # README's picture
 python benchmarks/methods_table.py runs/smollm2_sst2.json runs/broadcast_smollm2_sst2.json \
