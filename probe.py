@@ -9,11 +9,16 @@ fewer forward passes.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+if __name__ == "__main__":
+    # Before torch is imported: idle threads leave the cores to other programs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import transformers

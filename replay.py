@@ -9,9 +9,14 @@ kind of machine. --verify compares with the checksums that the run has left.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+if __name__ == "__main__":
+    # Before torch is imported: idle threads leave the cores to other programs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from peft import PeftModel

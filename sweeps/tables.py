@@ -58,7 +58,9 @@ def make_table(
     title = [each.task if by == "task" else seed_title(each) for each in finished]
     for name in (kind, *also):
         if name not in runs:
-            raise InputError(f"none of the {len(runs)} results has {name}: give another name")
+            way_out = "train with --num_dev and --eval_strategy"
+            other = way_out if name == "dev_loss" else "give another name"
+            raise InputError(f"none of the {len(runs)} results has {name}: {other}")
     numbers = {}
     for column in [(each, kind) for each in dict.fromkeys(title)] + [(n, n) for n in also]:
         chosen = runs.assign(row=row)
