@@ -20,8 +20,8 @@ PAGE = ROOT / "docs" / "arguments.md"
 INTRODUCTION = """\
 # Arguments of run.py
 
-Made from the code by `python docs/make_arguments.py`. `python run.py --help all` prints all but some
-of the Trainer's, which the documentation of transformers explains.
+Made from the code by `python docs/make_arguments.py`. `python run.py --help all` prints all but
+some of the Trainer's, which the documentation of transformers explains.
 
 - A flag is on with `--flag` or `--flag True`, off with `--flag False`. Of an argument that is given
   twice the last value counts. Names may be written with dashes.
