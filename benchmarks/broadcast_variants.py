@@ -130,6 +130,8 @@ class BeforeProduct(Writer):
 
 def train_before_product(optimizer: ErrorBroadcast) -> None:
     """Let ``optimizer`` train gate_proj and up_proj, too."""
+    if not hasattr(optimizer.blocks[0], "mlp"):
+        sys.exit("gated: the model's blocks have no gate_proj and up_proj; give a Llama")
     error_broadcast.ForwardPass = LastPass
     # The first pass would keep the outputs of matrices that write to the stream alone.
     optimizer._stream_is_checked = True

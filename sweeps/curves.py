@@ -32,7 +32,8 @@ def curves(outcomes: Sequence[Outcome], height: str, width: str) -> dict[str, pd
         For each step that all of a setting's runs have: "width" and "mean", and the "low", "high"
         and "runs" of the band.
     """
-    names = differing_settings(outcomes)
+    # The method first, as people say it.
+    names = sorted(differing_settings(outcomes), key=lambda name: name != "hessian_smooth_type")
     settings: dict[str, list[pd.DataFrame]] = {}
     for each in outcomes:
         course = pd.DataFrame(each.curves, dtype=float)
@@ -98,6 +99,8 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
                 panel.fill_between(*band, color=color, alpha=0.15, linewidth=0)
         if height == "dev_loss" and all((course["low"] > 0).all() for course in lines.values()):
             panel.set_yscale("log")
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_formatter("{x:g}")
         backward = width == "passes" and any(each.curves["backward_passes"] for each in outcomes)
         panel.set_xlabel(WIDTHS[width] + " (a backward pass as two)" * backward)
         panel.set_ylabel(HEIGHTS[height].format(metric=outcomes[0].metric))
