@@ -88,6 +88,8 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
     runs = [int(course["runs"].iloc[0]) for panel in found.values() for course in panel.values()]
     has_bands = min(runs) > 1  # bands for all lines or for none
     figure = new_figure(path, (5 * len(widths), 3 * len(heights) + 0.25 * len(labels)))
+    from matplotlib.ticker import LogLocator  # new_figure has said if matplotlib is missing
+
     axes = figure.subplots(len(heights), len(widths), squeeze=False, sharex="col", sharey="row")
     for (row, height), (column, width) in itertools.product(enumerate(heights), enumerate(widths)):
         panel, lines = axes[row, column], found[height, width]
@@ -99,8 +101,9 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
                 panel.fill_between(*band, color=color, alpha=0.15, linewidth=0)
         if height == "dev_loss" and all((course["low"] > 0).all() for course in lines.values()):
             panel.set_yscale("log")
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             panel.yaxis.set_major_formatter("{x:g}")
-            panel.yaxis.set_minor_formatter("{x:g}")
+            panel.yaxis.set_minor_formatter("")
         backward = width == "passes" and any(each.curves["backward_passes"] for each in outcomes)
         panel.set_xlabel(WIDTHS[width] + " (a backward pass as two)" * backward)
         panel.set_ylabel(HEIGHTS[height].format(metric=outcomes[0].metric))
