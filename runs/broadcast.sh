@@ -30,8 +30,8 @@ compare tiny_opt_sst2_settings data/tiny-opt "$SAMPLES" SST2 --seeds 3 --methods
 compare smollm2_sst2 "$SMOLLM2" "$REAL" SST2 --methods \
     "broadcast passes=100" "broadcast passes=400" zeroshot probing
 RATES=(smollm2_sst2_rates "$SMOLLM2" "$REAL" SST2)
-compare "${RATES[@]}" --methods "broadcast hold=0.5 passes=100"
-compare "${RATES[@]}" --seeds 0 1 --methods "broadcast hold=0.5 passes=400"
+compare "${RATES[@]}" --methods "broadcast passes=200" "broadcast hold=0.5 passes=100"
+compare "${RATES[@]}" --seeds 0 1 --methods "broadcast passes=50" "broadcast hold=0.5 passes=400"
 compare "${RATES[@]}" --seeds 0 --at 50 100 200 400 --methods \
     "adamw lr=3e-6" "adamw lr=3e-5" "adamw lr=1e-5 from=0.5"
 compare "${RATES[@]}" --seeds 1 2 --at 50 100 200 --methods "adamw lr=3e-5"

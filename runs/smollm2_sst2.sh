@@ -17,3 +17,7 @@ compare --passes 400 --points 4 --output runs/smollm2_sst2.json \
 compare --passes 900 --points 9 --output runs/smollm2_sst2_900.json --methods "curvature"
 compare --passes 2100 --points 10 --output runs/smollm2_sst2_1000_steps.json \
     --methods "curvature every=10"
+# Seconds a pass, all methods in one run.
+compare --seeds 0 --at 24 --output runs/smollm2_sst2_seconds.json --methods \
+    "mezo lr=3e-5" "hizoo lr=1e-6 alpha=1e-6" "curvature" "adamw lr=1e-5" "broadcast"
+python benchmarks/methods_table.py runs/smollm2_sst2_seconds.json --passes 24
