@@ -20,15 +20,9 @@ TASKS = {"sst2": "SST2", "rte": "RTE", "boolq": "BoolQ"}
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What run.py saves after training."""
     folder = tmp_path_factory.mktemp("model")
-    few = {
-        "num_train": 64,
-        "max_steps": 10,
-        "broadcast_rate": 0.05,
-        "num_eval": None,
-        "no_eval": True,
-    }
+    few = {"num_train": 64, "max_steps": 10, "broadcast_rate": 0.05, "no_eval": True}
     files = {"output_dir": folder, "result_file": folder / "result.json", "save_model": True}
-    finish(command("SST2", trainer="broadcast", broadcast_rate=0.05, **few, **files))
+    finish(command("SST2", trainer="broadcast", **few, **files))
     return folder
 
 
