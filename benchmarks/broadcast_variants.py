@@ -1,9 +1,8 @@
 """What was tried with error broadcast and left out: figures of docs/results.md.
 
-python benchmarks/broadcast_variants.py --model DIR --data_dir DIR --variants plain held buffer
+python benchmarks/broadcast_variants.py --model DIR --data_dir DIR --variants plain buffer
 
 plain      κ falls linearly to 0, as everywhere
-held       κ is constant in the first half, then falls to 0 (run.py: --decay_step)
 buffer     inputs are whitened by those of the last 256 scored tokens
 averaged   the weights are the mean over the second half of the steps
 blocks     one forward pass for each block on the first batch, behind the step of that block
@@ -36,7 +35,7 @@ from tasks import get_task
 from zeroth_order.residual_stream import ForwardPass, Writer
 
 Batch = dict[str, Tensor]
-VARIANTS = ("plain", "held", "buffer", "averaged", "blocks", "gated", "curvature")
+VARIANTS = ("plain", "buffer", "averaged", "blocks", "gated", "curvature")
 BUFFER, BATCH = 256, 16
 MULTIPLES = (0.5, 1.0, 2.0)
 
@@ -59,13 +58,10 @@ class Run:
         reads = batch["read_rows"], batch["read_columns"]
         optimizer.step(lambda: self.loss(batch), reads=reads)
 
-    def train(
-        self, optimizer: ErrorBroadcast, passes: int, after: Callable[[int], None], hold: float
-    ) -> None:
-        """Take so many steps; κ is constant for the share ``hold``, then falls to 0."""
+    def train(self, optimizer: ErrorBroadcast, passes: int, after: Callable[[int], None]) -> None:
+        """Take so many steps; κ falls from 1 to 0."""
         for step in range(passes):
-            left = (1 - step / passes) / (1 - hold)
-            optimizer.param_groups[0]["lr"] = min(1.0, left)
+            optimizer.param_groups[0]["lr"] = 1 - step / passes
             self.step(optimizer, next(self.batches))
             after(step + 1)
 
@@ -198,8 +194,8 @@ def measure(arguments: argparse.Namespace, variant: str, seed: int) -> tuple[flo
             weights = [writer.weight for writer in optimizer.writers]
             sums[:] = [w + s for w, s in zip(weights, sums or [0.0] * len(weights), strict=True)]
 
-    run.train(optimizer, arguments.passes, after, 0.5 if variant == "held" else 0.0)
-    error_broadcast.whitened = plain
+    run.train(optimizer, arguments.passes, after)
+    error_broadcast.whitened, error_broadcast.ForwardPass = plain, ForwardPass
     for writer, total in zip(optimizer.writers if sums else [], sums, strict=True):
         writer.weight.copy_(total / (arguments.passes - arguments.passes // 2))
     return evaluate(run.model, run.rows.dev, run.rows.with_options)
