@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import socket
 import sys
 from collections.abc import Mapping, MutableMapping, Sequence
@@ -29,9 +28,7 @@ def begin(argv: Sequence[str]) -> None:
         print(USAGE)
         sys.exit(2)
     if not HELP.isdisjoint(argv):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as in --help | head
-        print(help_text(argv))
-        sys.exit(0)
+        sys.exit(exit_code(lambda: print(help_text(argv))))
     try:
         _check_environment()
     except InputError as error:
