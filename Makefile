@@ -9,11 +9,13 @@ VENV_PATH = PATH="$(CURDIR)/.venv/bin:$$PATH"
 demo: .venv/demo-installed
 	$(VENV_PATH) bash HiZOO.sh --overwrite_output_dir
 
+# A test that ends its process would leave pytest-xdist waiting; without a new process it is named.
 test: PYTEST_ARGUMENTS = -m "not slow"
 test test-all: .venv/test-installed
 	$(VENV_PATH) ruff check .
 	$(VENV_PATH) ruff format --check .
-	$(VENV_PATH) python -m pytest -q -n 2 --dist loadgroup $(PYTEST_ARGUMENTS)
+	$(VENV_PATH) python -m pytest -q -n 2 --dist loadgroup --max-worker-restart 0 \
+		$(PYTEST_ARGUMENTS)
 
 # pip comes last into an environment: without it the environment is not whole.
 .venv/bin/pip:
