@@ -20,12 +20,11 @@ from language_model.encoding import Encoder
 from language_model.generation import check_generation
 from language_model.head import freeze_all_but_head, head_is_tied, untie_head
 from language_model.loading import choose_max_length, load_config_and_tokenizer, load_model
-from language_model.manifest import MANIFEST, damage
 from language_model.saved_adapters import SavedAdapter
 from task_data.files import errors_name, row_place
 from task_data.loading import load_samples
 from task_data.sampling import ExampleSet
-from training.checkpoints import STATE
+from training.checkpoints import MANIFEST, STATE, damage
 from training.processes import from_first_process
 from utils import InputError
 

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from experiment.options import Options
 from language_model.encoding import Encoder
-from language_model.manifest import damage
 from task_data.sampling import ExampleSet
 from tasks import Sample, Task
 from training.callbacks import run_state
@@ -22,6 +21,7 @@ from training.checkpoints import (
     ANOTHER,
     CHECKPOINT_VERSION,
     check_version,
+    damage,
     last_whole_checkpoint,
     read_trainer_state,
 )

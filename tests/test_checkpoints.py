@@ -28,11 +28,13 @@ from running import (
 from tiny_models import tiny_model, tiny_tokenizer
 
 import run
-from language_model.manifest import MANIFEST, damage, write_manifest
 from training.checkpoints import (
+    MANIFEST,
     UNFINISHED,
     checkpoints,
+    damage,
     last_whole_checkpoint,
+    write_manifest,
 )
 from training.objective_trainer import ObjectiveTrainer
 from utils import write_json

@@ -32,8 +32,8 @@ from running import (
 from transformers import AutoModelForCausalLM, get_scheduler
 
 import run
-from language_model.manifest import MANIFEST
 from trainer import ZerothOrderTrainer
+from training.checkpoints import MANIFEST
 from training.journal import FILE, read_journal
 from training.rows import Step
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,16 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from language_model.manifest import damage, flush, write_manifest
 from training.processes import from_first_process, in_all_processes
-from utils import InputError, NotWritten, write_json
+from utils import InputError, NotWritten, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
 # Within the output folder; a checkpoint is written here and moved when it is whole.
 UNFINISHED = ".unfinished"
 STATE = "trainer_state.json"
+# In each checkpoint; the SHA-256 of its other files.
+MANIFEST = "manifest.json"
 # Within the output folder; holds the number of the last step that is done.
 LAST_STEP = "last_step"
 # Counts changes of what a checkpoint holds, of the noise u among it.
@@ -97,6 +100,36 @@ def write_together(place: Path, write: Callable[[], None]) -> None:
     in_all_processes(written)
 
 
+def write_manifest(folder: Path) -> None:
+    """Write the SHA-256 sums of a folder's files into its manifest, and wait for the disk."""
+    files = sorted(path for path in folder.rglob("*") if not path.is_dir())
+    names = [str(path.relative_to(folder)) for path in files]
+    for path in {*files, *(file.parent for file in files)}:
+        flush(path)
+    write_json(folder / MANIFEST, {"sha256": dict(zip(names, sha256_of(files), strict=True))})
+    flush(folder)
+
+
+def sha256_of(files: list[Path]) -> list[str]:
+    """Return the SHA-256 sums of files in hexadecimal digits; several are read at a time."""
+
+    def digest(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(digest, files))
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 class RemoveEarlierCheckpoints(TrainerCallback):
     """Deletes an earlier run's checkpoints after the first step: bad input deletes nothing."""
 
@@ -143,6 +176,23 @@ def last_whole_checkpoint(output_dir: str | Path) -> Path | None:
         return None
 
     return from_first_process(find)
+
+
+def damage(folder: Path) -> str | None:
+    """Return why a folder is not as it was written, None if it is. Reads every file in full."""
+    written = read_json(folder / MANIFEST).get("sha256")
+    if not isinstance(written, dict):
+        return f"{MANIFEST} is missing or cut off"
+    try:
+        sums = sha256_of([folder / name for name in written])
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return f"{Path(error.filename).name} cannot be read ({error.strerror})"
+    for name, found in zip(written, sums, strict=True):
+        if found != written[name]:
+            return f"{name} is not what was written (SHA-256)"
+    return None
 
 
 def note_step(output_dir: str | Path, step: int | None) -> None:

@@ -19,7 +19,6 @@ from transformers.trainer_utils import (
     rotate_checkpoints,
 )
 
-from language_model.manifest import damage
 from language_model.streaming import read_again
 from language_model.weight_names import load_renamed_weights, tied_weights
 from training.callbacks import RunState, run_state
@@ -28,6 +27,7 @@ from training.checkpoints import (
     CHECKPOINT_VERSION,
     STATE,
     check_version,
+    damage,
     write_checkpoint,
     write_together,
 )
