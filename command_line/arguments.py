@@ -16,40 +16,14 @@ from transformers import HfArgumentParser, TrainingArguments
 from command_line.contradictions import warning, without_effect
 from command_line.declarations import AUTO
 from command_line.effects import ON_GPU
-from command_line.groups import (
-    ErrorBroadcast,
-    EvaluationAndResults,
-    Generation,
-    InContextLearning,
-    Model,
-    Rewards,
-    TaskAndData,
-    TrainedWeights,
-    Training,
-    ZerothOrder,
-)
-from command_line.reading import OWN, Meaning, Values, read_values
-from command_line.trainer_arguments import OTHERS, MostUsed
+from command_line.reading import GROUPS, OWN, Meaning, Values, read_values
+from command_line.trainer_arguments import OTHERS
 from training.processes import join, naming_lost_processes
 from utils import InputError, one_line
 
 
 @dataclass
-class Arguments(
-    Meaning,
-    Generation,
-    EvaluationAndResults,
-    Rewards,
-    ErrorBroadcast,
-    ZerothOrder,
-    Training,
-    TrainedWeights,
-    InContextLearning,
-    Model,
-    TaskAndData,
-    MostUsed,
-    TrainingArguments,
-):
+class Arguments(Meaning, *reversed(GROUPS), TrainingArguments):
     """The arguments of the experiment, and all of transformers.TrainingArguments."""
 
     # The names of what a user or a script gives, and of what a user gives.
@@ -64,16 +38,14 @@ class Arguments(
     def __post_init__(self) -> None:
         output_dir = self.output_dir
         if not torch.accelerator.is_available():
-            # Without it, processes that torchrun starts on CPUs would not find one another.
-            self.use_cpu = True
+            self.use_cpu = True  # else processes of torchrun on CPUs would not find one another
         if self.ddp_backend and "LOCAL_RANK" not in os.environ:
             raise InputError(
                 f"--ddp_backend {self.ddp_backend}: there is one process only; start several with "
                 "torchrun, or leave it out"
             )
         if self.disable_tqdm is None:
-            # In a file a bar would be one endless line.
-            self.disable_tqdm = not sys.stderr.isatty()
+            self.disable_tqdm = not sys.stderr.isatty()  # in a file a bar is one endless line
         if self.offload != "none" and self.trainer == "zo" and self.zo_perturbation == AUTO:
             # Streamed weights are perturbed as copies: a run may resume in memory, or streamed.
             self.zo_perturbation = "layerwise"

@@ -33,12 +33,18 @@ def check(arguments: Arguments) -> None:
     if arguments.trainer == "none" or arguments.linear_probing:
         return
     if arguments.use_liger_kernel and not is_liger_kernel_available():
+        raise InputError("--use_liger_kernel: pip install liger-kernel, or leave it out")
+    if arguments.dataloader_drop_last and arguments.num_train < examples_of_a_batch(arguments):
         raise InputError(
-            "--use_liger_kernel: it is not installed; pip install liger-kernel, or leave it out"
+            f"--dataloader_drop_last leaves nothing of --num_train {arguments.num_train} in steps "
+            f"of {examples_of_a_batch(arguments)} examples: leave it out"
         )
-    _check_batches(arguments)
     _check_schedule(arguments)
-    _check_report_targets(arguments)
+    installed = get_available_reporting_integrations()
+    for target in arguments.report_to or ():
+        if target not in installed:
+            listed = ", ".join(["none", *installed])
+            raise InputError(f"--report_to {target}: it is not installed; give {listed}")
     if arguments.trainer == "regular":
         _check_optimizer(arguments)
 
@@ -50,16 +56,6 @@ def steps_of_run(arguments: Arguments) -> int:
     batches = math.ceil(arguments.num_train / examples_of_a_batch(arguments))
     steps = math.ceil(batches / arguments.gradient_accumulation_steps)
     return math.ceil(arguments.num_train_epochs * steps)
-
-
-def _check_batches(arguments: Arguments) -> None:
-    """Refuse what leaves no batch at all."""
-    step = examples_of_a_batch(arguments)
-    if arguments.dataloader_drop_last and arguments.num_train < step:
-        raise InputError(
-            f"--dataloader_drop_last leaves nothing of --num_train {arguments.num_train} in steps "
-            f"of {step} examples: leave it out"
-        )
 
 
 def _check_schedule(arguments: Arguments) -> None:
@@ -96,13 +92,6 @@ def _check_schedule(arguments: Arguments) -> None:
             f"--lr_scheduler_type {name.value}: {one_line(error)}; give it in "
             "--lr_scheduler_kwargs '{\"name\": value}', or take constant, linear or cosine"
         ) from error
-
-
-def _check_report_targets(arguments: Arguments) -> None:
-    for target in arguments.report_to or ():
-        if target not in (installed := get_available_reporting_integrations()):
-            listed = ", ".join(["none", *installed])
-            raise InputError(f"--report_to {target}: it is not installed; give {listed}")
 
 
 def _check_optimizer(arguments: Arguments) -> None:

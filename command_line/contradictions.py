@@ -19,6 +19,10 @@ from utils import InputError
 from zeroth_order.config import smoothing_of
 
 CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
+DICTIONARIES = (
+    *("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
+    "fsdp_config",
+)
 EXCLUDE_EACH_OTHER = (
     ("load_float16", "load_bfloat16"),
     *(("load_saved_dtype", other) for other in WEIGHTS),
@@ -42,24 +46,15 @@ def check_values(values: Any) -> None:
     Raises:
         InputError: names every problem, with the way out.
     """
-    given = {name for name, each in DECLARED.items() if getattr(values, name) != each.default}
-    given = {name for name in given if getattr(values, name) not in (None, False)}
-    problems = [
-        f"--{first} and --{second} exclude each other: give one"
-        for first, second in EXCLUDE_EACH_OTHER
-        if {first, second} <= given
-    ]
-    problems += _files(values)
+    problems = [*_pairs(values), *_files(values)]
     try:
         smoothing_of(values.hessian_smooth_type)
     except ValueError as error:
         problems.append(f"--hessian_smooth_type {error}")
     try:
-        task = values.task
+        problems += _problems_of_task(values, values.task)
     except InputError as error:
         problems.append(str(error))
-    else:
-        problems += _problems_of_task(values, task)
     if not values.model_name:
         problems.append("--model_name is missing: give a Hub id, a local directory or a GGUF file")
     elif (path := Path(values.model_name)).exists() and not (path.is_dir() or path.is_file()):
@@ -67,10 +62,7 @@ def check_values(values: Any) -> None:
     problems += _refused(values)
     problems += _problems_of_weights(values)
     if values.trainer != "none" and values.num_train < 1:
-        problems.append(
-            f"--num_train {values.num_train}: training needs at least 1 example, as in "
-            "--num_train 1000"
-        )
+        problems.append(f"--num_train {values.num_train}: give at least 1 example to train on")
     if values.trainer != "none" and not values.linear_probing:
         problems += _problems_of_steps(values)
     raise_problems(problems)
@@ -78,8 +70,8 @@ def check_values(values: Any) -> None:
 
 def without_effect(values: Any) -> dict[str, Effect]:
     """Return the given arguments that have no effect, and the condition that is not met."""
-    unmet = {name: _unmet(values, name) for name in values.given}
-    return {name: effect for name, effect in unmet.items() if effect and not effect.refused}
+    unmet = ((name, _unmet(values, name)) for name in values.given)
+    return {name: effect for name, effect in unmet if effect and not effect.refused}
 
 
 def warning(values: Any, unmet: dict[str, Effect]) -> str | None:
@@ -125,6 +117,13 @@ def _refused(values: Any) -> list[str]:
             reason = f"{effect.otherwise}; {effect.way_out}"
             reasons.setdefault(reason, []).append(show_argument(values, name))
     return [f"{', '.join(shown)}: {reason}" for reason, shown in reasons.items()]
+
+
+def _pairs(values: Any) -> Iterator[str]:
+    """Refuse two arguments of which a run can have one."""
+    for pair in EXCLUDE_EACH_OTHER:
+        if all(getattr(values, name) not in (None, False, OWN[name].default) for name in pair):
+            yield f"--{pair[0]} and --{pair[1]} exclude each other: give one"
 
 
 def _files(values: Any) -> Iterator[str]:
@@ -196,11 +195,7 @@ def _problems_of_steps(values: Any) -> Iterator[str]:
             yield f"{resumed} is of one set: leave it out, and each of --num_train_sets resumes"
         if values.overwrite_output_dir:
             yield f"{resumed} and --overwrite_output_dir, which deletes checkpoints: give one"
-    for name in (
-        "lr_scheduler_kwargs",
-        *(f"{each}_kwargs" for each in CHECKPOINTING),
-        "fsdp_config",
-    ):
+    for name in DICTIONARIES:
         value = getattr(values, name)
         is_file = name == "fsdp_config" and isinstance(value, str) and Path(value).is_file()
         if isinstance(value, str) and not value.startswith("{") and not is_file:

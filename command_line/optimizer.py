@@ -40,15 +40,14 @@ def method(arguments: Arguments) -> str | None:
     if arguments.trainer == "broadcast":
         rate, damping = arguments.broadcast_rate, arguments.broadcast_damping
         return f"error broadcast, κ {rate:g}, λ {damping:g}: 1 forward pass a {unit}"
-    return _zeroth_order(arguments, unit) if arguments.trainer == "zo" else None
-
-
-def _zeroth_order(arguments: Arguments, unit: str) -> str:
+    if arguments.trainer != "zo":
+        return None
     config = optimizer_config(arguments)
     of_g, every = passes_of_a_batch(config)
-    name = "HiZOO-L" if config.hessian == "lowrank" else "HiZOO"
-    parts = [name, f"α {config.hessian_smooth:g}".replace("e-0", "e-")]
-    parts = parts if config.hessian_smooth else ["MeZO"]
+    parts = ["MeZO"]
+    if config.hessian_smooth:
+        name = "HiZOO-L" if config.hessian == "lowrank" else "HiZOO"
+        parts = [name, f"α {config.hessian_smooth:g}".replace("e-0", "e-")]
     parts += [f"{config.num_samples} directions"] if config.num_samples > 1 else []
     parts += ["η auto"] if config.lr == AUTO else []
     more = f", 1 more in every {every}th" if every > 1 else ""

@@ -12,60 +12,57 @@ from utils import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLED_MODEL, BUNDLED_DATA = ROOT / "data" / "tiny-opt", ROOT / "data" / "samples"
+
 # The variables of each script, and the arguments that they set.
-VARIABLES: dict[str, dict[str, str]] = {
-    "icl.sh": {
-        **{"MODEL": "model_name", "DATA_DIR": "data_dir", "TASK": "task_name"},
-        **{"TRAIN": "num_train", "EVAL": "num_eval", "SEED": "train_set_seed"},
-    }
+_ICL = {
+    **{"MODEL": "model_name", "DATA_DIR": "data_dir", "TASK": "task_name"},
+    **{"TRAIN": "num_train", "EVAL": "num_eval", "SEED": "train_set_seed"},
+}
+_TRAINING = _ICL | {
+    **{"SEED": "train_set_seed seed", "BS": "per_device_train_batch_size", "DEV": "num_dev"}
 }
 _STEPS = {"STEPS": "max_steps", "EVAL_STEPS": "eval_steps save_steps"}
-VARIABLES["broadcast.sh"] = VARIABLES["icl.sh"] | {
-    **{"SEED": "train_set_seed seed", "BS": "per_device_train_batch_size", "DEV": "num_dev"},
-    **{"RATE": "broadcast_rate", "DAMPING": "broadcast_damping", "FROM": "broadcast_from"},
-    **_STEPS,
-}
-_TRAINING = VARIABLES["icl.sh"] | {
-    **{"SEED": "train_set_seed seed", "BS": "per_device_train_batch_size", "LR": "learning_rate"},
-    **{"DEV": "num_dev", "MODE": ""},
-}
-VARIABLES["finetune.sh"] = _TRAINING | {"EPOCH": "num_train_epochs"}
-VARIABLES["mezo.sh"] = _TRAINING | {"EPS": "zo_eps"} | _STEPS
-VARIABLES["HiZOO.sh"] = VARIABLES["mezo.sh"] | {
-    **{"HESSIAN_SMOOTH_TYPE": "hessian_smooth_type", "DIRECTIONS": "zo_num_samples"},
-    **{"WARMUP_STEP": "warmup_steps", "DECAY_STEP": "decay_step"},
-    **{"ZO_LR_SCHEDULER_TYPE": "lr_scheduler_type", "WEIGHT_DECAY": "weight_decay"},
+_TUNING = _TRAINING | {"LR": "learning_rate", "MODE": ""}
+_MEZO = _TUNING | {"EPS": "zo_eps"} | _STEPS
+VARIABLES: dict[str, dict[str, str]] = {
+    "icl.sh": _ICL,
+    "broadcast.sh": _TRAINING
+    | {"RATE": "broadcast_rate", "DAMPING": "broadcast_damping", "FROM": "broadcast_from"}
+    | _STEPS,
+    "finetune.sh": _TUNING | {"EPOCH": "num_train_epochs"},
+    "mezo.sh": _MEZO,
+    "HiZOO.sh": _MEZO
+    | {
+        **{"HESSIAN_SMOOTH_TYPE": "hessian_smooth_type", "DIRECTIONS": "zo_num_samples"},
+        **{"WARMUP_STEP": "warmup_steps", "DECAY_STEP": "decay_step"},
+        **{"ZO_LR_SCHEDULER_TYPE": "lr_scheduler_type", "WEIGHT_DECAY": "weight_decay"},
+    },
 }
 # What each script gives to run.py, unless a variable or the user says something else.
-_EXAMPLES = {"num_train": 1000, "num_dev": 500, "num_eval": 1000, "seed": 0, "train_set_seed": 0}
+_EXAMPLES = {
+    **{"num_train": 1000, "num_dev": 500, "num_eval": 1000, "seed": 0, "train_set_seed": 0},
+    **{"per_device_train_batch_size": 16, "eval_strategy": "steps", "save_total_limit": 1},
+}
+_HIZOO = _EXAMPLES | {
+    **{"trainer": "zo", "hessian_smooth_type": "constant1e-8", "zo_num_samples": 1},
+    **{"max_steps": 20000, "eval_steps": 2000, "load_saved_dtype": True},
+}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "icl.sh": {"trainer": "none", "num_train": 32, "num_eval": 1000, "load_saved_dtype": True},
-    "HiZOO.sh": _EXAMPLES
-    | {
-        **{"trainer": "zo", "per_device_train_batch_size": 16, "max_steps": 20000},
-        **{"hessian_smooth_type": "constant1e-8", "zo_num_samples": 1, "eval_strategy": "steps"},
-        **{"eval_steps": 2000, "save_total_limit": 1, "load_saved_dtype": True},
-    },
+    "HiZOO.sh": _HIZOO,
+    # All modes have the same rate and scale there.
+    "mezo.sh": _HIZOO
+    | {"model_name": "facebook/opt-1.3b", "hessian_smooth_type": "constant0", "eval_steps": 4000}
+    | {"learning_rate": "1e-5", "zo_eps": "1e-3"},
     "broadcast.sh": _EXAMPLES
-    | {
-        **{"trainer": "broadcast", "per_device_train_batch_size": 16, "max_steps": 200},
-        **{"eval_strategy": "steps", "eval_steps": 50, "save_total_limit": 1},
-        **{"load_saved_dtype": True},
-    },
+    | {"trainer": "broadcast", "max_steps": 200, "eval_steps": 50, "load_saved_dtype": True},
+    # Mixed precision, on a GPU: AdamW on half-precision weights would lose most updates.
     "finetune.sh": _EXAMPLES
-    | {
-        **{"trainer": "regular", "per_device_train_batch_size": 8, "num_train_epochs": 5},
-        # Mixed precision, on a GPU: AdamW on half-precision weights would lose most updates.
-        **{"eval_strategy": "epoch", "save_total_limit": 1, "bf16": True},
-    },
-}
-DEFAULTS["mezo.sh"] = DEFAULTS["HiZOO.sh"] | {
-    **{"model_name": "facebook/opt-1.3b", "hessian_smooth_type": "constant0", "eval_steps": 4000},
+    | {"trainer": "regular", "per_device_train_batch_size": 8, "num_train_epochs": 5}
+    | {"eval_strategy": "epoch", "bf16": True},
 }
 # The bundled model has a thousandth of the parameters and learns in far fewer steps.
-BUNDLED: dict[str, Any] = {
-    **{"num_dev": 200, "per_device_eval_batch_size": 64, "eval_before_training": True}
-}
+BUNDLED = {"num_dev": 200, "per_device_eval_batch_size": 64, "eval_before_training": True}
 _FAST = {"learning_rate": "auto", "max_steps": 150, "eval_steps": 50}
 BUNDLED_STEPS: dict[str, dict[str, Any]] = {
     "HiZOO.sh": _FAST | {"hessian_smooth_type": "constant1e-5", "zo_num_samples": 2},
@@ -82,12 +79,21 @@ RATE_OF_ADAMW = "1e-5"
 # CB and Copa have fewer than 500 training examples.
 FEW_DEV = {"cb": 100, "copa": 100}
 WEIGHTS = ("load_float16", "load_bfloat16")
+# Defaults that are left out where the user gives one of the arguments.
+GIVES_WAY = {
+    "load_saved_dtype": WEIGHTS,
+    "bf16": (*WEIGHTS, "fp16"),
+    "train_set_seed": ("num_train_sets",),
+    "max_steps": ("num_train_epochs",),
+    # Before training nothing is sharded yet, nor whole.
+    "eval_before_training": ("fsdp",),
+}
 
 
 def choose_defaults(
     script: str, environment: Mapping[str, str], user: Mapping[str, Any]
 ) -> dict[str, tuple[str, str]]:
-    """Return what a script gives to run.py: by argument the word, and what the user knows it by.
+    """Return what a script gives to run.py: by argument the word, and the variable that says it.
 
     Args:
         script: its file's name.
@@ -99,32 +105,27 @@ def choose_defaults(
     """
     if script not in VARIABLES:
         raise InputError(f"--script {script}: choose from {', '.join(VARIABLES)}")
-    found = {name: environment[name] for name in VARIABLES[script] if environment.get(name)}
-    found = {name: word for name, word in found.items() if name not in replaced(found, user)}
-    if found.get("MODE", "ft") not in MODES:
-        raise InputError(f"MODE={found['MODE']}: give {', '.join(MODES)}")
+    read = [name for name in VARIABLES[script] if name not in replaced(environment, user)]
+    found = {name: environment[name] for name in read if environment.get(name)}
     variables = {each: name for name in found for each in VARIABLES[script][name].split()}
     values = {argument: found[name] for argument, name in variables.items()}
     said = values | user
-    chosen = {"model_name": str(BUNDLED_MODEL)} | DEFAULTS[script]
+    chosen: dict[str, Any] = {"model_name": str(BUNDLED_MODEL)}
+    chosen |= _of_mode(script, found.get("MODE", "ft"), said) | DEFAULTS[script]
     is_bundled = _is_bundled(said.get("model_name", chosen["model_name"]))
     if not _own_file(said):
         chosen |= {"task_name": "SST2"} | ({"data_dir": BUNDLED_DATA} if is_bundled else {})
     if script != "icl.sh":
-        chosen |= _of_mode(script, found.get("MODE"), said)
         chosen |= BUNDLED | BUNDLED_STEPS.get(script, {}) if is_bundled else {}
         chosen |= _examples(said, chosen["num_dev"])
     elif _own_file(said) and "train_file" not in said:
         chosen["num_train"] = 0
     chosen |= values | ({"model_name": BUNDLED_MODEL} if is_bundled else {})
     _follow(chosen, user)
-    if script != "icl.sh":
-        _share(chosen, environment, user)
+    _share(chosen, environment, user)
     labels = {argument: f"{name}={found[name]}" for argument, name in variables.items()}
     return {
-        name: (str(word), labels.get(name, f"--{name} {word}"))
-        for name, word in chosen.items()
-        if name not in user
+        name: (str(word), labels.get(name, "")) for name, word in chosen.items() if name not in user
     }
 
 
@@ -141,17 +142,15 @@ def _is_bundled(model: str | Path) -> bool:
     return os.path.exists(model) and Path(model).resolve() == BUNDLED_MODEL
 
 
-def _of_mode(script: str, mode: str | None, said: Mapping[str, Any]) -> dict[str, Any]:
+def _of_mode(script: str, mode: str, said: Mapping[str, Any]) -> dict[str, Any]:
     """Return what is trained, at which rate."""
-    if script == "broadcast.sh":
+    if mode not in MODES:
+        raise InputError(f"MODE={mode}: give {', '.join(MODES)}")
+    if "MODE" not in VARIABLES[script]:
         return {}
-    typed = "lora" if said.get("lora") else "prefix" if said.get("prefix_tuning") else None
-    mode = typed or mode or "ft"
-    if script == "HiZOO.sh":
-        return MODES[mode]
-    if script == "mezo.sh":  # the same rate and scale in all modes there
-        return MODES[mode] | {"learning_rate": "1e-5", "zo_eps": "1e-3"}
-    return MODES[mode] | ({"learning_rate": RATE_OF_ADAMW} if mode == "ft" else {})
+    mode = "lora" if said.get("lora") else "prefix" if said.get("prefix_tuning") else mode
+    of_adamw = (script, mode) == ("finetune.sh", "ft")
+    return MODES[mode] | ({"learning_rate": RATE_OF_ADAMW} if of_adamw else {})
 
 
 def _examples(said: Mapping[str, Any], dev: int) -> dict[str, Any]:
@@ -160,30 +159,20 @@ def _examples(said: Mapping[str, Any], dev: int) -> dict[str, Any]:
         return {"num_dev": FEW_DEV.get(str(said.get("task_name")).lower(), dev)}
     try:
         rows = sum(1 for _ in read_rows(Path(said["train_file"])))
-    except (KeyError, InputError, OSError):
-        return {}  # the file's own error comes later
-    rows -= 0 if said.get("validation_file") else max(1, rows // 10)  # held out to report on
-    try:
+        rows -= 0 if said.get("validation_file") else max(1, rows // 10)  # held out to report on
         dev = int(said.get("num_dev", min(dev, rows // 5)))
-    except ValueError:
-        return {}  # the check of DEV says it
+    except (KeyError, ValueError, OSError):
+        return {}  # the check of the file, or of DEV, says it
     return {"num_train": max(1, min(1000, rows - dev)), "num_dev": dev}
 
 
 def _follow(chosen: dict[str, Any], user: Mapping[str, Any]) -> None:
     """Let defaults follow what else is said: dtypes, seeds, lengths, dev losses, checkpoints."""
-    if any(name in user for name in WEIGHTS):
-        chosen.pop("load_saved_dtype", None)
+    for name, others in GIVES_WAY.items():
+        if not user.keys().isdisjoint(others):
+            chosen.pop(name, None)
+    if user.get("trainer", "regular") != "regular":
         chosen.pop("bf16", None)
-    if "fp16" in user or user.get("trainer", "regular") != "regular":
-        chosen.pop("bf16", None)
-    if "num_train_sets" in user:
-        chosen.pop("train_set_seed", None)
-    if "num_train_epochs" in user:
-        chosen.pop("max_steps", None)
-    if chosen.get("fsdp") or "fsdp" in user:
-        # Before training nothing is sharded yet, nor whole.
-        chosen.pop("eval_before_training", None)
     steps = user.get("eval_steps") or user.get("save_steps") or chosen.get("eval_steps")
     if steps:
         chosen |= {"eval_steps": steps, "save_steps": steps}
@@ -201,14 +190,14 @@ def _follow(chosen: dict[str, Any], user: Mapping[str, Any]) -> None:
 
 def _share(chosen: dict[str, Any], environment: Mapping[str, str], user: Mapping[str, Any]) -> None:
     """Give each process its share of the examples of a step."""
-    examples = str(chosen["per_device_train_batch_size"])
-    processes = environment.get("WORLD_SIZE") or "1"
+    examples = chosen.get("per_device_train_batch_size")
+    if examples is None or "per_device_train_batch_size" in user:
+        return
+    processes = environment.get("WORLD_SIZE", "1")
     try:
         share, rest = divmod(int(examples), int(processes))
     except (ValueError, ZeroDivisionError):
         return  # the check of their values says it
-    if "per_device_train_batch_size" in user or int(processes) < 1:
-        return
     if rest:
         raise InputError(f"BS={examples}: give a multiple of the {processes} processes")
     chosen["per_device_train_batch_size"] = share
