@@ -32,7 +32,7 @@ from transformers import modeling_gguf_pytorch_utils as gguf_loading
 from language_model.gguf_files import GgufFile
 from language_model.saved_adapters import SavedAdapter
 from language_model.streaming import Offload, load_streamed
-from language_model.weight_names import tied_weights
+from language_model.weight_files import check_weights, tied_weights
 from utils import InputError, first_line
 
 # What MeZO and HiZOO use; a model with fewer positions uses all of them.
@@ -80,7 +80,7 @@ def load_model(
         "dtype": dtype,
         "device_map": "auto" if spread else None,
         "output_loading_info": True,
-        "ignore_mismatched_sizes": True,  # _check_weights_are_there names them
+        "ignore_mismatched_sizes": True,  # check_weights names them
     }
     with _in_one_line(base, "no causal language model there"):
         if gguf:
@@ -88,25 +88,10 @@ def load_model(
         else:
             how["trust_remote_code"] = trust_remote_code
             model, found = AutoModelForCausalLM.from_pretrained(base, **how)
-    _check_weights_are_there(base, model, found)
-    return adapter.load(model) if adapter else model.eval()
-
-
-def _check_weights_are_there(name: str, model: PreTrainedModel, found: dict[str, Any]) -> None:
-    """Refuse weights that transformers has initialised at random, as the head of a LlamaModel."""
-    if found["mismatched_keys"]:
-        weight, there, here = min(found["mismatched_keys"])
-        raise InputError(
-            f"--model_name {name}: {weight} is {tuple(there)} in its files and {tuple(here)} by "
-            "its configuration; give a whole model"
-        )
     weights = dict(model.named_parameters()).keys() - tied_weights(model)
-    if missing := weights & set(found["missing_keys"]):
-        raise InputError(
-            f"--model_name {name}: its files lack weights of {type(model).__name__}, as "
-            f"{min(missing)} ({len(missing)} in all); give a model that was saved whole, with its "
-            "language-model head"
-        )
+    # transformers initialises at random what is missing.
+    check_weights(base, model, weights & {*found["missing_keys"]}, found["mismatched_keys"])
+    return adapter.load(model) if adapter else model.eval()
 
 
 def load_config_and_tokenizer(

@@ -22,8 +22,15 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 
 from hizoo import HiZOO
-from language_model.weight_files import SINGLE, WeightFiles, write_weights
-from language_model.weight_names import saved_names, tied_weights
+from language_model.weight_files import (
+    SINGLE,
+    WeightFiles,
+    check_weights,
+    places_in,
+    saved_names,
+    tied_weights,
+    write_weights,
+)
 from utils import InputError
 from zeroth_order.block_file import give_freed_memory_back
 from zeroth_order.blocks import Blocks, NoBlocks, blocks_of, placeholder
@@ -101,21 +108,10 @@ def _give_placeholders(model: nn.Module, device: torch.device) -> None:
 
 def _check(name: str, model: PreTrainedModel, files: WeightFiles) -> None:
     """Refuse files that lack a weight, or have it in another shape."""
-    weights = dict(model.named_parameters())
-    names = names_in(model, files)
-    missing = [each for each, weight in weights.items() if weight not in names]
-    if missing:
-        raise InputError(
-            f"--model_name {name}: its files lack weights of {type(model).__name__}, as "
-            f"{min(missing)} ({len(missing)} in all); give a model that was saved whole, with its "
-            "language-model head"
-        )
-    for weight, each in names.items():
-        if files.places[each].shape != tuple(weight.shape):
-            raise InputError(
-                f"--model_name {name}: {each} is {files.places[each].shape} in its files and "
-                f"{tuple(weight.shape)} by its configuration; give a whole model"
-            )
+    found = names_in(model, files)
+    missing = [each for each, weight in model.named_parameters() if weight not in found]
+    shapes = ((each, files.places[each].shape, weight.shape) for weight, each in found.items())
+    check_weights(name, model, missing, [each for each in shapes if each[1] != tuple(each[2])])
 
 
 def names_in(model: PreTrainedModel, files: WeightFiles) -> dict[Tensor, str]:
@@ -137,26 +133,34 @@ def _read_outside(model: PreTrainedModel, files: WeightFiles) -> None:
             tensor.data = whole.to(tensor.device)
 
 
-def read_again(model: nn.Module, folder: Path) -> bool:
-    """Give a streamed model the weights of a checkpoint; tell whether it is one."""
-    if not isinstance(model, PreTrainedModel) or not blocks_of(model):
+def load_if_streamed_or_renamed(model: nn.Module, folder: Path) -> bool:
+    """Load a checkpoint into a model that the Trainer cannot load; tell whether it is one.
+
+    It resumes with ``load_state_dict``, which leaves out names that are not the model's own.
+    """
+    if not isinstance(model, PreTrainedModel):
         return False
-    files = WeightFiles.of_model(folder, model)
-    _read_outside(model, files)
-    blocks_of(model).begin_again(files)
+    if blocks := blocks_of(model):
+        files = WeightFiles.of_model(folder, model)
+        _read_outside(model, files)
+        blocks.begin_again(files)
+        return True
+    if saved_names(model).keys() <= {*model.state_dict()}:
+        return False
+    saved = type(model).from_pretrained(folder, config=model.config, dtype=model.dtype)
+    model.load_state_dict(saved.state_dict())
     return True
 
 
 def read_hessians(model: nn.Module, optimizer: HiZOO, folder: Path) -> None:
     """Read the h of blocks in a checkpoint, of a streamed model or of one in memory, for either."""
     path, blocks = folder / HESSIANS, blocks_of(model)
-    saved = WeightFiles.of_file(path) if path.is_file() else None
+    saved = WeightFiles(places_in(path)) if path.is_file() else None
     if blocks:
-        names = {p: name for block in blocks.blocks for p, name in block.names.items()}
         in_memory = {
-            name: optimizer.state.pop(p)[OFFSET]
-            for p, name in names.items()
-            if OFFSET in optimizer.state.get(p, {})
+            block.names[parameter]: optimizer.state.pop(parameter)[OFFSET]
+            for parameter, block in blocks.block_of.items()
+            if OFFSET in optimizer.state.get(parameter, {})
         }
         blocks.hessians = saved or (Tensors(in_memory) if in_memory else None)
     elif saved:
@@ -182,18 +186,16 @@ class Tensors:
 def save_hessians(model: nn.Module, optimizer: HiZOO, folder: Path) -> None:
     """Save the h of the blocks of a model, if it is streamed, one block in memory at a time."""
     blocks = blocks_of(model)
-    found = blocks.blocks if blocks else []
-    places = [(block, *place) for block in found for place in block.region.places.items()]
-    kinds = {
-        block.names[key[0]]: (key[0], dtype)
-        for block, key, (_, _, dtype) in places
-        if isinstance(key, tuple)
-    }
+    kinds: dict[str, tuple[torch.dtype, torch.Size]] = {}
+    parameters = []
+    for block in blocks.blocks if blocks else ():
+        for key, (_, shape, dtype) in block.region.places.items():
+            if isinstance(key, tuple):  # a parameter's h, not the parameter
+                kinds[block.names[key[0]]] = dtype, shape
+                parameters.append(key[0])
     if kinds:
-        shapes = {name: (dtype, p.shape) for name, (p, dtype) in kinds.items()}
-        parameters = blocks.in_order(p for p, _ in kinds.values())
-        hessians = (optimizer.state[p][OFFSET] for p in parameters)
-        write_weights(folder / HESSIANS, shapes, zip(shapes, hessians, strict=True))
+        hessians = (optimizer.state[p][OFFSET] for p in blocks.in_order(parameters))
+        write_weights(folder / HESSIANS, kinds, zip(kinds, hessians, strict=True))
 
 
 def _save(model: PreTrainedModel, save_directory: Path | str, **_: Any) -> None:

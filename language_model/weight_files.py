@@ -1,11 +1,11 @@
-"""Weights in files, read one at a time by their places, and written one at a time."""
+"""A model's weights in safetensors files: their names there, read and written one at a time."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,20 +20,68 @@ from transformers.core_model_loading import (
     WeightRenaming,
     dot_natural_key,
     rename_source_key,
+    revert_weight_conversion,
 )
+from transformers.modeling_utils import str_to_torch_dtype
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from utils import InputError
 from zeroth_order.block_file import bytes_of, transfer
 
-DTYPES = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
-    **{"U8": torch.uint8, "BOOL": torch.bool},
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAME_OF_DTYPE = {dtype: name for name, dtype in str_to_torch_dtype.items()}
 # Files of a model, in the order in which transformers looks for them.
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+# --------------------------------------------------------------------------------------- names
+
+
+def tied_weights(model: PreTrainedModel) -> set[str]:
+    """Return the names of the weights that are the same tensor as another weight."""
+    return set(getattr(model, "all_tied_weights_keys", None) or ())
+
+
+def saved_names(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the model's tensors, without values, under the names that ``save_pretrained`` gives.
+
+    Those that are tied to another one are left out. transformers loads some families under other
+    names than their files have (GPT-NeoX's head), or in other pieces (Mixtral's experts).
+    """
+    tied = tied_weights(model)
+    without_values = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if name not in tied
+    }
+    return revert_weight_conversion(model, without_values)
+
+
+def check_weights(
+    name: str,
+    model: PreTrainedModel,
+    missing: Collection[str],
+    mismatched: Collection[tuple[str, Sequence[int], Sequence[int]]],
+) -> None:
+    """Refuse files that lack weights of a model, as its head, or have them in other shapes.
+
+    Raises:
+        InputError: names one of ``missing``; or of ``mismatched``, its shape there and here.
+    """
+    if mismatched:
+        weight, there, here = min(mismatched)
+        raise InputError(
+            f"--model_name {name}: {weight} is {tuple(there)} in its files and {tuple(here)} by "
+            "its configuration; give a whole model"
+        )
+    if missing:
+        raise InputError(
+            f"--model_name {name}: its files lack weights of {type(model).__name__}, as "
+            f"{min(missing)} ({len(missing)} in all); give a model that was saved whole, with its "
+            "language-model head"
+        )
+
+
+# ------------------------------------------------------------------------------------- reading
 
 
 @dataclass(frozen=True)
@@ -47,12 +95,11 @@ class Place:
 
     def read(self, target: Tensor) -> int:
         """Read the tensor into ``target``, of any dtype; return how many bytes it has."""
-        whole = target
-        if target.dtype != self.dtype:
-            whole = torch.empty(self.shape, dtype=self.dtype)
+        is_same = target.dtype == self.dtype
+        whole = target if is_same else torch.empty(self.shape, dtype=self.dtype)
         if whole.nbytes:
             transfer(os.preadv, self.descriptor, bytes_of(whole), self.start)
-        if whole is not target:
+        if not is_same:
             target.copy_(whole)
         return whole.nbytes
 
@@ -72,7 +119,7 @@ def places_in(path: Path) -> dict[str, Place]:
         # Tensors lie one behind the other, up to the end.
         for name in reversed(file.offset_keys()):
             entry = file.get_slice(name)
-            dtype, shape = DTYPES.get(entry.get_dtype()), tuple(entry.get_shape())
+            dtype, shape = str_to_torch_dtype.get(entry.get_dtype()), tuple(entry.get_shape())
             if dtype is None:
                 raise SafetensorError(f"{path}: {name} is {entry.get_dtype()}")
             end -= math.prod(shape) * dtype.itemsize
@@ -99,16 +146,15 @@ class Merged:
 
     def read(self, target: Tensor) -> int:
         """Read the tensor into ``target``, of any dtype; return how many bytes its pieces have."""
-        count = 0
+        sizes = []
 
         def read(place: Place) -> Tensor:
-            nonlocal count
             piece = torch.empty(place.shape, dtype=target.dtype)
-            count += place.read(piece)
+            sizes.append(place.read(piece))
             return piece
 
         target.copy_(self._of(read))
-        return count
+        return sum(sizes)
 
     def _of(self, read: Callable[[Place], Tensor]) -> Tensor:
         tensors: Any = {pattern: [*map(read, each)] for pattern, each in self.pieces.items()}
@@ -119,50 +165,48 @@ class Merged:
         return whole
 
 
+@dataclass(frozen=True)
 class WeightFiles:
-    """The tensors of some safetensors files, by the names that a model gives them."""
+    """Tensors in safetensors files, by their names there or by those that a model gives them."""
 
-    def __init__(self, places: Mapping[str, Place | Merged]) -> None:
-        self.places = places
-
-    @classmethod
-    def of_file(cls, path: Path) -> WeightFiles:
-        """Return the tensors of a file by their names there."""
-        return cls(places_in(path))
+    places: Mapping[str, Place | Merged]
 
     @classmethod
-    def of_model(cls, name: str | Path, model: PreTrainedModel) -> WeightFiles:
+    def of_model(cls, folder: str | Path, model: PreTrainedModel) -> WeightFiles:
         """Return the weights of a model on disk, a Hub id or a folder, whole or in shards.
 
         Raises:
             InputError: there are none, or several weights are stored in one piece.
         """
-        found = cached_file(str(name), SINGLE, _raise_exceptions_for_missing_entries=False)
-        paths = [found] if found else []
-        index = not found and cached_file(
-            str(name), INDEX, _raise_exceptions_for_missing_entries=False
-        )
-        if index:
-            paths, _ = get_checkpoint_shard_files(str(name), index)
-        if not paths:
+        name = str(folder)
+
+        def find(file: str) -> str | None:
+            return cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+
+        if single := find(SINGLE):
+            paths = [single]
+        elif index := find(INDEX):
+            paths, _ = get_checkpoint_shard_files(name, index)
+        else:
             raise InputError(
                 f"--model_name {name}: --offload reads safetensors files, and there are none; save "
                 "the model as such, or leave --offload out"
             )
+        stored: dict[str, Place] = {}
+        for path in paths:
+            stored |= places_in(Path(path))
         conversions = get_model_conversion_mapping(model)
         renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
         converters = [each for each in conversions if isinstance(each, WeightConverter)]
-        pattern_of = {pattern: each for each in converters for pattern in each.source_patterns}
-        state, places, stored = model.state_dict(keep_vars=True), dict[str, Place | Merged](), {}
-        for path in paths:
-            stored |= places_in(Path(path))
+        converter_of = {pattern: each for each in converters for pattern in each.source_patterns}
+        how = (renamings, converters, model.base_model_prefix, model.state_dict(keep_vars=True))
+        places: dict[str, Place | Merged] = {}
         for key in sorted(stored, key=dot_natural_key):  # the order of transformers
-            prefix = model.base_model_prefix
-            named, pattern = rename_source_key(key, renamings, converters, prefix, state)
+            named, pattern = rename_source_key(key, *how)
             if pattern is None:
                 places[named] = stored[key]
                 continue
-            converter = pattern_of[pattern]
+            converter = converter_of[pattern]
             if len(converter.target_patterns) > 1:
                 raise InputError(
                     f"--offload: {name} stores {key} in one piece with other weights of "
@@ -177,23 +221,26 @@ class WeightFiles:
         return self.places[name].read(target)
 
 
+# ------------------------------------------------------------------------------------- writing
+
+
 def write_weights(
     path: Path,
     kinds: Mapping[str, tuple[torch.dtype, torch.Size]],
     tensors: Iterable[tuple[str, Tensor]],
 ) -> None:
     """Write a safetensors file; ``tensors`` come one by one, with their names."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    starts, end = {}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, (dtype, shape) in kinds.items():
-        starts[name], end = end, end + math.prod(shape) * dtype.itemsize
-        offsets = [starts[name], end]
-        header[name] = {"dtype": NAMES[dtype], "shape": [*shape], "data_offsets": offsets}
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        kind = {"dtype": NAME_OF_DTYPE[dtype], "shape": [*shape]}
+        header[name] = kind | {"data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in tensors:
-            file.seek(8 + len(text) + starts[name])
+            file.seek(8 + len(text) + header[name]["data_offsets"][0])
             if tensor.numel():
                 file.write(bytes_of(tensor.detach().cpu().contiguous()))

@@ -36,7 +36,7 @@ from language_model.head import (
 )
 from language_model.loading import load_model
 from language_model.prediction import predict
-from language_model.weight_names import tied_weights
+from language_model.weight_files import tied_weights
 from task_data.loading import load_samples
 from task_data.sampling import permutation_subset, sample_train_dev
 from tasks import get_task

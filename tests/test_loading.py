@@ -23,7 +23,7 @@ from language_model.loading import (
     load_model,
     saved_dtype,
 )
-from language_model.weight_names import tied_weights
+from language_model.weight_files import tied_weights
 from utils import InputError
 
 

@@ -19,8 +19,8 @@ from transformers.trainer_utils import (
     rotate_checkpoints,
 )
 
-from language_model.streaming import read_again
-from language_model.weight_names import load_renamed_weights, tied_weights
+from language_model.streaming import load_if_streamed_or_renamed
+from language_model.weight_files import tied_weights
 from training.callbacks import RunState, run_state
 from training.checkpoints import (
     ANOTHER,
@@ -127,16 +127,14 @@ class ResumableTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        # Files of some models have other names than their weights.
         folder, model = Path(resume_from_checkpoint), model or self.model
-        if not (read_again(model, folder) or load_renamed_weights(model, folder)):
+        if not load_if_streamed_or_renamed(model, folder):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         self._forget_damaged_best_checkpoint()
         best = self.state.best_model_checkpoint
-        read = best and read_again(self.model, Path(best))
-        if best and not read and not load_renamed_weights(self.model, Path(best)):
+        if best and not load_if_streamed_or_renamed(self.model, Path(best)):
             super()._load_best_model()
 
     def _forget_damaged_best_checkpoint(self) -> None:
