@@ -14,13 +14,18 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from experiment.options import ModelOptions, Options, TrainedWeights
-from language_model.adapters import add_lora, add_prefix, random_tokens, without_adapter
+from language_model.adapters import (
+    SavedAdapter,
+    add_lora,
+    add_prefix,
+    random_tokens,
+    without_adapter,
+)
 from language_model.chat import Chat
 from language_model.encoding import Encoder
 from language_model.generation import check_generation
 from language_model.head import freeze_all_but_head, head_is_tied, untie_head
 from language_model.loading import choose_max_length, load_config_and_tokenizer, load_model
-from language_model.saved_adapters import SavedAdapter
 from task_data.files import errors_name, row_place
 from task_data.loading import load_samples
 from task_data.sampling import ExampleSet

@@ -1,4 +1,4 @@
-"""Adapters: LoRA and prefix-tuning, with peft's modules and saved in peft's format.
+"""Adapters: LoRA and prefix-tuning, with peft's modules and in peft's files.
 
 Only the adapter's weights are trained and saved. They are float32 whatever the model's dtype.
 """
@@ -8,18 +8,21 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import (
     LoraConfig,
+    PeftConfig,
     PeftModel,
     PeftModelForCausalLM,
     PrefixTuningConfig,
     get_peft_model,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import CONFIG_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -39,6 +42,11 @@ PROMPT_ENCODER_FILE = "prompt_encoder.safetensors"
 warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
 
 KeysAndValues = tuple[tuple[Tensor, Tensor], ...]
+
+
+def without_adapter(model: nn.Module) -> PreTrainedModel:
+    """Return the causal language model that an adapter, if any, was added to."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def add_lora(model: PreTrainedModel, rank: int, alpha: int) -> PeftModel:
@@ -65,6 +73,9 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: int) -> PeftModel:
         fan_in_fan_out=isinstance(layers[targets[0]], Conv1D),
     )
     return get_peft_model(model, config)
+
+
+# ------------------------------------------------------------------------------------ prefix-tuning
 
 
 class PrefixTunedModel(PeftModelForCausalLM):
@@ -117,65 +128,6 @@ class PrefixTunedModel(PeftModelForCausalLM):
     @property
     def _prompt_encoder(self) -> nn.Module:
         return self.prompt_encoder[self.active_adapter]
-
-
-def save_merged(model: PeftModel, folder: Path) -> None:
-    """Write the model with the adapter merged into its weights; ``model`` itself is unchanged.
-
-    A head that the adapter parts from the embeddings is saved with weights of its own.
-    """
-    base = model.get_base_model()
-    merged = base.state_dict()
-    for name, tensors in merged_modules(model):
-        merged = {key: t for key, t in merged.items() if not key.startswith(f"{name}.")}
-        merged |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
-    ties = base.get_expanded_tied_weights_keys(all_submodels=True)
-    parted = any(not torch.equal(merged[one], merged[other]) for one, other in ties.items())
-    if parted:
-        merged |= {name: merged[name].clone() for name in ties}
-    base.save_pretrained(folder, state_dict=merged)
-    if parted:
-        config = copy.deepcopy(base.config)
-        for part in (config, config.get_text_config(decoder=True)):
-            part.tie_word_embeddings = False
-        config.save_pretrained(folder)
-
-
-def check_merge(model: PeftModel) -> None:
-    """Raise ``InputError`` if the adapter cannot be merged; merging each module shows it."""
-    try:
-        for _ in merged_modules(model):
-            pass
-    except Exception as error:  # peft raises several kinds
-        raise InputError(
-            f"--merge_adapter: peft cannot merge this adapter ({first_line(error)}); leave it out"
-        ) from error
-
-
-def merged_modules(model: PeftModel) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield every module that the adapter changes: its name in the base model, merged tensors.
-
-    One module at a time is merged, and restored: a merged copy of the model would need the memory
-    of a second one.
-    """
-    done: tuple[str, ...] = ()
-    for name, module in model.get_base_model().named_modules():
-        adapted = isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
-        if not adapted or name.startswith(done):
-            continue
-        done += (f"{name}.",)
-        before = {key: tensor.clone() for key, tensor in module.state_dict().items()}
-        if hasattr(module, "unload_and_optionally_merge_module"):
-            plain = module.unload_and_optionally_merge_module(True, False, None)
-        else:
-            module.merge()
-            plain = module.get_base_layer()
-        yield name, {key: tensor.clone() for key, tensor in plain.state_dict().items()}
-        for layer in module.modules():
-            if isinstance(layer, BaseTunerLayer):
-                layer.unmerge()
-        # Subtracting what was added rounds.
-        module.load_state_dict(before)
 
 
 def add_prefix(
@@ -263,6 +215,152 @@ def prefix_length(model: nn.Module) -> int:
     return model.active_peft_config.num_virtual_tokens if tuned else 0
 
 
-def without_adapter(model: nn.Module) -> PreTrainedModel:
-    """Return the causal language model that an adapter, if any, was added to."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+# --------------------------------------------------------------------------------- adapters on disk
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter in a folder of its own, without the weights of its base model."""
+
+    folder: Path
+    config: LoraConfig | PrefixTuningConfig
+
+    @classmethod
+    def find(cls, name: str) -> SavedAdapter | None:
+        """Return the adapter in the local folder ``name``; None if there is none."""
+        folder = Path(name)
+        if not (folder / CONFIG_NAME).is_file():
+            return None
+        try:
+            config = PeftConfig.from_pretrained(name)
+        except Exception as error:  # whatever a damaged file leads to
+            raise InputError(
+                f"--model_name {name}: its {CONFIG_NAME} is damaged ({first_line(error)}); give "
+                "another checkpoint"
+            ) from error
+        if not isinstance(config, LoraConfig | PrefixTuningConfig):
+            raise InputError(
+                f"--model_name {name}: an adapter of kind {config.peft_type.value}; give one of "
+                "LoRA or prefix-tuning, or a whole model"
+            )
+        return cls(folder, config)
+
+    @property
+    def base(self) -> str:
+        """The base model: a folder, a GGUF file, or a Hub id.
+
+        A relative path is looked up below the working directory, where it was when the adapter was
+        saved, then below the folders that hold the adapter.
+        """
+        name = self.config.base_model_name_or_path or ""
+        for parent in (Path(), *self.folder.absolute().parents):
+            path = parent / name
+            if name and (path.is_dir() or (path.suffix == ".gguf" and path.is_file())):
+                return str(path)
+        return name
+
+    @property
+    def mode(self) -> str:
+        """The argument of run.py that trains such an adapter."""
+        return "lora" if isinstance(self.config, LoraConfig) else "prefix_tuning"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The values of run.py's arguments that the adapter was made with."""
+        if isinstance(self.config, LoraConfig):
+            return {"lora_r": self.config.r, "lora_alpha": self.config.lora_alpha}
+        return {"num_prefix": self.num_prefix, "no_reparam": not self._has_network}
+
+    @property
+    def num_prefix(self) -> int:
+        """How many tokens come before every text."""
+        return getattr(self.config, "num_virtual_tokens", 0)
+
+    @property
+    def _has_network(self) -> bool:
+        """Whether the network that makes the prefix is there; peft alone saves the prefix only."""
+        return (self.folder / PROMPT_ENCODER_FILE).is_file()
+
+    def load(self, model: PreTrainedModel) -> PeftModel:
+        """Return ``model`` with the adapter, which may be trained further."""
+        config = self.config
+        config.inference_mode = False
+        config.base_model_name_or_path = self.base
+        kind = PeftModelForCausalLM
+        if isinstance(config, PrefixTuningConfig):
+            kind, config.prefix_projection = PrefixTunedModel, self._has_network
+        try:
+            adapted = kind(model, config)
+            name = adapted.active_adapter
+            missing = adapted.load_adapter(str(self.folder), name, is_trainable=True)[0]
+            if missing:
+                raise LookupError(f"{missing[0]} is missing")
+        except Exception as error:  # whatever damaged files, and another model's, lead to
+            raise InputError(
+                f"--model_name {self.folder}: its adapter does not fit {self.base} "
+                f"({first_line(error)}); give another checkpoint, or correct "
+                f"base_model_name_or_path in its {CONFIG_NAME}"
+            ) from error
+        return adapted.eval()
+
+
+# ------------------------------------------------------------------------------------------ merging
+
+
+def save_merged(model: PeftModel, folder: Path) -> None:
+    """Write the model with the adapter merged into its weights; ``model`` itself is unchanged.
+
+    A head that the adapter parts from the embeddings is saved with weights of its own.
+    """
+    base = model.get_base_model()
+    merged = base.state_dict()
+    for name, tensors in merged_modules(model):
+        merged = {key: t for key, t in merged.items() if not key.startswith(f"{name}.")}
+        merged |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+    ties = base.get_expanded_tied_weights_keys(all_submodels=True)
+    parted = any(not torch.equal(merged[one], merged[other]) for one, other in ties.items())
+    if parted:
+        merged |= {name: merged[name].clone() for name in ties}
+    base.save_pretrained(folder, state_dict=merged)
+    if parted:
+        config = copy.deepcopy(base.config)
+        for part in (config, config.get_text_config(decoder=True)):
+            part.tie_word_embeddings = False
+        config.save_pretrained(folder)
+
+
+def check_merge(model: PeftModel) -> None:
+    """Raise ``InputError`` if the adapter cannot be merged; merging each module shows it."""
+    try:
+        for _ in merged_modules(model):
+            pass
+    except Exception as error:  # peft raises several kinds
+        raise InputError(
+            f"--merge_adapter: peft cannot merge this adapter ({first_line(error)}); leave it out"
+        ) from error
+
+
+def merged_modules(model: PeftModel) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield every module that the adapter changes: its name in the base model, merged tensors.
+
+    One module at a time is merged, and restored: a merged copy of the model would need the memory
+    of a second one.
+    """
+    done: tuple[str, ...] = ()
+    for name, module in model.get_base_model().named_modules():
+        adapted = isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        if not adapted or name.startswith(done):
+            continue
+        done += (f"{name}.",)
+        before = {key: tensor.clone() for key, tensor in module.state_dict().items()}
+        if hasattr(module, "unload_and_optionally_merge_module"):
+            plain = module.unload_and_optionally_merge_module(True, False, None)
+        else:
+            module.merge()
+            plain = module.get_base_layer()
+        yield name, {key: tensor.clone() for key, tensor in plain.state_dict().items()}
+        for layer in module.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.unmerge()
+        # Subtracting what was added rounds.
+        module.load_state_dict(before)

@@ -1,15 +1,20 @@
 """Loading a causal language model and its tokenizer: dtype, devices, and what may go wrong.
 
-What cannot be loaded raises ``InputError``, in one line.
+A model is a Hub id, a folder, or a GGUF file, llama.cpp's format, whose quantised weights become
+ordinary ones. What cannot be loaded raises ``InputError``, in one line.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
+import json
 import logging
 import os
 import pickle
+import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,20 +28,26 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers import modeling_gguf_pytorch_utils as gguf_loading
+from transformers.integrations.gguf import read_gguf_metadata
 
-from language_model.gguf_files import GgufFile
-from language_model.saved_adapters import SavedAdapter
+from language_model.adapters import SavedAdapter
 from language_model.streaming import Offload, load_streamed
 from language_model.weight_files import check_weights, tied_weights
 from utils import InputError, first_line
 
+logger = logging.getLogger(__name__)
+
 # What MeZO and HiZOO use; a model with fewer positions uses all of them.
 DEFAULT_MAX_LENGTH = 2048
+# general.file_type of GGUF files whose matrices are not quantised.
+DTYPE_OF_FILE_TYPE = {0: torch.float32, 1: torch.float16, 32: torch.bfloat16}
 
 
 def choose_dtype(load_float16: bool, load_bfloat16: bool) -> torch.dtype:
@@ -66,14 +77,9 @@ def load_model(
     """
     adapter = SavedAdapter.find(name)
     base = adapter.base if adapter else name
-    gguf = GgufFile.find(base)
-    if offload:
-        config = load_config(base, trust_remote_code)
-        if gguf:
-            raise InputError("--offload reads safetensors files, no GGUF file; leave it out")
-        with _in_one_line(base, "no causal language model there"):
-            model = load_streamed(base, config, dtype, offload, trust_remote_code)
-        return adapter.load(model) if adapter else model
+    gguf = gguf_file(base)
+    if offload and gguf:
+        raise InputError("--offload reads safetensors files, no GGUF file; leave it out")
     several_processes = int(os.environ.get("WORLD_SIZE", "1")) > 1
     spread = auto_device and torch.cuda.is_available() and not several_processes
     how: dict[str, Any] = {
@@ -82,15 +88,19 @@ def load_model(
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # check_weights names them
     }
-    with _in_one_line(base, "no causal language model there"):
-        if gguf:
-            model, found = gguf.load(**how)
+    with _in_one_line(base):
+        if offload:
+            config = load_config(base, trust_remote_code)
+            model = load_streamed(base, config, dtype, offload, trust_remote_code)
         else:
-            how["trust_remote_code"] = trust_remote_code
-            model, found = AutoModelForCausalLM.from_pretrained(base, **how)
-    weights = dict(model.named_parameters()).keys() - tied_weights(model)
-    # transformers initialises at random what is missing.
-    check_weights(base, model, weights & {*found["missing_keys"]}, found["mismatched_keys"])
+            if gguf:
+                model, found = _load_gguf(gguf, **how)
+            else:
+                how["trust_remote_code"] = trust_remote_code
+                model, found = AutoModelForCausalLM.from_pretrained(base, **how)
+            # transformers initialises at random what is missing.
+            weights = dict(model.named_parameters()).keys() - tied_weights(model)
+            check_weights(base, model, weights & {*found["missing_keys"]}, found["mismatched_keys"])
     return adapter.load(model) if adapter else model.eval()
 
 
@@ -105,8 +115,8 @@ def load_config_and_tokenizer(
     has_own = (Path(name) / "tokenizer_config.json").is_file()
     source = name if has_own else base_of(name)
     with _in_one_line(source, "no tokenizer there that can be read"):
-        if gguf := GgufFile.find(source):
-            tokenizer = gguf.tokenizer()
+        if gguf := gguf_file(source):
+            tokenizer = _gguf_tokenizer(gguf)
         else:
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     if any(kind.endswith("ForMaskedLM") for kind in config.architectures or ()):
@@ -127,15 +137,14 @@ def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     base = base_of(name)
     folder = Path(base)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        way_out = "".join(
-            f"; give its GGUF file, as {f}" for f in sorted(folder.glob("*.gguf"))[:1]
-        )
+        files = sorted(folder.glob("*.gguf"))
+        way_out = f"; give its GGUF file, as {files[0]}" if files else ""
         raise InputError(
             f"--model_name {base}: this folder holds no model, config.json is missing{way_out}"
         )
-    with _in_one_line(base, "no causal language model there"):
-        if gguf := GgufFile.find(base):
-            return gguf.config()
+    with _in_one_line(base):
+        if gguf := gguf_file(base):
+            return _gguf_config(gguf)
         return AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
 
 
@@ -149,11 +158,12 @@ def saved_dtype(name: str, trust_remote_code: bool = False) -> torch.dtype | Non
     """Return the dtype that a model's weights were saved in; None if its configuration says none.
 
     Only the configuration is read, an adapter's base model's. Quantised weights of a GGUF file
-    count as bfloat16.
+    count as bfloat16: nothing overflows in it, and it has more digits than 8 bits or fewer.
     """
     config = load_config(name, trust_remote_code)
-    if gguf := GgufFile.find(base_of(name)):
-        return gguf.saved_dtype()
+    if gguf := gguf_file(base_of(name)):
+        metadata, _ = read_gguf_metadata(str(gguf))
+        return DTYPE_OF_FILE_TYPE.get(metadata.get("general.file_type"), torch.bfloat16)
     return config.dtype or config.get_text_config(decoder=True).dtype
 
 
@@ -178,8 +188,66 @@ def choose_max_length(requested: int | None, config: object) -> int:
     return requested
 
 
+# --------------------------------------------------------------------------------------- GGUF files
+
+
+def gguf_file(name: str) -> Path | None:
+    """Return the GGUF file ``name``; None if it is a folder or a Hub id."""
+    path = Path(name)
+    is_file = path.is_file() or path.suffix.lower() == ".gguf"
+    return path if is_file and not path.is_dir() else None
+
+
+def _from_gguf(kind: Any, path: Path, **how: Any) -> Any:
+    # transformers looks for further files in the folder that it is given.
+    with tempfile.TemporaryDirectory() as empty:
+        return kind.from_pretrained(empty, gguf_file=str(path.absolute()), **how)
+
+
+def _gguf_config(path: Path) -> PreTrainedConfig:
+    """Read a model's configuration."""
+    return copy.deepcopy(_config_read_once(path.absolute(), path.stat().st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=1)
+def _config_read_once(path: Path, changed: int) -> PreTrainedConfig:
+    """Read a file's configuration once: a large vocabulary takes many seconds each time."""
+    return _from_gguf(AutoConfig, path)
+
+
+def _gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """Read the tokenizer, without what transformers adds to it, as to Llama 3's."""
+    # AutoTokenizer makes the same one, but reads the whole file once more before.
+    tokenizer = _from_gguf(PreTrainedTokenizerFast, path)
+    size = _gguf_config(path).vocab_size
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < size]
+    tokenizer._tokenizer = tokenizer.backend_tokenizer.from_str(json.dumps(state))
+    tokenizer.name_or_path = str(path)
+    return tokenizer
+
+
+def _load_gguf(path: Path, **how: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Load the weights, quantised ones too, as ordinary ones, with ``from_pretrained``."""
+    how |= {"config": _gguf_config(path), "quantization_config": GgufConfig(dequantize=True)}
+    model, found = _from_gguf(AutoModelForCausalLM, path, **how)
+    # An adapter names its base model; peft looks for a config.json there.
+    model.name_or_path = model.config.name_or_path = str(path)
+    warnings.filterwarnings("ignore", "Could not find a config file in", UserWarning)
+    _, tensors = read_gguf_metadata(str(path))
+    if scaled := [name for name in tensors if name.startswith(("rope_freqs", "rope_factors"))]:
+        logger.warning(
+            f"--model_name {path}: transformers ignores {', '.join(scaled)}, which scales this "
+            "model's positions: results differ from those of the original"
+        )
+    return model, found
+
+
+# ----------------------------------------------------------------------------------- what users see
+
+
 @contextlib.contextmanager
-def _in_one_line(name: str, what: str) -> Iterator[None]:
+def _in_one_line(name: str, what: str = "no causal language model there") -> Iterator[None]:
     """Turn whatever a library raises over a model's files into one line."""
     try:
         yield

@@ -33,7 +33,7 @@ NAME_OF_DTYPE = {dtype: name for name, dtype in str_to_torch_dtype.items()}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-# --------------------------------------------------------------------------------------- names
+# -------------------------------------------------------------------------------------------- names
 
 
 def tied_weights(model: PreTrainedModel) -> set[str]:
@@ -81,7 +81,7 @@ def check_weights(
         )
 
 
-# ------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ class WeightFiles:
         return self.places[name].read(target)
 
 
-# ------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------ writing
 
 
 def write_weights(

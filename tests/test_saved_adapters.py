@@ -16,9 +16,8 @@ from tiny_models import tiny_model, tiny_tokenizer
 
 import run
 from hizoo import HiZOOConfig
-from language_model.adapters import PROMPT_ENCODER_FILE, prefix_length
+from language_model.adapters import PROMPT_ENCODER_FILE, SavedAdapter, prefix_length
 from language_model.loading import load_config_and_tokenizer, load_model, saved_dtype
-from language_model.saved_adapters import SavedAdapter
 from training.optimizers import groups_of, make_optimizer
 from utils import InputError
 
