@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -167,10 +167,11 @@ class ZerothOrderTrainer(ForwardTrainer):
         closures = [functools.partial(batch_loss, *batch) for batch in batches]
         closures = self.recording.of_batches(self.state.global_step, closures)
         counts = [float(items) for *_, items in batches]
-        with naming_full_disk():
-            losses = self.optimizer.estimate_batches(
-                [*zip(map(self.counted, closures), counts, strict=True)]
-            )
+        pairs = [*zip(map(self.counted, closures), counts, strict=True)]
+        try:
+            losses = self.optimizer.estimate_batches(pairs)
+        except NoRoom as error:
+            raise InputError(f"--offload disk: {error}; give another --offload_dir") from error
         self.recording.note(self.optimizer.losses, counts)
         before = sum(loss * count for loss, count in zip(losses[:-1], counts, strict=False))
         return losses[-1] + before / counts[-1]
@@ -256,33 +257,23 @@ class ErrorBroadcastTrainer(ForwardTrainer):
     Processes exchange the inputs and errors of their scored tokens.
 
     Args:
-        rate: κ at the first step.
-        damping, first, matrices, max_tokens: of ``ErrorBroadcast``.
+        method: arguments of ``ErrorBroadcast`` beside the model and the seed.
         **kwargs: of ``ObjectiveTrainer``.
 
     Raises:
         InputError: the model is of another architecture.
     """
 
-    def __init__(
-        self,
-        *,
-        rate: float,
-        damping: float,
-        first: float,
-        matrices: Sequence[str],
-        max_tokens: int,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *, method: Mapping[str, Any], **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.args.learning_rate = rate
-        settings = (rate, damping, first, matrices, max_tokens, self.args.seed)
         with naming_way_out():
-            self.optimizer = ErrorBroadcast(self.model.eval(), *settings)
+            self.optimizer = ErrorBroadcast(self.model.eval(), seed=self.args.seed, **method)
         self.optimizer.gather = functools.partial(rows_of_all, device=self.args.device)
+        group = self.optimizer.param_groups[0]
+        self.args.learning_rate = group["lr"]
         # Other weights are frozen.
         self.model.requires_grad_(False)
-        for parameter in self.optimizer.param_groups[0]["params"]:
+        for parameter in group["params"]:
             parameter.requires_grad_(True)
 
     def estimate(self, model: nn.Module, inputs: dict[str, Any], items: Tensor) -> float:
@@ -305,15 +296,6 @@ class ErrorBroadcastTrainer(ForwardTrainer):
         if "learning_rate" in logs:
             logs["broadcast_rate"] = logs.pop("learning_rate")
         super().log(logs, start_time)
-
-
-@contextlib.contextmanager
-def naming_full_disk() -> Iterator[None]:
-    """Let a disk without room for streamed blocks end the run in one line."""
-    try:
-        yield
-    except NoRoom as error:
-        raise InputError(f"--offload disk: {error}; give another --offload_dir") from error
 
 
 @contextlib.contextmanager

@@ -25,8 +25,8 @@ from experiment.resuming import Start, find_start, with_contents
 from experiment.telling import describe, example_lines, metric_names
 from experiment.training import dev_samples, make_trainer, save_model, used_by_optimizer
 from language_model.adapters import check_merge, save_merged
+from language_model.batches import advice_for_losses
 from language_model.head import fit_head
-from language_model.precision import advice_for_losses
 from language_model.prediction import Prediction
 from metrics import mean, standard_error
 from task_data.sampling import ExampleSet

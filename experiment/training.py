@@ -104,14 +104,14 @@ def make_trainer(
     if arguments.trainer == "regular":
         return ObjectiveTrainer(**shared)
     if arguments.trainer == "broadcast":
-        return ErrorBroadcastTrainer(
-            rate=arguments.broadcast_rate,
-            damping=arguments.broadcast_damping,
-            first=arguments.broadcast_from,
-            matrices=arguments.broadcast_matrices.split(","),
-            max_tokens=arguments.broadcast_tokens,
-            **shared,
-        )
+        method = {
+            "lr": arguments.broadcast_rate,
+            "damping": arguments.broadcast_damping,
+            "first": arguments.broadcast_from,
+            "matrices": arguments.broadcast_matrices.split(","),
+            "max_tokens": arguments.broadcast_tokens,
+        }
+        return ErrorBroadcastTrainer(method=method, **shared)
     recording = start.recording if start else Recording()
     recording.header = {"model": {"name": options.model.name}, "settings": options.of_run}
     return ZerothOrderTrainer(

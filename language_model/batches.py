@@ -1,4 +1,4 @@
-"""Examples in batches of like length, smaller ones where memory is short."""
+"""Many examples through a model: smaller batches where memory is short, numbers not finite."""
 
 from __future__ import annotations
 
@@ -7,11 +7,18 @@ from collections.abc import Callable
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch import nn
 from tqdm.auto import tqdm
 
-from utils import process_index
+from language_model.adapters import without_adapter
+from utils import InputError, process_index
 
 logger = logging.getLogger(__name__)
+
+OVERFLOW = (
+    "float16 holds no number above 65504, and models that were trained in bfloat16 reach it; give "
+    "--load_bfloat16 in place of --load_float16"
+)
 
 
 def run_in_batches(
@@ -35,7 +42,8 @@ def run_in_batches(
             try:
                 function(indices)
             except (RuntimeError, MemoryError) as error:
-                if len(indices) == 1 or not is_lack_of_memory(error):
+                no_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+                if len(indices) == 1 or not (no_memory or should_reduce_batch_size(error)):
                     raise
             else:
                 waiting = waiting[len(indices) :]
@@ -50,7 +58,25 @@ def run_in_batches(
             clear_device_cache(garbage_collection=True)
 
 
-def is_lack_of_memory(error: Exception) -> bool:
-    """Tell whether a smaller batch might fit."""
-    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return known or should_reduce_batch_size(error)
+class NotFinite(InputError):
+    """Scores, hidden states or logits are NaN or infinite, so that no answer follows from them."""
+
+
+def not_finite(what: str, model: nn.Module) -> NotFinite:
+    """Return the error to raise; ``what`` names the numbers that are not finite."""
+    dtype = without_adapter(model).dtype
+    remedy = (
+        "its weights are damaged, or were trained with too large a step; load other weights, or "
+        "train with a lower --learning_rate or --broadcast_rate"
+    )
+    return NotFinite(
+        f"the model's {what} are not finite in {str(dtype).removeprefix('torch.')}: "
+        f"{OVERFLOW if dtype == torch.float16 else remedy}"
+    )
+
+
+def advice_for_losses(model: nn.Module, from_the_start: bool, remedy: str) -> str:
+    """Return what to change where training meets losses that are not finite."""
+    if from_the_start and without_adapter(model).dtype == torch.float16:
+        return f"{OVERFLOW}, or {remedy}"
+    return remedy

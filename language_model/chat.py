@@ -101,7 +101,8 @@ class Chat:
     @functools.cached_property
     def _after_answer(self) -> str | None:
         """What the template appends to an answer; None if it changes answers."""
-        _, answer, after = self._rendered([user("question"), assistant(ANSWER)]).rpartition(ANSWER)
+        conversation = [{"role": "user", "content": "question"}, assistant(ANSWER)]
+        _, answer, after = self._rendered(conversation).rpartition(ANSWER)
         return after if answer else None
 
     def _with_system(self, messages: Sequence[Message]) -> list[Message]:
@@ -141,11 +142,6 @@ def _limited_time() -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
-
-
-def user(content: str) -> Message:
-    """Return what a user says."""
-    return {"role": "user", "content": content}
 
 
 def assistant(content: str) -> Message:

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from language_model.chat import Chat, assistant
+from language_model.chat import Chat, Message, assistant
 from tasks import Sample, Task
 from utils import InputError
 
@@ -144,17 +144,13 @@ class Encoder:
 
     def _messages(
         self, prompt: str, sample: Sample, demonstrations: Sequence[Sample]
-    ) -> list[dict[str, str]]:
+    ) -> list[Message]:
         """Return the turns of a conversation before the answer."""
-        shown = [
-            turn
-            for each in demonstrations
-            for turn in (
-                *self.task.messages(self.task.prompt(each), each),
-                assistant(self._answer(each)),
-            )
-        ]
-        return [*shown, *self.task.messages(prompt, sample)]
+        turns: list[Message] = []
+        for shown in demonstrations:
+            turns += self.task.messages(self.task.prompt(shown), shown)
+            turns.append(assistant(self._answer(shown)))
+        return [*turns, *self.task.messages(prompt, sample)]
 
     def _answer(self, sample: Sample) -> str:
         return self.task.option(sample, sample.correct[0]).strip()

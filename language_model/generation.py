@@ -21,8 +21,7 @@ from transformers import (
 )
 
 from language_model.adapters import without_adapter
-from language_model.batches import run_in_batches
-from language_model.precision import not_finite
+from language_model.batches import not_finite, run_in_batches
 from language_model.shared_tokens import (
     can_share_prompt,
     first_position,

@@ -19,10 +19,9 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from language_model.batches import run_in_batches
+from language_model.batches import not_finite, run_in_batches
 from language_model.encoding import EncodedExample
 from language_model.packing import collate
-from language_model.precision import not_finite
 from language_model.scoring import token_log_probabilities
 from language_model.shared_tokens import can_share_prompt
 from utils import InputError

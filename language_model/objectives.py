@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from language_model.batches import NotFinite
 from language_model.generation import GenerationSettings, generate
-from language_model.precision import NotFinite
 from language_model.scoring import option_sums, token_log_probabilities
 from tasks import Sample, Task
 

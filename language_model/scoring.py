@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from language_model.batches import run_in_batches
+from language_model.batches import not_finite, run_in_batches
 from language_model.encoding import EncodedExample, EncodedOption
 from language_model.packing import collate, pack
-from language_model.precision import not_finite
 from language_model.shared_tokens import can_share_prompt, read_shared_prefix
 
 # Scored tokens whose logits are normalised at once.

@@ -19,9 +19,9 @@ from tiny_models import (
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from language_model.batches import NotFinite
 from language_model.encoding import Encoder
 from language_model.generation import GenerationSettings, check_generation, generate
-from language_model.precision import NotFinite
 from language_model.prediction import predict
 from language_model.shared_tokens import LayerWithRoom
 from tasks import get_task

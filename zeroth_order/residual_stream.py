@@ -16,15 +16,9 @@ from zeroth_order.rounding import is_half
 # The matrices of a block that write to the stream, as families call them: o of the attention, d of
 # the MLP.
 NAMES = {
-    "o": (
-        *("self_attn.o_proj", "self_attn.out_proj", "self_attn.dense", "attention.dense"),
-        *("self_attention.dense", "attn.c_proj", "attn.out_proj"),
-        "attn.attention.out_proj",
-    ),
-    "d": (
-        *("mlp.down_proj", "mlp.fc2", "fc2", "mlp.dense_4h_to_h", "mlp.c_proj"),
-        *("mlp.fc_out", "ffn.down_proj"),
-    ),
+    "o": "self_attn.o_proj self_attn.out_proj self_attn.dense attention.dense "
+    "self_attention.dense attn.c_proj attn.out_proj attn.attention.out_proj",
+    "d": "mlp.down_proj mlp.fc2 fc2 mlp.dense_4h_to_h mlp.c_proj mlp.fc_out ffn.down_proj",
 }
 # The norms between them and the stream, in families that have both.
 POST_NORMS = {"o": "post_attention_layernorm", "d": "post_feedforward_layernorm"}
@@ -72,24 +66,12 @@ def find_blocks(model: nn.Module) -> tuple[nn.ModuleList, nn.Module]:
         norms = [getattr(module, name, None) for name in FINAL_NORMS]
         norm = next((norm for norm in norms if isinstance(norm, nn.Module)), None)
         for blocks in module.children() if norm else ():
-            if isinstance(blocks, nn.ModuleList) and all(map(_has_writers, blocks)):
+            if isinstance(blocks, nn.ModuleList) and all(map(writers_of, blocks)):
                 return blocks, norm
     raise UnknownStream(
         f"{type(model).__name__} has no blocks with one output matrix of attention and one of the "
         "MLP, and a norm behind the last block"
     )
-
-
-def _has_writers(block: nn.Module) -> bool:
-    return all(_submodule(block, names) is not None for names in NAMES.values())
-
-
-def _submodule(block: nn.Module, names: Sequence[str]) -> nn.Module | None:
-    modules = dict(block.named_modules())
-    found = next((modules[name] for name in names if name in modules), None)
-    # Adapters wrap it, experts keep theirs as one tensor of three dimensions.
-    is_matrix = isinstance(found, nn.Linear) or type(found).__name__ == "Conv1D"
-    return found if is_matrix and found.weight.is_floating_point() else None
 
 
 def find_head(model: nn.Module) -> nn.Module:
@@ -105,12 +87,20 @@ def find_head(model: nn.Module) -> nn.Module:
 
 
 def writers_of(block: nn.Module) -> dict[str, Writer]:
-    """Return the matrices of a block that write to the stream, by kind: "o" and "d"."""
+    """Return the matrices of a block that write to the stream, "o" and "d"; {} if it lacks one."""
+    modules, matrices = dict(block.named_modules()), {}
+    for kind, names in NAMES.items():
+        matrix = next((modules[name] for name in names.split() if name in modules), None)
+        # Adapters wrap it, experts keep theirs as one tensor of three dimensions.
+        is_matrix = isinstance(matrix, nn.Linear) or type(matrix).__name__ == "Conv1D"
+        if not is_matrix or not matrix.weight.is_floating_point():
+            return {}
+        matrices[kind] = matrix
     norms = {kind: getattr(block, name, None) for kind, name in POST_NORMS.items()}
     if None in norms.values():
         # Llama's norm of the first name stands before the MLP.
         norms = dict.fromkeys(norms)
-    return {kind: Writer(_submodule(block, names), norms[kind]) for kind, names in NAMES.items()}
+    return {kind: Writer(matrix, norms[kind]) for kind, matrix in matrices.items()}
 
 
 class ForwardPass:
