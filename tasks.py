@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import metrics
 import templates
@@ -28,18 +27,6 @@ class Sample:
     candidates: tuple[Any, ...]
     # The acceptable candidates, or the gold answers; training and demonstrations take the first.
     correct: tuple[Any, ...]
-
-
-class Reward(Protocol):
-    """How good generated texts are (task_data/rewards.py)."""
-
-    file: Path
-    name: str
-
-    def __call__(
-        self, prompts: Sequence[str], texts: Sequence[str], rows: Sequence[Row]
-    ) -> list[float]:
-        """Return the reward of each text, which follows the prompt made of its row."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +47,7 @@ class Task:
     more_text_columns: tuple[str, ...] = ()  # beside those of the prompt
     option_columns: tuple[str, ...] = ()  # hold no text; ``candidates`` needs them
     answer_metric: str = "f1"  # the first metric of generated answers: f1 or em
-    reward: Reward | None = None  # how good a text is; None: the gold answers say so
+    reward: Any = None  # a task_data.rewards.Reward: how good a text is; None: the answers say so
 
     @property
     def generation(self) -> bool:
@@ -94,14 +81,14 @@ class Task:
         self.check_columns(row, needed)
         for column in self.text_columns:
             if not isinstance(row[column], str):
-                raise InputError(f"{column} is {shown(row[column])}: expected a text")
+                raise unexpected(column, row[column], "a text")
         candidates = self.candidates(row) if self.candidates else tuple(self.template.labels)
-        correct: tuple[Any, ...] = ()
-        if with_answer and self.answer_column:
-            if self.correct:
-                correct = self.correct(row, candidates)
-            else:
-                correct = (_pick(candidates, row, self.answer_column),)
+        if not (with_answer and self.answer_column):
+            correct: tuple[Any, ...] = ()
+        elif self.correct:
+            correct = self.correct(row, candidates)
+        else:
+            correct = (_pick(candidates, row, self.answer_column),)
         return Sample(index, row, candidates, correct)
 
     def check_columns(self, row: Row, needed: Iterable[str]) -> None:
@@ -171,6 +158,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
+def unexpected(what: str, value: Any, expected: str) -> InputError:
+    """Return the error of a value that is of another kind than it should be."""
+    return InputError(f"{what} is {shown(value)}: expected {expected}")
+
+
 def listed(names: Iterable[Any], most: int = 20) -> str:
     """Return names as an error's one line lists them."""
     names = list(map(str, names))
@@ -189,7 +181,7 @@ def _texts(place: str, row: Row, *_: Any) -> tuple[str, ...]:
         values = values.get(name) if isinstance(values, Mapping) else None
     is_list = isinstance(values, list | tuple) and all(isinstance(value, str) for value in values)
     if not is_list or not values:
-        raise InputError(f"{place} is {shown(values)}: expected a list of at least one text")
+        raise unexpected(place, values, "a list of at least one text")
     return tuple(dict.fromkeys(values))
 
 
@@ -206,8 +198,7 @@ def _pick(known: Iterable[Any], row: Row, column: str) -> Any:
     """Return the known value equal to the row's (a file may write 1.0 for 1, or 1 for true)."""
     known = tuple(known)
     if row[column] not in known:
-        expected = " or ".join(map(repr, known))
-        raise InputError(f"{column} is {shown(row[column])}: expected {expected}")
+        raise unexpected(column, row[column], " or ".join(map(repr, known)))
     return known[known.index(row[column])]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from task_data.files import read_rows
-from tasks import listed, shown
+from tasks import listed, shown, unexpected
 from templates import Row
 from utils import InputError
 
@@ -69,49 +69,40 @@ class Columns:
         if len({label.casefold() for label in self.labels}) < len(self.labels):
             yield f"some labels differ in upper and lower case alone: {listed(self.labels)}"
 
-    def guessed(self, row: Row, has_classes: bool) -> Columns:
-        """Return the columns with a file's ``text`` and ``label``, where no others are named."""
-        unnamed = not (self.text or self.template or any(c in row for c in CONVERSATIONS))
-        text = "text" if unnamed and "prompt" not in row and "text" in row else self.text
-        has_answers = self.label or self.answer or {"answer", "options"} & row.keys()
-        label = "label" if has_classes and not has_answers and "label" in row else self.label
-        return replace(self, text=text, label=label)
-
-    def looked_up(self, file: Path, row: Row) -> Columns:
+    def looked_up(self, file: Path, row: Row, has_classes: bool) -> Columns:
         """Return the columns with what the first of the user's files, and its first row, say.
 
         Raises:
             InputError: a named column is not there, or the labels make no classes.
         """
-        fields = _FIELD.findall(self.template or "")
+        text, label, fields = self.text, self.label, _FIELD.findall(self.template or "")
+        has_messages = any(column in row for column in CONVERSATIONS)
+        if "text" in row and not (text or self.template or has_messages or "prompt" in row):
+            text = "text"
+        has_answers = label or self.answer or "answer" in row or "options" in row
+        if "label" in row and has_classes and not has_answers:
+            label = "label"
         if self.template and not fields:
-            raise InputError(
-                f"--prompt_template {shown(self.template)}: name a column in braces, one of "
-                f"{listed(row)}"
-            )
-        if shows := {self.label, self.answer} & {*fields, self.text} - {None}:
-            raise InputError(
-                f"the prompt has the column {min(shows)!r}, which is its answer: leave it out of "
-                "--prompt_template and --text_column; answers are put behind the prompt"
-            )
-        named = [
-            ("--text_column", self.text),
-            ("--label_column", self.label),
-            ("--answer_column", self.answer),
-            *(("--prompt_template", name) for name in fields),
-        ]
-        for option, name in named:
+            braces = f"name a column in braces, one of {listed(row)}"
+            raise InputError(f"--prompt_template {shown(self.template)}: {braces}")
+        if shows := {label, self.answer} & {*fields, text} - {None}:
+            raise InputError(f"the prompt has the column {min(shows)!r}, which is its answer")
+        for option, name in (
+            *(("--text_column", text), ("--label_column", label)),
+            *(("--answer_column", self.answer), *(("--prompt_template", name) for name in fields)),
+        ):
             if name and name not in row:
                 raise InputError(f"{file}: {option}: no column {name!r}; there are {listed(row)}")
-        if self.label:
-            names = _class_names(file, self.label)
-            labels = names or _labels(file, self.label)
+        if label:
+            names = _class_names(file, label)
+            labels = names or _labels(file, label)
             options = _words_of(labels, self.words) if self.words else labels
-            return replace(self, labels=labels, by_number=bool(names), options=options)
+            classes = {"labels": labels, "by_number": bool(names), "options": options}
+            return replace(self, text=text, label=label, **classes)
         if self.words:
             raise InputError(f"--label_words {self.words}: {file} has no --label_column")
-        given = self.text or self.template or self.answer or "prompt" in row
-        return replace(self, from_messages=not given and any(c in row for c in CONVERSATIONS))
+        given = text or self.template or self.answer or "prompt" in row
+        return replace(self, text=text, from_messages=has_messages and not given)
 
     def arranged(self, row: Row, with_answer: bool = True) -> Row:
         """Return a row with what it has of prompt, options and answer beside its own columns.
@@ -148,10 +139,8 @@ class Columns:
         for name in (label, label.removesuffix(".0")):
             if name in self.labels:
                 return self.options[self.labels.index(name)]
-        raise InputError(
-            f"the label is {shown(value)}: expected one of those in the first file, "
-            f"{shown(list(self.labels))}"
-        )
+        known = f"one of those in the first file, {shown(list(self.labels))}"
+        raise unexpected("the label", value, known)
 
 
 def as_text(value: Any, what: str = "the value") -> str:
@@ -159,7 +148,7 @@ def as_text(value: Any, what: str = "the value") -> str:
     is_float = isinstance(value, float)
     no_text = value is None or isinstance(value, list | dict | bytes)
     if no_text or (is_float and not math.isfinite(value)):
-        raise InputError(f"{what} is {shown(value)}: expected a text or a number")
+        raise unexpected(what, value, "a text or a number")
     return str(value).removesuffix(".0") if is_float else str(value)
 
 
@@ -186,21 +175,21 @@ def _labels(file: Path, column: str) -> tuple[str, ...]:
         except InputError as error:
             unlabelled.append((place, error))
     if unlabelled:
-        (place, error), count = unlabelled[0], len(unlabelled)
-        all_of_them = f" ({count} rows: {listed((place for place, _ in unlabelled), 3)})"
-        raise InputError(f"{place}: {error}{all_of_them if count > 1 else ''}")
+        places = [place for place, _ in unlabelled]
+        count = f" ({len(places)} rows: {listed(places, 3)})" if len(places) > 1 else ""
+        raise InputError(f"{places[0]}: {unlabelled[0][1]}{count}")
     if len(labels) == 1:
         raise InputError(f"--label_column {column}: all rows of {file} have {shown(*labels)} there")
     if len(labels) > MOST_LABELS:
         raise InputError(
-            f"--label_column {column}: {file} has {len(labels):,} different values in it, at most "
-            f"{MOST_LABELS} make classes; give --answer_column {column} for generated answers"
+            f"--label_column {column}: {file} has {len(labels):,} different values there, more "
+            f"than {MOST_LABELS} classes; give --answer_column {column} for generated answers"
         )
     numbers = _are_numbers(labels)
     if numbers and len(labels) > max(MOST_SCORES, len(rows) / 2):
         raise InputError(
             f"--label_column {column}: {len(labels)} different numbers in the {len(rows)} rows of "
-            f"{file}, but a label is a class: write one of a few in its place, as in low and high"
+            f"{file}, but a label is a class: write one of a few instead, as in low and high"
         )
     return tuple(sorted(labels, key=lambda label: (float(label) if numbers else 0, label)))
 
@@ -223,9 +212,7 @@ def _label(value: Any) -> str:
     with contextlib.suppress(InputError):
         if text := as_text(value).strip():
             return text
-    raise InputError(
-        f"the label is {shown(value)}: expected a text or a number; fill it in, or delete the row"
-    )
+    raise unexpected("the label", value, "a text or a number; fill it in, or delete the row")
 
 
 def _conversation(row: Row) -> dict[str, Any]:
@@ -234,15 +221,10 @@ def _conversation(row: Row) -> dict[str, Any]:
     said = row.get(column)
     turns = [_turn(turn) for turn in said] if isinstance(said, list) else []
     if not turns or None in turns:
-        raise InputError(
-            f"{column} is {shown(said)}: expected a list of "
-            '{"role": "user", "content": "…"} and the like'
-        )
+        raise unexpected(column, said, 'a list of {"role": "user", "content": "…"} and the like')
     answer = {"answer": turns.pop()["content"]} if turns[-1]["role"] == "assistant" else {}
     if not turns or turns[-1]["role"] != "user":
-        raise InputError(
-            f"{column} is {shown(said)}: the last turns have to be the user's and the assistant's"
-        )
+        raise InputError(f"{column}: the last turns have to be the user's and the assistant's")
     return {"messages": turns, "prompt": turns[-1]["content"], **answer}
 
 

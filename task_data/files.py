@@ -77,9 +77,7 @@ def _text(path: Path) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(
-            f"{path}:{line}: not UTF-8 text ({error.reason}); save it as UTF-8"
-        ) from error
+        raise InputError(f"{path}:{line}: not UTF-8 ({error.reason}); save it as that") from error
 
 
 def _json_rows(path: Path) -> Iterator[PlacedRow]:
@@ -99,9 +97,8 @@ def _json(text: str, place: object) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{place}: not JSON ({first_line(error)}); give one JSON object on each line"
-        ) from error
+        said = f"not JSON ({first_line(error)}); give one JSON object on each line"
+        raise InputError(f"{place}: {said}") from error
 
 
 def _csv_rows(path: Path) -> Iterator[PlacedRow]:
@@ -130,9 +127,8 @@ def _csv_rows(path: Path) -> Iterator[PlacedRow]:
             else:
                 yield place, dict(zip(columns, (MISSING.get(c, c) for c in cells), strict=True))
     except csv.Error as error:
-        raise InputError(
-            f"{path}:{reader.line_num}: not CSV ({first_line(error)}); check its quotes"
-        ) from error
+        said = f"not CSV ({first_line(error)}); check its quotes"
+        raise InputError(f"{path}:{reader.line_num}: {said}") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[PlacedRow]:

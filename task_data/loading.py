@@ -62,14 +62,12 @@ def split_files(task: Task, data_dir: str | None) -> tuple[Path | None, Path | N
     root = Path(data_dir)
     if not root.is_dir():
         raise InputError(f"--data_dir {data_dir}: no such folder")
-    folders = {path.name: path for path in sorted(root.iterdir()) if path.is_dir()}
-    for name, folder in folders.items():
-        if name.lower() == task.name.lower():
+    folders = [path for path in sorted(root.iterdir()) if path.is_dir()]
+    for folder in folders:
+        if folder.name.lower() == task.name.lower():
             return _split_file(folder, "train"), _split_file(folder, "validation")
-    raise InputError(
-        f"--data_dir {data_dir}: no folder for {task.name}; folders found: "
-        f"{listed(folders) or 'none'}"
-    )
+    found = listed(folder.name for folder in folders) or "none"
+    raise InputError(f"--data_dir {data_dir}: no folder for {task.name}; folders found: {found}")
 
 
 def _split_file(folder: Path, split: str) -> Path:

@@ -14,7 +14,7 @@ import templates
 from task_data.columns import Columns, as_text
 from task_data.files import PlacedRow, errors_name, own_file, read_rows
 from task_data.rewards import Reward
-from tasks import Sample, Task, get_task, listed, shown
+from tasks import Sample, Task, get_task, listed, shown, unexpected
 from templates import Row
 from utils import InputError
 
@@ -73,25 +73,26 @@ class OwnTask(Task):
         """Refuse a row without a column, or with options where the first row has none."""
         if ("options" in row) == self.generation:
             given, there = ("", "has none") if self.generation else ("no ", "has some")
-            raise InputError(
-                f"{given}options, but the first row of {self.first_file} {there}: give them in "
-                "every row, or in none"
-            )
+            first = f"the first row of {self.first_file} {there}"
+            raise InputError(f"{given}options, but {first}: give them in every row, or in none")
         missing = next((column for column in needed if column not in row), None)
-        if missing and self.own_columns.from_messages:
+        if missing is None:
+            return
+        columns = self.own_columns
+        if columns.from_messages:
             raise InputError("the last turn is not the assistant's answer")
-        if missing:
-            found = [name for name in row if name not in self.own_columns.added]
-            known = [each for names, each in LAYOUTS.items() if set(names) <= set(found)]
-            named = self.own_columns.label or self.own_columns.answer
-            names = ("text", "prompt") if missing == "prompt" else ("label", "answer")
-            if missing == "answer" and (named or "options" in row):
-                names = (named or "answer",)
-            way_out = "" if named in names else f"; {(known or [NAMED])[0]}"
-            if near := next((name for name in found if name.lower() in names), None):
-                way_out = f"; rename {near!r}, or{way_out[1:]}" if way_out else f"; rename {near!r}"
-            columns = " (or ".join(names) + ")" * (len(names) - 1)
-            raise InputError(f"no column {columns}; found {listed(found)}{way_out}")
+        named = columns.label or columns.answer
+        names = ("text", "prompt")
+        if missing == "answer":
+            names = (named or "answer",) if named or "options" in row else ("label", "answer")
+        found = [name for name in row if name not in columns.added]
+        ways_out = [f"rename {name!r}" for name in found if name.lower() in names][:1]
+        if named not in names:
+            known = (each for needed, each in LAYOUTS.items() if {*needed} <= {*found})
+            ways_out.append(next(known, NAMED))
+        expected = " (or ".join(names) + ")" * (len(names) - 1)
+        way_out = f"; {', or '.join(ways_out)}" if ways_out else ""
+        raise InputError(f"no column {expected}; found {listed(found)}{way_out}")
 
     def labels_of(self, options: Sequence[str]) -> list[str]:
         """Return the file's own labels in place of the words that the model reads for them."""
@@ -127,14 +128,10 @@ def choose_task(
     elif name:
         task = get_task(name)
     else:
-        raise InputError(
-            "--task_name is missing: give a task, for instance --task_name SST2, or --train_file "
-            "and --validation_file"
-        )
+        raise InputError("--task_name is missing: give a task, as SST2, or --train_file")
     if reward and not task.generation:
         raise InputError(
-            f"--reward {reward}: the answers of {task.name} are chosen from options; give a task "
-            "whose answers are generated, or --non_diff"
+            f"--reward {reward}: the answers of {task.name} are chosen from options; leave it out"
         )
     return replace(task, reward=Reward.load(reward)) if reward else task
 
@@ -148,11 +145,10 @@ def _own_task(
 ) -> OwnTask:
     first = train or validation
     _, row = next(read_rows(first))
-    columns = columns.guessed(row, not has_reward).looked_up(first, row)
+    columns = columns.looked_up(first, row, has_classes=not has_reward)
     chosen = "options" in row or bool(columns.labels)
-    kind, fitting = "generated", ("f1", "em")
-    if chosen:
-        kind, fitting = "chosen from options", ("accuracy",)
+    kind = "chosen from options" if chosen else "generated"
+    fitting = ("accuracy",) if chosen else ("f1", "em")
     if metric not in (None, *fitting):
         raise InputError(
             f"--metric {metric}: the answers in {first} are {kind}; give {' or '.join(fitting)}"
@@ -183,10 +179,7 @@ def _options(row: Row) -> tuple[str, ...]:
     if isinstance(options, str):
         options = _list_in(options)
     if not isinstance(options, list) or len(options) < 2:
-        raise InputError(
-            f"options is {shown(row['options'])}: expected a list of at least 2 texts, as in "
-            '["yes", "no"]; without options in any row the answers are generated'
-        )
+        raise unexpected("options", row["options"], 'a list of at least 2 texts: ["yes", "no"]')
     options = tuple(as_text(option, "one of the options") for option in options)
     for option in options:
         _check_text(option, "one of the options")
@@ -207,10 +200,8 @@ def _right_option(row: Row, options: tuple[str, ...]) -> tuple[str]:
         for name in (text, text.removesuffix(".0")):
             if name in by_name:
                 return (by_name[name],)
-    raise InputError(
-        f"answer is {shown(answer)}: expected one of the options {shown(list(options))}, or its "
-        f"number from 0 to {len(options) - 1}"
-    )
+    numbers = f"its number from 0 to {len(options) - 1}"
+    raise unexpected("answer", answer, f"one of the options {shown(list(options))}, or {numbers}")
 
 
 def _answers(row: Row, _: tuple[()]) -> tuple[str, ...]:
@@ -221,10 +212,8 @@ def _answers(row: Row, _: tuple[()]) -> tuple[str, ...]:
     if isinstance(answers, str):
         answers = [answers]
     if not isinstance(answers, list) or not answers:
-        raise InputError(
-            f"answer is {shown(answers)}: expected a text or a list of texts (the number of an "
-            "option needs the column options)"
-        )
+        numbers = "the number of an option needs the column options"
+        raise unexpected("answer", answers, f"a text or a list of texts ({numbers})")
     for answer in answers:
         _check_text(answer, "answer")
     return tuple(dict.fromkeys(answers))
@@ -259,11 +248,7 @@ def _list_in(cell: Any) -> list[Any] | None:
 
 def _check_text(value: Any, column: str) -> None:
     if not isinstance(value, str) or not value.strip():
-        raise InputError(f"{column} is {shown(value)}: expected a text that is not empty")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        # JSON may have half of a character, as in "\ud83d"; a tokenizer takes whole ones.
-        raise InputError(
-            f"{column} is {shown(value)}: half a character; repair the text"
-        ) from error
+        raise unexpected(column, value, "a text that is not empty")
+    # JSON may have half of a character, as in "\ud83d"; a tokenizer takes whole ones.
+    if value != value.encode(errors="ignore").decode():
+        raise unexpected(column, value, "whole characters, not half of one")
