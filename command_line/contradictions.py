@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from command_line.declarations import AUTO, OFF, Effect
-from command_line.reading import DECLARED, OWN, TUNING_MODES, raise_problems, show_argument
+from command_line.reading import DECLARED, OWN, TUNING_MODES, raise_problems
 from command_line.scripts import WEIGHTS
 from task_data.own_tasks import OwnTask
 from tasks import Task
@@ -115,8 +115,17 @@ def _refused(values: Any) -> list[str]:
         effect = _unmet(values, name) if name in values.given else None
         if effect and effect.refused and asks_for_something(values, name):
             reason = f"{effect.otherwise}; {effect.way_out}"
-            reasons.setdefault(reason, []).append(show_argument(values, name))
+            reasons.setdefault(reason, []).append(_shown(values, name))
     return [f"{', '.join(shown)}: {reason}" for reason, shown in reasons.items()]
+
+
+def _shown(values: Any, name: str) -> str:
+    """Return an argument with its value, as it may be typed; secrets are left out."""
+    value = getattr(values, name)
+    value = getattr(value, "value", value)
+    if value is True or name == "hub_token":
+        return f"--{name}"
+    return f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}"
 
 
 def _pairs(values: Any) -> Iterator[str]:

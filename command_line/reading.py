@@ -86,13 +86,13 @@ class Meaning:
     @property
     def wants_dev_metric(self) -> bool:
         """Whether the task's metrics are measured on the dev set during training."""
-        return self.eval_metric or self.metric_for_best_model not in (None, "loss", "eval_loss")
+        best = self.metric_for_best_model or "loss"
+        return self.eval_metric or best not in ("loss", "eval_loss")
 
     def choose_schedule(self) -> None:
         """Set the learning rate's schedule where none is given, as in the published scripts."""
-        if self.lr_scheduler_type is None:
-            constant = self.trainer in ("zo", "none")
-            self.lr_scheduler_type = "constant" if constant else "linear"
+        default = "constant" if self.trainer in ("zo", "none") else "linear"
+        self.lr_scheduler_type = self.lr_scheduler_type or default
 
     @property
     def shares_batches(self) -> bool:
@@ -113,23 +113,17 @@ class Meaning:
 class Values(Meaning):
     """The values of a command line, as attributes; of what is not given the default."""
 
-    def __init__(
-        self,
-        given: dict[str, Any],
-        given_by_user: frozenset[str],
-        words: dict[str, list[str]],
-        ignored: dict[str, str],
-    ) -> None:
-        self.given = given  # what a user or a script gives
-        self.given_by_user = given_by_user  # the names of what a user gives
-        self.words = words  # of each argument; transformers reads those of the Trainer's others
-        self.ignored = ignored  # published arguments that change nothing here, and why
-        self.__dict__.update({name: each.default for name, each in DECLARED.items()} | given)
+    def __init__(self, reader: _Reader, of_user: dict[str, Any], of_script: dict[str, Any]) -> None:
+        self.given = of_script | of_user
+        self.given_by_user = frozenset(of_user)
+        self.words = reader.words  # transformers reads those of the Trainer's other arguments
+        self.ignored = reader.ignored  # published arguments that change nothing here, and why
+        self.__dict__.update({name: each.default for name, each in DECLARED.items()} | self.given)
         if self.linear_probing and self.trainer in ("zo", "broadcast"):  # as in MeZO
-            if "trainer" in given_by_user:
+            if "trainer" in of_user:
                 reason = "--linear_probing is a logistic regression"
-                ignored[f"--trainer {self.trainer}"] = reason
-            self.trainer = given["trainer"] = "regular"
+                self.ignored[f"--trainer {self.trainer}"] = reason
+            self.trainer = self.given["trainer"] = "regular"
         self.choose_schedule()
 
 
@@ -137,11 +131,7 @@ def read_values(argv: Sequence[str], environment: Mapping[str, str] | None = Non
     """Read a command line.
 
     ``--script NAME`` comes first where a script calls: its variables and defaults are read from
-    the environment, and the arguments of a user win.
-
-    Args:
-        argv: its words.
-        environment: of the process; None: ``os.environ``.
+    ``environment`` (None: that of the process), and the arguments of a user win.
 
     Raises:
         InputError: names everything that is unknown or out of its bounds.
@@ -155,18 +145,17 @@ def read_values(argv: Sequence[str], environment: Mapping[str, str] | None = Non
     chosen: dict[str, Any] = {}
     if of_script and not reader.problems:
         variables = os.environ if environment is None else environment
-        defaults = choose_defaults(script, variables, user)
         reason = "the files of --train_file and --validation_file replace it"
         reader.ignored |= dict.fromkeys(replaced(variables, user), reason)
         words_of_script = {
             ours: ([each], label)
-            for name, (word, label) in defaults.items()
+            for name, (word, label) in choose_defaults(script, variables, user).items()
             for ours, each in TRANSLATED.get((name, word.lower()), {name: word}).items()
             if ours not in user
         }
         chosen = reader.read(words_of_script)
     raise_problems(reader.problems)
-    values = Values(chosen | user, frozenset(user), reader.words, reader.ignored)
+    values = Values(reader, user, chosen)
     if _train_classes(values, of_script):
         values.given["train_as_classification"] = values.train_as_classification = True
         values.words["train_as_classification"] = ["True"]
@@ -284,33 +273,20 @@ def raise_problems(problems: Sequence[str]) -> None:
 
 
 def explain_unknown(*options: str) -> str:
-    """Return lines on words of the command line that are no arguments of run.py.
-
-    Args:
-        options: as they were typed, ``--lr`` or ``--lr=1e-6``.
-    """
+    """Return lines on words that are no arguments of run.py, as ``--lr`` or ``--lr=1e-6``."""
     lines, others = [], []
     for option in options:
         name = option.partition("=")[0].removeprefix("--").replace("-", "_").lower()
-        near = difflib.get_close_matches(name, NAMES, 1, 0.75)
-        if found := SYNONYMS.get(name) or (near and near[0]):
-            lines.append(f"unknown argument {option}: did you mean --{found}?")
+        near = [SYNONYMS[name]] if name in SYNONYMS else []
+        near += difflib.get_close_matches(name, NAMES, 1, 0.75)
+        if near:
+            lines.append(f"unknown argument {option}: did you mean --{near[0]}?")
         else:
             others.append(option)
     if others:
-        lines.append(
-            f"unknown argument {', '.join(others)}: python run.py --help all lists the arguments"
-        )
+        listed = "python run.py --help all lists the arguments"
+        lines.append(f"unknown argument {', '.join(others)}: {listed}")
     return "\n       ".join(lines)
-
-
-def show_argument(values: Any, name: str) -> str:
-    """Return an argument with its value, as it may be typed; secrets are left out."""
-    value = getattr(values, name)
-    value = getattr(value, "value", value)
-    if value is True or name == "hub_token":
-        return f"--{name}"
-    return f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}"
 
 
 def argument_name(option: str) -> str | None:

@@ -109,7 +109,8 @@ def choose_defaults(
     found = {name: environment[name] for name in read if environment.get(name)}
     variables = {each: name for name in found for each in VARIABLES[script][name].split()}
     values = {argument: found[name] for argument, name in variables.items()}
-    said = values | user
+    # An empty text names no file.
+    said = values | {name: value for name, value in user.items() if value is not None}
     chosen: dict[str, Any] = {"model_name": str(BUNDLED_MODEL)}
     chosen |= _of_mode(script, found.get("MODE", "ft"), said) | DEFAULTS[script]
     is_bundled = _is_bundled(said.get("model_name", chosen["model_name"]))

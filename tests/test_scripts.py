@@ -273,7 +273,9 @@ def test_own_files(tmp_path: Path) -> None:
         assert values_of("HiZOO.sh", own, DEV="7").num_train == 13
         assert values_of("HiZOO.sh", [*own, "--num_dev", "99"]).num_train == 1
         assert values_of("icl.sh", own).num_train == 32
-        assert values_of("icl.sh", own[1:]).num_train == 0
+        for empty in ([], ["--train_file", ""]):
+            assert values_of("icl.sh", [*own[1:], *empty]).num_train == 0
+        assert values_of("HiZOO.sh", [*own[1:], *empty]).num_train == 1000
         values = values_of("HiZOO.sh", own, TASK="RTE", DATA_DIR="nowhere")
         assert (values.task_name, values.data_dir) == (None, None)
         assert "here: TASK, DATA_DIR (the files of --tr" in make_arguments(values).warning
@@ -296,6 +298,7 @@ def test_what_makes_no_sense_is_refused() -> None:
         ("HiZOO.sh", "--trainer broadcast", {"MODE": "lora"}, "--lora: .*take --trainer zo"),
         ("finetune.sh", "--fsdp full_shard", {"MODE": "prefix"}, "--prefix_tuning: it needs whole"),
         ("nothing.sh", "", {}, "--script nothing.sh: choose from icl.sh"),
+        ("HiZOO.sh", ["--model_name", ""], {}, "^--model_name is missing"),
     ):
         with pytest.raises(InputError, match=message):
             values_of(script, line, **variables)
