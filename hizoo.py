@@ -32,7 +32,6 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -42,16 +41,12 @@ from zeroth_order import step_rule
 from zeroth_order.checks import check_parameter, check_perturbation_scale, check_repeats
 from zeroth_order.config import AUTO, HiZOOConfig, check_settings
 from zeroth_order.curvature import mean_and_max
-from zeroth_order.in_place import InPlaceWeights
 from zeroth_order.layerwise import Layers, OnlyInPlace
 from zeroth_order.signals import signals_wait
-from zeroth_order.weights import GroupStep, Pass, Shift, Weights
+from zeroth_order.weights import GroupStep, InPlaceWeights, Pass, Shift, Weights
 
 __all__ = ["HiZOO", "HiZOOConfig", "Layers", "OnlyInPlace"]
 __version__ = "0.2.0"
-
-# Where a loss is taken; None: at θ.
-Perturbation = Shift | None
 
 
 class HiZOO(torch.optim.Optimizer):
@@ -136,7 +131,7 @@ class HiZOO(torch.optim.Optimizer):
         """
         self._prepare(batches[0][0])
         self._measured, directions = self._measures_curvature(), range(self.config.num_samples)
-        order: list[Perturbation] = [None] if self._measured else []
+        order: list[Shift | None] = [None] if self._measured else []
         order += itertools.product(directions, (1.0, -1.0))
         passes: list[Pass] = []
         for number, (closure, _) in enumerate(batches, start=len(self._estimates)):
@@ -281,8 +276,8 @@ class HiZOO(torch.optim.Optimizer):
         if self._estimates:
             raise RuntimeError("loss_along() between estimate() and step() would lose the estimate")
         self._prepare(closure)
-        at = direction, distance / self.param_groups[0]["eps"]
-        return self.weights.losses([(closure, at)])[0]
+        shift = (direction, distance / self.param_groups[0]["eps"]) if distance else None
+        return self.weights.losses([(closure, shift)])[0]
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -387,6 +382,6 @@ class HiZOO(torch.optim.Optimizer):
             trained = [(id(p), group["eps"]) for group, p in self._parameters() if p.requires_grad]
             if trained != self._checked_scales:
                 self.check_perturbation_scale()
-            kind = partial(self.layers.kind, self.layers) if self.layers else InPlaceWeights
+            kind = self.layers.weights if self.layers else InPlaceWeights
             self.weights = kind(self.param_groups, self.state, self.config)
         self.weights.prepare(closure)

@@ -34,9 +34,9 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from error_broadcast import ErrorBroadcast
 from hizoo import HiZOO, Layers
-from zeroth_order.chunk_noise import Noise, bundles, drawn
+from zeroth_order.chunks import Noise, bundles, drawn
+from zeroth_order.compiling import kernel
 from zeroth_order.kernels import Pieces, write
-from zeroth_order.running import kernel
 from zeroth_order.weights import GroupStep
 
 SHAPES = {

@@ -14,7 +14,7 @@ from oracle_hizoo import OracleHiZOO, read_noise
 from torch import Tensor, nn
 
 from hizoo import HiZOO, Layers
-from zeroth_order import chunks, running
+from zeroth_order import chunks, compiling
 from zeroth_order.curvature import start as start_hessian
 from zeroth_order.noise import (
     chunk_key,
@@ -325,7 +325,7 @@ def test_low_rank_hessian_is_under_one_percent_of_opt_13b() -> None:
     weights = h = 0
     for shape in shapes:
         parameter = nn.Parameter(torch.empty(shape, device="meta", dtype=torch.float16))
-        trained = chunks.TrainedParameter(parameter, {}, 0, True, False, torch.bfloat16)
+        trained = chunks.TrainedParameter(parameter, {}, 0, True, False)
         state = start_hessian(trained)
         weights += parameter.numel() * parameter.element_size()
         h += sum(tensor.numel() * tensor.element_size() for tensor in state.values())
@@ -513,7 +513,7 @@ COMPILED_KINDS = [
 def test_compiled_kernels_do_the_same(dtype, kind, samples, decay, monkeypatch) -> None:
     """With the same losses, up to rounding."""
     hessian, smooth = KINDS[kind]
-    if running.why_not_compiled(torch.device("cpu")):
+    if compiling.why_not_compiled(torch.device("cpu")):
         pytest.skip("torch.compile needs a C++ compiler")
     # Large parameters in a few tiles, where nothing is compiled.
     monkeypatch.setattr(chunks, "CACHED_CHUNK", 1 << 15)
@@ -575,7 +575,7 @@ def test_compiled_steps_of_every_kind_follow_one_another() -> None:
 
 
 def test_without_a_compiler_the_step_runs_all_the_same(monkeypatch) -> None:
-    monkeypatch.setattr(running, "why_not_compiled", lambda device: "no C++ compiler found")
+    monkeypatch.setattr(compiling, "why_not_compiled", lambda device: "no C++ compiler found")
     model = quadratic_model(torch.float32)
     optimizer = HiZOO(model.parameters(), lr=1e-3, compile=True)
     with pytest.warns(UserWarning, match="torch.compile fails here: no C\\+\\+ compiler found"):
@@ -589,9 +589,9 @@ def test_without_a_compiler_the_step_runs_all_the_same(monkeypatch) -> None:
 def test_only_large_models_are_compiled(monkeypatch) -> None:
     asked = []
     monkeypatch.setattr(
-        running, "why_not_compiled", lambda device: asked.append(device) or "not now"
+        compiling, "why_not_compiled", lambda device: asked.append(device) or "not now"
     )
-    monkeypatch.setattr(running, "COMPILE_FROM", 200)
+    monkeypatch.setattr(compiling, "COMPILE_FROM", 200)
     small = nn.Linear(10, 10)
     HiZOO(small.parameters()).step(lambda: small(torch.ones(10)).sum())
     assert not asked

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,22 +33,6 @@ class Source(Protocol):
         """Read a tensor, in any dtype, into ``target``; return how many bytes were read."""
 
 
-class Owner(Protocol):
-    """Who trains the weights of blocks."""
-
-    def arrived(self, block: Block, tensors: Mapping[Any, Tensor]) -> bool:
-        """Bring a block that was loaded up to date; return whether it is to be written."""
-
-    def left(self, block: Block) -> None:
-        """Let go of the tensors of a block."""
-
-    def finish(self) -> None:
-        """Bring all blocks up to date."""
-
-    def forget(self) -> None:
-        """Leave out what blocks still have to get: they begin again."""
-
-
 def block_modules(model: nn.Module) -> list[nn.Module]:
     """Return the blocks of a model of transformers, those within others left out.
 
@@ -63,12 +48,6 @@ def block_modules(model: nn.Module) -> list[nn.Module]:
     return blocks
 
 
-def streamed_parameters(block: nn.Module, model: nn.Module) -> set[nn.Parameter]:
-    """Return the parameters of a model that are used within one of its blocks only."""
-    uses = _uses(model)
-    return {p for p, count in _uses(block).items() if count == uses[p]}
-
-
 def placeholder(parameter: Tensor, device: torch.device | str) -> Tensor:
     """Return a tensor like a parameter, without memory: who reads it finds NaN."""
     nan = torch.full((), torch.nan, dtype=parameter.dtype, device=device)
@@ -78,12 +57,6 @@ def placeholder(parameter: Tensor, device: torch.device | str) -> Tensor:
 def blocks_of(model: nn.Module) -> Blocks | None:
     """Return the blocks of a model whose weights are streamed, None for other models."""
     return getattr(model, ATTRIBUTE, None)
-
-
-def in_order(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yield parameters of any model in their order, each in memory as it comes."""
-    blocks = blocks_of(model)
-    return blocks.in_order(parameters) if blocks else iter(parameters)
 
 
 class Blocks:
@@ -102,7 +75,7 @@ class Blocks:
     Attributes:
         traffic: moves the blocks, and counts their bytes.
         running: the forward pass that runs in a thread of its own.
-        owner: who trains the weights.
+        owner: the ``streamed.StreamedWeights`` that train these weights; None: nobody does.
         checksums: of weights that no update has changed since, by their ids.
         hessians: where h comes from the first time; None: it begins at 1.
 
@@ -122,15 +95,15 @@ class Blocks:
         self.source, self.budget, self.write_every = source, budget, write_every
         self.hessians: Source | None = None
         names = {parameter: name for name, parameter in model.named_parameters()}
+        uses = _uses(model)
         self.blocks: list[Block] = []
         for module in block_modules(model):
-            streamed = streamed_parameters(module, model)
-            own = {p: names[p] for p in module.parameters() if p in streamed}
+            own = {p: names[p] for p, count in _uses(module).items() if count == uses[p]}
             self.blocks.append(Block(len(self.blocks), module, own))
         self.block_of = {p: block for block in self.blocks for p in block.names}
         self._placeholders = {parameter: parameter.data for parameter in self.block_of}
         self.running: Any = None
-        self.owner: Owner | None = None
+        self.owner: Any = None
         self.checksums: dict[tuple[int, ...], str] = {}
         device = next(iter(self.block_of)).device
         self.traffic = Traffic(device, self._fill, folder, staged)
@@ -164,15 +137,9 @@ class Blocks:
         self.traffic.lay_out(self.blocks, tensors, self.budget)
 
     def make_room_for(self, states: Mapping[nn.Parameter, tuple[str, torch.dtype]]) -> None:
-        """Lay blocks out anew if they have no room for these states, which are to be trained.
-
-        Raises:
-            RuntimeError: blocks were changed already.
-            OSError: the folder cannot be written to, or has no room.
-        """
-        places = {key: place for block in self.blocks for key, place in block.region.places.items()}
-        wanted = {(p, name): dtype for p, (name, dtype) in states.items()}
-        if any(key not in places or places[key][2] != wanted[key] for key in wanted):
+        """Lay blocks out anew if they have no room for these states; raises as ``lay_out``."""
+        room = {key for block in self.blocks for key in block.region.places}
+        if not room.issuperset((p, name) for p, (name, _) in states.items()):
             self.lay_out(states)
 
     def begin_again(self, source: Source | None = None, hessians: Source | None = None) -> None:
@@ -257,27 +224,11 @@ class Blocks:
         if self.running is None:
             self.release(block)
 
-    def turn_after(self, number: int) -> Callable[[Block], int]:
-        """Return what counts the blocks that come between one, by its number, and another."""
-        return lambda block: (block.number - number - 1) % len(self.blocks)
-
     def in_order(self, parameters: Iterable[Tensor]) -> Iterator[Tensor]:
         """Yield parameters in their order, each with its block in memory as it comes."""
-        here: Block | None = None
-        try:
-            for parameter in parameters:
-                block = self.block_of.get(parameter)
-                if block is not here:
-                    if here:
-                        self.release(here)
-                    here = None
-                    if block:
-                        self.load(block)
-                    here = block
-                yield parameter
-        finally:
-            if here:
-                self.release(here)
+        for block, of_block in itertools.groupby(parameters, self.block_of.get):
+            with self.loaded(block) if block else contextlib.nullcontext():
+                yield from of_block
 
     def in_turn(self, parameters: Iterable[Tensor]) -> Iterator[Tensor]:
         """Yield parameters block by block, so that each block is read once."""

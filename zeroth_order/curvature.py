@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,16 +14,6 @@ from zeroth_order.noise import compute_dtype
 # What the optimizer's state of a parameter holds.
 OFFSET, ROWS, COLUMNS = "hessian_minus_one", "hessian_rows", "hessian_columns"
 State = dict[str, Any]
-
-
-def is_low_rank(parameter: Tensor, state: State, hessian: str) -> bool:
-    """Return whether a parameter's h is, or would be, low-rank; that of a vector never is."""
-    return ROWS in state or (hessian == "lowrank" and parameter.dim() > 1 and parameter.numel() > 0)
-
-
-def dtype_of_hessian(parameter: Tensor) -> torch.dtype:
-    """Return the dtype of a parameter's full h: float16's range is too small for it."""
-    return torch.bfloat16 if parameter.dtype == torch.float16 else parameter.dtype
 
 
 def start(trained: TrainedParameter) -> State:
@@ -54,28 +44,6 @@ def hessian_of_chunk(chunk: Chunk, state: State) -> list[Tensor] | tuple[Tensor,
     rows, columns = state[ROWS], state[COLUMNS].to(dtype)
     factors = (rows / rows.mean()).to(dtype).unsqueeze(1)
     return tuple(factors[piece] * columns for piece in chunk.rows())
-
-
-def averaged(
-    state: State,
-    smooth: float,
-    curvatures: Sequence[float],
-    measured: Sequence[Iterator[tuple[Chunk, list[Tensor]]]],
-) -> State:
-    """Return a low-rank h after a step: moving averages of the row and column means of c h u².
-
-    ``measured`` are all chunks of each direction with h u² of their pieces.
-    """
-    rows, columns = (1 - smooth) * state[ROWS], (1 - smooth) * state[COLUMNS]
-    for curvature, chunks in zip(curvatures, measured, strict=True):
-        row_means, column_means = torch.zeros_like(rows), torch.zeros_like(columns)
-        for chunk, squares in chunks:
-            for of_piece, square in zip(chunk.rows(), squares, strict=True):
-                row_means[of_piece] += square.sum(1) / len(columns)
-                column_means += square.sum(0) / len(rows)
-        rows += smooth * curvature * row_means
-        columns += smooth * curvature * column_means
-    return {ROWS: rows, COLUMNS: columns}
 
 
 def mean_and_max(states: Iterable[State]) -> tuple[float, float]:

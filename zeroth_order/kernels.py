@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zeroth_order.chunk_noise import Noise, drawn, numbers_of_chunk
+from zeroth_order.chunks import Noise, drawn, numbers_of_chunk
 from zeroth_order.noise import half_turned, rounding_bits
 from zeroth_order.rounding import is_half, rounded_sum
 

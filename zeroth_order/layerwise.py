@@ -1,6 +1,7 @@
 """Weights that stay as they are, bit for bit: each module runs with perturbed copies of its own.
 
-For half precision, where a shift that is taken back leaves rounding errors, which add up.
+For half precision, where a shift that is taken back leaves rounding errors, which add up. The
+copies lie in scratch memory, which is allocated once and used again.
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zeroth_order.scratch import Scratch
-from zeroth_order.weights import Weights
+from zeroth_order.weights import Shift, Weights
+
+# Bytes: weights that lie in one piece each begin where a tensor of their own would.
+ALIGNMENT = 64
 
 Copies = dict[nn.Parameter, Tensor]
 # Puts weights into the tensors that it is given.
@@ -26,6 +29,46 @@ Write = Callable[[Copies], None]
 
 class OnlyInPlace(RuntimeError):
     """Weights of a model are read where their module does not run: shift them in place."""
+
+
+class Scratch:
+    """Pieces of memory; those in ``free`` are not borrowed."""
+
+    def __init__(self) -> None:
+        self.free: list[torch.UntypedStorage] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what ``copy`` and ``pickle`` keep: the memory is allocated anew."""
+        return {"free": []}
+
+    def borrow(self, parameters: Sequence[Tensor]) -> dict[Any, Tensor]:
+        """Return tensors like some parameters of one device, all in one piece.
+
+        That is the smallest free piece that is large enough. Where none is, the largest makes room
+        for a new one.
+        """
+        if not parameters:
+            return {}
+        sizes = [-(-p.nbytes // ALIGNMENT) * ALIGNMENT for p in parameters]
+        device = parameters[0].device
+        pieces = [piece for piece in self.free if piece.device == device]
+        pieces.sort(key=torch.UntypedStorage.nbytes)
+        piece = next((piece for piece in pieces if piece.nbytes() >= sum(sizes)), None)
+        taken = piece or (pieces[-1] if pieces else None)
+        self.free = [free for free in self.free if free is not taken]
+        piece = piece or torch.UntypedStorage(sum(sizes), device=device)
+        weights, start = {}, 0
+        for parameter, size in zip(parameters, sizes, strict=True):
+            empty = torch.empty(0, dtype=parameter.dtype, device=device)
+            offset = start // parameter.element_size()
+            weights[parameter] = empty.set_(piece, offset, parameter.shape)
+            start += size
+        return weights
+
+    def give_back(self, weights: dict[Any, Tensor]) -> None:
+        """Take back the pieces that borrowed tensors lie in."""
+        pieces = [tensor.untyped_storage() for tensor in weights.values()]
+        self.free += {piece.data_ptr(): piece for piece in pieces}.values()
 
 
 class Layers:
@@ -60,10 +103,9 @@ class Layers:
         # Whether ``check`` has found that this model can be perturbed so.
         self.checked = False
 
-    @property
-    def kind(self) -> type[LayerwiseWeights]:
-        """What perturbs the weights so."""
-        return LayerwiseWeights
+    def weights(self, *args: Any) -> LayerwiseWeights:
+        """Return what perturbs the weights so; takes the arguments of ``Weights``."""
+        return LayerwiseWeights(self, *args)
 
     def loaded(self, parameters: Iterable[Tensor]) -> Iterator[Tensor]:
         """Yield parameters, in any order."""
@@ -203,12 +245,16 @@ class LayerwiseWeights(Weights):
             )
         super().prepare(closure)
 
-    def loss_at(self, closure: Callable[[], Any], direction: int, sign: float) -> float:
-        """Return the loss at θ + ``sign`` μ u/√h, with the weights themselves at θ."""
-        if not sign:
+    def loss_at(self, closure: Callable[[], Any], shift: Shift | None) -> float:
+        """Return the loss at some shift, with the weights themselves at θ."""
+        with self.perturbed(shift):
             return float(closure())
-        with self.layers.replaced(self.perturbing(direction, sign)):
-            return float(closure())
+
+    def perturbed(self, shift: Shift | None) -> contextlib.AbstractContextManager[Any]:
+        """Let each module run with its weights at some shift."""
+        if shift is None:
+            return contextlib.nullcontext()
+        return self.layers.replaced(self.perturbing(*shift))
 
     def perturbing(self, direction: int, sign: float) -> Write:
         """Return what writes θ + ``sign`` μ u/√h."""

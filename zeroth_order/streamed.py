@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from zeroth_order import curvature
 from zeroth_order.blocks import Blocks, NoBlocks, blocks_of
 from zeroth_order.chunks import TrainedParameter
-from zeroth_order.layerwise import Layers, LayerwiseWeights, give
+from zeroth_order.layerwise import Layers, LayerwiseWeights, Scratch, give
 from zeroth_order.lockstep import ForwardPass, hooks_of
-from zeroth_order.scratch import Scratch
 from zeroth_order.traffic import DISK, Block
 from zeroth_order.weights import GroupStep, Pass, Shift, States, Update
 
@@ -68,10 +67,9 @@ class StreamedLayers(Layers):
         self.hooks = hooks_of(model)
         self.trained |= {p for parameters in self.of_block.values() for p in parameters}
 
-    @property
-    def kind(self) -> type[StreamedWeights]:
-        """What perturbs the weights so."""
-        return StreamedWeights
+    def weights(self, *args: Any) -> StreamedWeights:
+        """Return what perturbs the weights so; takes the arguments of ``Weights``."""
+        return StreamedWeights(self, *args)
 
     def loaded(self, parameters: Iterable[Tensor]) -> Iterator[Tensor]:
         """Yield parameters, each with its block in memory as it comes."""
@@ -113,19 +111,15 @@ class StreamedWeights(LayerwiseWeights):
         self._threads: ThreadPoolExecutor | None = None
         blocks.owner = self
 
-    def _states(self) -> dict[Tensor, tuple[str, torch.dtype]]:
-        """Return the full h that lies beside streamed weights."""
-        streamed = (t for parameters in self.of_block.values() for t in parameters)
-        full = (t for t in streamed if not t.low_rank and t.group["hessian_smooth"] > 0)
-        return {t.parameter: (curvature.OFFSET, t.hessian_dtype) for t in full}
-
     def prepare(self, closure: Callable[[], Any]) -> None:
         """Check the closure's model once; let h begin at 1.
 
         Raises:
             RuntimeError: α was 0 in the first step, and is not now.
         """
-        self.blocks.make_room_for(self._states())
+        streamed = (t for parameters in self.of_block.values() for t in parameters)
+        full = (t for t in streamed if not t.low_rank and t.group["hessian_smooth"] > 0)
+        self.blocks.make_room_for({t.parameter: (curvature.OFFSET, t.hessian_dtype) for t in full})
         if any(self.of_block.values()):
             self.blocks.traffic.reserve(self.blocks.blocks)
         super().prepare(closure)
@@ -143,35 +137,33 @@ class StreamedWeights(LayerwiseWeights):
         if self._threads is None or self._threads._max_workers < len(passes):
             self._threads = ThreadPoolExecutor(len(passes))
         device, begun = self.parameters[0].parameter.device, time.perf_counter()
-        running = [
-            ForwardPass(closure, self._threads, device, self.layers.hooks) for closure, _ in passes
-        ]
-        shifts = dict(zip(running, (shift for _, shift in passes), strict=True))
+        shifts = {
+            ForwardPass(closure, self._threads, device, self.layers.hooks): shift
+            for closure, shift in passes
+        }
         try:
-            for each in running:
-                self._run(each, shifts[each])
+            for each, shift in shifts.items():
+                self._run(each, shift)
             last = -1
-            while stopped := [each for each in running if each.before is not None]:
+            while stopped := {each.before for each in shifts} - {None}:
                 # Passes of unequal length, as in generation: serve those that are ahead, in turn.
-                count = len(self.blocks.blocks)
-                block = min(
-                    (e.before for e in stopped), key=lambda b: (b.number - last - 1) % count
-                )
+                ahead = {(b.number - last - 1) % len(self.blocks.blocks): b for b in stopped}
+                block = ahead[min(ahead)]
                 last = block.number
                 at_block: dict[Shift | None, list[ForwardPass]] = {}
-                for each in stopped:
+                for each, shift in shifts.items():
                     if each.before is block:
-                        at_block.setdefault(shifts[each], []).append(each)
+                        at_block.setdefault(shift, []).append(each)
                 with self.blocks.loaded(block):
                     for shift, passes_of_shift in at_block.items():
-                        with self._perturbed(block, shift):
+                        with self._perturbed_block(block, shift):
                             for each in passes_of_shift:
                                 self._run(each, shift)
         finally:
-            for each in running:
+            for each in shifts:
                 each.abandon()
         self._choose_write_every(time.perf_counter() - begun)
-        return [each.loss for each in running]
+        return [each.loss for each in shifts]
 
     def _choose_write_every(self, total: float) -> None:
         """After the second step that wrote blocks, choose how often they are written from now on.
@@ -186,9 +178,7 @@ class StreamedWeights(LayerwiseWeights):
 
     def _run(self, each: ForwardPass, shift: Shift | None) -> None:
         """Let a pass run until it stops before a block, or ends."""
-        with contextlib.ExitStack() as perturbed:
-            if shift and shift[1]:
-                perturbed.enter_context(self.layers.replaced(self.perturbing(*shift)))
+        with self.perturbed(shift):
             self.blocks.running = each
             try:
                 each.resume()
@@ -196,12 +186,11 @@ class StreamedWeights(LayerwiseWeights):
                 self.blocks.running = None
 
     @contextlib.contextmanager
-    def _perturbed(self, block: Block, shift: Shift | None) -> Iterator[None]:
+    def _perturbed_block(self, block: Block, shift: Shift | None) -> Iterator[None]:
         """Give a block that is in memory perturbed weights."""
-        parameters = self.layers.of_block[block] if shift and shift[1] else []
+        parameters = self.layers.of_block[block] if shift else []
         # Within the last block the head begins, with scratch of its own.
-        scratch = self._scratch
-        copies, own = scratch.borrow(parameters), {p: p.data for p in parameters}
+        copies, own = self._scratch.borrow(parameters), {p: p.data for p in parameters}
         try:
             if copies:
                 self.perturbing(*shift)(copies)
@@ -209,7 +198,7 @@ class StreamedWeights(LayerwiseWeights):
             yield
         finally:
             give(own)
-            scratch.give_back(copies)
+            self._scratch.give_back(copies)
 
     # ---- updates
 

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,11 +49,8 @@ class Block:
         self.writing: Future[None] | None = None
 
 
-class Buffer(NamedTuple):
-    """Memory on the device, and the event behind which it is free (CUDA)."""
-
-    memory: Tensor
-    freed: Any
+# Memory on the device, and the event behind which it is free (CUDA).
+Buffer = tuple[Tensor, Any]
 
 
 class Traffic:
@@ -86,16 +83,18 @@ class Traffic:
         self.file: WorkingFile | None = None
         self._free: queue.SimpleQueue[Buffer] = queue.SimpleQueue()
         self._reader, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        streams = [torch.cuda.Stream(device) for _ in range(2)] if self.is_gpu else [None, None]
-        self._stream_in, self._stream_out = streams
+        self._stream_in, self._stream_out = (
+            torch.cuda.Stream(device) if self.is_gpu else None for _ in range(2)
+        )
         self._staging: list[Tensor] = []
 
     def lay_out(
         self, blocks: Sequence[Block], tensors: Callable[[Block], Iterable[Any]], room: int
     ) -> None:
         """Choose where blocks lie; the first ones for which there is ``room`` lie nearer."""
-        near, far = (HOST, DISK) if self.staged and self.folder else (DEVICE, DISK)
-        if not self.folder:
+        if self.folder:
+            near, far = HOST if self.staged else DEVICE, DISK
+        else:
             near, far = DEVICE, HOST if self.staged else DEVICE
         start = 0
         for block in blocks:
@@ -111,8 +110,7 @@ class Traffic:
         largest = max(moving, default=0)
         self._free = queue.SimpleQueue()
         for _ in range(min(BUFFERS, len(moving))):
-            memory = page_aligned(largest) if not self.is_gpu else self._on_device(largest)
-            self._free.put(Buffer(memory, None))
+            self._free.put((self._on_device(largest), None))
         self._staging = [self._on_host(largest) for _ in range(2)] if self.staged else []
 
     def size_on_disk(self, blocks: Iterable[Block]) -> int:
@@ -137,7 +135,9 @@ class Traffic:
         self.seconds[what] += time.perf_counter() - begun
 
     def _on_device(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8, device=self.device)
+        if self.is_gpu:
+            return torch.empty(size, dtype=torch.uint8, device=self.device)
+        return page_aligned(size)
 
     def _on_host(self, size: int) -> Tensor:
         """Return memory from which a GPU copies while it computes."""
@@ -162,60 +162,58 @@ class Traffic:
     def drop(self, block: Block) -> None:
         """Give back what was read too early: passes went to another block."""
         if block.reading is not None and block.home != DEVICE:
-            self._free.put(Buffer(self.end_of_reading(block), None))
+            self._free.put((self.end_of_reading(block), None))
 
     def _read(self, block: Block) -> Tensor:
         if block.writing is not None:
             block.writing.result()
             block.writing = None
-        size = block.region.size
-        if block.home == DEVICE:
-            memory = self._on_device(size) if self.is_gpu else page_aligned(size)
-            buffer = Buffer(memory, None)
-        else:
-            buffer = self._free.get()
+        size, is_there = block.region.size, block.home == DEVICE
+        memory, freed = (self._on_device(size), None) if is_there else self._free.get()
         try:
             if self.staged:
-                self._copy_in(self._on_the_host(block), buffer)
+                self._copy(memory[:size], self._on_the_host(block), self._stream_in, freed)
             else:
-                self._fill(block, buffer.memory[:size])
+                self._fill(block, memory[:size])
         except BaseException:
-            if block.home != DEVICE:
-                self._free.put(buffer)
+            if not is_there:
+                self._free.put((memory, freed))
             raise
-        return buffer.memory
+        return memory
 
     def _on_the_host(self, block: Block) -> Tensor:
         """Return memory on the host that a block lies in."""
+        size = block.region.size
         if block.host is not None:
-            self.bytes_read += block.region.size
+            self.bytes_read += size
             return block.host
         if block.home == HOST:
-            host = self._on_host(block.region.size)
+            host = self._on_host(size)
         else:
-            size = block.region.size
             host = self._staging[0] if size <= len(self._staging[0]) else page_aligned(size)
-        self._fill(block, host[: block.region.size])
+        self._fill(block, host[:size])
         if block.home == HOST:
             block.host = host
-        return host[: block.region.size]
+        return host[:size]
 
     def _fill(self, block: Block, memory: Tensor) -> None:
-        if block.is_in_file:
-            with self.timed("reading"):
+        with self.timed("reading"):
+            if block.is_in_file:
                 self.file.read(block.region.start, memory)
-            self.bytes_read += len(memory)
-        else:
-            with self.timed("reading"):
+                self.bytes_read += len(memory)
+            else:
                 self.bytes_read += self.fill(block, memory)
 
-    def _copy_in(self, host: Tensor, buffer: Buffer) -> None:
-        with torch.cuda.stream(self._stream_in) if self.is_gpu else contextlib.nullcontext():
-            if buffer.freed is not None:
-                self._stream_in.wait_event(buffer.freed)
-            buffer.memory[: len(host)].copy_(host, non_blocking=True)
-        if self.is_gpu:
-            self._stream_in.synchronize()
+    def _copy(self, target: Tensor, source: Tensor, stream: Any, after: Any) -> None:
+        """Copy on a stream of its own (CUDA), after an event if there is one; wait for the end."""
+        if not self.is_gpu:
+            target.copy_(source)
+            return
+        with torch.cuda.stream(stream):
+            if after is not None:
+                stream.wait_event(after)
+            target.copy_(source, non_blocking=True)
+        stream.synchronize()
 
     # ---- writing
 
@@ -233,12 +231,7 @@ class Traffic:
         if self.staged:
             host = self._staging[1] if block.host is None else block.host
             host = host[: block.region.size]
-            with torch.cuda.stream(self._stream_out) if self.is_gpu else contextlib.nullcontext():
-                if updated is not None:
-                    self._stream_out.wait_event(updated)
-                host.copy_(source, non_blocking=True)
-            if self.is_gpu:
-                self._stream_out.synchronize()
+            self._copy(host, source, self._stream_out, updated)
             source = host
         if block.home == DISK:
             with self.timed("writing"):
@@ -250,7 +243,7 @@ class Traffic:
         """Let the memory of a block be used again, as soon as the block is written."""
         if block.home == DEVICE:
             return
-        buffer, free = Buffer(block.memory, self._event()), self._free
+        buffer, free = (block.memory, self._event()), self._free
         block.memory = None
         if block.writing is None:
             free.put(buffer)

@@ -1,33 +1,28 @@
 """The trained weights: how they are perturbed by μ u/√h, and how a step updates them and h.
 
-``in_place.InPlaceWeights`` shifts them where they are; ``layerwise.LayerwiseWeights`` leaves them
-as they are and runs each module with perturbed copies; ``streamed.StreamedWeights`` does so too,
-and has one block of the model in memory at a time.
+``InPlaceWeights`` shifts them where they are; ``layerwise.LayerwiseWeights`` leaves them as they
+are and runs each module with perturbed copies; ``streamed.StreamedWeights`` does so too, and has
+one block of the model in memory at a time.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from zeroth_order import curvature, kernels
-from zeroth_order.chunk_noise import Noise, OfPairs, bundles, noise_of_bundle
-from zeroth_order.chunks import Chunk, TrainedParameter
+from zeroth_order import compiling, curvature, kernels
+from zeroth_order.chunks import Chunk, Noise, TrainedParameter, bundles, noise_of_bundle
+from zeroth_order.compiling import float32_copies, kernel
 from zeroth_order.config import HiZOOConfig
-from zeroth_order.noise import ROUNDING, mix_seed, rounding_bits, standard_normals
-from zeroth_order.running import (
-    SMALLEST_COMPILED,
-    can_compile,
-    kernel,
-    perturb_chunk,
-    scalars,
-    update_chunk,
-)
+from zeroth_order.curvature import COLUMNS, ROWS, State, hessian_of_chunk
+from zeroth_order.noise import ROUNDING
+from zeroth_order.signals import signals_wait
 
-States = dict[Tensor, curvature.State]
+States = dict[Tensor, State]
 # A direction, and how many times μ u/√h the weights are shifted along it.
 Shift = tuple[int, float]
 # A forward pass: its closure, and the shift that it runs at; None: at θ.
@@ -35,29 +30,18 @@ Pass = tuple[Callable[[], Any], Shift | None]
 
 
 class GroupStep(NamedTuple):
-    """What a step does to a parameter group.
+    """What a step does to a parameter group."""
 
-    Attributes:
-        gradients: g of each direction, divided by their number.
-        curvatures: c of each direction, divided by their number; None: not measured, h stays.
-        learning_rate: η.
-    """
-
-    gradients: list[float]
-    curvatures: list[float] | None
+    gradients: list[float]  # g of each direction, divided by their number
+    curvatures: list[float] | None  # c, likewise; None: not measured, h stays
     learning_rate: float
 
 
 class Update(NamedTuple):
-    """A step of all groups: what it takes to update any parameter, now or later.
+    """A step of all groups: what it takes to update any parameter, now or later."""
 
-    Attributes:
-        noise: seed and number of the step.
-        of_groups: what it does to each group, with α and λ, by the group's id.
-    """
-
-    noise: tuple[int, int]
-    of_groups: dict[int, tuple[GroupStep, float, float]]
+    seed_and_step: tuple[int, int]  # of the noise
+    of_groups: dict[int, tuple[GroupStep, float, float]]  # by the group's id, with α and λ
 
 
 class Weights:
@@ -79,19 +63,18 @@ class Weights:
     ) -> None:
         self.param_groups, self.states = param_groups, states
         parameters = [(group, p) for group in param_groups for p in group["params"]]
-        compiles = can_compile([p for _, p in parameters if p.requires_grad], config.compile)
+        compiles = compiling.can_compile(
+            [p for _, p in parameters if p.requires_grad], config.compile
+        )
         self.trained: dict[Tensor, TrainedParameter] = {}
-        for number, (group, parameter) in enumerate(parameters):
-            if parameter.requires_grad:
-                state = states.get(parameter, {})
-                self.trained[parameter] = TrainedParameter(
-                    parameter,
-                    group,
-                    number,
-                    low_rank=curvature.is_low_rank(parameter, state, config.hessian),
-                    compiles=compiles and parameter.numel() >= SMALLEST_COMPILED,
-                    hessian_dtype=curvature.dtype_of_hessian(parameter),
-                )
+        for number, (group, p) in enumerate(parameters):
+            if p.requires_grad:
+                # The h of a vector is never low-rank.
+                is_matrix = p.dim() > 1 and p.numel() > 0
+                low_rank = config.hessian == "lowrank" and is_matrix
+                low_rank |= ROWS in states.get(p, {})
+                compiled = compiles and p.numel() >= compiling.SMALLEST_COMPILED
+                self.trained[p] = TrainedParameter(p, group, number, low_rank, compiled)
         self.parameters = [*self.trained.values()]
 
     def losses(self, passes: Sequence[Pass]) -> list[float]:
@@ -100,11 +83,11 @@ class Weights:
         for closure, shift in passes:
             # Under autocast torch keeps weights that it has cast, and would not see other ones.
             torch.clear_autocast_cache()
-            values.append(self.loss_at(closure, *(shift or (0, 0.0))))
+            values.append(self.loss_at(closure, shift))
         return values
 
-    def loss_at(self, closure: Callable[[], Any], direction: int, sign: float) -> float:
-        """Return the loss at θ + ``sign`` μ u/√h; at θ itself for a sign of 0."""
+    def loss_at(self, closure: Callable[[], Any], shift: Shift | None) -> float:
+        """Return the loss at some shift."""
         raise NotImplementedError
 
     def restore(self) -> None:
@@ -129,22 +112,32 @@ class Weights:
         self,
         parameters: Sequence[TrainedParameter],
         direction: int,
-        noise: tuple[int, int] | None = None,
+        seed_and_step: tuple[int, int] | None = None,
     ) -> Iterator[tuple[Chunk, Noise]]:
-        """Yield every chunk of some parameters with its u; ``noise`` None: of this step."""
-        numbers = noise or self._noise_of_step()
+        """Yield every chunk of some parameters with its u; by default that of this step."""
         for bundle in bundles(parameters):
-            yield from zip(bundle, _noise_of(bundle, numbers, direction), strict=True)
+            noises = noise_of_bundle(bundle, seed_and_step or self.seed_and_step, direction)
+            yield from zip(bundle, noises, strict=True)
 
-    def _noise_of_step(self) -> tuple[int, int]:
-        """Return seed and number of the step that is under way."""
+    @property
+    def seed_and_step(self) -> tuple[int, int]:
+        """Seed and number of the step that is under way."""
         first = self.param_groups[0]
         return first["seed"], first["step"]
 
     def perturb_chunk(self, chunk: Chunk, noise: Noise, scale: float, target: Tensor) -> None:
         """Write θ + ``scale`` μ u/√h of a chunk into ``target``, of its parameter's shape."""
-        state = self.states.get(chunk.of.parameter, {})
-        perturb_chunk(chunk, state, noise, scale, target)
+        trained, pieces = chunk.of, chunk.view(target)
+        source = None if target is trained.parameter else chunk.view(trained.parameter)
+        hessian = hessian_of_chunk(chunk, self.states.get(trained.parameter, {}))
+        perturb = kernel(kernels.perturb, trained)
+        (factor,) = compiling.scalars([scale * trained.group["eps"]], trained)
+        if trained.copies:
+            values = float32_copies(source or pieces, 0)
+            perturb(values, float32_copies(hessian, 2), noise, factor)
+            kernels.write(pieces, values)
+        else:
+            perturb(pieces, hessian, noise, factor, source)
 
     # ---- the update
 
@@ -161,30 +154,48 @@ class Weights:
             id(group): (step, group["hessian_smooth"], group["weight_decay"])
             for group, step in zip(self.param_groups, steps, strict=True)
         }
-        return Update(self._noise_of_step(), of_groups)
+        return Update(self.seed_and_step, of_groups)
 
     def apply(self, parameters: Sequence[TrainedParameter], update: Update) -> None:
         """Update h and θ of some parameters."""
         # A low-rank h is averaged as a whole, before its parameter's update.
-        averaged = {
-            trained.parameter: self._averaged(trained, update)
-            for trained in parameters
-            if trained.low_rank
-        }
+        averaged = {t.parameter: self._averaged(t, update) for t in parameters if t.low_rank}
         self.updated_chunks = 0
         directions = len(next(iter(update.of_groups.values()))[0].gradients)
         for bundle in bundles(parameters):
-            noises = [_noise_of(bundle, update.noise, i) for i in range(directions)]
+            noises = [noise_of_bundle(bundle, update.seed_and_step, i) for i in range(directions)]
             rounding: list[Noise | None] = [None] * len(bundle)
             if bundle[0].of.rounds:
-                rounding = _noise_of(bundle, update.noise, ROUNDING, rounding_bits)
+                rounding = noise_of_bundle(bundle, update.seed_and_step, ROUNDING)
             for chunk, bits, *of_chunk in zip(bundle, rounding, *noises, strict=True):
                 parameter = chunk.of.parameter
                 state = averaged.get(parameter, self.states.get(parameter, {}))
                 numbers = self._numbers_of(chunk.of, *update.of_groups[id(chunk.of.group)])
-                update_chunk(chunk, state, of_chunk, numbers, bits)
+                self._update_chunk(chunk, state, of_chunk, numbers, bits)
                 self.updated_chunks += 1
         self.states.update(averaged)
+
+    def _update_chunk(
+        self,
+        chunk: Chunk,
+        state: State,
+        noises: Sequence[Noise],
+        numbers: kernels.Numbers,
+        rounding: Noise | None,
+    ) -> None:
+        """Take the shift back, and update h and θ of a chunk."""
+        trained = chunk.of
+        pieces, hessian = chunk.view(trained.parameter), hessian_of_chunk(chunk, state)
+        update = kernel(kernels.update, trained)
+        rest = noises, numbers, rounding, trained.parameter.dtype, trained.hessian_dtype
+        if not trained.copies:
+            update(pieces, hessian, *rest)
+            return
+        values, copied = float32_copies(pieces, 0), float32_copies(hessian, 2)
+        update(values, copied, *rest)
+        kernels.write(pieces, values)
+        if numbers.growths is not None:
+            kernels.write(hessian, copied)
 
     def _numbers_of(
         self, trained: TrainedParameter, step: GroupStep, smooth: float, decay: float
@@ -194,7 +205,7 @@ class Weights:
         decay *= step.learning_rate
         grows = smooth > 0 and step.curvatures is not None and not trained.low_rank
         eps = trained.group["eps"]
-        values = scalars(
+        values = compiling.scalars(
             [
                 *(-step.learning_rate * g for g in step.gradients),
                 *(-sign * eps * (d == direction) for d in range(samples)),
@@ -212,32 +223,79 @@ class Weights:
             decay=values[-1] if decay else None,
         )
 
-    def _averaged(self, trained: TrainedParameter, update: Update) -> curvature.State:
-        """Return a parameter's low-rank h after a step."""
-        state = self.states.get(trained.parameter, {})
+    def _averaged(self, trained: TrainedParameter, update: Update) -> State:
+        """Return a low-rank h after a step: averages of the row and column means of c h u²."""
+        state, parameter = self.states.get(trained.parameter, {}), trained.parameter
         step, smooth, _ = update.of_groups[id(trained.group)]
         if step.curvatures is None or not smooth:
             return state
-        directions = range(len(step.curvatures))
-        measured = [self._measured_squares(trained, i, update.noise) for i in directions]
-        return curvature.averaged(state, smooth, step.curvatures, measured)
-
-    def _measured_squares(
-        self, trained: TrainedParameter, direction: int, noise: tuple[int, int]
-    ) -> Iterator[tuple[Chunk, list[Tensor]]]:
-        """Yield every chunk with h u² of its pieces."""
-        state, parameter = self.states[trained.parameter], trained.parameter
         measure = kernel(kernels.measured_squares, trained)
-        for chunk, u in self.chunks_with_noise([trained], direction, noise):
-            hessian = curvature.hessian_of_chunk(chunk, state)
-            yield chunk, measure(chunk.view(parameter), hessian, u)
+        rows, columns = (1 - smooth) * state[ROWS], (1 - smooth) * state[COLUMNS]
+        for direction, c in enumerate(step.curvatures):
+            row_means, column_means = torch.zeros_like(rows), torch.zeros_like(columns)
+            for chunk, u in self.chunks_with_noise([trained], direction, update.seed_and_step):
+                squares = measure(chunk.view(parameter), hessian_of_chunk(chunk, state), u)
+                for of_piece, square in zip(chunk.rows(), squares, strict=True):
+                    row_means[of_piece] += square.sum(1) / len(columns)
+                    column_means += square.sum(0) / len(rows)
+            rows += smooth * c * row_means
+            columns += smooth * c * column_means
+        return {ROWS: rows, COLUMNS: columns}
 
 
-def _noise_of(
-    bundle: list[Chunk],
-    numbers: tuple[int, int],
-    direction: int,
-    of_pairs: OfPairs = standard_normals,
-) -> list[Noise]:
-    """Return the noise of a bundle in a step of some seed and number."""
-    return noise_of_bundle(bundle, mix_seed(*numbers, direction), of_pairs)
+class InPlaceWeights(Weights):
+    """Shifts the weights and takes the shift back, which rounds by a unit in the last place."""
+
+    def loss_at(self, closure: Callable[[], Any], shift: Shift | None) -> float:
+        """Return the loss at some shift; the weights stay there."""
+        self._move_to(shift)
+        return float(closure())
+
+    def restore(self) -> None:
+        """Take the shift back. If this raises, the shift is whole or gone; call again."""
+        self._move_to(None)
+
+    def _move_to(self, wanted: Shift | None) -> None:
+        """Shift the weights from where they are, first to θ if the direction changes."""
+        if self.shift and (wanted is None or wanted[0] != self.shift[0]):
+            direction, sign = self.shift
+            self._add(direction, -sign, None)
+        if wanted and wanted != self.shift:
+            direction, sign = wanted
+            self._add(direction, sign - (self.shift[1] if self.shift else 0.0), wanted)
+
+    def _add(self, direction: int, scale: float, arrives_at: Shift | None) -> None:
+        """Add ``scale`` μ u/√h to all weights or, if it raises, to none."""
+        written = 0
+        with signals_wait():
+            try:
+                for chunk, noise in self.chunks_with_noise(self.parameters, direction):
+                    self.perturb_chunk(chunk, noise, scale, chunk.of.parameter)
+                    written += 1
+            except BaseException:
+                self._add_to_chunks(direction, -scale, 0, written)
+                raise
+            self.shift = arrives_at
+
+    def _add_to_chunks(self, direction: int, scale: float, start: int, stop: int | None) -> None:
+        chunks = self.chunks_with_noise(self.parameters, direction)
+        for chunk, noise in itertools.islice(chunks, start, stop):
+            self.perturb_chunk(chunk, noise, scale, chunk.of.parameter)
+
+    def update(self, steps: Sequence[GroupStep]) -> None:
+        """Take the shift back, then update h and θ, in one pass over the noise in full precision.
+
+        Half precision comes back to θ first: it rounds to the nearest there, and stochastically in
+        the update. So do weights with a low-rank h, which the update changes as a whole.
+        """
+        if any(trained.rounds or trained.low_rank for trained in self.parameters):
+            self.restore()
+        try:
+            super().update(steps)
+        except BaseException:
+            # A kernel that fails, for want of memory, has written nothing.
+            if self.shift:
+                self._add_to_chunks(self.shift[0], -self.shift[1], self.updated_chunks, None)
+            raise
+        finally:
+            self.shift = None

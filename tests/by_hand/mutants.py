@@ -122,14 +122,14 @@ FAULTS = [
     ),
     Fault(
         "noise: a chunk begins one number late",
-        "zeroth_order/chunk_noise.py",
+        "zeroth_order/chunks.py",
         "chunk_key(stream, chunk.of.number, chunk.starts[0])",
         "chunk_key(stream, chunk.of.number, chunk.starts[0] + (chunk.starts[0] > 0))",
         "hizoo",
     ),
     Fault(
         "restore: a thousandth of the shift stays",
-        "zeroth_order/in_place.py",
+        "zeroth_order/weights.py",
         "self._add(direction, -sign, None)",
         "self._add(direction, -0.999 * sign, None)",
         "hizoo hizoo_in_use",

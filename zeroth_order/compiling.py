@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from zeroth_order import kernels
-from zeroth_order.chunk_noise import Noise, NoiseSource
-from zeroth_order.chunks import Chunk, TrainedParameter
-from zeroth_order.curvature import State, hessian_of_chunk
+from zeroth_order.chunks import NoiseSource, TrainedParameter
 from zeroth_order.noise import compute_dtype
 
 # A C++ compiler makes one operation of a product and a sum, rounded once: a sixth less time.
@@ -80,48 +78,6 @@ def scalars(numbers: list[float], trained: TrainedParameter) -> list[kernels.Sca
         return numbers
     dtype = compute_dtype(trained.parameter.dtype)
     return [*torch.tensor(numbers, dtype=dtype).to(trained.parameter.device, non_blocking=True)]
-
-
-# ---- on a chunk
-
-
-def perturb_chunk(chunk: Chunk, state: State, noise: Noise, scale: float, target: Tensor) -> None:
-    """Write θ + ``scale`` μ u/√h of a chunk into ``target``, of its parameter's shape."""
-    trained = chunk.of
-    pieces = chunk.view(target)
-    source = None if target is trained.parameter else chunk.view(trained.parameter)
-    hessian = hessian_of_chunk(chunk, state)
-    perturb = kernel(kernels.perturb, trained)
-    (scale,) = scalars([scale * trained.group["eps"]], trained)
-    if trained.copies:
-        values = float32_copies(source or pieces, 0)
-        perturb(values, float32_copies(hessian, 2), noise, scale)
-        kernels.write(pieces, values)
-    else:
-        perturb(pieces, hessian, noise, scale, source)
-
-
-def update_chunk(
-    chunk: Chunk,
-    state: State,
-    noises: Sequence[Noise],
-    numbers: kernels.Numbers,
-    rounding: Noise | None,
-) -> None:
-    """Take the shift back, and update h and θ of a chunk."""
-    trained = chunk.of
-    pieces = chunk.view(trained.parameter)
-    hessian = hessian_of_chunk(chunk, state)
-    update = kernel(kernels.update, trained)
-    rest = noises, numbers, rounding, trained.parameter.dtype, trained.hessian_dtype
-    if not trained.copies:
-        update(pieces, hessian, *rest)
-        return
-    values, copied = float32_copies(pieces, 0), float32_copies(hessian, 2)
-    update(values, copied, *rest)
-    kernels.write(pieces, values)
-    if numbers.growths is not None:
-        kernels.write(hessian, copied)
 
 
 def float32_copies(pieces: kernels.Hessian, first: int) -> kernels.Hessian:
