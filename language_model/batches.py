@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -23,17 +23,17 @@ OVERFLOW = (
 
 def run_in_batches(
     function: Callable[[list[int]], None],
-    count: int,
-    length: Callable[[int], int],
+    lengths: Sequence[int],
     batch_size: int,
     progress: str | None,
 ) -> None:
-    """Call ``function`` with the numbers below ``count`` in batches, the longest examples first.
+    """Call ``function`` with the numbers of examples in batches, the longest first: less padding.
 
-    So little is padded. A batch that does not fit into memory is halved until it does; what is done
-    is not done again. Shows a progress bar on a terminal, unless ``progress`` is None.
+    A batch that does not fit into memory is halved until it does; what is done is not done again.
+    Shows a progress bar on a terminal, unless ``progress`` is None.
     """
-    waiting = sorted(range(count), key=length, reverse=True)
+    count = len(lengths)
+    waiting = sorted(range(count), key=lengths.__getitem__, reverse=True)
     # None: tqdm hides the bar where there is no terminal.
     hidden = True if progress is None or process_index() > 0 else None
     with tqdm(total=count, desc=progress, unit="example", leave=False, disable=hidden) as bar:

@@ -154,7 +154,7 @@ def generate(
     # Not the model's own settings, as its repetition_penalty.
     generator.generation_config = GenerationConfig()
     try:
-        run_in_batches(write, len(prompts), lambda i: len(prompts[i]), batch_size, progress)
+        run_in_batches(write, [*map(len, prompts)], batch_size, progress)
     finally:
         generator.generation_config = own_settings
     return texts

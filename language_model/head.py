@@ -33,15 +33,12 @@ EARLY_STOPPING = {"tol": 1e-2, "max_iter": 1000}
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """What a linear probe was fitted to: distinct tokens (classes), scored tokens (rows); and how.
+    """What a linear probe was fitted to, and how."""
 
-    ``converged`` is False if the solver stopped early; the head is fitted less well then.
-    """
-
-    tokens: int
-    rows: int
+    tokens: int  # distinct ones: the classes
+    rows: int  # scored tokens
     iterations: int
-    converged: bool
+    converged: bool  # False: the solver stopped early, the head is fitted less well
 
 
 def head_is_tied(model: PreTrainedModel) -> bool:
@@ -106,7 +103,6 @@ def fit_head(
     examples: Sequence[EncodedExample],
     batch_size: int,
     early_stopping: bool = False,
-    progress: str = "linear probing",
 ) -> LinearProbe:
     """Fit the head to the correct answers by logistic regression, and change nothing else.
 
@@ -127,7 +123,7 @@ def fit_head(
         NotFinite: the hidden states are not finite. The model is unchanged in both cases.
     """
     head = _head(model)
-    features, targets = answer_features(model, examples, batch_size, progress)
+    features, targets = answer_features(model, examples, batch_size)
     tokens = np.unique(targets)
     if len(tokens) < 2:
         raise InputError(
@@ -158,13 +154,12 @@ def fit_head(
 
 @torch.no_grad()
 def answer_features(
-    model: PreTrainedModel, examples: Sequence[EncodedExample], batch_size: int, progress: str
+    model: PreTrainedModel, examples: Sequence[EncodedExample], batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return what the head reads where it predicts each scored token, and the tokens.
+    """Return what the head reads where it predicts each scored token, and the tokens' ids.
 
-    Returns:
-        The features, (scored tokens, hidden) in float32 whatever the model's dtype, and the token
-        ids, (scored tokens,), in the order of the examples, which have one option each.
+    (scored tokens, hidden) in float32 and (scored tokens,), in the order of the examples, which
+    have one option each.
     """
     model.eval()
     lengths = [len(option.tokens) for example in examples for option in example.options]
@@ -186,7 +181,7 @@ def answer_features(
 
     hook = model.get_output_embeddings().register_forward_hook(keep_input)
     try:
-        run_in_batches(read_batch, len(examples), lengths.__getitem__, batch_size, progress)
+        run_in_batches(read_batch, lengths, batch_size, "linear probing")
     finally:
         hook.remove()
     features, targets = zip(*(found[index] for index in range(len(examples))), strict=True)

@@ -89,11 +89,10 @@ def collate(
 ) -> dict[str, Tensor]:
     """Put the examples' sequences into rows.
 
-    With ``share_prompt`` short sequences share rows, where that leaves less to pad, and do not see
-    each other; the padding is on the left. Without, it is on the right, where no causal model sees
-    it, whatever its layers are, and the model counts positions itself. If the model has ``cached``
-    the first tokens of all examples, after ``virtual_tokens`` of prefix-tuning, only what follows
-    them is in the batch, in one row without padding.
+    With ``share_prompt`` short sequences share rows, where that leaves less to pad, and the padding
+    is on the left. Without, it is on the right, where no causal model sees it, and the model counts
+    positions itself. If the model has ``cached`` the first tokens of all examples, after
+    ``virtual_tokens`` of prefix-tuning, only what follows them is in the batch, in one row.
 
     Returns:
         input_ids, and with ``share_prompt`` position_ids: (rows, length).
@@ -113,11 +112,11 @@ def collate(
         right = {example.correct, *example.also_correct}
         acceptable += [option in right for option in range(len(example.options))]
     lengths = [len(sequence.tokens) - cached for sequence in sequences]
-    rows = [[number] for number in range(len(sequences))]
+    numbers = range(len(sequences))
     if cached:
-        rows = [list(range(len(sequences)))]
-    elif share_prompt:
-        rows = fill_rows(lengths)
+        rows = [list(numbers)]
+    else:
+        rows = fill_rows(lengths) if share_prompt else [[number] for number in numbers]
 
     def table(values: list[Sequence[Any]], padding: int) -> Tensor:
         filled = [torch.tensor([v for n in row for v in values[n][cached:]]) for row in rows]
@@ -126,9 +125,9 @@ def collate(
     sequence_of = table([[n] * (cached + length) for n, length in enumerate(lengths)], -1)
     branches = table([sequence.branches for sequence in sequences], -1)
     reads = []
-    for row, numbers in enumerate(rows):
-        column = sequence_of.shape[1] - sum(lengths[n] for n in numbers) if share_prompt else 0
-        for n in numbers:
+    for row, together in enumerate(rows):
+        column = sequence_of.shape[1] - sum(lengths[n] for n in together) if share_prompt else 0
+        for n in together:
             start = column - cached
             reads += [(option, row, start + i, target) for option, i, target in sequences[n].reads]
             column += lengths[n]

@@ -43,10 +43,9 @@ def predict(
     model.eval()
     if encoder.task.generation and calibration:
         raise InputError(f"--{calibration}: {encoder.task.name} has no options to calibrate")
-    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    if isinstance(model, FSDPModule):
-        # Every forward pass gathers weights from all processes: they must run the same ones.
-        processes = 1
+    # With FSDP a forward pass gathers weights from all processes: they must run the same ones.
+    shares = torch.distributed.is_initialized() and not isinstance(model, FSDPModule)
+    processes = torch.distributed.get_world_size() if shares else 1
     pairs = list(zip(samples, demonstrations, strict=True))
     own = pairs[process_index() % processes :: processes]
     if not own:
@@ -58,10 +57,9 @@ def predict(
         predictions = [Prediction(text) for text in texts]
     else:
         predictions = _chosen(model, encoder, own, batch_size, calibration, progress)
-    if processes == 1:
-        return predictions
-    gathered: list[list[Prediction]] = [[] for _ in range(processes)]
-    torch.distributed.all_gather_object(gathered, predictions)
+    gathered = [predictions] * processes
+    if processes > 1:
+        torch.distributed.all_gather_object(gathered, predictions)
     return [gathered[number % processes][number // processes] for number in range(len(pairs))]
 
 
@@ -88,8 +86,8 @@ def _chosen(
             [total - prior for (total, _), (prior, _) in zip(options, of_prompt, strict=True)]
             for options, of_prompt in zip(scored, priors, strict=True)
         ]
-    best = [max(range(len(values)), key=values.__getitem__) for values in scores]
-    return [
-        Prediction(sample.candidates[index], tuple(values))
-        for (sample, _), index, values in zip(pairs, best, scores, strict=True)
-    ]
+    predictions = []
+    for (sample, _), values in zip(pairs, scores, strict=True):
+        best = max(range(len(values)), key=values.__getitem__)
+        predictions.append(Prediction(sample.candidates[best], tuple(values)))
+    return predictions

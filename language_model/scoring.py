@@ -94,22 +94,21 @@ def score_options(
     prefix = read_shared_prefix(model, texts, limit if share and len(distinct) > 1 else 0)
     read = (len(prefix.tokens), prefix.virtual_tokens) if prefix.tokens else (0, 0)
     results: dict[tuple[EncodedOption, ...], list[tuple[float, int]]] = {}
-
-    def length(index: int) -> int:
-        return sum(len(sequence.tokens) for sequence in pack(distinct[index], share))
+    packed = (pack(example, share) for example in distinct)
+    lengths = [sum(len(sequence.tokens) for sequence in sequences) for sequences in packed]
 
     def score(indices: list[int]) -> None:
         chosen = [distinct[index] for index in indices]
         batch = collate(chosen, 0, share, *read)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         values = token_log_probabilities(model, batch, prefix.cache() if prefix.tokens else None)
-        sums, lengths = option_sums(values, batch)
+        sums, _ = option_sums(values, batch)
         if not sums.isfinite().all():
             raise not_finite("scores of the options", model)
-        results.update({example.options: [] for example in chosen})
-        owners = batch["option_examples"].tolist()
-        for owner, total, count in zip(owners, sums.tolist(), lengths.tolist(), strict=True):
-            results[chosen[owner].options].append((total, int(count)))
+        totals = iter(sums.tolist())
+        for example in chosen:
+            counts = (len(option.targets) for option in example.options)
+            results[example.options] = [(next(totals), count) for count in counts]
 
-    run_in_batches(score, len(distinct), length, batch_size, progress)
+    run_in_batches(score, lengths, batch_size, progress)
     return [results[example.options] for example in examples]

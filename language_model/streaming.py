@@ -73,7 +73,10 @@ def load_streamed(
         model.generation_config = GenerationConfig.from_pretrained(name)
     files = WeightFiles.of_model(name, model)
     _give_placeholders(model, offload.device)
-    _check(name, model, files)
+    found = names_in(model, files)
+    missing = [each for each, weight in model.named_parameters() if weight not in found]
+    shapes = [(each, files.places[each].shape, tuple(w.shape)) for w, each in found.items()]
+    check_weights(name, model, missing, [each for each in shapes if each[1] != each[2]])
     stream_blocks(model, files, offload)
     _read_outside(model, files)
     model.save_pretrained = functools.partial(_save, model)
@@ -104,14 +107,6 @@ def _give_placeholders(model: nn.Module, device: torch.device) -> None:
                 module._parameters[name] = made[parameter]
         for name, buffer in module._buffers.items():
             module._buffers[name] = buffer if buffer is None else buffer.to(device)
-
-
-def _check(name: str, model: PreTrainedModel, files: WeightFiles) -> None:
-    """Refuse files that lack a weight, or have it in another shape."""
-    found = names_in(model, files)
-    missing = [each for each, weight in model.named_parameters() if weight not in found]
-    shapes = ((each, files.places[each].shape, weight.shape) for weight, each in found.items())
-    check_weights(name, model, missing, [each for each in shapes if each[1] != tuple(each[2])])
 
 
 def names_in(model: PreTrainedModel, files: WeightFiles) -> dict[Tensor, str]:
@@ -202,9 +197,10 @@ def _save(model: PreTrainedModel, save_directory: Path | str, **_: Any) -> None:
     """Save a streamed model as ``save_pretrained`` does, one block in memory at a time."""
     folder = Path(save_directory)
     PreTrainedModel.save_pretrained(model, folder, state_dict={})
-    state, tied = model.state_dict(keep_vars=True), tied_weights(model)
-    own = {name: tensor for name, tensor in state.items() if name not in tied}
-    kinds = {n: (t.dtype, t.shape) for n, t in saved_names(model).items()}
+    kinds = {name: (weight.dtype, weight.shape) for name, weight in saved_names(model).items()}
+    own = model.state_dict(keep_vars=True)
+    for name in tied_weights(model):
+        own.pop(name, None)
     loaded = zip(own, blocks_of(model).in_order(own.values()), strict=True)
     # transformers stores some weights in other pieces than the model has.
     pieces = (revert_weight_conversion(model, {name: weight}).items() for name, weight in loaded)

@@ -252,7 +252,7 @@ def test_features_are_those_of_single_texts() -> None:
     assert len({example.options[0].scored for example in examples}) > 1
     for family, batch_size in itertools.product(("opt", "gemma2", "bloom"), (1, 5, 64)):
         model = tiny_model(family).train()
-        features, targets = answer_features(model, examples, batch_size, "features")
+        features, targets = answer_features(model, examples, batch_size)
         assert not model.training
         expected, expected_targets = features_of(model, examples)
         assert targets.tolist() == expected_targets.tolist()
@@ -261,7 +261,7 @@ def test_features_are_those_of_single_texts() -> None:
 
 def test_features_when_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     model, examples = tiny_model("llama"), random_examples(9, [300, 17])
-    expected, targets = answer_features(model, examples, 1, "features")
+    expected, targets = answer_features(model, examples, 1)
     whole = scoring.token_log_probabilities
 
     def short_of_memory(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
@@ -271,7 +271,7 @@ def test_features_when_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
         return values
 
     monkeypatch.setattr(head_module, "token_log_probabilities", short_of_memory)
-    found, found_targets = answer_features(model, examples, 8, "features")
+    found, found_targets = answer_features(model, examples, 8)
     assert np.abs(found - expected).max() < 1e-5
     assert found_targets.tolist() == targets.tolist()
     assert not model.get_output_embeddings()._forward_hooks
@@ -295,7 +295,7 @@ def test_written_rows_are_the_coefficients() -> None:
         (torch.bfloat16, "phi", False, 1e-4, 5000),
     ):
         model = tiny_model(family).to(dtype)
-        features, targets = answer_features(model, examples, 8, "features")
+        features, targets = answer_features(model, examples, 8)
         assert features.dtype == np.float32
         probe = fit_head(model, tiny_tokenizer(), examples, 8, early_stopping=early)
         oracle = LogisticRegression(tol=tol, max_iter=max_iter, fit_intercept=family == "phi")

@@ -281,5 +281,5 @@ def assert_same_loss_and_gradient(model: PreTrainedModel, found: Tensor, expecte
 
 def test_batches_hold_the_longest_first_and_every_item_once() -> None:
     lengths, batches = [3, 9, 1, 7, 5], []
-    run_in_batches(batches.append, 5, lengths.__getitem__, 2, "")
+    run_in_batches(batches.append, lengths, 2, "")
     assert batches == [[1, 3], [4, 0], [2]]
