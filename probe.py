@@ -23,8 +23,7 @@ if __name__ == "__main__":
 import numpy as np
 import transformers
 
-from command_line.arguments import parse_arguments
-from command_line.checks import check
+from command_line.arguments import check, parse_arguments
 from command_line.settings import name_run, settle_dtype
 from experiment.folders import locked
 from experiment.options import Options, options_of

@@ -23,7 +23,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from command_line.optimizer import COMPILE
+from command_line.settings import COMPILE
 from experiment.folders import locked
 from experiment.options import ModelOptions, TrainedWeights
 from experiment.preparation import choose_trained_weights, load_pretrained

@@ -29,8 +29,7 @@ from collections.abc import Sequence
 
 import transformers
 
-from command_line.arguments import Arguments, parse_arguments
-from command_line.checks import check
+from command_line.arguments import Arguments, check, parse_arguments
 from command_line.settings import (
     name_run,
     settings_of_all_processes,

@@ -28,8 +28,7 @@ from typing import Any
 
 import pandas as pd
 
-from command_line.arguments import Arguments, parse_arguments
-from command_line.checks import check
+from command_line.arguments import Arguments, check, parse_arguments
 from command_line.settings import changed_settings, name_run, settle_dtype
 from experiment.folders import locked
 from experiment.options import options_of

@@ -3,6 +3,6 @@
 groups.py and trainer_arguments.py declare the arguments (declarations.py: how; effects.py: where
 they have an effect; published.py: what others call them); reading.py turns words into values;
 scripts.py adds a script's defaults, contradictions.py refuses and warns; starting.py calls them
-first, as these need neither torch nor transformers. arguments.py makes ``Arguments`` of the values,
-checks.py refuses what only the libraries know, and settings.py names a run.
+first, as these need neither torch nor transformers. arguments.py makes ``Arguments`` of the values
+and refuses what only the libraries know, and settings.py names a run.
 """

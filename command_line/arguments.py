@@ -1,9 +1,13 @@
-"""The arguments of an experiment: those of ours, and all of transformers' Trainer."""
+"""The arguments of an experiment: those of ours, and all of transformers' Trainer.
+
+``check`` refuses of the Trainer's what the Trainer refuses late, or not at all.
+"""
 
 from __future__ import annotations
 
 import argparse
 import functools
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -11,15 +15,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers.integrations.integration_utils import get_available_reporting_integrations
+from transformers.optimization import get_scheduler
+from transformers.training_args import ParallelMode
+from transformers.utils import is_liger_kernel_available
 
-from command_line.contradictions import warning, without_effect
+from command_line.contradictions import check_values, warning, without_effect
 from command_line.declarations import AUTO
 from command_line.effects import ON_GPU
 from command_line.reading import GROUPS, OWN, Meaning, Values, read_values
 from command_line.trainer_arguments import OTHERS
 from training.processes import join, naming_lost_processes
-from utils import InputError, one_line
+from utils import InputError, one_line, share_of_run
+
+# These optimizers choose among a model's modules, and there is none yet.
+CHOOSE_MODULES = ("galore", "apollo", "lomo", "adalomo")
 
 
 @dataclass
@@ -57,6 +68,23 @@ class Arguments(Meaning, *reversed(GROUPS), TrainingArguments):
         self.output_dir = output_dir
         # Batches of encoded examples have no columns that a model's forward could name.
         self.remove_unused_columns = False
+
+    @property
+    def examples_of_a_batch(self) -> int:
+        """The examples of a batch in all processes together."""
+        return self.per_device_train_batch_size * self.world_size
+
+    @property
+    def batches_of_an_epoch(self) -> int:
+        """The batches of as many training examples as were asked for."""
+        whole = math.floor if self.dataloader_drop_last else math.ceil
+        return whole(self.num_train / self.examples_of_a_batch)
+
+    @property
+    def steps_of_run(self) -> int:
+        """The steps of a run with as many training examples as were asked for."""
+        steps = math.ceil(self.batches_of_an_epoch / self.gradient_accumulation_steps)
+        return self.max_steps if self.max_steps > 0 else math.ceil(self.num_train_epochs * steps)
 
 
 @functools.cache
@@ -115,3 +143,80 @@ def make_arguments(values: Values) -> Arguments:
 def plain_value(value: Any) -> Any:
     """Return a value as JSON has it: that of an enumeration, the dictionary of a configuration."""
     return value.to_dict() if hasattr(value, "to_dict") else getattr(value, "value", value)
+
+
+def check(arguments: Arguments) -> None:
+    """Refuse what contradicts itself, what cannot be done, and what must not be ignored.
+
+    Raises:
+        InputError: names the arguments, their values and the way out.
+    """
+    check_values(arguments)
+    if arguments.fsdp and arguments.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise InputError("--fsdp needs processes: start them with torchrun")
+    if arguments.trainer == "none" or arguments.linear_probing:
+        return
+    if arguments.use_liger_kernel and not is_liger_kernel_available():
+        raise InputError("--use_liger_kernel: pip install liger-kernel, or leave it out")
+    if not arguments.batches_of_an_epoch:
+        raise InputError(
+            f"--dataloader_drop_last leaves nothing of --num_train {arguments.num_train} in steps "
+            f"of {arguments.examples_of_a_batch} examples: leave it out"
+        )
+    _check_schedule(arguments)
+    installed = get_available_reporting_integrations()
+    for target in arguments.report_to or ():
+        if target not in installed:
+            listed = ", ".join(["none", *installed])
+            raise InputError(f"--report_to {target}: it is not installed; give {listed}")
+    if arguments.trainer == "regular":
+        _check_optimizer(arguments)
+
+
+def _check_schedule(arguments: Arguments) -> None:
+    """Refuse steps beyond the end of the run, and options that the schedule does not take."""
+    steps = arguments.steps_of_run
+    warmup = arguments.get_warmup_steps(steps)
+    name = arguments.lr_scheduler_type
+    decay = share_of_run(arguments.decay_step, steps)
+    for argument, value in (("warmup_steps", warmup), ("decay_step", decay + 1)):
+        if value > steps:
+            raise InputError(
+                f"--{argument} {getattr(arguments, argument):g}: the run has {steps} steps"
+            )
+    options = arguments.lr_scheduler_kwargs or {}
+    metric = arguments.metric_for_best_model
+    follows = name.value in ("reduce_lr_on_plateau", "greedy")
+    if follows and metric not in (None, "loss", "eval_loss") and options.get("mode") != "max":
+        raise InputError(
+            f"--metric_for_best_model {metric}: --lr_scheduler_type {name.value} waits for what "
+            'falls; give loss, or --lr_scheduler_kwargs \'{"mode": "max"}\''
+        )
+    # Some need options, and some values fail at their first use only.
+    lr = 0.1 if arguments.learning_rate == AUTO else arguments.learning_rate
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=lr)
+    try:
+        schedule = get_scheduler(
+            name, optimizer, warmup, steps, scheduler_specific_kwargs=dict(options)
+        )
+        for factor in getattr(schedule, "lr_lambdas", ()):
+            for step in (warmup, steps // 2, steps):
+                factor(step)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise InputError(
+            f"--lr_scheduler_type {name.value}: {one_line(error)}; give it in "
+            "--lr_scheduler_kwargs '{\"name\": value}', or take constant, linear or cosine"
+        ) from error
+
+
+def _check_optimizer(arguments: Arguments) -> None:
+    """Make the optimizer's options: the package of an optimizer may be missing."""
+    name = arguments.optim.value
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
+    except (ImportError, ValueError, AttributeError) as error:
+        if isinstance(error, ValueError) and name.startswith(CHOOSE_MODULES):
+            return
+        raise InputError(
+            f"--optim {name}: {one_line(error)}; or take adamw_torch, adafactor or sgd"
+        ) from error

@@ -1,4 +1,4 @@
-"""The settings of a run: what its name, its result and its checkpoints go by."""
+"""The settings of a run: what its name, result, checkpoints and optimizer go by."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ import torch
 
 from command_line.arguments import Arguments, plain_value
 from command_line.contradictions import has_effect
-from command_line.declarations import NOTHING, RESULT, TRAINING
+from command_line.declarations import AUTO, NOTHING, RESULT, TRAINING
 from command_line.groups import Generation
 from command_line.reading import DECLARED, OWN, TUNING_MODES
 from language_model.loading import saved_dtype
 from task_data.loading import split_files
 from utils import fingerprint
+from zeroth_order.config import HiZOOConfig, smoothing_of
+from zeroth_order.step_rule import RARELY
 
 LENGTH = ("max_steps", "num_train_epochs")
 # What does not change the result. All else does, the Trainer's arguments of tomorrow too.
@@ -26,6 +28,7 @@ NOT_OF_THE_RESULT = {name for name, each in DECLARED.items() if each.decides == 
 # When checkpoints are saved matters where one of them is chosen.
 CHOICE_OF_CHECKPOINT = ("save_strategy", "save_steps")
 GENERATION = [each.name for each in dataclasses.fields(Generation)]
+COMPILE = {"auto": None, "yes": True, "no": False}
 # File systems allow 255 bytes; length, hash, suffix and a temporary file's name come on top.
 READABLE_BYTES = 120
 
@@ -193,16 +196,58 @@ def _batch_and_processes(arguments: Arguments, name: str) -> dict[str, int]:
     Steps without a backward pass are the same however many processes share them, up to rounding.
     """
     if arguments.shares_batches:
-        return {"per_device_train_batch_size": examples_of_a_batch(arguments), name: 1}
+        return {"per_device_train_batch_size": arguments.examples_of_a_batch, name: 1}
     return {name: arguments.world_size if arguments.trainer != "none" else 1}
-
-
-def examples_of_a_batch(arguments: Arguments) -> int:
-    """Return the examples of a batch in all processes together."""
-    return arguments.per_device_train_batch_size * arguments.world_size
 
 
 def _plain_values(arguments: Arguments, names: Collection[str]) -> dict[str, Any]:
     """Return the values as JSON has them, in the order of the fields."""
     fields = (each.name for each in dataclasses.fields(arguments))
     return {name: plain_value(getattr(arguments, name)) for name in fields if name in names}
+
+
+# --------------------------------------------------------------------------------------- optimizer
+
+
+def optimizer_config(arguments: Arguments) -> HiZOOConfig:
+    """Return HiZOO's settings at the first step; where μ is ``auto``, its default."""
+    eps = arguments.zo_eps
+    return HiZOOConfig(
+        lr=arguments.learning_rate,
+        eps=HiZOOConfig.eps if eps == AUTO else eps,
+        hessian_smooth=smoothing_of(arguments.hessian_smooth_type),
+        weight_decay=arguments.weight_decay,
+        hessian=arguments.hessian,
+        num_samples=arguments.zo_num_samples,
+        seed=arguments.seed,
+        compile=COMPILE[arguments.zo_compile],
+    )
+
+
+def passes_of_a_batch(config: HiZOOConfig) -> tuple[int, int]:
+    """Return the passes for g, and n of "every n-th step takes one more, for c", 0 for none."""
+    rarely = RARELY if config.lr == AUTO else 0
+    return 2 * config.num_samples, 1 if config.hessian_smooth else rarely
+
+
+def method(arguments: Arguments) -> str | None:
+    """Return what trains, and its forward passes: ``HiZOO, α 1e-8: 3 forward passes a step``.
+
+    None: backpropagation.
+    """
+    unit = "step" if arguments.gradient_accumulation_steps == 1 else "batch"
+    if arguments.trainer == "broadcast":
+        rate, damping = arguments.broadcast_rate, arguments.broadcast_damping
+        return f"error broadcast, κ {rate:g}, λ {damping:g}: 1 forward pass a {unit}"
+    if arguments.trainer != "zo":
+        return None
+    config = optimizer_config(arguments)
+    of_g, every = passes_of_a_batch(config)
+    parts = ["MeZO"]
+    if config.hessian_smooth:
+        name = "HiZOO-L" if config.hessian == "lowrank" else "HiZOO"
+        parts = [name, f"α {config.hessian_smooth:g}".replace("e-0", "e-")]
+    parts += [f"{config.num_samples} directions"] if config.num_samples > 1 else []
+    parts += ["η auto"] if config.lr == AUTO else []
+    more = f", 1 more in every {every}th" if every > 1 else ""
+    return f"{', '.join(parts)}: {of_g + (every == 1)} forward passes a {unit}{more}"

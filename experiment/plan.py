@@ -14,9 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from command_line.arguments import Arguments, plain_value
-from command_line.checks import steps_of_run
-from command_line.optimizer import optimizer_config, passes_of_a_batch
-from command_line.settings import examples_of_a_batch
+from command_line.settings import optimizer_config, passes_of_a_batch
 from error_broadcast import ErrorBroadcast
 from experiment.offload_plan import OffloadPlan, plan_of_offload
 from experiment.options import Options
@@ -65,7 +63,7 @@ def make_plan(options: Options, prepared: Prepared) -> Plan:
         blocks = model.offload and stream_blocks(empty, None, model.offload)
         whole, parameters = empty, sum(p.numel() for p in empty.parameters())
         if options.trains and options.weights.mode != "linear_probing":
-            steps, (forward, backward) = steps_of_run(arguments), training_passes(arguments)
+            steps, (forward, backward) = arguments.steps_of_run, training_passes(arguments)
             # Real activations would take a forward pass.
             weights = replace(options.weights, prefix_init_by_real_act=False)
             whole = choose_trained_weights(empty, weights, encoder.tokenizer)
@@ -114,9 +112,8 @@ def _trained(model: nn.Module, arguments: Arguments) -> Iterator[nn.Parameter]:
 
 def training_passes(arguments: Arguments) -> tuple[int, int]:
     """Return the forward and the backward passes of training, as the optimizer will count them."""
-    at_once, steps = arguments.gradient_accumulation_steps, steps_of_run(arguments)
-    whole = math.floor if arguments.dataloader_drop_last else math.ceil
-    of_epoch = max(1, whole(arguments.num_train / examples_of_a_batch(arguments)))
+    at_once, steps = arguments.gradient_accumulation_steps, arguments.steps_of_run
+    of_epoch = arguments.batches_of_an_epoch
     # The last step of an epoch may have fewer batches.
     epoch = [min(at_once, of_epoch - first) for first in range(0, of_epoch, at_once)]
     batches = (epoch * math.ceil(steps / len(epoch)))[:steps]

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback
 
 from command_line.declarations import AUTO
-from command_line.optimizer import method
+from command_line.settings import method
 from experiment.options import Options
 from experiment.predicting import answers
 from experiment.preparation import Prepared, choose_trained_weights, load_pretrained

@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from command_line.arguments import Arguments
-from command_line.optimizer import optimizer_config
+from command_line.settings import optimizer_config
 from experiment.options import Options
 from experiment.predicting import answers
 from experiment.preparation import Prepared

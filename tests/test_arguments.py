@@ -15,8 +15,7 @@ import pytest
 from running import MODEL, ROOT, SAMPLES, command, contents, finish, refused_line, training
 from transformers import AutoConfig, AutoModelForCausalLM, SchedulerType
 
-from command_line.arguments import parse_arguments
-from command_line.checks import check
+from command_line.arguments import check, parse_arguments
 from command_line.groups import SCHEDULES
 from utils import InputError
 from zeroth_order.config import smoothing_of

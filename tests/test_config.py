@@ -10,8 +10,7 @@ import pytest
 from running import MODEL, SAMPLES, command, contents, finish, refused_line, training
 
 import run
-from command_line.arguments import parse_arguments
-from command_line.checks import check
+from command_line.arguments import check, parse_arguments
 from command_line.config_files import words_of_config
 from command_line.settings import experiment_hash
 from experiment import running

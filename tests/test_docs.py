@@ -25,8 +25,7 @@ import run
 import sweep
 import tasks
 import templates
-from command_line.arguments import parse_arguments
-from command_line.checks import check
+from command_line.arguments import check, parse_arguments
 from command_line.contradictions import check_values
 from command_line.reading import read_values
 from command_line.settings import name_run, settle_dtype

@@ -10,8 +10,7 @@ import pytest
 from running import command
 from transformers import TrainingArguments
 
-from command_line.arguments import Arguments, parse_arguments
-from command_line.checks import check
+from command_line.arguments import Arguments, check, parse_arguments
 from command_line.declarations import LARGEST
 from command_line.effects import BACKWARD, FORWARD, STEPS, TRAINED
 from command_line.published import IGNORED

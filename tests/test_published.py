@@ -14,8 +14,7 @@ import pytest
 from running import MODEL, ROOT, SAMPLES, command, finish, log_of, training
 
 import run
-from command_line.arguments import parse_arguments
-from command_line.checks import check
+from command_line.arguments import check, parse_arguments
 from command_line.reading import read_values
 from utils import InputError
 

@@ -12,8 +12,7 @@ import pytest
 import torch
 from running import MODEL, SAMPLES, command
 
-from command_line.arguments import Arguments, parse_arguments
-from command_line.checks import check
+from command_line.arguments import Arguments, check, parse_arguments
 from command_line.contradictions import WEIGHTS
 from command_line.settings import (
     NOT_OF_THE_RESULT,

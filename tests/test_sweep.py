@@ -17,8 +17,7 @@ from running import MODEL, ROOT, SAMPLES, contents, finish, refused_line, small_
 
 import run
 import sweep
-from command_line.arguments import parse_arguments
-from command_line.checks import check
+from command_line.arguments import check, parse_arguments
 from experiment.options import Options, options_of
 from experiment.plan import make_plan, training_passes
 from experiment.preparation import prepare
@@ -438,6 +437,7 @@ PLANNED = (
     {"learning_rate": "auto", "hessian_smooth_type": "constant0", "max_steps": 11},
     {"trainer": "regular"},
     {"trainer": "broadcast", "gradient_accumulation_steps": 2},
+    {"max_steps": None, "num_train_epochs": 2, "num_train": 10, "dataloader_drop_last": True},
 )
 
 
