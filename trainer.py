@@ -145,8 +145,7 @@ class ZerothOrderTrainer(ForwardTrainer):
     def _loss_of_first_examples(self) -> Tensor:
         """Return the loss of the first examples, unshuffled; the same in every process."""
         examples = itertools.islice(self.train_dataset, self.args.per_device_train_batch_size)
-        with self.compute_loss_context_manager():
-            return self.objective(self.model, self._prepare_inputs(self.collate(list(examples))))
+        return self.loss_of(self._prepare_inputs(self.collate(list(examples))))
 
     def estimate(self, model: nn.Module, inputs: dict[str, Any], items: Tensor) -> float:
         """Keep a batch; run the passes of all of a step's batches at the last, or take its losses.

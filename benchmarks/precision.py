@@ -34,7 +34,7 @@ from language_model.encoding import EncodedExample, Encoder
 from language_model.loading import load_config_and_tokenizer, load_model
 from language_model.objectives import classification_loss
 from language_model.packing import collate
-from language_model.prediction import predict
+from language_model.scoring import predict
 from task_data.loading import load_samples
 from task_data.sampling import permutation_subset, sample_train_dev
 from tasks import Sample, get_task

@@ -16,7 +16,7 @@ from experiment.preparation import check_conversations, load_pretrained, prepare
 from experiment.results import check_predictions, prediction_rows, write_rows
 from experiment.telling import use_in_python
 from language_model.encoding import Encoder
-from language_model.prediction import Prediction, predict
+from language_model.scoring import Prediction, predict
 from task_data.files import own_file, read_rows
 from task_data.loading import load_samples, read_samples
 from task_data.own_tasks import OwnTask

@@ -21,8 +21,7 @@ from language_model.adapters import (
     random_tokens,
     without_adapter,
 )
-from language_model.chat import Chat
-from language_model.encoding import Encoder
+from language_model.encoding import Chat, Encoder
 from language_model.generation import check_generation
 from language_model.head import freeze_all_but_head, head_is_tied, untie_head
 from language_model.loading import choose_max_length, load_config_and_tokenizer, load_model

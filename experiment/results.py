@@ -27,7 +27,7 @@ from command_line.arguments import Arguments, plain_value
 from command_line.settings import NOT_OF_THE_RESULT
 from experiment.options import Options
 from experiment.preparation import Prepared
-from language_model.prediction import Prediction
+from language_model.scoring import Prediction
 from task_data.loading import split_files
 from task_data.own_tasks import OwnTask
 from tasks import Sample, Task

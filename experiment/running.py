@@ -27,7 +27,7 @@ from experiment.training import dev_samples, make_trainer, save_model, used_by_o
 from language_model.adapters import check_merge, save_merged
 from language_model.batches import advice_for_losses
 from language_model.head import fit_head
-from language_model.prediction import Prediction
+from language_model.scoring import Prediction
 from metrics import mean, standard_error
 from task_data.sampling import ExampleSet
 from tasks import Sample

@@ -18,7 +18,7 @@ from experiment.options import Options
 from experiment.results import KINDS_OF_METRICS, ROOT
 from language_model.adapters import SavedAdapter
 from language_model.encoding import Encoder
-from language_model.prediction import Prediction
+from language_model.scoring import Prediction
 from task_data.own_tasks import OwnTask
 from task_data.sampling import ExampleSet
 from tasks import Sample

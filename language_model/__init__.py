@@ -1,7 +1,8 @@
 """From samples to losses and predictions of a causal language model.
 
-- model: loading, gguf_files, weight_names, adapters, saved_adapters, head (trained alone)
-- samples to tokens to batches: encoding, chat, packing, batches
-- batches to answers: scoring, generation, prediction; shared_tokens reads common tokens once
-- training: objectives; precision says what to do about numbers that are not finite
+- model: loading (weight_files, streaming), adapters, head (trained alone)
+- samples to tokens to batches: encoding, packing
+- batches to answers: scoring, generation; batches halves them where memory is short, shared_tokens
+  reads common tokens once
+- training: objectives
 """

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from language_model.encoding import EncodedExample, Encoder
-from language_model.prediction import Prediction, predict
+from language_model.scoring import Prediction, predict
 from task_data.loading import load_samples
 from tasks import Sample, Task, get_task
 

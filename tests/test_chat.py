@@ -12,10 +12,9 @@ from running import SAMPLES, command, finish, refused_line, small_model, trainin
 from tiny_models import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-import language_model.chat
+import language_model.encoding
 import run
-from language_model.chat import Chat
-from language_model.encoding import Encoder
+from language_model.encoding import Chat, Encoder
 from task_data.loading import load_samples
 from tasks import Sample, get_task
 from utils import InputError
@@ -154,7 +153,7 @@ CHANGING: dict[str, tuple[str, str]] = {
 
 
 def test_a_template_that_changes_a_conversation_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(language_model.chat, "SECONDS", 0.2)
+    monkeypatch.setattr(language_model.encoding, "SECONDS", 0.2)
     asked, failures = [turn("user", "Who?")], []
     for case, (template, said) in CHANGING.items():
         with pytest.raises(InputError) as refusal:

@@ -37,7 +37,7 @@ from language_model import scoring
 from language_model.batches import run_in_batches
 from language_model.encoding import EncodedExample, EncodedOption, Encoder
 from language_model.generation import GenerationSettings, generate
-from language_model.prediction import predict
+from language_model.scoring import predict
 from language_model.shared_tokens import SHORTEST_PREFIX
 from tasks import Sample, get_task
 

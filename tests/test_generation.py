@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicLayer
 from language_model.batches import NotFinite
 from language_model.encoding import Encoder
 from language_model.generation import GenerationSettings, check_generation, generate
-from language_model.prediction import predict
+from language_model.scoring import predict
 from language_model.shared_tokens import LayerWithRoom
 from tasks import get_task
 from utils import InputError

@@ -35,7 +35,7 @@ from language_model.head import (
     untie_head,
 )
 from language_model.loading import load_model
-from language_model.prediction import predict
+from language_model.scoring import predict
 from language_model.weight_files import tied_weights
 from task_data.loading import load_samples
 from task_data.sampling import permutation_subset, sample_train_dev

@@ -15,7 +15,7 @@ from hizoo import HiZOO, Layers
 from language_model import objectives, packing
 from language_model.encoding import Encoder
 from language_model.generation import GenerationSettings, generate
-from language_model.prediction import predict
+from language_model.scoring import predict
 from metrics import exact_match, f1, mean
 from tasks import get_task
 from zeroth_order.layerwise import LayerwiseWeights

@@ -28,7 +28,7 @@ from language_model import objectives, packing, scoring
 from language_model.batches import NotFinite, run_in_batches
 from language_model.encoding import EncodedExample, EncodedOption, Encoder
 from language_model.generation import GenerationSettings, generate
-from language_model.prediction import predict
+from language_model.scoring import predict
 from language_model.shared_tokens import can_share_prompt
 from tasks import get_task
 from utils import InputError

@@ -157,14 +157,14 @@ FAULTS = [
     ),
     Fault(
         "calibration: the prior is added",
-        "language_model/prediction.py",
+        "language_model/scoring.py",
         "[total - prior for",
         "[total + prior for",
         "evaluation scoring",
     ),
     Fault(
         "scores: sums in place of means",
-        "language_model/prediction.py",
+        "language_model/scoring.py",
         "scores = [[total / count for total, count in options] for options in scored]",
         "scores = [[total for total, count in options] for options in scored]",
         "evaluation scoring",
