@@ -83,7 +83,7 @@ def speaks_for_all() -> bool:
 
 
 def say_last(line: str) -> None:
-    """Print the line in which a command fails, once for all processes that torchrun has started."""
+    """Print the line in which a command fails, once for all processes."""
     if speaks_for_all():
         print(line, file=sys.stderr)
 
@@ -243,9 +243,7 @@ def new_figure(path: Path, size: tuple[float, float]) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise InputError(
-            f"--plot {path}: a picture needs matplotlib: install it, or leave --plot out"
-        ) from error
+        raise InputError(f"--plot {path}: install matplotlib, or leave --plot out") from error
     # A figure of its own, not pyplot's: that would choose a window system for the whole process.
     figure = Figure(figsize=size, layout="constrained")
     if path.suffix.removeprefix(".").lower() not in figure.canvas.get_supported_filetypes():

@@ -76,28 +76,23 @@ def without_effect(values: Any) -> dict[str, Effect]:
 
 def warning(values: Any, unmet: dict[str, Effect]) -> str | None:
     """Return the line that names what the user gave without an effect, None if there is nothing."""
-    reasons: dict[str, list[str]] = {}
-    for name, effect in unmet.items():
-        if name in values.given_by_user and asks_for_something(values, name):
-            reasons.setdefault(effect.otherwise, []).append(f"--{name}")
-    for option, reason in values.ignored.items():
-        reasons.setdefault(reason, []).append(option)
-    shown = [f"{', '.join(names)} ({reason})" for reason, names in reasons.items()]
+    given = {n: e for n, e in unmet.items() if n in values.given_by_user and _asks(values, n)}
+    options = {f"--{name}": effect.otherwise for name, effect in given.items()} | values.ignored
+    shown = [f"{', '.join(names)} ({reason})" for reason, names in _by_reason(options).items()]
     return f"warning: no effect here: {', '.join(shown)}" if shown else None
+
+
+def _by_reason(reasons: dict[str, str]) -> dict[str, list[str]]:
+    """Return the arguments that share a reason."""
+    arguments: dict[str, list[str]] = {}
+    for argument, reason in reasons.items():
+        arguments.setdefault(reason, []).append(argument)
+    return arguments
 
 
 def has_effect(values: Any, name: str) -> bool:
     """Whether an argument does anything beside the others."""
     return _unmet(values, name) is None
-
-
-def asks_for_something(values: Any, name: str) -> bool:
-    """Whether a value does not only switch off what is off anyway."""
-    value = getattr(values, name)
-    if isinstance(value, bool) and name in OWN:
-        return value != OWN[name].default
-    # 0 is a seed like any other.
-    return value not in OFF or (name.endswith("seed") and value is not None)
 
 
 def _unmet(values: Any, name: str) -> Effect | None:
@@ -108,15 +103,23 @@ def _unmet(values: Any, name: str) -> Effect | None:
         return None  # of no task, or no smoothing: ``check_values`` says so
 
 
+def _asks(values: Any, name: str) -> bool:
+    """Whether a value does not only switch off what is off anyway."""
+    value = getattr(values, name)
+    if isinstance(value, bool) and name in OWN:
+        return value != OWN[name].default
+    # 0 is a seed like any other.
+    return value not in OFF or (name.endswith("seed") and value is not None)
+
+
 def _refused(values: Any) -> list[str]:
     """Return what would give another result if it were ignored."""
-    reasons: dict[str, list[str]] = {}
+    reasons: dict[str, str] = {}
     for name in DECLARED:
         effect = _unmet(values, name) if name in values.given else None
-        if effect and effect.refused and asks_for_something(values, name):
-            reason = f"{effect.otherwise}; {effect.way_out}"
-            reasons.setdefault(reason, []).append(_shown(values, name))
-    return [f"{', '.join(shown)}: {reason}" for reason, shown in reasons.items()]
+        if effect and effect.refused and _asks(values, name):
+            reasons[_shown(values, name)] = f"{effect.otherwise}; {effect.way_out}"
+    return [f"{', '.join(shown)}: {reason}" for reason, shown in _by_reason(reasons).items()]
 
 
 def _shown(values: Any, name: str) -> str:

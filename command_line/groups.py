@@ -91,9 +91,8 @@ class Model:
     offload: str = argument(
         "none", choices=("none", "cpu", "disk"), effect=when.OFFLOADED, decides=NOTHING
     )
-    """Where the weights of a model's blocks lie while they are not needed: disk, for models larger
-    than memory, or cpu, for models larger than the GPU's. A step reads and writes each block once,
-    and perturbs it as --zo_perturbation layerwise does."""
+    """Where the weights of blocks lie while they are not needed: disk, for models larger than
+    memory, or cpu, for models larger than the GPU's. A step reads and writes each block once."""
     offload_dir: str | None = argument(None, path=True, effect=when.ON_DISK, decides=NOTHING)
     """Folder for the working file of --offload disk, as large as the blocks and their h. The
     model's own files are only read. Default: output_dir."""
@@ -102,12 +101,10 @@ class Model:
     offload_write_every: int | str = argument(
         AUTO, at_least=1, words=(AUTO,), effect=when.WRITES_BLOCKS, decides=NOTHING
     )
-    """With --offload disk: a block is written after so many updates, and those that the disk lacks
-    are computed again at each visit. The weights are the same bits. auto: 1, or more where writing
-    takes longer than that."""
+    """With --offload disk: updates after which a block is written. Those that the disk lacks are
+    computed again at each visit, to the same bits. auto: 1, or more where writing takes longer."""
     max_length: int | None = argument(None, at_least=1)
-    """Tokens of a text at most; longer ones are cut on the left. Default: 2048, or the model's
-    positions if they are fewer."""
+    """Tokens of a text, cut on the left. Default: 2048, or the model's positions if fewer."""
     apply_chat_template: bool = argument(False)
     """Put prompts, demonstrations and answers through the tokenizer's chat template, for scoring,
     generation and training. For instruct models."""
@@ -142,8 +139,8 @@ class Rewards:
 
     reward: str | None = argument(None, effect=when.REWARD, decides=NOTHING)
     """FILE.py:function: takes lists of prompts, texts and rows (dictionaries), or what TRL's
-    GRPOTrainer gives; returns a number for each. Its mean is the first metric, and the objective of
-    --trainer zo. The file's code is run. Default: none."""
+    GRPOTrainer gives; returns a number for each. Their mean is the first metric, and the objective
+    of --trainer zo. The file's code is run. Default: none."""
     reward_samples: int = argument(1, at_least=1)
     """Texts of a prompt in a step; above 1 they are drawn at random, with the same random numbers
     for both sides of a direction."""
@@ -163,19 +160,16 @@ class EvaluationAndResults:
     result_file: str | None = argument(None, path=True)
     """JSON file for metrics and settings. Default: result/<name>.json (see --tag)."""
     predictions_file: str | None = argument(None, path=True, effect=when.END)
-    """JSON Lines file with the prediction, scores and correctness of every eval example. Default:
-    none."""
+    """JSON Lines file of each eval example's prediction, scores and correctness. Default: none."""
     overwrite_output_dir: bool = argument(False)
-    """Make the result anew: delete the checkpoints in output_dir and start again. Default: resume
-    from the newest checkpoint; compute nothing where the result is there."""
+    """Delete the checkpoints in output_dir and start again. Default: resume from the newest
+    checkpoint; compute nothing where the result is there."""
     config: str | None = argument(None, path=True)
-    """YAML file of arguments, as in learning_rate: 1e-6. Those of the command line win. Default:
-    none."""
+    """YAML file of arguments, as in learning_rate: 1e-6; the command line wins. Default: none."""
     dry_run: bool = argument(False)
     """Check everything but the weights, print steps, forward passes and memory, and do nothing."""
     tag: str | None = argument(None, path=True)
-    """Name of the run behind task and model, for its result file and output_dir. Default: made of
-    the settings."""
+    """Name of the run and of its files, after task and model. Default: made of the settings."""
     verbose: bool = argument(False, effect=when.END)
     """Show the first prompts, their options and scores."""
 
@@ -212,22 +206,19 @@ class TrainedWeights:
     _effect, _decides = when.TRAINED, TRAINING
 
     lora: bool = argument(False, effect=when.NOT_BROADCAST)
-    """Train LoRA matrices on the query and value projections (arXiv 2106.09685) and nothing
-    else."""
+    """Train only LoRA matrices on the query and value projections (arXiv 2106.09685)."""
     lora_r: int = argument(8, at_least=1, effect=when.LORA)
     """Rank of the LoRA matrices (MeZO paper: 8)."""
     lora_alpha: int = argument(16, at_least=1, effect=when.LORA)
     """Scale of LoRA, divided by its rank (MeZO paper: 16)."""
     prefix_tuning: bool = argument(False, effect=when.NOT_BROADCAST)
-    """Train keys and values that stand before every text in every layer (arXiv 2101.00190) and
-    nothing else."""
+    """Train only keys and values that precede every text in every layer (arXiv 2101.00190)."""
     num_prefix: int = argument(5, at_least=1, effect=when.PREFIX)
     """Tokens of the prefix; they count for --max_length (MeZO paper: 5)."""
     no_reparam: bool = argument(True, effect=when.PREFIX)
     """Train the prefix itself (MeZO paper); False: a two-layer network that makes it."""
     prefix_init_by_real_act: bool = argument(True, effect=when.PREFIX)
-    """Start the prefix from the keys and values of random real tokens (MeZO paper); False: of
-    noise."""
+    """Start the prefix from keys and values of random tokens (MeZO paper); False: from noise."""
     head_tuning: bool = argument(False, effect=when.NOT_BROADCAST)
     """Train the language-model head and nothing else. Tied input embeddings change with it unless
     --untie_emb is given."""
@@ -253,8 +244,7 @@ class Training:
     only, MeZO, or HiZOO with a --hessian_smooth_type above 0. broadcast: one forward pass a step,
     error broadcast; for losses with a gradient in the logits."""
     only_train_option: bool = argument(True, effect=when.LANGUAGE_MODEL_LOSS)
-    """Language-model loss on the correct option's tokens only (MeZO paper); False: on the prompt's
-    too."""
+    """Language-model loss on the correct option only (MeZO paper); False: on the prompt too."""
     train_as_classification: bool = argument(False)
     """Train with the cross-entropy over the options' mean log-probabilities. Not for SQuAD and
     DROP; published runs leave it out for Copa and ReCoRD too. Your own files with options train
@@ -265,9 +255,8 @@ class Training:
     """Step until which the learning rate stays constant before it takes the scheduler's course to
     the end of the run; below 1: a fraction of the run. 0: it takes it from the start."""
     lr_scheduler_type: str | None = argument(None, "--zo_lr_scheduler_type", choices=SCHEDULES)
-    """Learning-rate schedule of transformers, per step; with warmup_steps constant means
-    constant_with_warmup. Default: constant; with --trainer regular and broadcast
-    linear."""
+    """Learning-rate schedule of transformers, per step; constant with --warmup_steps means
+    constant_with_warmup. Default: constant; with --trainer regular and broadcast linear."""
     eval_strategy: str = argument(
         "no", "--evaluation_strategy", choices=("no", "steps", "epoch"), decides=RESULT
     )
@@ -329,14 +318,12 @@ class ErrorBroadcast:
     _effect, _decides = when.BROADCAST, TRAINING
 
     broadcast_rate: float = argument(1.0, at_least=0)
-    """κ: share of each scored token's error that a step takes away. It falls to 0 by
-    --lr_scheduler_type."""
+    """κ: share of a scored token's error that a step takes away; --lr_scheduler_type lowers it."""
     broadcast_damping: float = argument(0.1, above=0)
     """λ: damping of the inputs' second moments, as a share of their mean."""
     broadcast_from: float = argument(0.5, at_least=0, below=1)
     """Share of the blocks, from the bottom, that are not trained."""
     broadcast_matrices: str = argument("o,d", choices=("o,d", "o", "d"))
-    """Trained matrices of a block. o: the attention's output projection. d: the MLP's (down_proj,
-    fc2)."""
+    """Trained matrices. o: the attention's output projection. d: the MLP's (down_proj, fc2)."""
     broadcast_tokens: int = argument(1024, at_least=1)
     """Scored tokens of a batch that a step takes at most; beyond that they are drawn at random."""

@@ -57,14 +57,11 @@ class MostUsed:
     )
     """Steps between checkpoints, with --save_strategy steps."""
     save_total_limit: int | None = argument(None, at_least=1, effect=when.SAVES, decides=NOTHING)
-    """Checkpoints that are kept: the newest, and with --load_best_model_at_end the best. Default:
-    all."""
+    """Checkpoints kept: the newest, and with --load_best_model_at_end the best. Default: all."""
     load_best_model_at_end: bool = argument(False, effect=when.SAVES, decides=RESULT)
-    """Report and keep the checkpoint of the lowest dev loss, or of the best
-    --metric_for_best_model."""
+    """Report and keep the checkpoint of the best --metric_for_best_model."""
     metric_for_best_model: str | None = argument(None, effect=when.BEST, decides=RESULT)
-    """What the best checkpoint is best by, on the dev set: loss, accuracy, f1 or em. Default:
-    loss."""
+    """What the best checkpoint is best by (dev set): loss, accuracy, f1 or em. Default: loss."""
     resume_from_checkpoint: str | None = argument(None, path=True, decides=NOTHING)
     """Folder of a checkpoint to resume from. Default: the newest one in --output_dir."""
     report_to: str = argument("none", many=True, decides=NOTHING)

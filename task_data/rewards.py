@@ -60,16 +60,16 @@ class Reward:
             if isinstance(returned, Iterable) and not unordered:
                 # One more than there should be: a generator may have no end.
                 returned = list(itertools.islice(returned, len(texts) + 1))
-        values = [_number(value) for value in returned] if isinstance(returned, list) else None
-        if values is None:
-            got = type(returned).__name__
-        elif None in values:
-            bad = returned[values.index(None)]
-            got = f"a list with {bad if isinstance(bad, float) else type(bad).__name__}"
-        elif len(values) != len(texts):
-            got = "more values" if len(values) > len(texts) else f"{len(values)} values"
-        else:
-            return values
+        got = type(returned).__name__
+        if isinstance(returned, list):
+            values = [_number(value) for value in returned]
+            if None in values:
+                bad = returned[values.index(None)]
+                got = f"a list with {bad if isinstance(bad, float) else type(bad).__name__}"
+            elif len(values) == len(texts):
+                return values
+            else:
+                got = "more values" if len(values) > len(texts) else f"{len(values)} values"
         raise InputError(
             f"--reward: {self.name} returned {got} for {len(texts)} texts; return a list with a "
             f"number for each, between -{LARGEST:g} and {LARGEST:g}"
