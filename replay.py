@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -20,6 +21,7 @@ if __name__ == "__main__":
 
 import torch
 from peft import PeftModel
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -30,11 +32,11 @@ from experiment.preparation import choose_trained_weights, load_pretrained
 from experiment.training import save_model
 from hizoo import HiZOO
 from language_model.loading import choose_dtype, leave_out_loading_bars, load_config_and_tokenizer
-from training.journal import Journal, read_journal
-from training.recording import checksum_of, checksum_of_trained
-from training.replaying import Outcome, optimizer_of, play, rows_until
-from training.rows import Header, Step
-from utils import InputError, OneLineParser, exit_code
+from training.journal import Checksum, Header, Journal, Row, Scale, Step, read_journal
+from training.optimizers import checked_layers, make_optimizer
+from training.recording import checksum_of, checksum_of_trained, replayed
+from utils import InputError, OneLineParser, exit_code, one_line
+from zeroth_order import noise
 
 
 def parser() -> OneLineParser:
@@ -134,6 +136,93 @@ def load_start(
     return model, tokenizer, optimizer
 
 
+def optimizer_of(header: Header, model: nn.Module, compile: bool | None) -> HiZOO:
+    """Return the optimizer that a journal's run had, before its first step.
+
+    Parameters that the run did not train are frozen. ``model`` has the weights, or the adapter,
+    that the run began with.
+
+    Raises:
+        InputError: the model has other parameters, or the noise is another version's.
+    """
+    if header.noise != noise.VERSION:
+        raise InputError(
+            f"the journal's noise has version {header.noise}, this program's {noise.VERSION}"
+        )
+    trained = {name for group in header.groups for name in group.parameters}
+    parameters = dict(model.named_parameters())
+    if missing := sorted(trained - parameters.keys()):
+        raise InputError(f"{missing[0]} is in the journal, and not in the model")
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in trained)
+    layers = checked_layers(model) if header.layerwise else None
+    config = replace(header.optimizer, compile=compile)
+    return make_optimizer(model, header.groups, config, layers, f"the journal's μ {config.eps:g}")
+
+
+def rows_until(journal: Journal, steps: int) -> list[Row]:
+    """Return the rows of the first ``steps`` steps.
+
+    Raises:
+        InputError: the journal does not have them.
+    """
+    if journal.steps < steps:
+        why = f" ({journal.fault})" if journal.fault else ""
+        raise InputError(
+            f"{journal.path} has {journal.steps} steps{why}, not {steps}; give --steps "
+            f"{journal.steps}"
+        )
+    return [row for row in journal.rows if row.step + isinstance(row, Step) <= steps]
+
+
+def play(
+    rows: Sequence[Row],
+    optimizer: HiZOO,
+    model: nn.Module,
+    compare: bool = False,
+    on_step: Callable[[], object] = lambda: None,
+) -> tuple[list[int], int | None]:
+    """Do the steps of a journal with its losses in place of forward passes.
+
+    With ``compare`` the weights are compared with the run's checksums. Returns the steps after
+    which they were, and the first of these with other weights, where comparing ends.
+
+    Raises:
+        InputError: a row does not fit the model.
+    """
+    compared, different = [], None
+    for row in rows:
+        if isinstance(row, Scale):
+            for group in optimizer.param_groups:
+                group["eps"] = row.eps
+        elif isinstance(row, Step):
+            _do(row, optimizer)
+            on_step()
+        elif isinstance(row, Checksum) and compare and different is None:
+            compared.append(row.step)
+            if checksum_of_trained(model) != row.checksum:
+                different = row.step
+    return compared, different
+
+
+def _do(step: Step, optimizer: HiZOO) -> None:
+    """Do a recorded step."""
+    for group in optimizer.param_groups:
+        group["lr"] = step.lr
+    for losses, weight in zip(step.losses, step.weights, strict=True):
+        try:
+            optimizer.estimate(replayed(losses), weight)
+        except ValueError as error:  # μ does not fit the weights
+            raise InputError(f"step {step.step} of the journal: {one_line(error)}") from error
+        taken = len(optimizer.losses[0])
+        if taken != len(losses):
+            raise InputError(
+                f"step {step.step} of the journal has {len(losses)} losses, where the optimizer "
+                f"takes {taken}"
+            )
+    optimizer.step()
+
+
 def replay(options: argparse.Namespace, journal: Journal) -> int:
     """Load the model, do the steps, save it, and print what came of it; returns the exit code.
 
@@ -141,34 +230,36 @@ def replay(options: argparse.Namespace, journal: Journal) -> int:
         InputError: the model does not fit, or steps are missing.
         NotWritten: the disk is full.
     """
-    rows, fault = rows_until(journal, options.steps)
+    to_the_end = options.steps is None
+    rows = journal.rows if to_the_end else rows_until(journal, options.steps)
     model, tokenizer, optimizer = load_start(options, journal.header)
     total = sum(isinstance(row, Step) for row in rows)
     with tqdm(total=total, unit="step", disable=None) as bar:
-        outcome = play(rows, optimizer, model, options.verify, bar.update)
-    print(f"{outcome.steps:,} steps")
-    if fault:
-        print(f"damaged: {options.journal} ends there ({fault})")
+        compared, different = play(rows, optimizer, model, options.verify, bar.update)
+    print(f"{total:,} steps")
+    is_damaged = to_the_end and journal.fault
+    if is_damaged:
+        print(f"damaged: {options.journal} ends there ({journal.fault})")
     if options.verify:
-        print(verdict(outcome))
-    if outcome.different is not None:
+        print(verdict(compared, different))
+    if different is not None:
         return 1
     if options.output_dir:
         save_model(model.save_pretrained, tokenizer, options.output_dir)
         print(f"model: {options.output_dir}")
-    return 1 if fault else 0
+    return 1 if is_damaged else 0
 
 
-def verdict(outcome: Outcome) -> str:
+def verdict(compared: Sequence[int], different: int | None) -> str:
     """Return what the checksums tell."""
-    if outcome.different is not None:
+    if different is not None:
         return (
-            f"different: after step {outcome.different:,} the weights are not, bit for bit, those "
-            "of the run; another device, or --compile, rounds differently (without --verify they "
-            "are saved)"
+            f"different: after step {different:,} the weights are not, bit for bit, those of the "
+            "run; another device, or --compile, rounds differently (without --verify they are "
+            "saved)"
         )
-    if outcome.compared:
-        return f"verified: bit for bit the weights of the run after step {outcome.compared[-1]:,}"
+    if compared:
+        return f"verified: bit for bit the weights of the run after step {compared[-1]:,}"
     return "not verified: the journal has no checksum of these steps"
 
 

@@ -25,20 +25,23 @@ from running import (
 )
 
 import run
-from training.journal import FILE, Journal, JournalFile, read_journal
-from training.objective_trainer import ObjectiveTrainer
-from training.recording import Recording, checksum_of
-from training.rows import (
+from training.journal import (
+    FILE,
     VERSION,
     Checksum,
     Group,
     Header,
+    Journal,
+    JournalFile,
     Row,
     Scale,
     Step,
     line_of,
+    read_journal,
     row_of,
 )
+from training.objective_trainer import ObjectiveTrainer
+from training.recording import Recording, checksum_of
 from utils import InputError, NotWritten
 from zeroth_order.config import HiZOOConfig
 
@@ -125,7 +128,7 @@ ODD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "a negative weight": ({"kind": "step"} | STEP | {"weights": [-1]}, "a weight must be"),
     "an infinite weight": ({"kind": "step"} | STEP | {"weights": ["inf"]}, "a weight must be"),
     "a huge number": ({"kind": "step"} | STEP | {"lr": 10**400}, "too large"),
-    "a negative step": ({"kind": "step"} | STEP | {"step": -1}, "step must be at least 0"),
+    "a negative step": ({"kind": "step"} | STEP | {"step": -1}, "step -1 where 0 was due"),
     "half a step": ({"kind": "step"} | STEP | {"step": 0.5}, "0.5 is no int"),
     "a later step": ({"kind": "step"} | STEP | {"step": 2}, "step 2 where 0 was due"),
     "a far step": ({"kind": "step"} | STEP | {"step": 10**30}, "where 0 was due"),

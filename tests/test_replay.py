@@ -30,9 +30,8 @@ from test_journal import line_of_values
 import replay
 import run
 from language_model.adapters import PROMPT_ENCODER_FILE
-from training.journal import FILE, read_journal
+from training.journal import FILE, Checksum, line_of, read_journal
 from training.objective_trainer import ObjectiveTrainer
-from training.rows import Checksum, line_of
 
 MODES = {
     "in_place": {"lr_scheduler_type": "linear", "weight_decay": 0.1},

@@ -34,8 +34,7 @@ from transformers import AutoModelForCausalLM, get_scheduler
 import run
 from trainer import ZerothOrderTrainer
 from training.checkpoints import MANIFEST
-from training.journal import FILE, read_journal
-from training.rows import Step
+from training.journal import FILE, Step, read_journal
 
 RESUMED = {
     "hizoo": {"num_dev": 8, "eval_strategy": "steps", "eval_steps": 3},

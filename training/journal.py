@@ -10,20 +10,184 @@ dropped. A row's ``step`` counts the steps that were done before it.
 
 from __future__ import annotations
 
-import contextlib
+import functools
+import json
+import math
 import os
+import reprlib
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import types
+import typing
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
+from typing import Any
 
-from training.rows import VERSION, Header, Row, Step, line_of, row_of
-from utils import InputError, NotWritten
+from utils import InputError, NotWritten, one_line
+from zeroth_order.config import HiZOOConfig, check_settings
 
 FILE = "journal.jsonl"
+VERSION = 3
 BEGIN = b'{"kind": "header"'
 # Seconds between two waits for the disk.
 SYNC_EVERY = 1.0
+
+
+# ---------------------------------------------------------------------------------------- rows
+
+
+@dataclass(frozen=True)
+class Group:
+    """The names of weights with the same weight decay."""
+
+    weight_decay: float
+    parameters: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        check_settings(vars(self))
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a run began with; ``settings`` are for comparison only."""
+
+    version: int
+    noise: int  # version of u
+    step: int  # steps that were done before the first row
+    max_steps: int
+    start: str  # checksum of the trained weights before the first row
+    groups: tuple[Group, ...]
+    layerwise: bool
+    optimizer: HiZOOConfig
+    model: dict[str, Any] = field(default_factory=dict)  # its name
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.step < 0:
+            raise ValueError(f"step must be at least 0, not {self.step}")
+        names = [name for group in self.groups for name in group.parameters]
+        if not names or len(names) > len(set(names)):
+            raise ValueError("its groups must have parameters, each of them once")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was written when ``step`` steps were done."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class Step(Row):
+    """One step; ``step`` counts those that were done before it."""
+
+    lr: float  # k where it is "auto"
+    losses: tuple[tuple[float, ...], ...]  # of each batch, in the order of its forward passes
+    weights: tuple[float, ...]  # what each batch counts
+    g: float | None = None
+    c: float | None = None  # None: not measured
+    eta: float | None = None
+
+    def __post_init__(self) -> None:
+        check_settings({"lr": self.lr})
+        if not all(0 <= weight < math.inf for weight in self.weights):
+            raise ValueError("a weight must be at least 0 and finite")
+        if not self.losses or len(self.losses) != len(self.weights):
+            raise ValueError(f"{len(self.losses)} batches and {len(self.weights)} weights")
+
+
+@dataclass(frozen=True)
+class Scale(Row):
+    """The μ that "auto" has chosen."""
+
+    eps: float
+
+    def __post_init__(self) -> None:
+        check_settings(vars(self))
+        if self.step != 0:
+            raise ValueError(f"step {self.step}: μ is chosen before the first step")
+
+
+@dataclass(frozen=True)
+class Checksum(Row):
+    """A checksum of the trained weights."""
+
+    checksum: str
+
+
+KINDS = {each.__name__.lower(): each for each in (Header, Step, Scale, Checksum)}
+
+
+# ------------------------------------------------------------------------------------ as lines
+
+
+def line_of(row: Header | Row) -> bytes:
+    """Return a row as a line."""
+    text = json.dumps({"kind": type(row).__name__.lower(), **_plain(asdict(row))}, allow_nan=False)
+    return f'{text[:-1]}, "crc32": {zlib.crc32(text.encode())}}}\n'.encode()
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON has it; numbers that are not finite become "nan", "inf", "-inf"."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value
+
+
+def row_of(line: bytes) -> Header | Row:
+    """Return the row of a line.
+
+    Raises:
+        ValueError: it is not what was written, or a value is not one that a run writes.
+    """
+    text, mark, checksum = line.rpartition(b', "crc32": ')
+    if not mark or checksum.rstrip(b"}\n") != b"%d" % zlib.crc32(text + b"}"):
+        raise ValueError("its checksum is wrong")
+    try:
+        values = json.loads(text + b"}")
+        if (kind := values.pop("kind")) not in KINDS:
+            raise ValueError(f"{reprlib.repr(kind)} is no kind of row")
+        return _typed(KINDS[kind], values)
+    except Exception as error:  # whatever odd values lead to
+        raise ValueError(one_line(error)) from error
+
+
+_hints_of = functools.cache(typing.get_type_hints)
+
+
+def _typed(hint: Any, value: Any) -> Any:
+    """Return a JSON value as its type hint says; unknown fields of a dataclass are ignored.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    kind, parts = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any or (hint in (int, str, bool, types.NoneType) and type(value) is hint):
+        return value
+    if hint is float and (type(value) in (int, float) or value in ("nan", "inf", "-inf")):
+        return float(value)
+    if kind is tuple and isinstance(value, list):
+        return tuple(_typed(parts[0], each) for each in value)
+    if kind is dict and isinstance(value, dict):
+        return {name: _typed(parts[1], each) for name, each in value.items()}
+    if is_dataclass(hint) and isinstance(value, dict):
+        hints = _hints_of(hint)
+        return hint(**{name: _typed(hints[name], value[name]) for name in hints if name in value})
+    if kind is types.UnionType:
+        for part in parts:
+            try:
+                return _typed(part, value)
+            except ValueError:
+                continue
+    raise ValueError(f"{reprlib.repr(value)} is no {getattr(hint, '__name__', hint)}")
+
+
+# ------------------------------------------------------------------------------------- reading
 
 
 @dataclass
@@ -32,11 +196,9 @@ class Journal:
 
     path: Path
     header: Header
+    ends: list[int]  # where each line ends, in bytes; the header's first
     rows: list[Row] = field(default_factory=list)
-    # Where each line ends, in bytes; the header's first.
-    ends: list[int] = field(default_factory=list)
-    # Why the line behind the last row cannot be used; None at the end of the file.
-    fault: str | None = None
+    fault: str | None = None  # why the line behind the last row cannot be used
 
     @property
     def steps(self) -> int:
@@ -64,8 +226,6 @@ def read_journal(path: Path) -> Journal | None:
     Raises:
         InputError: the file is something else, of another version, or its header is damaged.
     """
-    if path.exists() and not path.is_file():
-        raise InputError(f"{path} is no file")
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -73,40 +233,38 @@ def read_journal(path: Path) -> Journal | None:
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from error
     *lines, _ = content.split(b"\n")  # a half written line has no end
-    if not lines and BEGIN.startswith(content[: len(BEGIN)]):
+    if not lines and content[: len(BEGIN)] == BEGIN[: len(content)]:
         return None
-    header, fault = None, "it is no journal of a run"
+    if not content.startswith(BEGIN):
+        raise InputError(f"{path}: it is no journal of a run")
     try:
-        header = row_of(lines[0] if lines else b"")
+        header = row_of(lines[0])
     except ValueError as error:
-        if content.startswith(BEGIN):
-            fault = f"its header is damaged ({error})"
-    if not isinstance(header, Header):
-        raise InputError(f"{path}: {fault}")
+        raise InputError(f"{path}: its header is damaged ({error})") from error
     if header.version != VERSION:
         raise InputError(
             f"{path}: journal version {header.version}; this program reads version {VERSION}"
         )
-    journal = Journal(path, header, ends=[len(lines[0]) + 1])
+    journal, due = Journal(path, header, [len(lines[0]) + 1]), header.step
     for number, line in enumerate(lines[1:], 2):
         try:
-            row = _usable_row(line, journal)
+            row = _row_that_follows(header, due, line)
         except ValueError as error:
             journal.fault = f"line {number}: {error}"
             break
         journal.rows.append(row)
         journal.ends.append(journal.ends[-1] + len(line) + 1)
+        due += isinstance(row, Step)
     return journal
 
 
-def _usable_row(line: bytes, journal: Journal) -> Row:
-    """Return the row of a line; raises ValueError if it cannot follow those of the journal."""
-    row, due = row_of(line), journal.steps
+def _row_that_follows(header: Header, due: int, line: bytes) -> Row:
+    """Return the row of a line; raises ValueError if it cannot follow ``due`` steps."""
+    row, least = row_of(line), 2 * header.optimizer.num_samples
     if isinstance(row, Header):
         raise ValueError("a second header")
     if row.step != due:
         raise ValueError(f"step {row.step} where {due} was due")
-    least = 2 * journal.header.optimizer.num_samples
     if isinstance(row, Step) and min(map(len, row.losses)) < least:
         raise ValueError(f"step {row.step} has fewer losses than {least} a batch")
     return row
@@ -118,7 +276,8 @@ def _usable_row(line: bytes, journal: Journal) -> Row:
 class JournalFile:
     """A journal that rows are appended to; each is on its way to the disk when ``add`` returns.
 
-    Nothing is written before the first step: other rows wait for it.
+    Nothing is written before the first step: other rows wait for it. All methods raise
+    ``NotWritten`` if the disk is full, or the file cannot be written to.
 
     Args:
         path: of the file.
@@ -134,63 +293,46 @@ class JournalFile:
         self._synced = 0.0
 
     def add(self, row: Row) -> None:
-        """Append a row.
-
-        Raises:
-            NotWritten: the disk is full, or the file cannot be written to.
-        """
+        """Append a row."""
         self._waiting += line_of(row)
         if self._descriptor is None and not isinstance(row, Step):
             return
-        with self._naming_errors():
-            self._write()
+        self._write()
         if time.monotonic() - self._synced >= SYNC_EVERY:
             self.sync()
 
-    @contextlib.contextmanager
-    def _naming_errors(self) -> Iterator[None]:
-        """Raise ``NotWritten``, which is one line, where the system cannot write."""
+    def _write(self) -> None:
+        """Write what waits, or leave the file as it was."""
         try:
-            yield
+            if self._descriptor is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+                self._descriptor = os.open(self.path, flags, 0o666)
+                os.ftruncate(self._descriptor, self._begins_at)
+            content, self._waiting = self._waiting, b""
+            size = os.fstat(self._descriptor).st_size
+            try:
+                while content:
+                    content = content[os.write(self._descriptor, content) :]
+            except OSError:
+                os.ftruncate(self._descriptor, size)
+                raise
         except OSError as error:
             raise NotWritten.of(self.path, error) from error
 
-    def _write(self) -> None:
-        """Write what waits, or leave the file as it was."""
-        if self._descriptor is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-            self._descriptor = os.open(self.path, flags, 0o666)
-            os.ftruncate(self._descriptor, self._begins_at)
-        content, self._waiting = self._waiting, b""
-        size = os.fstat(self._descriptor).st_size
-        try:
-            while content:
-                content = content[os.write(self._descriptor, content) :]
-        except OSError:
-            os.ftruncate(self._descriptor, size)
-            raise
-
     def sync(self) -> None:
-        """Wait until what was written is on the disk.
-
-        Raises:
-            NotWritten: it does not get there.
-        """
+        """Wait until what was written is on the disk."""
         if self._descriptor is not None:
-            with self._naming_errors():
+            try:
                 os.fsync(self._descriptor)
+            except OSError as error:
+                raise NotWritten.of(self.path, error) from error
             self._synced = time.monotonic()
 
     def close(self) -> None:
-        """Write what waits if there were steps before, wait for the disk, and close the file.
-
-        Raises:
-            NotWritten: the disk is full, or the file cannot be written to.
-        """
+        """Write what waits if there were steps before, wait for the disk, and close the file."""
         if self._begins_at and self._waiting:
-            with self._naming_errors():
-                self._write()
+            self._write()
         if self._descriptor is not None:
             self.sync()
             os.close(self._descriptor)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hizoo import HiZOO, HiZOOConfig, Layers, OnlyInPlace
-from training.rows import Group
+from training.journal import Group
 from utils import InputError
 from zeroth_order.blocks import NoBlocks, blocks_of
 from zeroth_order.streamed import StreamedLayers

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from transformers import TrainerState
 
 from hizoo import HiZOO
-from training.journal import JournalFile
+from training.journal import VERSION, Checksum, Group, Header, JournalFile, Row, Step
 from training.optimizers import trained_weights
-from training.rows import VERSION, Checksum, Group, Header, Row, Step
 from utils import InputError
 from zeroth_order import noise
 from zeroth_order.blocks import blocks_of

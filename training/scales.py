@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from hizoo import HiZOO
-from training import rows
+from training.journal import Scale
 from training.optimizers import check_scale
 from training.recording import Recording
 from utils import InputError, read_json, write_json
@@ -291,12 +291,12 @@ class ChooseScale(TrainerCallback):
         self, args: Any, state: Any, control: Any, *, model: Any, optimizer: HiZOO, **_: Any
     ) -> None:
         """Choose it, or take what was chosen before."""
-        recorded = self.recording.take(rows.Scale, 0)
+        recorded = self.recording.take(Scale, 0)
         if recorded is None and state.global_step == 0:
             with kept_weights(model, optimizer):
                 scales = choose_scales(self.loss_at)
             eps = max(scales.eps, scales.curvature_eps * optimizer.wants_curvature)
-            self.recording.write(rows.Scale(0, eps))
+            self.recording.write(Scale(0, eps))
             self.found = asdict(scales)
             if args.process_index == 0:
                 write_json(self.file, self.found)
