@@ -25,8 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM, OPTConfig
 
 from command_line.arguments import parse_arguments
-from experiment.offload_plan import plan_of_offload
-from experiment.plan import kept_for_a_weight
+from experiment.plan import kept_for_a_weight, plan_of_offload
 from language_model.streaming import Offload, stream_blocks
 
 HIZOO = "--trainer zo --hessian_smooth_type constant1e-6"

@@ -16,6 +16,7 @@ import pytest
 import torch
 from running import (
     assert_same_checkpoint,
+    assert_same_tensors,
     contents,
     finish,
     flip_bit,
@@ -224,6 +225,23 @@ def test_best_checkpoint_of_a_copied_folder(
     result = finish(short_training(tmp_path / "new", **(arguments | {"max_steps": max_steps})))
     assert result["checkpoint"].endswith(f"checkpoint-{max_steps}")
     assert f"the best checkpoint, {best}, is damaged" in caplog.messages[-1]
+
+
+def test_best_checkpoint_beside_a_named_one_in_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later checkpoint, in the new folder, does not let the best one be forgotten."""
+    let_every_dev_loss_be_worse(monkeypatch)
+    arguments = {
+        **{"num_dev": 4, "eval_strategy": "steps", "eval_steps": 1},
+        **{"load_best_model_at_end": True, "save_model": True},
+    }
+    finish(short_training(tmp_path / "old", **arguments))
+    named = tmp_path / "old/out/checkpoint-2"
+    arguments |= {"max_steps": 3, "resume_from_checkpoint": named}
+    best = named.with_name("checkpoint-1")
+    assert finish(short_training(tmp_path / "new", **arguments))["checkpoint"] == str(best)
+    assert_same_tensors(weights(tmp_path / "new/out"), weights(best))
 
 
 # --------------------------------------------------------------------------------- full disks

@@ -145,7 +145,7 @@ class LogLines(TrainerCallback):
         sign: -1 where it is maximised.
     """
 
-    def __init__(self, name: str = "loss", sign: int = 1) -> None:
+    def __init__(self, name: str, sign: int) -> None:
         super().__init__()
         self.name, self.sign = name, sign
 

@@ -37,19 +37,19 @@ ANOTHER = "give another one, or --overwrite_output_dir to start anew"
 # ------------------------------------------------------------------------------------- writing
 
 
-def write_checkpoint(folder: Path, write: Callable[[Path], None], *, writes_manifest: bool) -> None:
+def write_checkpoint(folder: Path, write: Callable[[], None], *, writes_manifest: bool) -> None:
     """Write a checkpoint beside its place, and move it there when it is whole.
 
     Args:
         folder: of the checkpoint; one of the same step is replaced.
-        write: writes the files of this process into a folder; all processes call it.
+        write: writes the files of this process into the folder ``UNFINISHED`` beside it; all
+            processes call it.
         writes_manifest: whether this process writes what belongs to all of them.
 
     Raises:
         NotWritten: in all processes, where one could not write; names the checkpoint before.
     """
     unfinished = folder.parent / UNFINISHED
-    written = unfinished / folder.name
 
     def clear() -> None:
         if writes_manifest:
@@ -57,6 +57,7 @@ def write_checkpoint(folder: Path, write: Callable[[Path], None], *, writes_mani
 
     def complete() -> None:
         if writes_manifest:
+            written = unfinished / folder.name
             # The best checkpoint is found by its step: a path would not outlast a renamed folder.
             state = read_trainer_state(written) | {"best_model_checkpoint": None}
             write_json(written / STATE, state)
@@ -68,7 +69,7 @@ def write_checkpoint(folder: Path, write: Callable[[Path], None], *, writes_mani
             clear()
 
     try:
-        for part in (clear, lambda: write(written), complete):
+        for part in (clear, write, complete):
             write_together(folder, part)
     except NotWritten as error:
         clear()
@@ -147,13 +148,12 @@ class RemoveEarlierCheckpoints(TrainerCallback):
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
     """Return the ``checkpoint-<step>`` folders of a training run, oldest step first."""
-    numbered = [
-        (int(match[1]), folder)
+    steps = {
+        folder: int(match[1])
         for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name))
-        and folder.is_dir()
-    ]
-    return [folder for _, folder in sorted(numbered)]
+        if (match := re.fullmatch(r".*-(\d+)", folder.name)) and folder.is_dir()
+    }
+    return sorted(steps, key=steps.get)
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
@@ -212,12 +212,9 @@ def noted_step(output_dir: str | Path) -> int:
         return 0
 
 
-def read_trainer_state(checkpoint: str | Path) -> dict[str, Any] | None:
-    """Return the state that the Trainer wrote into a checkpoint, None if it is missing or cut."""
-    try:
-        return json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
+    """Return the state that the Trainer wrote into a checkpoint."""
+    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
 
 
 def check_version(checkpoint: str | Path, kept: Mapping[str, Any]) -> None:

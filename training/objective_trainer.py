@@ -67,9 +67,8 @@ class ObjectiveTrainer(ResumableTrainer):
         self.decay_step, self.divergence = decay_step, Divergence()
         self._was_skipped, self._ended_step = False, 0
         arguments = kwargs["args"]
-        if arguments.n_gpu > 1:
-            # DataParallel would cut a batch's tensors apart, and multiplies the batch size.
-            arguments._n_gpu = 1
+        # DataParallel would cut a batch's tensors apart, and multiplies the batch size.
+        arguments._n_gpu = min(1, arguments.n_gpu)
         super().__init__(**kwargs)
         if arguments.fsdp and not self.is_fsdp_enabled:
             # accelerate would train with whole weights in every process, without a word.
@@ -77,10 +76,9 @@ class ObjectiveTrainer(ResumableTrainer):
         self._loss_of_step = torch.zeros((), device=arguments.device)
         # Losses come weighted (compute_loss): the Trainer need not divide them by their number.
         self.model_accepts_loss_kwargs = True
-        if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(LossProgress(*shown_as(objective)))
-        if self.pop_callback(PrinterCallback) is not None:
-            self.add_callback(LogLines(*shown_as(objective)))
+        for theirs, ours in ((ProgressCallback, LossProgress), (PrinterCallback, LogLines)):
+            if self.pop_callback(theirs) is not None:
+                self.add_callback(ours(*shown_as(objective)))
 
     def warn(self, line: str) -> None:
         """Print a line on the standard error, from one process only."""

@@ -26,6 +26,7 @@ from training.checkpoints import (
     ANOTHER,
     CHECKPOINT_VERSION,
     STATE,
+    UNFINISHED,
     check_version,
     damage,
     write_checkpoint,
@@ -52,14 +53,8 @@ class ResumableTrainer(Trainer):
     def __init__(self, *, settings: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         self.settings, self.costs = dict(settings or {}), Costs()
         self._resumed_from: str | None = None
-        self._unfinished: str | None = None  # where a checkpoint is being written
-        arguments = kwargs["args"]
         # RunState does it.
-        arguments.restore_callback_states_from_checkpoint = False
-        if arguments.load_best_model_at_end and arguments.save_total_limit == 1:
-            # With 1 the Trainer deletes the last checkpoint at the end, from which an interrupted
-            # run resumes. Until then it keeps 2 as well, the best and the last.
-            arguments.save_total_limit = 2
+        kwargs["args"].restore_callback_states_from_checkpoint = False
         super().__init__(**kwargs)
         self.add_callback(RunState(self._run_state, self._begin))
 
@@ -89,10 +84,9 @@ class ResumableTrainer(Trainer):
         """Load a checkpoint of the last step, or the best one beside it."""
         self.state = state
         self._begin(run_state(vars(state)))
+        self._load_from_checkpoint(self._resumed_from)
         if self.args.load_best_model_at_end:
-            self._forget_damaged_best_checkpoint()
-        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
-        self._load_from_checkpoint(best or self._resumed_from, self.model)
+            self._load_best_model()
         return TrainOutput(state.global_step, math.nan, {})
 
     def _run_state(self) -> dict[str, Any]:
@@ -114,15 +108,17 @@ class ResumableTrainer(Trainer):
             return
         check_version(self._resumed_from, saved)
         self.costs.begin(saved["costs"])
-        # It lies beside the one that the run resumes from, wherever the folder is now.
-        step, resumed = self.state.best_global_step, Path(self._resumed_from)
-        best = resumed.with_name(f"{PREFIX_CHECKPOINT_DIR}-{step}")
-        if step is None or self.args.save_strategy == SaveStrategy.NO:
-            best = None
-        elif not best.is_dir():
+        if self.state.best_global_step is None or self.args.save_strategy == SaveStrategy.NO:
+            return
+        # The best one lies beside the one that the run resumes from, wherever the folder is now.
+        best = self._best_beside(Path(self._resumed_from))
+        if best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+        else:
             logger.warning("the best checkpoint, %s, is gone", best)
-            best = None
-        self.state.best_model_checkpoint = best and str(best)
+
+    def _best_beside(self, checkpoint: Path) -> Path:
+        return checkpoint.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -132,12 +128,6 @@ class ResumableTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        self._forget_damaged_best_checkpoint()
-        best = self.state.best_model_checkpoint
-        if best and not load_if_streamed_or_renamed(self.model, Path(best)):
-            super()._load_best_model()
-
-    def _forget_damaged_best_checkpoint(self) -> None:
         best = self.state.best_model_checkpoint
         reason = from_first_process(lambda: damage(Path(best))) if best else None
         if reason:
@@ -145,6 +135,8 @@ class ResumableTrainer(Trainer):
                 "the best checkpoint, %s, is damaged (%s): the last weights stay", best, reason
             )
             self.state.best_model_checkpoint = None
+        elif best:
+            self._load_from_checkpoint(best)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model; where one process cannot, all of them raise ``NotWritten``."""
@@ -154,16 +146,11 @@ class ResumableTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
 
-        def write(unfinished: Path) -> None:
-            self._unfinished = str(unfinished.parent)
-            try:
-                super(ResumableTrainer, self)._save_checkpoint(model, trial)
-            finally:
-                self._unfinished = None
-
+        write = functools.partial(super()._save_checkpoint, model, trial)
         write_checkpoint(folder, write, writes_manifest=self.args.should_save)
-        best = folder.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
-        self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+        best = self._best_beside(folder)
+        if best.is_dir():  # otherwise it lies beside the checkpoint that the run resumed from
+            self.state.best_model_checkpoint = str(best)
         if self.args.should_save:
             limit = self.args.save_total_limit
             rotate_checkpoints(
@@ -171,7 +158,8 @@ class ResumableTrainer(Trainer):
             )
 
     def _get_output_dir(self, trial: Any) -> str:
-        return self._unfinished or super()._get_output_dir(trial)
+        # Where the Trainer writes a checkpoint, and at the end looks for those to delete: none.
+        return str(Path(self.args.output_dir, UNFINISHED))
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         # Tied weights are saved once and arrive with the tensor they are tied to.
