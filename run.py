@@ -71,7 +71,7 @@ def run_experiment(options: Options) -> None:
         result["seconds"] = round(time.perf_counter() - started, 3)
         for path, rows in zip(options.predictions, predictions, strict=False):
             write_rows(path, rows)
-        write_json(options.result, result)
+        write_json(options.arguments.result_path, result)
         if "steps" in result:
             say("\n".join(table(options.task.metric_name, result)))
         # The metrics of a single run have been printed.

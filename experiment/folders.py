@@ -24,7 +24,7 @@ def locked_places(options: Options) -> Iterator[None]:
     """
     places = [("--output_dir", folder, True) for folder in options.folders if options.trains]
     if not options.arguments.predict_file:
-        places += [("--result_file", options.result, False)]
+        places += [("--result_file", options.arguments.result_path, False)]
     places += [("--predictions_file", path, False) for path in options.predictions]
     with contextlib.ExitStack() as stack:
 

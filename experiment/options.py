@@ -29,10 +29,10 @@ class ModelOptions:
     """Which model is loaded, and how."""
 
     name: str
-    dtype: torch.dtype = torch.float32
-    spread: bool = True  # over all GPUs of one process
-    device: torch.device | None = None  # None: sharding moves each layer itself
-    trust_remote_code: bool = False
+    dtype: torch.dtype
+    spread: bool  # over all GPUs of one process
+    device: torch.device | None  # None: sharding moves each layer itself
+    trust_remote_code: bool
     offload: Offload | None = None
 
 
@@ -40,15 +40,15 @@ class ModelOptions:
 class TrainedWeights:
     """Which weights are trained; ``mode`` is one of ``TUNING_MODES``, or None: all weights."""
 
-    mode: str | None = None
-    seed: int = 42
-    untie_emb: bool = False
-    lora_r: int = 8
-    lora_alpha: int = 16
-    num_prefix: int = 5
-    no_reparam: bool = True
-    prefix_init_by_real_act: bool = True
-    lp_early_stopping: bool = False
+    mode: str | None
+    seed: int
+    untie_emb: bool
+    lora_r: int
+    lora_alpha: int
+    num_prefix: int
+    no_reparam: bool
+    prefix_init_by_real_act: bool
+    lp_early_stopping: bool
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> TrainedWeights:
@@ -57,17 +57,18 @@ class TrainedWeights:
         Raises:
             InputError: a value is of another type, or out of its argument's bounds.
         """
-        kinds = {field.name: type(field.default) for field in dataclasses.fields(cls)[1:]}
-        given = {name: settings[name] for name in kinds if settings.get(name) is not None}
-        for name, value in given.items():
+        values = {}
+        for field in dataclasses.fields(cls)[1:]:
+            argument, value = OWN[field.name], settings.get(field.name)
+            values[field.name] = argument.default if value is None else value
             try:
-                if type(value) is not kinds[name]:
-                    raise ValueError(f"must be of type {kinds[name].__name__}")
-                OWN[name].read([str(value)])
+                if type(values[field.name]) is not argument.kind:
+                    raise ValueError(f"must be of type {argument.kind.__name__}")
+                argument.read([str(values[field.name])])
             except ValueError as error:
-                raise InputError(f"{name} {reprlib.repr(value)}: {error}") from error
+                raise InputError(f"{field.name} {reprlib.repr(value)}: {error}") from error
         mode = next((mode for mode in TUNING_MODES if settings.get(mode) is True), None)
-        return cls(mode, **given)
+        return cls(mode, **values)
 
 
 @dataclass(frozen=True)
@@ -95,11 +96,6 @@ class Options:
         return self.arguments.trainer != "none"
 
     @property
-    def result(self) -> Path:
-        """Where the result JSON goes."""
-        return self.arguments.result_path
-
-    @property
     def resume_from(self) -> str | None:
         """A checkpoint, "true" or "false"; None: the newest, if any."""
         given = self.arguments.resume_from_checkpoint
@@ -125,7 +121,38 @@ class Options:
         return {**self.course, **self.length}
 
 
-def offload_of(arguments: Arguments) -> Offload | None:
+def options_of(arguments: Arguments) -> Options:
+    """Return what checked arguments say."""
+    generation = {
+        field.name: getattr(arguments, field.name)
+        for field in dataclasses.fields(GenerationSettings)
+    }
+    generation["eos_token"] = arguments.eos_token.replace("\\n", "\n")
+    # Several sets have a folder each.
+    sets = arguments.num_train_sets or 1
+    names = [f"set{seed}" for seed in range(sets)] if sets > 1 else [""]
+    rows = arguments.predictions_file and Path(arguments.predictions_file)
+    return Options(
+        arguments,
+        ModelOptions(
+            arguments.model_name,
+            choose_dtype(arguments.load_float16, arguments.load_bfloat16),
+            not arguments.no_auto_device,
+            None if arguments.fsdp else arguments.device,
+            arguments.trust_remote_code,
+            _offload_of(arguments),
+        ),
+        TrainedWeights.of(vars(arguments)),
+        GenerationSettings(**generation),
+        tuple(Path(arguments.output_dir or "", name) for name in names),
+        tuple(rows.with_stem(f"{rows.stem}-{name}") if name else rows for name in names if rows),
+        changed_settings(arguments),
+        settings_of_a_checkpoint(arguments),
+        length_of_run(arguments),
+    )
+
+
+def _offload_of(arguments: Arguments) -> Offload | None:
     """Return where the weights of blocks lie; None: all of them in memory."""
     if arguments.offload == "none":
         return None
@@ -137,32 +164,3 @@ def offload_of(arguments: Arguments) -> Offload | None:
     every = arguments.offload_write_every
     on_disk = folder if arguments.offload == "disk" else None
     return Offload(on_disk, memory, arguments.device, None if every == AUTO else every)
-
-
-def options_of(arguments: Arguments) -> Options:
-    """Return what checked arguments say."""
-    model = ModelOptions(
-        arguments.model_name,
-        choose_dtype(arguments.load_float16, arguments.load_bfloat16),
-        not arguments.no_auto_device,
-        None if arguments.fsdp else arguments.device,
-        arguments.trust_remote_code,
-        offload_of(arguments),
-    )
-    names = [field.name for field in dataclasses.fields(GenerationSettings)]
-    generation = GenerationSettings(**{name: getattr(arguments, name) for name in names})
-    # Several sets have a folder each.
-    sets = arguments.num_train_sets or 1
-    names = [f"set{seed}" for seed in range(sets)] if sets > 1 else [""]
-    rows = arguments.predictions_file and Path(arguments.predictions_file)
-    return Options(
-        arguments,
-        model,
-        TrainedWeights.of(vars(arguments)),
-        dataclasses.replace(generation, eos_token=arguments.eos_token.replace("\\n", "\n")),
-        tuple(Path(arguments.output_dir or "", name) for name in names),
-        tuple(rows.with_stem(f"{rows.stem}-{name}") if name else rows for name in names if rows),
-        changed_settings(arguments),
-        settings_of_a_checkpoint(arguments),
-        length_of_run(arguments),
-    )

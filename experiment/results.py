@@ -183,7 +183,7 @@ def earlier_result(options: Options) -> dict[str, Any] | None:
     Raises:
         InputError: something else is in the place, and is not to be written over.
     """
-    path, length = options.result, options.length
+    path, length = options.arguments.result_path, options.length
     if not path.is_file():
         check_predictions(options)
         return None

@@ -99,7 +99,7 @@ def result_lines(
             yield f"set {run['train_set_seed']}: {line}" if len(runs) > 1 else line
     if len(runs) == 1:
         yield from _next_step(options, result)
-    yield f"result: {options.result}"
+    yield f"result: {options.arguments.result_path}"
 
 
 def _next_step(options: Options, result: Mapping[str, Any]) -> Iterator[str]:
