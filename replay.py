@@ -63,31 +63,6 @@ def parser() -> OneLineParser:
     return made
 
 
-def model_and_weights(
-    header: Header, options: argparse.Namespace
-) -> tuple[ModelOptions, TrainedWeights]:
-    """Return which model the run began with, and which of its weights were trained.
-
-    Of the header only values of known names and types are taken.
-
-    Raises:
-        InputError: a value is not one that an argument takes, or the model has no name.
-    """
-    settings = header.settings
-    name = options.model_name or header.model.get("name")
-    if not name or not isinstance(name, str):
-        raise InputError(f"{options.journal} names no model: give --model_name")
-    gpu = None if options.use_cpu else torch.accelerator.current_accelerator(check_available=True)
-    model = ModelOptions(
-        name,
-        choose_dtype(settings.get("load_float16") is True, settings.get("load_bfloat16") is True),
-        spread=not options.use_cpu,
-        device=gpu or torch.device("cpu"),
-        trust_remote_code=options.trust_remote_code,
-    )
-    return model, TrainedWeights.of(settings)
-
-
 def check(options: argparse.Namespace) -> Journal:
     """Read the journal, and refuse what cannot be done before a model is loaded.
 
@@ -117,20 +92,35 @@ def load_start(
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase, HiZOO]:
     """Return the model, its tokenizer and its optimizer, as they were before the first step.
 
+    Of the header only values of known names and types are taken.
+
     Raises:
-        InputError: the model is not the one that the run began with.
+        InputError: a value is not one that an argument takes, or the model is missing, or it is not
+            the one that the run began with.
     """
-    began, weights = model_and_weights(header, options)
-    _, tokenizer = load_config_and_tokenizer(began.name, began.trust_remote_code)
+    settings = header.settings
+    name = options.model_name or header.model.get("name")
+    if not name or not isinstance(name, str):
+        raise InputError(f"{options.journal} names no model: give --model_name")
+    gpu = None if options.use_cpu else torch.accelerator.current_accelerator(check_available=True)
+    began = ModelOptions(
+        name,
+        choose_dtype(settings.get("load_float16") is True, settings.get("load_bfloat16") is True),
+        spread=not options.use_cpu,
+        device=gpu or torch.device("cpu"),
+        trust_remote_code=options.trust_remote_code,
+    )
+    weights = TrainedWeights.of(settings)
+    _, tokenizer = load_config_and_tokenizer(name, options.trust_remote_code)
     pretrained = load_pretrained(began)
     # Of all weights: those below an adapter are not trained.
     checksum = checksum_of(pretrained.parameters())
     model = choose_trained_weights(pretrained, weights, tokenizer, print)
     optimizer = optimizer_of(header, model, COMPILE[options.compile])
-    is_same = header.settings.get("weights", checksum) == checksum
+    is_same = settings.get("weights", checksum) == checksum
     if not is_same or checksum_of_trained(model) != header.start:
         raise InputError(
-            f"--model_name {began.name}: its weights are not those that the run began with; give "
+            f"--model_name {name}: its weights are not those that the run began with; give "
             f"{header.model.get('name')}, as it was then"
         )
     return model, tokenizer, optimizer

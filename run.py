@@ -30,27 +30,17 @@ from collections.abc import Sequence
 import transformers
 
 from command_line.arguments import Arguments, check, parse_arguments
-from command_line.settings import (
-    name_run,
-    settings_of_all_processes,
-    settle_dtype,
-)
+from command_line.settings import name_run, settings_of_all_processes, settle_dtype
 from experiment.folders import locked_places
 from experiment.options import Options, options_of
 from experiment.plan import make_plan
-from experiment.predicting import predict_rows
 from experiment.preparation import prepare
 from experiment.results import earlier_result, is_wanted_again, summarize, write_rows
-from experiment.running import Experiment, say
+from experiment.running import Experiment, predict_rows, say
 from experiment.telling import result_lines, table
 from language_model.loading import leave_out_loading_bars
 from training.processes import check_same, in_all_processes, naming_lost_processes
-from utils import (
-    exit_code,
-    leave_process_group_at_exit,
-    process_index,
-    write_json,
-)
+from utils import exit_code, leave_process_group_at_exit, process_index, write_json
 
 
 def run_experiment(options: Options) -> None:

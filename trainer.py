@@ -163,15 +163,15 @@ class ZerothOrderTrainer(ForwardTrainer):
         def batch_loss(inputs: dict[str, Any], weight: int, items: Tensor) -> Tensor:
             return self.sum_of_parts(self.loss_of(inputs) * weight) / items
 
-        closures = [functools.partial(batch_loss, *batch) for batch in batches]
-        closures = self.recording.of_batches(self.state.global_step, closures)
         counts = [float(items) for *_, items in batches]
-        pairs = [*zip(map(self.counted, closures), counts, strict=True)]
+        closures = [functools.partial(batch_loss, *batch) for batch in batches]
+        step = [*zip(closures, counts, strict=True)]
+        step = self.recording.of_batches(self.state.global_step, step)
+        step = [(self.counted(closure), count) for closure, count in step]
         try:
-            losses = self.optimizer.estimate_batches(pairs)
+            losses = self.optimizer.estimate_batches(step)
         except NoRoom as error:
             raise InputError(f"--offload disk: {error}; give another --offload_dir") from error
-        self.recording.note(self.optimizer.losses, counts)
         before = sum(loss * count for loss, count in zip(losses[:-1], counts, strict=False))
         return losses[-1] + before / counts[-1]
 

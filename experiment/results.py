@@ -1,4 +1,4 @@
-"""The result JSON and the rows of predictions.
+"""A model's answers, their rows, and the result JSON.
 
 A result holds the hash of its experiment. The same experiment is not computed a second time, and
 another one does not write over it.
@@ -22,12 +22,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 from command_line.arguments import Arguments, plain_value
 from command_line.settings import NOT_OF_THE_RESULT
 from experiment.options import Options
 from experiment.preparation import Prepared
-from language_model.scoring import Prediction
+from language_model.encoding import Encoder
+from language_model.scoring import Prediction, predict
 from task_data.loading import split_files
 from task_data.own_tasks import OwnTask
 from tasks import Sample, Task
@@ -38,6 +41,20 @@ VERSIONS = ("torch", "transformers", "accelerate", "peft", "numpy")
 KINDS_OF_METRICS = ("metric_before_training", "dev_metric", "metric")
 # Settings that hold what was used, which can differ from what was asked for.
 USED = ("num_train", "num_dev", "num_eval", "max_length", "zo_perturbation")
+
+
+def answers(
+    options: Options,
+    encoder: Encoder,
+    model: PreTrainedModel | PeftModel,
+    samples: list[Sample],
+    shown: list[list[Sample]],
+    label: str,
+) -> list[Prediction]:
+    """Return a model's answers; ``shown`` before each sample, ``label`` beside the bar."""
+    size, calibration = options.arguments.per_device_eval_batch_size, options.arguments.calibration
+    how = {"generation": options.generation, "progress": label}
+    return predict(model, encoder, samples, shown, size, calibration, **how)
 
 
 def prediction_rows(

@@ -49,15 +49,16 @@ class Start:
     @property
     def source(self) -> str | None:
         """What the run resumes from, by its name; None if it begins anew."""
-        journal = self.recording.path if self.recording.replayed_steps else None
-        source = self.checkpoint or journal
-        return str(source) if source else None
+        if self.checkpoint:
+            return str(self.checkpoint)
+        return str(self.recording.path) if self.recording.replayed_steps else None
 
     def words(self) -> str:
         """Return it in words; none where the run begins anew."""
-        steps = self.recording.replayed_steps
-        of_journal = f"{steps:,} steps of {self.recording.path}" if steps else ""
-        return ", and ".join(filter(None, [self.checkpoint and str(self.checkpoint), of_journal]))
+        parts = [str(self.checkpoint)] if self.checkpoint else []
+        if steps := self.recording.replayed_steps:
+            parts.append(f"{steps:,} steps of {self.recording.path}")
+        return ", and ".join(parts)
 
 
 def with_contents(
@@ -68,22 +69,24 @@ def with_contents(
     ``model`` has its pre-trained weights.
     """
 
+    def digest(value: Any) -> str:
+        return hashlib.sha256(repr(value).encode()).hexdigest()
+
     def digests() -> dict[str, Any]:
         samples, task = [*examples.train, *examples.dev], encoder.task
         tokens = [encoder.tokenizer.encode(task.prompt(sample)) for sample in samples]
         weights = (p for p in model.parameters() if not p.is_meta)
         template = encoder.chat and encoder.tokenizer.chat_template
         return {
-            "examples": _digest([_texts(task, sample) for sample in samples]),
+            "examples": digest([_texts(task, sample) for sample in samples]),
             "weights": checksum_of_weights(model, weights),
-            "tokens": _digest([tokens, template]),
+            "tokens": digest([tokens, template]),
             "rewards": task.reward and fingerprint([task.reward.file]),
             "noise": noise.VERSION,
         }
 
     # With FSDP other processes may have no weights yet.
-    course = {**options.course, **from_first_process(digests)}
-    return replace(options, course=course)
+    return replace(options, course={**options.course, **from_first_process(digests)})
 
 
 def _texts(task: Task, sample: Sample) -> list[Any]:
@@ -94,18 +97,14 @@ def _texts(task: Task, sample: Sample) -> list[Any]:
     return [prompt, task.messages(prompt, sample), answers, sample.correct, row]
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(repr(value).encode()).hexdigest()
-
-
 def find_start(options: Options, output_dir: Path, has_result: bool) -> Start:
     """Return where a run begins; ``options`` are those of ``with_contents``.
 
     Raises:
         InputError: what is there, or what is asked for, does not belong to this run.
     """
-    wanted, arguments = options.resume_from, options.arguments
-    path = output_dir / FILE if arguments.trainer == "zo" else None
+    wanted = options.resume_from
+    path = output_dir / FILE if options.arguments.trainer == "zo" else None
     if wanted == "false":
         return Start(None, Recording(path))
     try:

@@ -1,9 +1,10 @@
-"""One run of an experiment: evaluate a model, or train it and evaluate what came of it."""
+"""One run of an experiment: evaluate a model, train it first, or answer rows (--predict_file)."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -11,32 +12,50 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import transformers
 from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback
 
 from command_line.declarations import AUTO
 from command_line.settings import method
+from experiment.folders import locked_places
 from experiment.options import Options
-from experiment.predicting import answers
-from experiment.preparation import Prepared, choose_trained_weights, load_pretrained
-from experiment.results import history, prediction_rows
+from experiment.preparation import (
+    Prepared,
+    check_conversations,
+    choose_trained_weights,
+    load_pretrained,
+    prepare_encoder,
+)
+from experiment.results import (
+    answers,
+    check_predictions,
+    history,
+    prediction_rows,
+    write_rows,
+)
 from experiment.resuming import Start, find_start, with_contents
-from experiment.telling import describe, example_lines, metric_names
-from experiment.training import dev_samples, make_trainer, save_model, used_by_optimizer
+from experiment.telling import describe, example_lines, metric_names, use_in_python
+from experiment.training import dev_samples, make_trainer, save_model
+from hizoo import HiZOO
 from language_model.adapters import check_merge, save_merged
 from language_model.batches import advice_for_losses
 from language_model.head import fit_head
 from language_model.scoring import Prediction
 from metrics import mean, standard_error
+from task_data.files import own_file, read_rows
+from task_data.loading import load_samples, read_samples
+from task_data.own_tasks import OwnTask
 from task_data.sampling import ExampleSet
 from tasks import Sample
 from training.callbacks import Reports, SaveOnInterrupt
 from training.checkpoints import RemoveEarlierCheckpoints, last_checkpoint
+from training.objective_trainer import SKIPPED_STEPS
 from training.scales import ChooseScale
-from training.watching import SKIPPED_STEPS
-from utils import Diverged, Interrupted, process_index
+from utils import Diverged, InputError, Interrupted, process_index
 
+logger = logging.getLogger(__name__)
 Model = PreTrainedModel | PeftModel
 
 
@@ -136,7 +155,9 @@ class Experiment:
         self.reports = Reports(options.settings, trainer.callback_handler.callbacks)
         trainer.add_callback(self.reports)
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-        self.used = used_by_optimizer(trainer.optimizer)
+        if isinstance(trainer.optimizer, HiZOO):
+            in_place = trainer.optimizer.layers is None
+            self.used = {"zo_perturbation": "inplace" if in_place else "layerwise"}
         # Metrics come from the model's own dtype, not from mixed precision.
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         state, last = trainer.state, last_checkpoint(folder)
@@ -216,6 +237,42 @@ def reported(result: dict[str, Any]) -> dict[str, float]:
         for values, ending in zip(named, ("", "_standard_error"), strict=True):
             found |= {form.format(name) + ending: value for name, value in values.items()}
     return found
+
+
+def predict_rows(options: Options, file: str) -> None:
+    """Answer every row of a file, and write the answers in its order.
+
+    Raises:
+        InputError: the model or the data do not fit, or the answers' file is there already.
+    """
+    check_predictions(options)
+    (path,) = options.predictions
+    transformers.set_seed(options.weights.seed)
+    task = options.task
+    encoder = prepare_encoder(options)
+    questions = read_samples(task, own_file("--predict_file", file), with_answers=False)
+    own = [row for _, row in read_rows(Path(file))]  # with columns that no prompt needs
+    if taken := {"prediction", "scores", "correct"} & own[0].keys():
+        raise InputError(f"{file}: rename its column {min(taken)!r}: predictions have one")
+    if isinstance(task, OwnTask) and task.generation and not options.arguments.train_file:
+        logger.warning("answers are generated; --train_file chooses among the labels of its rows")
+    train: list[Sample] = []
+    if options.arguments.num_train:
+        train, _ = load_samples(task, options.arguments.data_dir, with_validation=False)
+    # Demonstrations are drawn as before eval examples, in whose order the answers come.
+    (drawn,) = options.draw(train, questions)
+    check_conversations(encoder, drawn, file)
+    with locked_places(options):
+        model = load_pretrained(options.model)
+        evaluated = (drawn.evaluation, drawn.demonstrations)
+        predictions = answers(options, encoder, model, *evaluated, "prediction")
+        if process_index() == 0:
+            unrated = dataclasses.replace(task, reward=None)
+            rows = prediction_rows(unrated, drawn.evaluation, predictions)
+            order = {sample.id: row for sample, row in zip(drawn.evaluation, rows, strict=True)}
+            write_rows(path, [row | order[n] for n, row in enumerate(own)])
+            print("\n".join(use_in_python(options, encoder, questions[0])))
+            print(f"predictions: {path} ({len(questions)} rows)")
 
 
 def say(line: str) -> None:

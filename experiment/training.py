@@ -9,17 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from command_line.arguments import Arguments
 from command_line.settings import optimizer_config
 from experiment.options import Options
-from experiment.predicting import answers
 from experiment.preparation import Prepared
+from experiment.results import answers
 from experiment.resuming import Start
-from hizoo import HiZOO
 from language_model.encoding import Encoder
 from language_model.objectives import (
     NegativeTextMetric,
@@ -144,15 +142,13 @@ def dev_metric(
     options: Options, encoder: Encoder, dev: list[Sample]
 ) -> Callable[[PreTrainedModel], dict[str, float]] | None:
     """Return what measures the task's metrics on the dev set; None: they are not asked for."""
-    if not options.arguments.wants_dev_metric or not dev:
-        return None
 
     def measure(model: PreTrainedModel) -> dict[str, float]:
         label = f"dev {encoder.task.metric_name}"
         predictions = answers(options, encoder, model, dev, [[]] * len(dev), label)
         return encoder.task.score([prediction.answer for prediction in predictions], dev)
 
-    return measure
+    return measure if options.arguments.wants_dev_metric and dev else None
 
 
 def save_model(
@@ -181,10 +177,3 @@ def save_model(
     finally:
         if process_index() == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def used_by_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, str]:
-    """Return what HiZOO has made of settings that may be "auto"; nothing for other optimizers."""
-    if not isinstance(optimizer, HiZOO):
-        return {}
-    return {"zo_perturbation": "inplace" if optimizer.layers is None else "layerwise"}

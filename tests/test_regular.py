@@ -12,7 +12,7 @@ from running import MODEL, assert_same_tensors, finish, log_of, training, weight
 from torch import Tensor, nn
 
 import run
-from training import watching
+from training import objective_trainer
 from training.objective_trainer import ObjectiveTrainer
 
 REGULAR = {"trainer": "regular", "hessian_smooth_type": None}
@@ -75,7 +75,7 @@ def test_steps_without_finite_numbers_are_left_out_and_stop_the_run(
         num_train=16,  # an even number of batches
     )
     with monkeypatch.context() as patched:
-        patched.setattr(watching, "SKIPPED_STEPS", 3)
+        patched.setattr(objective_trainer, "SKIPPED_STEPS", 3)
         patched.setattr(ObjectiveTrainer, "compute_loss", fails_in_the_second_half_of_a_step)
         assert run.main(argv) == 1
     error = capsys.readouterr().err.splitlines()[-1]
@@ -103,7 +103,7 @@ def test_a_loss_far_above_the_first_stops_the_run(
         return real(self, *arguments, **settings) + raised
 
     monkeypatch.setattr(ObjectiveTrainer, "compute_loss", rises)
-    monkeypatch.setattr(watching, "RISEN_STEPS", 4)
+    monkeypatch.setattr(objective_trainer, "RISEN_STEPS", 4)
     settings = {**REGULAR} if trainer == "regular" else {}
     argv = training(tmp_path, **settings, max_steps=20, save_steps=50)
     assert run.main(argv) == 1

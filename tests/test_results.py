@@ -36,7 +36,7 @@ from experiment.results import commit, history, over_sets
 from experiment.resuming import find_start, with_contents
 from experiment.telling import concerns
 from trainer import ZerothOrderTrainer
-from training.watching import Costs
+from training.resumable_trainer import Costs
 
 SHORT = {"max_steps": 2, "num_train": 4, "per_device_train_batch_size": 2}
 

@@ -33,7 +33,7 @@ import run
 import tasks
 from command_line.arguments import parse_arguments
 from command_line.settings import changed_settings
-from experiment import predicting
+from experiment import results
 from experiment.options import TrainedWeights, options_of
 from experiment.training import trainers_own
 from task_data.loading import load_samples
@@ -59,7 +59,7 @@ def validation_column(name: str) -> list[Any]:
 def shown_demonstrations(monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]]]:
     """Ids of the demonstrations of every eval example, one list a call of ``predict``."""
     calls = []
-    predict = predicting.predict
+    predict = results.predict
 
     def record(
         model: Any, encoder: Any, samples: Any, demonstrations: Any, *rest: Any, **more: Any
@@ -67,7 +67,7 @@ def shown_demonstrations(monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]
         calls.append([[sample.id for sample in shown] for shown in demonstrations])
         return predict(model, encoder, samples, demonstrations, *rest, **more)
 
-    monkeypatch.setattr(predicting, "predict", record)
+    monkeypatch.setattr(results, "predict", record)
     return calls
 
 

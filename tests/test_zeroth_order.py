@@ -25,7 +25,7 @@ import run
 from language_model.loading import load_model
 from replay import optimizer_of, play
 from trainer import ZerothOrderTrainer
-from training import watching
+from training import objective_trainer
 from training.journal import FILE, read_journal
 from zeroth_order import chunks
 from zeroth_order.config import HiZOOConfig
@@ -175,7 +175,7 @@ def test_losses_that_are_not_finite_stop_the_run_with_a_checkpoint(
         return loss * float("nan") if self.state.global_step >= 2 else loss
 
     monkeypatch.setattr(ZerothOrderTrainer, "compute_loss", fails_after_two_steps)
-    monkeypatch.setattr(watching, "SKIPPED_STEPS", 3)
+    monkeypatch.setattr(objective_trainer, "SKIPPED_STEPS", 3)
     argv = training(tmp_path, max_steps=20, save_steps=2)
     assert run.main(argv) == 1
     errors = capsys.readouterr().err.splitlines()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -32,18 +33,12 @@ SHOWN = {
 METRICS = ("accuracy", "reward", "f1", "em")
 
 
+@dataclass(eq=False)
 class RunState(TrainerCallback, ExportableState):
-    """Keeps in checkpoints what transformers' own state lacks.
+    """Keeps in checkpoints what transformers' own state lacks."""
 
-    Args:
-        save: returns it, as JSON has it.
-        begin: called before the first step with what the checkpoint has kept; None: there is none.
-    """
-
-    def __init__(
-        self, save: Callable[[], dict[str, Any]], begin: Callable[[dict[str, Any] | None], None]
-    ) -> None:
-        self.save, self.begin = save, begin
+    save: Callable[[], dict[str, Any]]  # returns it, as JSON has it
+    begin: Callable[[dict[str, Any] | None], None]  # takes it before the first step
 
     def state(self) -> dict[str, Any]:
         """Return what the Trainer saves."""
@@ -92,18 +87,15 @@ class Reports(TrainerCallback):
 
 
 class SaveOnInterrupt(TrainerCallback):
-    """Saves a checkpoint and stops after the current step when a signal arrives.
+    """Saves a checkpoint and stops after the current step when a signal arrives (``received``).
 
-    SIGINT is Ctrl-C. Slurm sends SIGTERM, or SIGUSR1 (``sbatch --signal``), before a job's time is
-    over.
-
-    ``received`` is the signal's name, None as long as none arrived.
+    SIGINT is Ctrl-C. Slurm sends SIGTERM, or SIGUSR1 (``sbatch --signal``), before a job ends.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
     def __init__(self) -> None:
-        self.received: str | None = None
+        self.received: str | None = None  # its name
         self._previous: dict[int, Any] = {}
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
@@ -138,14 +130,10 @@ def save_and_stop(control: TrainerControl) -> None:
 
 
 class LogLines(TrainerCallback):
-    """A line for every entry of the log, in place of the Trainer's dictionaries.
-
-    Args:
-        name: of the objective.
-        sign: -1 where it is maximised.
-    """
+    """A line for every entry of the log, in place of the Trainer's dictionaries."""
 
     def __init__(self, name: str, sign: int) -> None:
+        """Take the objective's name, and -1 where it is maximised."""
         super().__init__()
         self.name, self.sign = name, sign
 
@@ -160,25 +148,26 @@ class LogLines(TrainerCallback):
             for long, (short, form) in SHOWN.items():
                 if long in logs and (long != "skipped_steps" or logs[long]):
                     values[short] = format(logs[long], form)
-            seconds, steps = logs.get("seconds_per_step"), state.max_steps - state.global_step
-            left = None if seconds is None else steps * seconds
+            left = ""
+            if "seconds_per_step" in logs:
+                seconds = (state.max_steps - state.global_step) * logs["seconds_per_step"]
+                left = f", {tqdm.format_interval(seconds)} left"
             self.show(f"step {state.global_step} of {state.max_steps}", values, left)
         if "eval_loss" in logs:
             measured = [f"dev {self.name} {self.sign * float(logs['eval_loss']):.4f}"]
             measured += [f"{m} {logs[f'eval_{m}']:.4f}" for m in METRICS if f"eval_{m}" in logs]
             tqdm.write(f"step {state.global_step}: {', '.join(measured)}")  # above a bar
 
-    def show(self, step: str, values: Mapping[str, str], left: float | None) -> None:
-        """Show the values of a step, and the seconds that are left if they are known."""
-        shown = [f"{name} {value}" for name, value in values.items()]
-        shown += [] if left is None else [f"{tqdm.format_interval(left)} left"]
-        print(f"{step}: {', '.join(shown)}", flush=True)
+    def show(self, step: str, values: Mapping[str, str], left: str) -> None:
+        """Show the values of a step, and the time that is left if it is known."""
+        shown = ", ".join(f"{name} {value}" for name, value in values.items())
+        print(f"{step}: {shown}{left}", flush=True)
 
 
 class LossProgress(LogLines, ProgressCallback):
     """The Trainer's progress bar with the training loss in it; dev losses are lines above it."""
 
-    def show(self, step: str, values: Mapping[str, str], left: float | None) -> None:
+    def show(self, step: str, values: Mapping[str, str], left: str) -> None:
         """Show the values of a step in the bar."""
         if self.training_bar is not None:
             self.training_bar.set_postfix(values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,10 +25,14 @@ from language_model.objectives import (
 from training.callbacks import LogLines, LossProgress, save_and_stop
 from training.checkpoints import checkpoints, note_step, noted_step
 from training.resumable_trainer import ResumableTrainer
-from training.watching import Divergence
 from utils import InputError, share_of_run
 
 logger = logging.getLogger(__name__)
+# A run has diverged if so many losses in a row lie above the first one by so many times the first
+# one (or 1).
+RISEN_STEPS, RISEN = 50, 2.0
+# So does one without a finite loss in so many steps in a row.
+SKIPPED_STEPS = 50
 
 
 def shown_as(objective: Objective) -> tuple[str, int]:
@@ -35,6 +40,37 @@ def shown_as(objective: Objective) -> tuple[str, int]:
     if isinstance(objective, NegativeTextMetric):
         return objective.metric, -1
     return ("accuracy", -1) if objective is negative_accuracy else ("loss", 1)
+
+
+@dataclass
+class Divergence:
+    """Counts steps without a finite loss, and tells when a run has diverged (``reason``)."""
+
+    first_loss: float | None = None
+    risen_in_a_row: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    reason: str | None = None
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {name: value for name, value in vars(self).items() if name != "reason"}
+
+    def look(self, loss: float, was_skipped: bool) -> None:
+        """Look at the loss of a step, and at whether it was skipped."""
+        self.skipped_steps += was_skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if was_skipped else 0
+        if self.first_loss is None or not math.isfinite(self.first_loss):
+            self.first_loss = loss  # a later one where the first is not finite
+        limit = self.first_loss + RISEN * max(abs(self.first_loss), 1.0)
+        self.risen_in_a_row = self.risen_in_a_row + 1 if loss > limit else 0
+        if self.skipped_in_a_row >= SKIPPED_STEPS:
+            self.reason = f"no finite loss in {SKIPPED_STEPS} steps in a row"
+        elif self.risen_in_a_row >= RISEN_STEPS:
+            self.reason = (
+                f"the loss of each of the last {RISEN_STEPS} steps is above {limit:.3g}, the first "
+                f"was {self.first_loss:.3g}"
+            )
 
 
 class ObjectiveTrainer(ResumableTrainer):

@@ -26,6 +26,7 @@ from zeroth_order.blocks import blocks_of
 
 logger = logging.getLogger(__name__)
 Closure = Callable[[], Any]
+Batch = tuple[Closure, float]  # returns its loss; what it counts beside the others
 SomeRow = TypeVar("SomeRow", bound=Row)
 
 # Steps between two checksums of the weights.
@@ -84,10 +85,9 @@ class Recording:
         self.replayed_steps = sum(isinstance(row, Step) for row in rows)
         self.file: JournalFile | None = None
         self._rows = {(type(row), row.step): row for row in rows}
-        self._step = -1
+        # Of the step under way.
+        self._step, self._weights = -1, ()
         self._recorded: Step | None = None
-        self._losses: list[list[float]] = []
-        self._weights: list[float] = []
 
     def take(self, kind: type[SomeRow], step: int) -> SomeRow | None:
         """Return the row of a kind when so many steps are done, once; None if there is none."""
@@ -100,22 +100,19 @@ class Recording:
 
     # ---- a step
 
-    def of_batches(self, step: int, closures: Sequence[Closure]) -> Sequence[Closure]:
-        """Return what computes the losses of a step's batches, or takes them from the journal.
+    def of_batches(self, step: int, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """Return the batches of a step; those of a recorded one return the losses in the journal.
 
         Raises:
             InputError: the recorded step has another number of batches.
         """
         self._step, self._recorded = step, self.take(Step, step)
+        self._weights = tuple(weight for _, weight in batches)
         if self._recorded is None:
-            return closures
-        if len(closures) != len(self._recorded.losses):
+            return batches
+        if len(batches) != len(self._recorded.losses):
             raise self._unfit()
-        return [*map(replayed, self._recorded.losses)]
-
-    def note(self, losses: list[list[float]], weights: list[float]) -> None:
-        """Take the losses of the step's batches, and what each counts beside the others."""
-        self._losses, self._weights = losses, weights
+        return [*zip(map(replayed, self._recorded.losses), self._weights, strict=True)]
 
     def write_step(self, optimizer: HiZOO) -> None:
         """Write the step, just before the update; a replayed one takes its η from there.
@@ -123,16 +120,16 @@ class Recording:
         Raises:
             InputError: what is recorded is not a step of this run.
         """
+        losses = tuple(map(tuple, optimizer.losses))
         if self._recorded is not None:
-            if [*map(len, self._losses)] != [*map(len, self._recorded.losses)]:
+            if [*map(len, losses)] != [*map(len, self._recorded.losses)]:
                 raise self._unfit()
             for group in optimizer.param_groups:
                 group["lr"] = self._recorded.lr
             return
         group = optimizer.param_groups[0]
         g, c, eta = optimizer.pending()
-        losses, weights = tuple(map(tuple, self._losses)), tuple(self._weights)
-        self.write(Step(self._step, float(group["lr"]), losses, weights, g, c, eta))
+        self.write(Step(self._step, float(group["lr"]), losses, self._weights, g, c, eta))
 
     def _unfit(self) -> InputError:
         return InputError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -33,10 +34,62 @@ from training.checkpoints import (
     write_together,
 )
 from training.processes import from_first_process
-from training.watching import Costs
 from utils import InputError, NotWritten, first_line
 
 logger = logging.getLogger(__name__)
+
+
+class Costs:
+    """Counts what training has taken, before an interruption too.
+
+    ``forward_passes`` and ``backward_passes`` are of training in this process, those of probes
+    included; not those of dev losses and metrics.
+    """
+
+    def __init__(self) -> None:
+        self.forward_passes = self.backward_passes = 0
+        self._before = 0.0
+        self._started = time.perf_counter()
+        self._step_began: float | None = None
+        self._is_warm = False
+        # Of the steps since the last entry of the log.
+        self._in_steps, self._steps = 0.0, 0
+
+    @property
+    def seconds(self) -> float:
+        """The seconds until now, to a thousandth, dev losses and checkpoints included."""
+        return round(self._before + time.perf_counter() - self._started, 3)
+
+    def passes(self) -> dict[str, int]:
+        """Return the passes until now, backward ones if there are any."""
+        backward = {"backward_passes": self.backward_passes} if self.backward_passes else {}
+        return {"forward_passes": self.forward_passes, **backward}
+
+    def begin(self, saved: Mapping[str, Any] | None = None) -> None:
+        """Start the clock; ``saved`` are the seconds and passes of a checkpoint."""
+        self._started = time.perf_counter()
+        if saved:
+            self._before, self.forward_passes = saved["seconds"], saved["forward_passes"]
+            self.backward_passes = saved.get("backward_passes", 0)
+
+    def begin_step(self) -> None:
+        """Note when a step begins; a further batch of the step changes nothing."""
+        self._step_began = self._step_began or time.perf_counter()
+
+    def end_step(self) -> None:
+        """Count a step's time; the first one's compiles kernels and measures what is auto."""
+        if self._is_warm:
+            self._in_steps += time.perf_counter() - self._step_began
+            self._steps += 1
+        self._is_warm, self._step_began = True, None
+
+    def logged(self) -> dict[str, float]:
+        """Return what an entry of the log gets, with the seconds of a step since the last one."""
+        costs: dict[str, float] = {**self.passes(), "seconds": self.seconds}
+        if self._steps:
+            costs["seconds_per_step"] = round(self._in_steps / self._steps, 6)
+        self._in_steps, self._steps = 0.0, 0
+        return costs
 
 
 class ResumableTrainer(Trainer):

@@ -111,10 +111,13 @@ class Difference:
         if (squares > 4 * sigma**2).any():
             self.size = math.sqrt(max(0.0, squares[best] - sigma[best] ** 2))
 
-    def error(self, scale: float) -> float:
-        """Return the error relative to the size; noise makes c, an absolute value, larger."""
+    def error(self, scale: float) -> float | None:
+        """Return the error relative to the size, None if noise hides it.
+
+        Noise makes c, an absolute value, larger.
+        """
         if not self.size:
-            return math.inf
+            return None
         noise = self.noise / scale**self.power / self.size
         bend = self.bend * scale**2 / self.size
         return math.hypot(noise, bend) if self.power == 1 else math.hypot(1, noise) - 1 + bend
@@ -243,14 +246,13 @@ def choose_scales(
         )
     eps, eps_of_c = (float(f"{best:.3g}") for best in fit.best_scales(fit.scales[-1]))
     eps_of_c = eps_of_c if fit.of_c.size else eps
-    error, error_of_c = fit.of_g.error(eps), fit.of_c.error(eps_of_c)
     return Scales(
         noise=fit.noise,
         settled=settled,
         eps=eps,
         curvature_eps=eps_of_c,
-        error=error if fit.of_g.size else None,
-        curvature_error=error_of_c if fit.of_c.size else None,
+        error=fit.of_g.error(eps),
+        curvature_error=fit.of_c.error(eps_of_c),
         scales=tuple(fit.scales.tolist()),
         slopes=tuple(root_mean_square(fit.g).tolist()),
         curvatures=tuple(np.abs(fit.s).mean(axis=0).tolist()),
@@ -266,15 +268,15 @@ def root_mean_square(values: np.ndarray) -> np.ndarray:
 @contextlib.contextmanager
 def kept_weights(model: nn.Module, optimizer: HiZOO) -> Iterator[None]:
     """Keep the weights bit for bit: in place, perturbing and back rounds, so they are copied."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     in_place = optimizer.layers is None
-    copies = [parameter.detach().to("cpu", copy=True) for parameter in trained if in_place]
+    shifted = [p.detach() for p in model.parameters() if p.requires_grad and in_place]
+    copies = [parameter.to("cpu", copy=True) for parameter in shifted]
     try:
         yield
     finally:
         optimizer.restore()
-        for parameter, copy in zip(trained, copies, strict=in_place):
-            parameter.detach().copy_(copy)
+        for parameter, copy in zip(shifted, copies, strict=True):
+            parameter.copy_(copy)
 
 
 class ChooseScale(TrainerCallback):
