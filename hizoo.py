@@ -140,11 +140,8 @@ class HiZOO(torch.optim.Optimizer):
         is_first = self.param_groups[0]["step"] == 0 and not self._estimates
         try:
             values = self.weights.losses(passes + passes[-1:] if is_first else passes)
-            found = []
-            for start in range(0, len(passes), len(order)):
-                of_batch = slice(start, start + len(order))
-                places = (at for _, at in passes[of_batch])
-                found.append(dict(zip(places, values[of_batch], strict=True)))
+            pairs = zip((at for _, at in passes), values, strict=False)
+            found = [dict(itertools.islice(pairs, len(order))) for _ in batches]
             if is_first:
                 check_repeats(*values[-2:], found[-1].values(), self.weights.trained)
         except BaseException:

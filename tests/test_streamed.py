@@ -285,3 +285,25 @@ def test_what_fails_within_a_pass_is_raised_and_the_next_step_is_right(tmp_path:
     assert found[:4] == found[4:]
     assert found.count("'a reward'") == 2
     assert all(parameter.isnan().all() for parameter in blocks_of(twin).block_of)
+
+
+def test_memory_that_a_gpu_copies_from_is_unregistered_when_it_goes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its addresses may be given out again with other pages behind them."""
+    calls: list[tuple[str, int]] = []
+
+    class Cuda:
+        def cudaHostRegister(self, start: int, size: int, flags: int) -> None:
+            calls.append(("register", start))
+
+        def cudaHostUnregister(self, start: int) -> None:
+            calls.append(("unregister", start))
+
+    monkeypatch.setattr(torch.cuda, "cudart", Cuda)
+    traffic = Traffic(torch.device("cpu"), lambda *_: 0, None)
+    traffic.is_gpu = True
+    memory = traffic._on_host(4096)
+    start = memory.data_ptr()
+    del memory
+    assert calls == [("register", start), ("unregister", start)]

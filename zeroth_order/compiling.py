@@ -81,12 +81,9 @@ def scalars(numbers: list[float], trained: TrainedParameter) -> list[kernels.Sca
 
 
 def float32_copies(pieces: kernels.Hessian, first: int) -> kernels.Hessian:
-    """Return float32 copies of pieces, in scratch memory number ``first`` and the next.
-
-    A low-rank h, a tuple, is in float32 already.
-    """
+    """Return float32 copies of pieces, in scratch memory number ``first`` and the next."""
     if not isinstance(pieces, list):
-        return pieces
+        return pieces  # a low-rank h is in float32 already
     copies = []
     for number, piece in enumerate(pieces, first):
         count = piece.numel()

@@ -92,14 +92,13 @@ class ForwardPass:
 
     def _exchange_random(self, wanted: list[Tensor] | None) -> list[Tensor]:
         """Return the state of random numbers, and take on another one."""
-        found = [torch.get_rng_state()]
-        if self._device.type == "cuda":
+        is_cuda, found = self._device.type == "cuda", [torch.get_rng_state()]
+        if is_cuda:
             found.append(torch.cuda.get_rng_state(self._device))
-        for number, state in enumerate(wanted or ()):
-            if number:
-                torch.cuda.set_rng_state(state, self._device)
-            else:
-                torch.set_rng_state(state)
+        if wanted:
+            torch.set_rng_state(wanted[0])
+        if wanted and is_cuda:
+            torch.cuda.set_rng_state(wanted[1], self._device)
         return found
 
     def wait_before(self, block: Block) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -144,7 +145,10 @@ class Traffic:
         memory = page_aligned(size)
         if self.is_gpu:
             # torch's own pinned memory is rounded up to a power of two.
-            torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+            cuda, start = torch.cuda.cudart(), memory.data_ptr()
+            cuda.cudaHostRegister(start, memory.nbytes, 0)
+            # Memory that takes its place later has other pages.
+            weakref.finalize(memory, cuda.cudaHostUnregister, start).atexit = False
         return memory
 
     # ---- reading
