@@ -11,14 +11,7 @@ from argparse import RawTextHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 
-from sweeps.results import (
-    RECORD,
-    Outcome,
-    name_data,
-    read_outcomes,
-    read_sweep,
-    with_short_models,
-)
+from sweeps.results import RECORD, Outcome, read_outcomes, read_sweep, with_names
 from sweeps.tables import COLUMNS, FORMATS, FORMS, make_table
 from utils import (
     InputError,
@@ -36,20 +29,12 @@ NO_RESULT = "this is no result of a run"
 
 def make_parser() -> OneLineParser:
     """Return the parser of the command line."""
-    parser = OneLineParser(
-        "report.py",
-        description=__doc__,
-        formatter_class=RawTextHelpFormatter,
-        allow_abbrev=False,
-    )
+    raw = RawTextHelpFormatter
+    parser = OneLineParser("report.py", None, __doc__, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
     add("places", nargs="+", type=Path, help="result files, and folders of results or sweeps")
-    add(
-        "--columns",
-        choices=COLUMNS,
-        default="task",
-        help="task (default): a column for each task, means over seeds. seed: one for each seed",
-    )
+    columns = "task (default): a column for each task, means over seeds. seed: one for each seed"
+    add("--columns", choices=COLUMNS, default="task", help=columns)
     add("--show", choices=FORMS, default="metric", help="what the cells show. Default: metric")
     add("--also", choices=FORMS, nargs="+", default=[], help="further columns. Default: none")
     add("--percent", action="store_true", help="show metrics in percent. Default: fractions of 1")
@@ -75,7 +60,7 @@ def load(places: Sequence[Path]) -> list[Outcome]:
             what = "there is no result of a run in it" if place.is_dir() else NO_RESULT
             raise InputError(f"{place}: {what}")
         found |= {path.resolve(): runs for path, runs in outcomes.items()}
-    return with_short_models(name_data([each for runs in found.values() for each in runs]))
+    return with_names([each for runs in found.values() for each in runs])
 
 
 def _in_folder(folder: Path) -> dict[Path, list[Outcome]]:

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 
-from sweeps.reading import begin, read_command_line
+from sweeps.grid import Grid, Run, begin, read_command_line, words_of
 
 if __name__ == "__main__":
     # Before torch is imported, which takes seconds: Ctrl-C ends without a traceback, and what is
@@ -36,15 +36,14 @@ from experiment.plan import make_plan
 from experiment.preparation import Prepared, prepare
 from experiment.results import USED, earlier_result, is_wanted_again
 from language_model.loading import leave_out_loading_bars
-from sweeps.grid import Grid, Run, words_of
 from sweeps.results import (
     MISSING,
     SEEDS,
-    name_data,
     read_outcomes,
     read_sweep,
     record,
     short_models,
+    with_names,
 )
 from sweeps.running import Job, Processes, follow
 from sweeps.slurm import JobArray
@@ -186,7 +185,7 @@ def closing_lines(sweep: Sweep, jobs: Sequence[Job]) -> Iterator[str]:
     ]
     runs = {job.result: run for run, job in zip(sweep.runs, jobs, strict=True)}
     several = len({each.task for each in outcomes}) > 1
-    for task, chosen, words in best(name_data(outcomes)):
+    for task, chosen, words in best(with_names(outcomes)):
         place = f"{task}: " if several else ""
         if not chosen:
             yield f"{place}no best setting: {words}"
@@ -222,7 +221,7 @@ def sweep_command_line(argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command line; returns the exit code (``sweeps.reading.DESCRIPTION``)."""
+    """Run the command line; returns the exit code (``sweeps.grid.DESCRIPTION``)."""
     leave_out_loading_bars()
     return exit_code(lambda: sweep_command_line(argv))
 

@@ -21,16 +21,10 @@ BACKWARD = 2
 
 
 def curves(outcomes: Sequence[Outcome], height: str, width: str) -> dict[str, pd.DataFrame]:
-    """Return the course of every setting by its label.
+    """Return the course of every setting by its label, for runs of one task, finished or not.
 
-    Args:
-        outcomes: runs of one task, finished or not.
-        height: "dev_loss" or "dev_metric".
-        width: "passes" or "seconds".
-
-    Returns:
-        For each step that all of a setting's runs have: "width" and "mean", and the "low", "high"
-        and "runs" of the band.
+    A course has a row for each step that all of a setting's runs have: "width" and "mean", and the
+    "low", "high" and "runs" of the band.
     """
     # The method first, as people say it.
     names = sorted(differing_settings(outcomes), key=lambda name: name != "hessian_smooth_type")
@@ -47,8 +41,7 @@ def curves(outcomes: Sequence[Outcome], height: str, width: str) -> dict[str, pd
     found = {}
     for label, runs in settings.items():
         steps = pd.concat(runs).groupby(level=0)
-        course = steps[height].agg(["mean", "min", "max", "count"])
-        course = course.set_axis(["mean", "low", "high", "runs"], axis=1)
+        course = steps[height].agg(mean="mean", low="min", high="max", runs="count")
         course = course.assign(width=steps[width].mean())[course["runs"] == len(runs)]
         if len(course):
             found[label] = course
@@ -72,10 +65,8 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
     """
     tasks = list(dict.fromkeys(each.task for each in outcomes))
     if len(tasks) > 1:
-        raise InputError(
-            f"--plot {path}: a picture shows one task, these are {', '.join(tasks)}; give the "
-            "results of one"
-        )
+        named = ", ".join(tasks)
+        raise InputError(f"--plot {path}: a picture shows one task, give results of one of {named}")
     found = {(h, w): curves(outcomes, h, w) for h in HEIGHTS for w in WIDTHS}
     heights = [height for height in HEIGHTS if any(found[height, width] for width in WIDTHS)]
     widths = [width for width in WIDTHS if any(found[height, width] for height in HEIGHTS)]

@@ -1,4 +1,6 @@
-"""The runs of a grid: lists multiply, and values that belong together stay together.
+"""The command line of sweep.py, and the runs of a grid.
+
+Lists multiply, and values that belong together stay together.
 
 A grid is a YAML file, ``--NAME VALUES…`` on the command line, or both; the command line wins:
 
@@ -12,11 +14,13 @@ A grid is a YAML file, ``--NAME VALUES…`` on the command line, or both; the co
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import itertools
 import json
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +38,7 @@ from command_line.reading import (
     given_names,
     read_values,
 )
-from utils import InputError
+from utils import InputError, OneLineParser, exit_code
 from zeroth_order.config import smoothing_of
 
 # Arguments by name, as the user types them.
@@ -50,25 +54,21 @@ LONGEST_NAME = 150
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a grid.
+    """One run of a grid."""
 
-    ``name`` is the stem of its files in the sweep's folder, ``choice`` its values of the grid's
-    lists, ``words`` its command line without the places of its files, ``values`` their meaning.
-    """
-
-    name: str
-    choice: Typed
-    words: tuple[str, ...]
-    values: Values
+    name: str  # the stem of its files in the sweep's folder
+    choice: Typed  # its values of the grid's lists
+    words: tuple[str, ...]  # its command line without the places of its files
+    values: Values  # their meaning
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Arguments of every run, and the choices of each list; words that end every command line."""
+    """The runs that are asked for."""
 
-    fixed: Typed
-    axes: dict[str, list[Typed]]
-    further: tuple[str, ...] = ()
+    fixed: Typed  # arguments of every run
+    axes: dict[str, list[Typed]]  # the choices of each list
+    further: tuple[str, ...]  # words that end every command line
 
     def runs(self) -> list[Run]:
         """Return every run; the last list changes fastest.
@@ -76,12 +76,11 @@ class Grid:
         Raises:
             InputError: an argument is in two lists, two runs are the same, or a value is invalid.
         """
-        names = [*self.fixed, *(n for choices in self.axes.values() for n in _names_in(choices))]
+        names = [*self.fixed, *itertools.chain(*map(_names_in, self.axes.values()))]
         if twice := {name for name in names if names.count(name) > 1}:
             raise InputError(f"--{min(twice)} is in the grid twice: give it once")
-        runs: list[Run] = []
+        runs: dict[str, Run] = {}
         meanings: set[str] = set()
-        taken: set[str] = set()
         for choices in itertools.product(*self.axes.values()):
             choice = {name: value for each in choices for name, value in each.items()}
             name = name_of(choice)
@@ -94,12 +93,11 @@ class Grid:
             meaning = json.dumps(_meaning(values), sort_keys=True, default=repr)
             if meaning in meanings:
                 raise InputError(f"the grid has the same run twice: {' '.join(words_of(choice))}")
-            if name in taken:
-                name = name_of(choice, hashed=True)
             meanings.add(meaning)
-            taken.add(name)
-            runs.append(Run(name, choice, words, values))
-        return runs
+            if name in runs:
+                name = name_of(choice, hashed=True)
+            runs[name] = Run(name, choice, words, values)
+        return [*runs.values()]
 
 
 def read_grid(
@@ -115,25 +113,25 @@ def read_grid(
     Raises:
         InputError: there is no such file or argument, or a list is empty or given twice.
     """
-    grid = _sort(read_yaml(file) if file else {})
-    typed_lists = _sort({name: _entry(name, words) for name, words in lists.items()}).axes
-    replaced = {*typed_lists, *(n for c in typed_lists.values() for n in _names_in(c))}
+    fixed, axes = _sort(read_yaml(file) if file else {})
+    _, typed_axes = _sort({name: _entry(name, words) for name, words in lists.items()})
+    replaced = {*typed_axes, *itertools.chain(*map(_names_in, typed_axes.values()))}
     for name in given_names(further):
         _refuse(name)
         if name in replaced:
             raise InputError(f"--{name} is in the grid and behind --: give it once")
-        group = next((a for a, c in grid.axes.items() if a != name and name in _names_in(c)), None)
-        if group:
-            raise InputError(f"--{name} is in the grid, in {group}: leave it out behind --")
+        for axis, choices in axes.items():
+            if axis != name and name in _names_in(choices):
+                raise InputError(f"--{name} is in the grid, in {axis}: leave it out behind --")
         replaced.add(name)
-    fixed = {name: value for name, value in grid.fixed.items() if name not in replaced}
-    axes = {name: choices for name, choices in grid.axes.items() if name not in replaced}
-    if not axes | typed_lists:
+    fixed = {name: value for name, value in fixed.items() if name not in replaced}
+    axes = {name: choices for name, choices in axes.items() if name not in replaced} | typed_axes
+    if not axes:
         raise InputError(
             "the grid has no list: give one, as in --seed 0 1 2 before --, or seed: [0, 1, 2] in a "
             "file"
         )
-    return Grid(fixed, axes | typed_lists, tuple(further))
+    return Grid(fixed, axes, tuple(further))
 
 
 def words_of(values: Typed) -> tuple[str, ...]:
@@ -146,9 +144,12 @@ def name_of(choice: Typed, hashed: bool = False) -> str:
     """Return a file name for a choice; a long one or an ambiguous one ends in a hash."""
     name = ",".join(f"{name}={_for_a_file(value)}" for name, value in choice.items())
     if hashed or len(name) > LONGEST_NAME:
-        digest = hashlib.sha256(json.dumps(choice, sort_keys=True).encode()).hexdigest()
-        name = f"{name[:LONGEST_NAME]}-{digest[:8]}"
+        name = f"{name[:LONGEST_NAME]}-{_hash(json.dumps(choice, sort_keys=True))}"
     return name
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _for_a_file(value: str) -> str:
@@ -169,8 +170,8 @@ def _meaning(values: Values) -> dict[str, Any]:
     return meaning
 
 
-def _names_in(choices: Iterable[Typed]) -> list[str]:
-    return list(dict.fromkeys(name for choice in choices for name in choice))
+def _names_in(choices: Iterable[Typed]) -> set[str]:
+    return {name for choice in choices for name in choice}
 
 
 def _entry(name: str, words: Sequence[str]) -> Entry:
@@ -189,7 +190,7 @@ def _entry(name: str, words: Sequence[str]) -> Entry:
         ) from error
 
 
-def _sort(entries: Mapping[str, Entry]) -> Grid:
+def _sort(entries: Mapping[str, Entry]) -> tuple[Typed, dict[str, list[Typed]]]:
     """Part entries into arguments of every run and lists of choices."""
     fixed: Typed = {}
     axes: dict[str, list[Typed]] = {}
@@ -208,7 +209,7 @@ def _sort(entries: Mapping[str, Entry]) -> Grid:
             axes[str(name)] = choices
         else:
             fixed |= choices[0]
-    return Grid(fixed, axes)
+    return fixed, axes
 
 
 def _typed(place: str, group: Mapping[str, Any]) -> Typed:
@@ -234,3 +235,95 @@ def _refuse(name: str) -> None:
             f"--{name} in a sweep: every run has files of its own below the sweep's --output_dir; "
             "leave it out"
         )
+
+
+# ---- the command line
+
+USAGE = "python sweep.py [GRID.yaml] [--NAME VALUES…]… [OPTIONS] [-- ARGUMENTS OF run.py]"
+DESCRIPTION = """\
+  python sweep.py runs/grids/hizoo.yaml -- --model_name facebook/opt-13b --task_name CB
+  python sweep.py --learning_rate 1e-6 1e-7 --seed 0 1 2 --jobs 2 -- --task_name SST2 …
+  python sweep.py --method '{lora: True, zo_eps: 1e-2}' '{prefix_tuning: True, zo_eps: 1e-1}' -- …
+
+GRID.yaml holds arguments of run.py. Lists multiply; lists of {…} under a name of your own are
+values that belong together. --NAME gives a list of values; it replaces the file's. What follows --
+goes to every run, and replaces the file's values, too.
+
+--slurm takes options of sbatch, as in "--gres=gpu:1 --time=24:00:00". It needs submitit; --jobs
+then bounds the array.
+
+The same command again skips finished runs and resumes the others. Exit codes: 0 all runs have
+finished, 1 some failed, 2 bad input, 130 interrupted."""
+SHARE = "each with its share of the cores or a GPU of its own"
+
+
+def make_parser() -> OneLineParser:
+    """Return the parser of the sweep's own options."""
+    raw = argparse.RawTextHelpFormatter
+    parser = OneLineParser("sweep.py", USAGE, DESCRIPTION, formatter_class=raw, allow_abbrev=False)
+    add, folder = parser.add_argument, "result/<name of the file>, or result/sweep-<hash>"
+    add("--output_dir", metavar="DIR", type=Path, help=f"folder of the runs. Default: {folder}")
+    add("--jobs", metavar="N", type=at_least_one, help=f"runs at a time, {SHARE}. Default: 1")
+    add("--slurm", metavar="OPTIONS", help="submit the runs as a job array; see above")
+    add("--dry_run", action="store_true", help="print the runs and their passes, and do nothing")
+    return parser
+
+
+def at_least_one(text: str) -> int:
+    """Return a number of jobs."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number, at least 1")
+    return int(text)
+
+
+def read_command_line(argv: Sequence[str]) -> tuple[argparse.Namespace, Grid]:
+    """Return the sweep's own options and its grid.
+
+    Raises:
+        InputError: a value is missing or wrong, or something is given twice.
+    """
+    border = argv.index("--") if "--" in argv else len(argv)
+    words, further = list(argv[:border]), list(argv[border + 1 :])
+    if "--slurm" in words[:-1]:  # its value begins with dashes, too
+        at = words.index("--slurm")
+        words[at : at + 2] = [f"--slurm={words[at + 1]}"]
+    options, words = make_parser().parse_known_args(map(_with_underscores, words))
+    files: list[str] = []
+    lists: dict[str, list[str]] = {}
+    values = files
+    for word in words:
+        if not word.startswith("--"):
+            values.append(word)
+            continue
+        name, _, value = word.removeprefix("--").partition("=")
+        if name in lists:
+            raise InputError(f"--{name} is given twice: give all of its values once")
+        values = lists[name] = [value] if value else []
+    if len(files) > 1:
+        raise InputError(f"{files[1]}: a second grid, beside {files[0]}; give one")
+    file = Path(files[0]) if files else None
+    if options.output_dir is None:
+        name = file.stem if file else f"sweep-{_hash(json.dumps([lists, further]))}"
+        options.output_dir = Path("result", name)
+    return options, read_grid(file, lists, further)
+
+
+def _with_underscores(word: str) -> str:
+    """Return a word with an option's name as it is declared; run.py too reads ``--dry-run``."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.removeprefix("--").partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+def begin(argv: Sequence[str]) -> None:
+    """Refuse a command line that makes no sense before torch is imported, and print the help.
+
+    Raises:
+        SystemExit: it makes no sense, or only help is wanted.
+    """
+    if not argv:
+        make_parser().print_help()
+        sys.exit(2)
+    if code := exit_code(lambda: int(not read_command_line(argv)[1].runs())):
+        sys.exit(code)

@@ -21,8 +21,7 @@ SEEDS = ("seed", "data_seed", "train_set_seed")
 DATA = ("data_dir", "train_file", "validation_file", "reward")
 # Arguments that tell no settings apart. Of all places, only the model is a setting.
 NO_SETTING = {name for name, each in DECLARED.items() if each.decides == NOTHING}
-NO_SETTING |= {*SEEDS, "num_train_sets"}
-NO_SETTING -= {"model_name"}
+NO_SETTING = NO_SETTING - {"model_name"} | {*SEEDS, "num_train_sets"}
 METRICS = ("metric", "dev_metric", "metric_before_training")
 NUMBERS = (
     *("forward_passes", "backward_passes", "steps", "trained_parameters"),
@@ -75,9 +74,7 @@ class Outcome:
 def read_outcomes(path: Path, asked_for: Mapping[str, Any] | None = None) -> list[Outcome]:
     """Return the runs of a result file, one for each training set; none if it is no result.
 
-    Args:
-        path: of the file.
-        asked_for: settings that stand for those that the run used.
+    ``asked_for`` are settings that stand for those that the run used.
     """
     result = read_json(path)
     if not isinstance(result.get("settings"), dict) or not isinstance(result.get("task"), str):
@@ -130,12 +127,7 @@ def read_sweep(folder: Path) -> dict[Path, list[Outcome]]:
 
 
 def unfinished(path: Path, run: Mapping[str, Any]) -> Outcome:
-    """Return what a sweep's record and the newest checkpoint say of a run without a result.
-
-    Args:
-        path: of the result that the run will have.
-        run: its entry in the record.
-    """
+    """Return what a sweep's record and the newest checkpoint say of a run without a result yet."""
     states = path.with_name(path.stem).glob("checkpoint-*/trainer_state.json")
     by_step = {state.parent.name.partition("-")[2]: state for state in states}
     newest = max(filter(_is_step, by_step), key=int, default=None)
@@ -174,10 +166,11 @@ def differing_settings(outcomes: Sequence[Outcome]) -> tuple[str, ...]:
     return tuple(n for n, tasks in values.items() if any(len(v) > 1 for v in tasks.values()))
 
 
-def name_data(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Add their data to the names of the tasks whose runs have different data.
+def with_names(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Return runs with short names of their models, and with tasks' names that tell data apart.
 
-    Files of one name and different contents are told apart by their hash.
+    A task whose runs have different data has these in its name; files of one name and different
+    contents are told apart by their hash.
     """
     names: dict[str, set[tuple[str, ...]]] = {}
     contents: dict[tuple[str, ...], set[str]] = {}
@@ -185,6 +178,7 @@ def name_data(outcomes: Sequence[Outcome]) -> list[Outcome]:
         data = each.values(DATA)
         names.setdefault(each.task, set()).add(data)
         contents.setdefault((each.task, *data), set()).add(each.data)
+    models = short_models(each.values(["model_name"])[0] for each in outcomes)
     named = []
     for each in outcomes:
         data, words = each.values(DATA), [each.task]
@@ -192,7 +186,10 @@ def name_data(outcomes: Sequence[Outcome]) -> list[Outcome]:
             words += [value for value in data if value != MISSING]
         if len(contents[each.task, *data] - {""}) > 1:
             words += [each.data]
-        named.append(replace(each, task=" ".join(filter(None, words))))
+        settings = dict(each.settings)
+        if settings.get("model_name"):
+            settings["model_name"] = models[shown(settings["model_name"])]
+        named.append(replace(each, task=" ".join(filter(None, words)), settings=settings))
     return named
 
 
@@ -200,32 +197,6 @@ def short_models(names: Iterable[str]) -> dict[str, str]:
     """Return models' names without folder and ``.gguf``; whole ones where two would be the same."""
     found = {name: name.rstrip("/").rpartition("/")[2].removesuffix(".gguf") for name in names}
     return found if len({*found.values()}) == len(found) else {name: name for name in found}
-
-
-def with_short_models(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Return runs with short names of their models."""
-    names = short_models(shown(each.settings.get("model_name")) for each in outcomes)
-    return [
-        replace(each, settings={**each.settings, "model_name": names[shown(model)]})
-        if (model := each.settings.get("model_name"))
-        else each
-        for each in outcomes
-    ]
-
-
-def check_distinct(outcomes: Sequence[Outcome]) -> None:
-    """Check that no two runs have the same settings and seeds.
-
-    Raises:
-        InputError: names the two files.
-    """
-    names, first = differing_settings(outcomes), {}
-    for each in outcomes:
-        same = first.setdefault((each.task, *each.values((*names, *SEEDS))), each)
-        if same is not each:
-            raise InputError(
-                f"{same.path} and {each.path} have the same settings and seed: give one of them"
-            )
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -174,10 +174,7 @@ def last_words(log: Path, code: int) -> str:
 def follow(runner: Processes, jobs: Sequence[Job], describe: Callable[[Job], str]) -> None:
     """Wait until all jobs are over; print their starts and ends, and show a bar on a terminal.
 
-    Args:
-        runner: of those that are not over yet; any object with its methods.
-        jobs: all runs of the sweep.
-        describe: returns the result of a finished run as text.
+    ``describe`` returns the result of a finished run as text.
 
     Raises:
         KeyboardInterrupt: a signal arrived; the runner has stopped.

@@ -49,11 +49,8 @@ class RunOnNode:
 class JobArray:
     """Runs the waiting jobs as a job array, and follows those of an earlier call of the sweep.
 
-    Args:
-        jobs: all that the sweep is to run.
-        options: sbatch's, as on its command line.
-        folder: of the sweep.
-        number: jobs at a time; None: as many as Slurm allows.
+    ``options`` are sbatch's, as on its command line; ``number`` is that of jobs at a time, None: as
+    many as Slurm allows.
 
     Raises:
         InputError: submitit is not installed, or Slurm takes no such job.
@@ -78,13 +75,11 @@ class JobArray:
             words, logs = [job.words for job in new], [job.log for job in new]
             array = executor.map_array(RunOnNode(), words, logs) if new else []
         except ImportError as error:
-            raise InputError(
-                "--slurm needs submitit: pip install submitit, or use --jobs"
-            ) from error
+            way_out = "pip install submitit, or use --jobs"
+            raise InputError(f"--slurm needs submitit: {way_out}") from error
         except (RuntimeError, ValueError, TypeError, NameError) as error:
-            raise InputError(
-                f"--slurm {options}: {one_line(error)}; correct the options, or use --jobs"
-            ) from error
+            way_out = "correct the options, or use --jobs"
+            raise InputError(f"--slurm {options}: {one_line(error)}; {way_out}") from error
         self.submitted |= {job.name: one for job, one in zip(new, array, strict=True)}
         write_json(file, {name: one.job_id for name, one in self.submitted.items()})
 

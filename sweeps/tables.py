@@ -8,15 +8,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from sweeps.results import (
-    METRICS,
-    MISSING,
-    NUMBERS,
-    SEEDS,
-    Outcome,
-    check_distinct,
-    differing_settings,
-)
+from sweeps.results import METRICS, MISSING, NUMBERS, SEEDS, Outcome, differing_settings
 from utils import InputError
 
 # What the cells can show, and its format.
@@ -50,7 +42,7 @@ def make_table(
             f"result files of different tasks ({', '.join(tasks)}) in one column: give "
             "--columns task, or the files of one task"
         )
-    check_distinct(finished)
+    _check_distinct(finished)
     names = differing_settings(outcomes)
     rows = list(dict.fromkeys(each.values(names) for each in outcomes))
     runs = pd.DataFrame([each.numbers for each in finished], dtype=float)
@@ -71,6 +63,17 @@ def make_table(
         values.loc[values["count"] < values["size"], "mean"] = float("nan")
         numbers[column] = values.reindex(range(len(rows)))
     return Table(pd.DataFrame(rows, range(len(rows)), list(names)), numbers)
+
+
+def _check_distinct(outcomes: Sequence[Outcome]) -> None:
+    """Raise InputError, which names two files, if runs have the same settings and seeds."""
+    names, first = differing_settings(outcomes), {}
+    for each in outcomes:
+        same = first.setdefault((each.task, *each.values((*names, *SEEDS))), each)
+        if same is not each:
+            raise InputError(
+                f"{same.path} and {each.path} have the same settings and seed: give one of them"
+            )
 
 
 def texts(table: Table, percent: bool, plus_minus: str, bold: str, escape: Escape) -> pd.DataFrame:

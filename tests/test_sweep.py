@@ -22,7 +22,7 @@ from experiment.options import Options, options_of
 from experiment.plan import make_plan, training_passes
 from experiment.preparation import prepare
 from sweeps import running, slurm
-from sweeps.grid import read_grid
+from sweeps.grid import read_command_line, read_grid
 from sweeps.results import Outcome
 from sweeps.running import Job, follow, last_words
 from sweeps.tables import best, in_words
@@ -142,6 +142,13 @@ def test_values_are_what_they_say_and_names_are_fit_for_files() -> None:
     assert [run.choice["eval_strategy"] for run in runs] == ["no"] * 3
     assert runs[2].name == "model_name=b_c_d,eval_strategy=no"
     assert len({run.name for run in runs}) == 3 and all("/" not in run.name for run in runs)
+
+
+def test_names_with_dashes_are_those_with_underscores() -> None:
+    argv = ["--zo-eps", "1e-3", "--dry-run", "--output-dir=a-b", "--slurm", "--cpus-per-task=2"]
+    options, grid = read_command_line([*argv, "--", *DATA])
+    assert (options.dry_run, options.output_dir) == (True, Path("a-b"))
+    assert options.slurm == "--cpus-per-task=2" and [*grid.axes] == ["zo_eps"]
 
 
 BAD_GRIDS = (
