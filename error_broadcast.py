@@ -133,10 +133,7 @@ class ErrorBroadcast(torch.optim.Optimizer):
         super().__init__([writer.matrix.weight for writer in self.writers], settings)
 
     def estimate(
-        self,
-        closure: Callable[[], Tensor],
-        weight: float | None = None,
-        reads: Reads | None = None,
+        self, closure: Callable[[], Tensor], weight: float | None = None, reads: Reads | None = None
     ) -> float:
         """Run a forward pass, and keep the inputs and the errors of its scored positions.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from hizoo import HiZOO
@@ -89,24 +83,21 @@ def stream_blocks(model: nn.Module, files: WeightFiles | None, offload: Offload)
     Raises:
         InputError: it has none.
     """
-    staged = offload.device.type == "cuda"
+    source, staged = files and files.read, offload.device.type == "cuda"
     try:
-        return Blocks(model, files, offload.folder, offload.memory, staged, offload.write_every)
+        return Blocks(model, source, offload.folder, offload.memory, staged, offload.write_every)
     except NoBlocks as error:
         raise InputError(f"--offload: {error}; leave it out") from error
 
 
 def _give_placeholders(model: nn.Module, device: torch.device) -> None:
     """Give a model parameters without memory on a device; shared ones stay shared."""
-    made: dict[Tensor, nn.Parameter] = {}
+    made = {p: nn.Parameter(placeholder(p, device)) for p in model.parameters()}
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None and parameter not in made:
-                made[parameter] = nn.Parameter(placeholder(parameter, device))
-            if parameter is not None:
-                module._parameters[name] = made[parameter]
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = buffer if buffer is None else buffer.to(device)
+            module._parameters[name] = made.get(parameter)
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
 
 
 def names_in(model: PreTrainedModel, files: WeightFiles) -> dict[Tensor, str]:
@@ -138,7 +129,7 @@ def load_if_streamed_or_renamed(model: nn.Module, folder: Path) -> bool:
     if blocks := blocks_of(model):
         files = WeightFiles.of_model(folder, model)
         _read_outside(model, files)
-        blocks.begin_again(files)
+        blocks.begin_again(files.read)
         return True
     if saved_names(model).keys() <= {*model.state_dict()}:
         return False
@@ -157,25 +148,21 @@ def read_hessians(model: nn.Module, optimizer: HiZOO, folder: Path) -> None:
             for parameter, block in blocks.block_of.items()
             if OFFSET in optimizer.state.get(parameter, {})
         }
-        blocks.hessians = saved or (Tensors(in_memory) if in_memory else None)
+
+        def copy(name: str, target: Tensor) -> int:
+            target.copy_(in_memory[name])
+            return 0
+
+        if saved:
+            blocks.hessians = saved.read
+        else:
+            blocks.hessians = copy if in_memory else None
     elif saved:
         for name, place in saved.places.items():
             offset = torch.empty(place.shape, dtype=place.dtype)
             place.read(offset)
             parameter = model.get_parameter(name)
             optimizer.state[parameter] = {OFFSET: offset.to(parameter.device)}
-
-
-@dataclass(frozen=True)
-class Tensors:
-    """Tensors in memory, by their names, as a source of blocks."""
-
-    tensors: Mapping[str, Tensor]
-
-    def read(self, name: str, target: Tensor) -> int:
-        """Copy a tensor; nothing is read."""
-        target.copy_(self.tensors[name])
-        return 0
 
 
 def save_hessians(model: nn.Module, optimizer: HiZOO, folder: Path) -> None:

@@ -25,24 +25,18 @@ FAMILIES = ("opt", "llama", "qwen2", "gpt_neox", "gemma2", "mixtral")
 STATE = "hessian_minus_one"
 
 
-class Tensors:
-    """Weights by their names, which count what is read."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.tensors = tensors
-
-    def read(self, name: str, target: Tensor) -> int:
-        target.copy_(self.tensors[name])
-        return target.nbytes
-
-
 def streamed(model: nn.Module, folder: Path | None, budget: int = 0, **how: Any) -> nn.Module:
     """Return a model like another one whose blocks are streamed."""
     tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
     twin = copy.deepcopy(model)
     for parameter in twin.parameters():
         parameter.data = placeholder(parameter, "cpu")
-    blocks = Blocks(twin, Tensors(tensors), folder, budget, **how)
+
+    def read(name: str, target: Tensor) -> int:
+        target.copy_(tensors[name])
+        return target.nbytes
+
+    blocks = Blocks(twin, read, folder, budget, **how)
     for name, parameter in twin.named_parameters():
         if parameter not in blocks.block_of:
             parameter.data = tensors[name].clone()

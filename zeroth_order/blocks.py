@@ -10,9 +10,9 @@ import contextlib
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +21,12 @@ from zeroth_order.traffic import Block, Traffic
 
 ATTRIBUTE = "streamed_blocks"
 
+# Reads a tensor by its name into another one, of any dtype; returns how many bytes it has read.
+Read = Callable[[str, Tensor], int]
+
 
 class NoBlocks(ValueError):
     """A model does not say what its blocks are, or they do not make up most of it."""
-
-
-class Source(Protocol):
-    """Where tensors come from the first time: the files of a model, which are only read."""
-
-    def read(self, name: str, target: Tensor) -> int:
-        """Read a tensor, in any dtype, into ``target``; return how many bytes were read."""
 
 
 def block_modules(model: nn.Module) -> list[nn.Module]:
@@ -64,7 +60,7 @@ class Blocks:
 
     Args:
         model: its parameters are there already, as ``placeholder`` makes them.
-        source: of the weights; None: blocks are laid out, and none comes.
+        source: reads the weights the first time; None: blocks are laid out, and none comes.
         folder: of the working file; None: blocks lie in the host's memory.
         budget: bytes of memory; the first blocks that fit stay there, on a GPU in its own memory
             if the others lie in the host's. Of blocks that come in turn, keeping those that were
@@ -77,7 +73,7 @@ class Blocks:
         running: the forward pass that runs in a thread of its own.
         owner: the ``streamed.StreamedWeights`` that train these weights; None: nobody does.
         checksums: of weights that no update has changed since, by their ids.
-        hessians: where h comes from the first time; None: it begins at 1.
+        hessians: reads h the first time; None: it begins at 1.
 
     Raises:
         NoBlocks: the model has none.
@@ -86,14 +82,14 @@ class Blocks:
     def __init__(
         self,
         model: nn.Module,
-        source: Source | None,
+        source: Read | None,
         folder: Path | None = None,
         budget: int = 0,
         staged: bool | None = None,
         write_every: int | None = 1,
     ) -> None:
         self.source, self.budget, self.write_every = source, budget, write_every
-        self.hessians: Source | None = None
+        self.hessians: Read | None = None
         names = {parameter: name for name, parameter in model.named_parameters()}
         uses = _uses(model)
         self.blocks: list[Block] = []
@@ -142,7 +138,7 @@ class Blocks:
         if not room.issuperset((p, name) for p, (name, _) in states.items()):
             self.lay_out(states)
 
-    def begin_again(self, source: Source | None = None, hessians: Source | None = None) -> None:
+    def begin_again(self, source: Read | None = None, hessians: Read | None = None) -> None:
         """Forget what was done to the blocks: they come from the source again, or another one."""
         for block in self.blocks:
             self.traffic.settle(block)
@@ -158,9 +154,9 @@ class Blocks:
         read = 0
         for key, target in block.region.views(memory).items():
             if not isinstance(key, tuple):
-                read += self.source.read(block.names[key], target)
+                read += self.source(block.names[key], target)
             elif self.hessians is not None:
-                read += self.hessians.read(block.names[key[0]], target)
+                read += self.hessians(block.names[key[0]], target)
             else:
                 target.zero_()
         return read
