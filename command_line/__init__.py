@@ -1,4 +1,4 @@
-"""What a user may type.
+"""What a user may type. What is wrong with it is an InputError, in all of command_line.
 
 groups.py and trainer_arguments.py declare the arguments (declarations.py: how; effects.py: where
 they have an effect; published.py: what others call them); reading.py turns words into values;

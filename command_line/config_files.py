@@ -26,13 +26,12 @@ class Loader(yaml.BaseLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Compose a node unless it is an alias, has a tag, or is nested too deeply."""
         event = self.peek_event()
-        for problem, found in (
-            ("aliases are not read", isinstance(event, yaml.AliasEvent)),
-            ("tags are not read", getattr(event, "tag", None)),
-            (f"nested more than {DEEPEST} times", self.depth > DEEPEST),
-        ):
-            if found:
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        if isinstance(event, yaml.AliasEvent):
+            raise _error("aliases are not read", event)
+        if getattr(event, "tag", None):
+            raise _error("tags are not read", event)
+        if self.depth > DEEPEST:
+            raise _error(f"nested more than {DEEPEST} times", event)
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
@@ -41,13 +40,15 @@ class Loader(yaml.BaseLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
         """Make a dictionary unless it has a name twice."""
         made = super().construct_mapping(node, deep)
-        names = set()
-        for key, _ in node.value:
-            if key.value in names:
-                problem = f"{key.value} is given twice"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-            names.add(key.value)
+        names = [key.value for key, _ in node.value]
+        for place, (key, _) in enumerate(node.value):
+            if key.value in names[:place]:
+                raise _error(f"{key.value} is given twice", key)
         return made
+
+
+def _error(problem: str, found: yaml.Node | yaml.Event) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=found.start_mark)
 
 
 class Entry(NamedTuple):
@@ -88,11 +89,7 @@ def read_yaml(path: Path) -> dict[str, Entry]:
 
 
 def typed(place: str, name: str, value: Any) -> str:
-    """Return a value as it is typed on a command line; a dictionary as JSON.
-
-    Raises:
-        InputError: it is a list.
-    """
+    """Return a value as it is typed on a command line, a dictionary as JSON; refuse a list."""
     if isinstance(value, dict):
         return json.dumps(_read_scalars(value))
     if isinstance(value, list):
@@ -113,16 +110,9 @@ def _read_scalars(value: Any) -> Any:
 
 
 def words_of_config(path: Path) -> dict[str, tuple[str, str]]:
-    """Return the arguments of a configuration file by name: the place, and the value as typed.
-
-    Raises:
-        InputError: as ``read_yaml`` and ``typed``.
-    """
-    words = {}
-    for key, (place, value) in read_yaml(path).items():
-        if key == "config":
-            raise InputError(f"{place}: config in a file of --config; leave it out")
-        text = typed(place, key, value)
-        if text not in NOTHING:
-            words[key] = (place, text)
-    return words
+    """Return the arguments of a configuration file by name: the place, and the value as typed."""
+    entries = read_yaml(path)
+    if "config" in entries:
+        raise InputError(f"{entries['config'].place}: config in a file of --config; leave it out")
+    words = {key: (place, typed(place, key, value)) for key, (place, value) in entries.items()}
+    return {key: (place, word) for key, (place, word) in words.items() if word not in NOTHING}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from operator import attrgetter
 from typing import Any
@@ -35,43 +36,35 @@ def with_(name: str, inside: Effect | None = None) -> Effect:
     return Effect(f"without --{name}", attrgetter(name), inside)
 
 
+def trained_by(*trainers: str) -> Callable[[Any], bool]:
+    """Return the condition that --trainer is one of these."""
+    return lambda v: v.trainer in trainers
+
+
 TRAINED = Effect("nothing is trained", lambda v: v.trainer != "none")
 STEPS = Effect("--linear_probing has no steps", lambda v: not v.linear_probing, TRAINED)
-BACKWARD = Effect(
-    "only --trainer regular has a backward pass", lambda v: v.trainer == "regular", STEPS
-)
+BACKWARD = Effect("only --trainer regular has a backward pass", trained_by("regular"), STEPS)
 ON_GPU = Effect("there is no GPU: float32", bool)  # arguments.py knows
 GRADIENT = replace(BACKWARD, refused=True)
-SHARDS = replace(BACKWARD, otherwise="only --trainer regular has states to shard", refused=True)
+SHARDS = replace(GRADIENT, otherwise="only --trainer regular has states to shard")
 FORWARD, BROADCAST = is_("trainer", "zo", STEPS), is_("trainer", "broadcast", STEPS)
-TAKE_ZO = "take --trainer zo, or leave it out"
-WITHOUT_GRADIENT = Effect(
-    "it has no gradient for --trainer regular and broadcast",
-    lambda v: v.trainer == "zo",
-    STEPS,
-    refused=True,
-    way_out=TAKE_ZO,
-)
-REWARD = replace(WITHOUT_GRADIENT, holds=lambda v: v.trainer in ("none", "zo"), inside=None)
-NOT_BROADCAST = Effect(
-    "--trainer broadcast trains matrices of the blocks",
-    lambda v: v.trainer != "broadcast",
-    TRAINED,
-    refused=True,
-    way_out=TAKE_ZO,
-)
+TAKE_ZO = {"refused": True, "way_out": "take --trainer zo, or leave it out"}
+NO_GRADIENT = "it has no gradient for --trainer regular and broadcast"
+WITHOUT_GRADIENT = Effect(NO_GRADIENT, trained_by("zo"), STEPS, **TAKE_ZO)
+REWARD = Effect(NO_GRADIENT, trained_by("none", "zo"), **TAKE_ZO)
+BLOCKS = "--trainer broadcast trains matrices of the blocks"
+NOT_BROADCAST = Effect(BLOCKS, trained_by("regular", "zo"), TRAINED, **TAKE_ZO)
+HEAD = Effect("--trainer broadcast trains no head", trained_by("regular", "zo"), TRAINED)
+RATE = Effect("--trainer broadcast has --broadcast_rate", trained_by("regular", "zo"), STEPS)
+DECAYS = replace(RATE, otherwise="--trainer broadcast has no weight decay", refused=True)
 OFFLOADED = Effect(
     "--trainer regular and broadcast need all weights in memory",
     lambda v: v.trainer in ("none", "zo") or v.linear_probing,
-    refused=True,
-    way_out=TAKE_ZO,
+    **TAKE_ZO,
 )
 OFFLOAD = Effect("without --offload", lambda v: v.offload != "none")
 ON_DISK = is_("offload", "disk", OFFLOAD)
 WRITES_BLOCKS = is_("trainer", "zo", ON_DISK)
-HEAD = replace(NOT_BROADCAST, otherwise="--trainer broadcast trains no head", refused=False)
-RATE = Effect("--trainer broadcast has --broadcast_rate", lambda v: v.trainer != "broadcast", STEPS)
-DECAYS = replace(RATE, otherwise="--trainer broadcast has no weight decay", refused=True)
 HESSIAN = Effect("h stays 1 with a smoothing of 0", smooths, FORWARD)
 REWARD_OBJECTIVE = with_("reward", is_("trainer", "zo", TRAINED))
 LANGUAGE_MODEL_LOSS = Effect(
@@ -113,24 +106,17 @@ OWN_COLUMNS = Effect(
     "a task has its columns",
     lambda v: v.train_file or v.validation_file or (v.predict_file and not v.task_name),
 )
-PREDICTION = Effect(
-    "train with --save_model first, then give its folder as --model_name",
-    lambda v: v.trainer == "none",
-    refused=True,
-)
-SETS = Effect(
-    "there are no demonstrations",
-    lambda v: v.trainer != "none" or v.num_train,
-    Effect("--train_set_seed decides", lambda v: v.train_set_seed is None),
-)
+SAVED = "train with --save_model first, then give its folder as --model_name"
+PREDICTION = Effect(SAVED, trained_by("none"), refused=True)
+NO_SEED = Effect("--train_set_seed decides", lambda v: v.train_set_seed is None)
+SETS = Effect("there are no demonstrations", lambda v: v.trainer != "none" or v.num_train, NO_SEED)
 DRAWS = Effect(
     "demonstrations are drawn by --train_set_seed",
     lambda v: (v.trainer != "none" and not v.linear_probing) or v.sampling,
 )
 CONVERSATION = with_("apply_chat_template")
-CALIBRATION = Effect(
-    "scores are calibrated with --trainer none only", lambda v: v.trainer == "none", refused=True
-)
+UNTRAINED = "scores are calibrated with --trainer none only"
+CALIBRATION = Effect(UNTRAINED, trained_by("none"), refused=True)
 EVALUATION = Effect(
     "nothing is evaluated",
     lambda v: (evaluates(v) and not v.predict_file) or (measures_dev_losses(v) and not v.num_dev),

@@ -295,11 +295,7 @@ def argument_name(option: str) -> str | None:
 
 
 def given_names(words: Sequence[str]) -> list[str]:
-    """Return the names of the arguments of a command line.
-
-    Raises:
-        InputError: one is unknown.
-    """
+    """Return the names of the arguments of a command line; an unknown one is refused."""
     reader = _Reader()
     names = [name for name, _ in reader.split(words)]
     raise_problems(reader.problems)

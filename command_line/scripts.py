@@ -95,13 +95,7 @@ def choose_defaults(
 ) -> dict[str, tuple[str, str]]:
     """Return what a script gives to run.py: by argument the word, and the variable that says it.
 
-    Args:
-        script: its file's name.
-        environment: with its variables.
-        user: the arguments that the user types, which win over the script's.
-
-    Raises:
-        InputError: a variable makes no sense.
+    The variables are in ``environment``; the arguments that the user types win.
     """
     if script not in VARIABLES:
         raise InputError(f"--script {script}: choose from {', '.join(VARIABLES)}")

@@ -25,9 +25,6 @@ from zeroth_order.step_rule import RARELY
 LENGTH = ("max_steps", "num_train_epochs")
 # What does not change the result. All else does, the Trainer's arguments of tomorrow too.
 NOT_OF_THE_RESULT = {name for name, each in DECLARED.items() if each.decides == NOTHING}
-# When checkpoints are saved matters where one of them is chosen.
-CHOICE_OF_CHECKPOINT = ("save_strategy", "save_steps")
-GENERATION = [each.name for each in dataclasses.fields(Generation)]
 COMPILE = {"auto": None, "yes": True, "no": False}
 # File systems allow 255 bytes; length, hash, suffix and a temporary file's name come on top.
 READABLE_BYTES = 120
@@ -64,18 +61,16 @@ def name_run(arguments: Arguments) -> None:
         InputError: a file of data is missing.
     """
     arguments.experiment = experiment_hash(arguments)
-    task_and_model = f"{_task_part(arguments)}-{_model_part(arguments.model_name)}"
-    tag = arguments.tag
-    arguments.name = f"{task_and_model}-{tag}" if tag else default_name(arguments)
+    arguments.name = default_name(arguments)
+    if arguments.tag:
+        parts = _task_part(arguments), _model_part(arguments.model_name), arguments.tag
+        arguments.name = "-".join(parts)
     if not arguments.output_dir:
         arguments.output_dir = str(Path("result") / arguments.name)
 
 
 def default_name(arguments: Arguments) -> str:
-    """Name a run after what people look for: task, model, method, rate, seed, length; and its hash.
-
-    The hash tells runs apart that differ in anything else.
-    """
+    """Name a run after what people look for, and a hash, which tells the others apart."""
     mode = next((name for each, name in TUNING_MODES.items() if getattr(arguments, each)), "ft")
     rate = getattr(arguments, arguments.rate)
     parts = [
@@ -120,16 +115,13 @@ def experiment_hash(arguments: Arguments) -> str:
 
     The model and the data count by their content where they lie on disk, and by their names on the
     Hub, so that an experiment is the same one on another machine.
-
-    Raises:
-        InputError: a file of data is missing.
     """
     fields = (field for field in dataclasses.fields(arguments) if field.init)
     # Those at their defaults do not count: a new argument leaves the names of results.
     names = {each.name for each in fields if getattr(arguments, each.name) != each.default}
     names -= NOT_OF_THE_RESULT.union(LENGTH)
     if not arguments.load_best_model_at_end:
-        names -= {*CHOICE_OF_CHECKPOINT}
+        names -= {"save_strategy", "save_steps"}  # when checkpoints are saved
     model, reward = Path(arguments.model_name), arguments.task.reward
     data = split_files(arguments.task, arguments.data_dir) or ()
     identity = {
@@ -157,12 +149,9 @@ def model_files(model: Path) -> list[Path]:
 
 def changed_settings(arguments: Arguments) -> dict[str, Any]:
     """Return what was given, and all that changes the result of such a run; no secrets."""
-    names = {
-        name
-        for name, each in DECLARED.items()
-        if each.decides == TRAINING or (each.decides == RESULT and name in OWN)
-    }
-    names = {name for name in names if has_effect(arguments, name)}
+    decide = {name for name, each in DECLARED.items() if each.decides == TRAINING}
+    decide |= {name for name, each in OWN.items() if each.decides == RESULT}
+    names = {name for name in decide if has_effect(arguments, name)}
     return _plain_values(arguments, {*arguments.given, *names} - {"hub_token"})
 
 
@@ -178,7 +167,7 @@ def settings_of_a_checkpoint(arguments: Arguments) -> dict[str, Any]:
     names = {name for name, each in DECLARED.items() if each.decides == TRAINING}
     names -= {"trainer", *LENGTH}
     if arguments.non_diff or arguments.reward:
-        names |= {*GENERATION}
+        names |= {field.name for field in dataclasses.fields(Generation)}
     reward = arguments.task.reward
     return {
         "trainer": arguments.trainer,

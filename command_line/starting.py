@@ -29,25 +29,23 @@ def begin(argv: Sequence[str]) -> None:
         sys.exit(2)
     if not HELP.isdisjoint(argv):
         sys.exit(exit_code(lambda: print(help_text(argv))))
+    problem = ""
     try:
-        _check_environment()
+        check_variables(os.environ)
+        take_store_of_restart(os.environ)
+        os.getcwd().encode()
+    except FileNotFoundError:
+        problem = "the working directory was deleted: change to another one"
+    except UnicodeEncodeError:
+        problem = "the name of the working directory is not UTF-8: rename it"
     except InputError as error:
+        problem = str(error)
+    if problem:
         # Which process speaks for all is what cannot be known here.
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
     if code := exit_code(lambda: _begin(argv)):
         sys.exit(code)
-
-
-def _check_environment() -> None:
-    check_variables(os.environ)
-    take_store_of_restart(os.environ)
-    try:
-        os.getcwd().encode()
-    except FileNotFoundError as error:
-        raise InputError("the working directory was deleted: change to another one") from error
-    except UnicodeEncodeError as error:
-        raise InputError(f"the working directory {os.getcwd()} is not UTF-8: rename it") from error
 
 
 def _begin(argv: Sequence[str]) -> None:
@@ -67,11 +65,7 @@ def _begin(argv: Sequence[str]) -> None:
 
 
 def check_variables(environment: Mapping[str, str]) -> None:
-    """Refuse variables with which processes would wait for, or repeat, one another, or be silent.
-
-    Raises:
-        InputError: names the variable and its value.
-    """
+    """Refuse variables with which processes would wait for others, repeat them, or be silent."""
     if "WORLD_SIZE" not in environment:
         for name in ("RANK", "LOCAL_RANK"):
             if name in environment:
@@ -84,13 +78,13 @@ def check_variables(environment: Mapping[str, str]) -> None:
     # With a local rank, accelerate connects even a single process.
     connects = processes > 1 or "LOCAL_RANK" in environment
     if connects or "RANK" in environment:
-        _number(environment, "RANK", below=processes)
+        _number(environment, "RANK", 0, processes - 1)
     if connects:
         of_node = processes
         if "LOCAL_WORLD_SIZE" in environment:
-            of_node = _number(environment, "LOCAL_WORLD_SIZE", 1, processes + 1)
-        _number(environment, "LOCAL_RANK", below=of_node)
-        _number(environment, "MASTER_PORT", 1, 2**16)
+            of_node = _number(environment, "LOCAL_WORLD_SIZE", 1, processes)
+        _number(environment, "LOCAL_RANK", 0, of_node - 1)
+        _number(environment, "MASTER_PORT", 1, 2**16 - 1)
         try:
             socket.getaddrinfo(environment["MASTER_ADDR"], None)
         except (KeyError, OSError, UnicodeError):
@@ -102,9 +96,6 @@ def take_store_of_restart(environment: MutableMapping[str, str]) -> None:
 
     torchrun's own still holds the addresses of the killed processes (PyTorch's issue 135712): two
     or four processes on one machine never found one another again.
-
-    Raises:
-        InputError: names a variable of torchrun that makes no sense.
     """
     if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
@@ -113,12 +104,10 @@ def take_store_of_restart(environment: MutableMapping[str, str]) -> None:
         environment["TORCHELASTIC_USE_AGENT_STORE"] = "False"
 
 
-def _number(
-    environment: Mapping[str, str], name: str, at_least: int = 0, below: int = 2**32
-) -> int:
+def _number(environment: Mapping[str, str], name: str, least: int = 0, most: int = 2**32) -> int:
     word = environment.get(name, "")
-    if not re.fullmatch("[0-9]{1,10}", word) or not at_least <= int(word) < below:
-        raise _unusable(environment, name, f"a whole number from {at_least} to {below - 1}")
+    if not re.fullmatch("[0-9]{1,10}", word) or not least <= int(word) <= most:
+        raise _unusable(environment, name, f"a whole number from {least} to {most}")
     return int(word)
 
 
