@@ -50,15 +50,11 @@ class EncodedOption:
 
 @dataclass(frozen=True)
 class EncodedExample:
-    """All options of an example, in the task's order, and the indices of the correct ones.
-
-    Training uses ``correct``; evaluation counts ``also_correct`` too. ``correct`` is
-    ``NONE_CORRECT`` where no option is, as in some rows of ReCoRD.
-    """
+    """All options of an example, in the task's order, and the indices of the correct ones."""
 
     options: tuple[EncodedOption, ...]
-    correct: int = 0
-    also_correct: tuple[int, ...] = ()
+    correct: int = 0  # used in training; ``NONE_CORRECT`` in some rows of ReCoRD
+    also_correct: tuple[int, ...] = ()  # counted in evaluation too
 
 
 @dataclass(frozen=True)
@@ -122,11 +118,7 @@ class Encoder:
         return self._cut(tokens, self.max_length - self.max_new_tokens)
 
     def check_conversation(self, sample: Sample, demonstrations: Sequence[Sample] = ()) -> None:
-        """Refuse a sample whose turns or answer the chat template changes.
-
-        Raises:
-            InputError: names what the template did.
-        """
+        """Raise ``InputError`` if the chat template changes a sample's turns or its answer."""
         messages = self._messages(self.task.prompt(sample), sample, demonstrations)
         self.chat.check_conversation(messages, self._answer(sample) if sample.correct else None)
 
@@ -227,11 +219,7 @@ class Chat:
         return f"give another model, or leave out --apply_chat_template{also}"
 
     def check(self, model_name: str) -> None:
-        """Refuse a tokenizer without a template; warn of one that writes today's date.
-
-        Raises:
-            InputError: there is no template.
-        """
+        """Raise ``InputError`` without a template; warn of one that writes today's date."""
         template = self.tokenizer.chat_template
         if not template:
             raise InputError(
@@ -245,12 +233,9 @@ class Chat:
             )
 
     def check_conversation(self, messages: Sequence[Message], answer: str | None) -> None:
-        """Refuse a conversation that the template changes: it would be scored as another one.
+        """Raise ``InputError`` if the template changes a conversation; shows what it makes of it.
 
         Earlier answers may be changed; templates drop the reasoning in them.
-
-        Raises:
-            InputError: shows what the template makes of it.
         """
         opening = self.text(messages)
         for turn in self._with_system(messages):
@@ -269,11 +254,7 @@ class Chat:
             )
 
     def text(self, messages: Sequence[Message]) -> str:
-        """Return a conversation, up to where the assistant's next answer begins.
-
-        Raises:
-            InputError: the template refuses it, or takes too long.
-        """
+        """Return a conversation up to the next answer; raise ``InputError`` if it is refused."""
         return self._rendered(messages, add_generation_prompt=True)
 
     @property

@@ -49,18 +49,13 @@ class GenerationSettings:
     top_p: float = 0.95
 
     def arguments(self) -> dict[str, Any]:
-        """Return the settings as arguments of transformers' ``generate()``.
-
-        None is off there; in a ``GenerationConfig`` it would be the default, as a top_k of 50.
-        """
-        return {
-            "max_new_tokens": self.max_new_tokens,
-            "num_beams": self.num_beams,
-            "do_sample": self.sampling,
-            "temperature": self.temperature if self.sampling else None,
-            "top_k": self.top_k if self.sampling else None,
-            "top_p": self.top_p if self.sampling else None,
-        }
+        """Return the settings as arguments of transformers' ``generate()``."""
+        length = {"max_new_tokens": self.max_new_tokens, "num_beams": self.num_beams}
+        how = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        if not self.sampling:
+            # None is off here; in a ``GenerationConfig`` it would be the default, as a top_k of 50.
+            how = dict.fromkeys(how)
+        return {**length, "do_sample": self.sampling, **how}
 
 
 def check_generation(

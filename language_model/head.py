@@ -108,15 +108,11 @@ def fit_head(
 
     Every scored token of an answer is a row: the hidden state that predicts it, and the token as
     its class. The fitted coefficients become the head's rows of these tokens (and the entries of
-    its bias, if it has one): the softmax over their logits is the classifier's probability. A tied
-    head is untied. Where a model scales or caps its logits after the head (Cohere, Gemma 2), the
-    order of the fitted tokens is the classifier's, the probabilities are not.
+    its bias, if it has one): the softmax over their logits is the classifier's probability, unless
+    the model scales or caps logits after the head (Cohere, Gemma 2). A tied head is untied.
 
-    C is 1, scikit-learn's default. MeZO's code chooses it by cross-validation, which needs each
-    token in several answers: few generated answers share theirs.
-
-    ``examples`` have their correct option alone (``Encoder.correct_option``). The model is left in
-    evaluation mode. ``early_stopping`` stops the solver sooner, against overfitting.
+    ``examples`` have their correct option alone (``Encoder.correct_option``). ``early_stopping``
+    stops the solver sooner, against overfitting.
 
     Raises:
         InputError: all answers are of the same token, or the head cannot be fitted or untied.
@@ -133,6 +129,8 @@ def fit_head(
         )
     if not np.isfinite(features).all():
         raise not_finite("hidden states", model)
+    # C is 1. MeZO's code chooses it by cross-validation, for which generated answers share too few
+    # tokens.
     classifier = LogisticRegression(
         **(EARLY_STOPPING if early_stopping else FITTING),
         fit_intercept=getattr(head, "bias", None) is not None,

@@ -29,18 +29,12 @@ LITTLE_SAVED = 0.95
 
 @dataclass(frozen=True)
 class PackedSequence:
-    """Tokens that go through the model once, for one or several options.
-
-    Attributes:
-        tokens, positions: token and position ids, of one length.
-        branches: 0 for the shared tokens, then 1, 2, … for the options' own.
-        reads: (option, index in ``tokens``, target): there the log-probability of ``target`` counts
-            for ``option``.
-    """
+    """Tokens that go through the model once, for one or several options."""
 
     tokens: tuple[int, ...]
     positions: tuple[int, ...]
-    branches: tuple[int, ...]
+    branches: tuple[int, ...]  # 0 for the shared tokens, then 1, 2, … for the options' own
+    # (option, index in ``tokens``, target): where the log-probability of an option's token is read.
     reads: tuple[tuple[int, int, int], ...]
 
 
@@ -165,11 +159,10 @@ def _visible(branches: Tensor, sequence_of: Tensor) -> Tensor:
 
 
 def fill_rows(lengths: Sequence[int]) -> list[list[int]]:
-    """Distribute sequences over rows; returns their numbers, row by row.
+    """Distribute sequences over as many rows as leave the least to pad; returns their numbers.
 
-    Of the numbers of rows whose length fits, the one that leaves the least to pad. Where little
-    would be saved, each sequence keeps a row of its own: a mask for every pair of tokens costs more
-    than one for the padding.
+    Where little would be saved, each sequence keeps a row of its own: a mask for every pair of
+    tokens costs more than one for the padding.
     """
 
     def tokens_with_padding(rows: list[list[int]]) -> int:

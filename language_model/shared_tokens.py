@@ -33,8 +33,7 @@ def can_share_prompt(model: PreTrainedModel, length: int) -> bool:
 
     ``length`` is that of the longest text. Sharing needs attention that takes a 4-D mask, and
     nothing else that mixes tokens: a recurrent layer or a convolution would carry one option into
-    the next. A sliding window would have to slide in the mask too: texts longer than the window go
-    one option at a time.
+    the next. The mask does not slide as a sliding window does.
     """
     config = _config(model)
     reason = why_not_attention_alone(model)
@@ -87,13 +86,10 @@ def _config(model: PreTrainedModel) -> PreTrainedConfig:
 
 @dataclass(frozen=True)
 class ReadPrefix:
-    """What every text begins with, and its keys and values, (1, heads, tokens, head size) each.
-
-    ``layers`` holds those of prefix-tuning, then those of ``tokens``, which the model has read.
-    """
+    """What every text begins with, which the model has read once."""
 
     tokens: tuple[int, ...]
-    layers: KeysAndValues
+    layers: KeysAndValues  # of prefix-tuning, then of ``tokens``
 
     @property
     def virtual_tokens(self) -> int:

@@ -36,19 +36,12 @@ HESSIANS = "hessian.safetensors"
 
 @dataclass(frozen=True)
 class Offload:
-    """Where blocks lie while they are not needed.
+    """Where blocks lie while they are not needed."""
 
-    Attributes:
-        folder: of the working file; None: in the host's memory.
-        memory: bytes of memory that the first blocks take.
-        device: that runs the passes.
-        write_every: of ``Blocks``.
-    """
-
-    folder: Path | None
-    memory: int
-    device: torch.device
-    write_every: int | None = 1
+    folder: Path | None  # of the working file; None: in the host's memory
+    memory: int  # bytes of it that the first blocks take
+    device: torch.device  # runs the passes
+    write_every: int | None = 1  # of ``Blocks``
 
 
 def load_streamed(
@@ -78,11 +71,7 @@ def load_streamed(
 
 
 def stream_blocks(model: nn.Module, files: WeightFiles | None, offload: Offload) -> Blocks:
-    """Let a model's blocks come from files.
-
-    Raises:
-        InputError: it has none.
-    """
+    """Let a model's blocks come from files; raise ``InputError`` if it names none."""
     source, staged = files and files.read, offload.device.type == "cuda"
     try:
         return Blocks(model, source, offload.folder, offload.memory, staged, offload.write_every)

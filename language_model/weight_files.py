@@ -62,11 +62,7 @@ def check_weights(
     missing: Collection[str],
     mismatched: Collection[tuple[str, Sequence[int], Sequence[int]]],
 ) -> None:
-    """Refuse files that lack weights of a model, as its head, or have them in other shapes.
-
-    Raises:
-        InputError: names one of ``missing``; or of ``mismatched``, its shape there and here.
-    """
+    """Raise ``InputError`` if files lack weights of a model, or have other shapes (there, here)."""
     if mismatched:
         weight, there, here = min(mismatched)
         raise InputError(
@@ -129,15 +125,10 @@ def places_in(path: Path) -> dict[str, Place]:
 
 @dataclass(frozen=True)
 class Merged:
-    """A tensor that lies in several pieces, as the experts of a layer do.
+    """A tensor that lies in several pieces, as the experts of a layer do."""
 
-    Attributes:
-        converter: makes it of them, as transformers does where it loads a model.
-        pieces: by the patterns of the converter that their names match.
-    """
-
-    converter: WeightConverter
-    pieces: dict[str, list[Place]]
+    converter: WeightConverter  # makes it of them, as transformers does where it loads a model
+    pieces: dict[str, list[Place]]  # by the patterns of the converter that their names match
 
     @property
     def shape(self) -> tuple[int, ...]:

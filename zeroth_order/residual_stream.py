@@ -75,11 +75,7 @@ def find_blocks(model: nn.Module) -> tuple[nn.ModuleList, nn.Module]:
 
 
 def find_head(model: nn.Module) -> nn.Module:
-    """Return the language-model head.
-
-    Raises:
-        UnknownStream: there is none.
-    """
+    """Return the language-model head; raise ``UnknownStream`` if there is none."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None:
         raise UnknownStream(f"{type(model).__name__} has no language-model head")
