@@ -16,6 +16,8 @@ import templates
 from templates import Row, Template
 from utils import InputError
 
+METRICS = {"accuracy": metrics.accuracy, "f1": metrics.f1, "em": metrics.exact_match}
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -95,10 +97,8 @@ class Task:
         """Refuse a row without one of the columns."""
         missing = [column for column in needed if column not in row]
         if missing:
-            raise InputError(
-                f"column {missing[0]!r} is missing: {self.name} needs {listed(needed)}; "
-                f"found {listed(row) or 'none'}"
-            )
+            found = f"{self.name} needs {listed(needed)}; found {listed(row) or 'none'}"
+            raise InputError(f"column {missing[0]!r} is missing: {found}")
 
     def prompt(self, sample: Sample) -> str:
         """Return the text before the option."""
@@ -133,18 +133,13 @@ class Task:
     def scores(
         self, predictions: Sequence[Any], samples: Sequence[Sample]
     ) -> dict[str, list[float]]:
-        """Return ``metric_names`` with the values of all samples.
-
-        There is one prediction (candidate or text) for each.
-        """
-        functions = {"accuracy": metrics.accuracy, "f1": metrics.f1, "em": metrics.exact_match}
+        """Return ``metric_names`` with the values of all samples' predictions."""
+        scores = {"reward": self.rewards(predictions, samples)} if self.reward else {}
         pairs = [(p, sample.correct) for p, sample in zip(predictions, samples, strict=True)]
-        return {
-            name: self.rewards(predictions, samples)
-            if name == "reward"
-            else [functions[name](*pair) for pair in pairs]
-            for name in self.metric_names
-        }
+        for name in self.metric_names:
+            if name in METRICS:
+                scores[name] = [METRICS[name](*pair) for pair in pairs]
+        return scores
 
     def score(self, predictions: Sequence[Any], samples: Sequence[Sample]) -> dict[str, float]:
         """Return ``metric_names`` with the means over the samples."""

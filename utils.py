@@ -91,9 +91,8 @@ def say_last(line: str) -> None:
 def exit_code(command: Callable[[], int | None]) -> int:
     """Do a command; returns its exit code, and says in one line why it fails.
 
-    0: done, or what the command returns. 1: losses that are not finite any more or far too large, a
-    lost process, or a file that could not be written. 2: bad input, a name that no file can have
-    among it. 130: interrupted. 141: nobody reads the output any more.
+    0 or what the command returns: done. 1: diverged, a lost process, or a file that could not be
+    written. 2: bad input. 130: interrupted. 141: nobody reads the output any more.
     """
     try:
         code = command() or 0
@@ -135,10 +134,9 @@ def check_writable(option: str, path: Path, is_folder: bool = False) -> None:
     folder, problem = path if is_folder else path.parent, None
     try:
         existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-        if not is_folder and path.is_dir():
-            problem = "this is a folder; give the name of a file"
-        elif not is_folder and path.exists() and not path.is_file():
-            problem = "this is a device; give the name of a file"  # /dev/null would be replaced
+        if not is_folder and path.exists() and not path.is_file():  # /dev/null would be replaced
+            kind = "folder" if path.is_dir() else "device"
+            problem = f"this is a {kind}; give the name of a file"
         elif not existing.is_dir():
             problem = f"{existing} is a file; give another place"
         else:

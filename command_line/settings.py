@@ -82,10 +82,7 @@ def default_name(arguments: Arguments) -> str:
         f"seed{arguments.seed}",
     ]
     readable = "-".join(filter(None, parts)).encode()[:READABLE_BYTES].decode(errors="ignore")
-    length = [
-        f"{name.removeprefix('num_train_').removeprefix('max_')}{value:g}"
-        for name, value in length_of_run(arguments).items()
-    ]
+    length = (f"{n.rpartition('_')[2]}{value:g}" for n, value in length_of_run(arguments).items())
     return "-".join([readable, *length, arguments.experiment])
 
 

@@ -96,6 +96,9 @@ class Columns:
         if label:
             names = _class_names(file, label)
             labels = names or _labels(file, label)
+            if len(labels) == 1:
+                only = f"all rows of {file} have {shown(*labels)} there"
+                raise InputError(f"--label_column {label}: {only}")
             options = _words_of(labels, self.words) if self.words else labels
             classes = {"labels": labels, "by_number": bool(names), "options": options}
             return replace(self, text=text, label=label, **classes)
@@ -105,10 +108,7 @@ class Columns:
         return replace(self, text=text, from_messages=has_messages and not given)
 
     def arranged(self, row: Row, with_answer: bool = True) -> Row:
-        """Return a row with what it has of prompt, options and answer beside its own columns.
-
-        Without the answer any label will do.
-        """
+        """Return a row with prompt, options and answer; without the answer any label will do."""
         if self.from_messages:
             return {**row, **_conversation(row)}
         arranged: dict[str, Any] = dict(row)
@@ -178,8 +178,6 @@ def _labels(file: Path, column: str) -> tuple[str, ...]:
         places = [place for place, _ in unlabelled]
         count = f" ({len(places)} rows: {listed(places, 3)})" if len(places) > 1 else ""
         raise InputError(f"{places[0]}: {unlabelled[0][1]}{count}")
-    if len(labels) == 1:
-        raise InputError(f"--label_column {column}: all rows of {file} have {shown(*labels)} there")
     if len(labels) > MOST_LABELS:
         raise InputError(
             f"--label_column {column}: {file} has {len(labels):,} different values there, more "

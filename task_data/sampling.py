@@ -20,16 +20,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ExampleSet:
-    """Training (or demonstration), dev and eval examples of one run.
-
-    ``demonstrations`` holds what is shown before each eval example; nothing after training.
-    """
+    """Training (or demonstration), dev and eval examples of one run."""
 
     seed: int
     train: list[Sample]
     dev: list[Sample]
     evaluation: list[Sample]
-    demonstrations: list[list[Sample]]
+    demonstrations: list[list[Sample]]  # before each eval example; none after training
 
 
 def draw_example_sets(
@@ -70,17 +67,14 @@ def draw_example_sets(
 def with_a_correct_option(
     train: list[Sample], dev: list[Sample]
 ) -> tuple[list[Sample], list[Sample]]:
-    """Leave out samples without a correct option, as some rows of ReCoRD are.
+    """Leave out samples without a correct option, as some rows of ReCoRD are, after the draw.
 
-    They are left out after the draw, so that a seed means the same rows. Evaluation keeps them:
-    every answer to them is wrong.
+    So a seed means the same rows. Evaluation keeps them: every answer to them is wrong.
     """
     kept_train, kept_dev = ([s for s in part if has_correct_option(s)] for part in (train, dev))
     if train and not kept_train:
-        raise InputError(
-            f"none of the {len(train)} training examples has a correct answer among its options; "
-            "give a larger --num_train, or other data"
-        )
+        none = f"none of the {len(train)} training examples has a correct answer"
+        raise InputError(f"{none} among its options; give a larger --num_train, or other data")
     total, kept = len(train) + len(dev), len(kept_train) + len(kept_dev)
     if kept < total:
         logger.warning(
@@ -109,15 +103,13 @@ def sample_train_dev(
 ) -> tuple[list[Sample], list[Sample]]:
     """Return train and dev samples: one draw of num_train + num_dev, whose last num_dev are dev.
 
-    Asking for more than there is warns: dev stays whole and train is shorter.
+    Where there are fewer, dev stays whole and train is shorter.
     """
-    drawn = permutation_subset(samples, num_train + num_dev, seed)
-    available = len(samples)
-    if num_train + num_dev > available and num_dev >= available:
-        raise InputError(
-            f"{num_dev} dev examples leave none to train on, of {available}: lower --num_dev"
-        )
-    _warn_of_few(available, num_train, num_dev)
+    drawn, left = permutation_subset(samples, num_train + num_dev, seed), len(samples) - num_dev
+    if num_train > left and left <= 0:
+        none = f"{num_dev} dev examples leave none to train on, of {len(samples)}"
+        raise InputError(f"{none}: lower --num_dev")
+    _warn_of_few(len(samples), num_train, num_dev)
     split = len(drawn) - num_dev
     return drawn[:split], drawn[split:]
 

@@ -222,6 +222,10 @@ def test_odd_parquet_files(tmp_path: Path) -> None:
     table = pyarrow.table({"text": ["a", "b"], "label": [0.0, 1.0]})
     pyarrow.parquet.write_table(table.replace_schema_metadata({"huggingface": names}), file)
     assert labels_of(file) == (("sad", "glad"), ["sad", "glad"])
+    one = {"huggingface": names.replace('["sad", "glad"]', '["0"]')}
+    pyarrow.parquet.write_table(table.replace_schema_metadata(one), file)
+    with pytest.raises(InputError, match=r"--label_column label: all rows of .* have '0' there"):
+        labels_of(file)
     no_text = pyarrow.Array.from_buffers(pyarrow.string(), 1, pyarrow.array([b"\xff"]).buffers())
     for labels, message in (
         (pyarrow.array([b"x"]), r"row 0 .*the label is b'x': expected a text"),
