@@ -30,15 +30,10 @@ Key = Hashable
 
 
 class Region:
-    """A block's place: its tensors, one behind the other, from a page to a page.
-
-    Attributes:
-        start: in the working file.
-        size: in bytes.
-    """
+    """A block's place: its tensors, one behind the other, from a page to a page."""
 
     def __init__(self, start: int, tensors: Iterable[tuple[Key, torch.Size, torch.dtype]]) -> None:
-        self.start, end = start, 0
+        self.start, end = start, 0  # in the working file
         self.places: dict[Key, tuple[int, torch.Size, torch.dtype]] = {}
         for key, shape, dtype in tensors:
             self.places[key] = (end, shape, dtype)
@@ -110,9 +105,7 @@ class WorkingFile:
 
     It is read and written past the page cache, where the file system can: a cache that drops what
     was used longest ago keeps nothing of a model that is read in turn and is larger than it.
-
-    Attributes:
-        close: gives the disk space back.
+    ``close`` gives the disk space back.
 
     Raises:
         NoRoom: the disk is full.

@@ -58,22 +58,9 @@ def blocks_of(model: nn.Module) -> Blocks | None:
 class Blocks:
     """Streams the weights that are used within one block of a model only.
 
-    Args:
-        model: its parameters are there already, as ``placeholder`` makes them.
-        source: reads the weights the first time; None: blocks are laid out, and none comes.
-        folder: of the working file; None: blocks lie in the host's memory.
-        budget: bytes of memory; the first blocks that fit stay there, on a GPU in its own memory
-            if the others lie in the host's. Of blocks that come in turn, keeping those that were
-            used last would keep none.
-        staged: of ``Traffic``.
-        write_every: of ``streamed.StreamedWeights``.
-
-    Attributes:
-        traffic: moves the blocks, and counts their bytes.
-        running: the forward pass that runs in a thread of its own.
-        owner: the ``streamed.StreamedWeights`` that train these weights; None: nobody does.
-        checksums: of weights that no update has changed since, by their ids.
-        hessians: reads h the first time; None: it begins at 1.
+    The first blocks for which there is a ``budget`` stay in memory, on a GPU in its own if the
+    others lie in the host's. Of blocks that come in turn, keeping those that were used last would
+    keep none.
 
     Raises:
         NoBlocks: the model has none.
@@ -81,15 +68,15 @@ class Blocks:
 
     def __init__(
         self,
-        model: nn.Module,
-        source: Read | None,
-        folder: Path | None = None,
-        budget: int = 0,
-        staged: bool | None = None,
-        write_every: int | None = 1,
+        model: nn.Module,  # its parameters are there already, as ``placeholder`` makes them
+        source: Read | None,  # reads the weights at first; None: blocks are laid out, none comes
+        folder: Path | None = None,  # of the working file; None: blocks lie in the host's memory
+        budget: int = 0,  # bytes
+        staged: bool | None = None,  # of ``Traffic``
+        write_every: int | None = 1,  # of ``streamed.StreamedWeights``
     ) -> None:
         self.source, self.budget, self.write_every = source, budget, write_every
-        self.hessians: Read | None = None
+        self.hessians: Read | None = None  # reads h at first; None: it begins at 1
         names = {parameter: name for name, parameter in model.named_parameters()}
         uses = _uses(model)
         self.blocks: list[Block] = []
@@ -98,8 +85,9 @@ class Blocks:
             self.blocks.append(Block(len(self.blocks), module, own))
         self.block_of = {p: block for block in self.blocks for p in block.names}
         self._placeholders = {parameter: parameter.data for parameter in self.block_of}
-        self.running: Any = None
-        self.owner: Any = None
+        self.running: Any = None  # the ``lockstep.ForwardPass`` that runs in its own thread
+        self.owner: Any = None  # the ``streamed.StreamedWeights`` that train the blocks, if any
+        # Of weights that no update has changed since, by their ids.
         self.checksums: dict[tuple[int, ...], str] = {}
         device = next(iter(self.block_of)).device
         self.traffic = Traffic(device, self._fill, folder, staged)

@@ -40,11 +40,8 @@ def check_parameter(parameter: Tensor) -> None:
 def check_perturbation_scale(scales: Iterable[tuple[Tensor, float]], in_place: bool) -> None:
     """Check that a shift by μ u changes weights, and that shifting back restores them.
 
-    Weights that are 0 take any shift (LoRA's second matrix starts so) and do not count.
-
-    Args:
-        scales: parameters with their μ.
-        in_place: whether weights are shifted in their own dtype.
+    Weights that are 0 take any shift (LoRA's second matrix starts so) and do not count. In place,
+    weights are shifted in their own dtype.
 
     Raises:
         ValueError: μ is too small, or too large.
@@ -78,16 +75,12 @@ def check_perturbation_scale(scales: Iterable[tuple[Tensor, float]], in_place: b
 
 
 def check_repeats(
-    loss: float, again: float, losses: Collection[float], parameters: Iterable[Tensor]
+    loss: float,
+    again: float,  # at the same weights
+    losses: Collection[float],  # of all perturbations
+    parameters: Iterable[Tensor],  # kernels that add in any order differ by their rounding
 ) -> None:
-    """Warn if a loss differs from itself by what the perturbation may change.
-
-    Args:
-        loss: at some weights.
-        again: at the same weights.
-        losses: of all perturbations.
-        parameters: the trained ones; kernels that add in any order differ by their rounding.
-    """
+    """Warn if a loss differs from itself by what the perturbation may change."""
     difference, change = abs(again - loss), max(losses) - min(losses)
     precision = max(torch.finfo(parameter.dtype).eps for parameter in parameters)
     if difference > max(NOISY_LOSS * change, precision * abs(loss)):

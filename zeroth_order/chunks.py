@@ -39,19 +39,13 @@ GPU_CHUNK = 1 << 23
 
 @dataclass(frozen=True, eq=False)
 class TrainedParameter:
-    """A parameter that the optimizer trains.
-
-    Attributes:
-        number: counts all parameters of the optimizer, frozen ones too; the noise depends on it.
-        low_rank: whether its h is; the pieces of a chunk are then whole rows.
-        compiles: whether torch.compile makes its kernels.
-    """
+    """A parameter that the optimizer trains."""
 
     parameter: Tensor
     group: dict[str, Any]
-    number: int
-    low_rank: bool
-    compiles: bool
+    number: int  # counts all parameters of the optimizer, frozen ones too; the noise depends on it
+    low_rank: bool  # whether its h is; the pieces of a chunk are then whole rows
+    compiles: bool  # whether torch.compile makes its kernels
 
     @functools.cached_property
     def columns(self) -> int:
@@ -106,20 +100,12 @@ class TrainedParameter:
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Some numbers of a parameter.
-
-    Attributes:
-        of: the parameter.
-        starts: where its pieces begin among the parameter's numbers. A small parameter is one piece
-            with both halves.
-        size: numbers of a piece.
-        pairs: how many pairs its numbers belong to.
-    """
+    """Some numbers of a parameter; a small parameter is one piece with both halves."""
 
     of: TrainedParameter
-    starts: tuple[int, ...]
-    size: int
-    pairs: int
+    starts: tuple[int, ...]  # where its pieces begin among the parameter's numbers
+    size: int  # numbers of a piece
+    pairs: int  # how many pairs its numbers belong to
 
     def view(self, tensor: Tensor) -> list[Tensor]:
         """Return the pieces of ``tensor``, which has the parameter's shape, as views."""

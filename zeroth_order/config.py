@@ -31,30 +31,19 @@ SPECIAL = {"lr": AUTO, "curvature_every": None}
 class HiZOOConfig:
     """The settings of ``hizoo.HiZOO``; every value can be written as JSON.
 
-    Attributes:
-        lr: learning rate η; ``"auto"``: η = k n / 2c̄ from the measured curvature.
-        eps: perturbation scale μ.
-        hessian_smooth: smoothing α of h; 0 is MeZO.
-        weight_decay: λ.
-        hessian: ``"full"``, or ``"lowrank"`` (HiZOO-L: a row and a column vector for each matrix).
-        num_samples: directions a step, n.
-        curvature_every: steps between two measurements of c; None: 1 where h needs c, else 10.
-        seed: of the noise.
-        compile: whether torch.compile makes the kernels; None: for 16 million weights and more.
-
     Raises:
         ValueError: values are out of their bounds.
     """
 
-    lr: float | str = 1e-6
-    eps: float = 1e-3
-    hessian_smooth: float = 1e-8
-    weight_decay: float = 0.0
-    hessian: str = "full"
-    num_samples: int = 1
-    curvature_every: int | None = None
-    seed: int = 0
-    compile: bool | None = None
+    lr: float | str = 1e-6  # η; "auto": η = k n / 2c̄ from the measured curvature
+    eps: float = 1e-3  # perturbation scale μ
+    hessian_smooth: float = 1e-8  # smoothing α of h; 0 is MeZO
+    weight_decay: float = 0.0  # λ
+    hessian: str = "full"  # or "lowrank": HiZOO-L, a row and a column vector for each matrix
+    num_samples: int = 1  # directions a step, n
+    curvature_every: int | None = None  # steps between two c; None: 1 where h needs c, else 10
+    seed: int = 0  # of the noise
+    compile: bool | None = None  # by torch.compile; None: for 16 million weights and more
 
     def __post_init__(self) -> None:
         settings = vars(self).items()

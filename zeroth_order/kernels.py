@@ -24,21 +24,13 @@ Hessian = list[Tensor] | tuple[Tensor, ...] | None
 
 
 class Numbers(NamedTuple):
-    """The scalars of an update; lists hold one for each direction.
+    """The scalars of an update; lists hold one for each direction."""
 
-    Attributes:
-        steps: what u/√h is multiplied by, -η g.
-        back: what u/√h is multiplied by to take the shift back; None: nothing is shifted.
-        growths: α c; None: h stays as it is, or is low-rank.
-        smooth: α.
-        decay: -η λ; None for 0.
-    """
-
-    steps: Sequence[Scalar]
-    back: Sequence[Scalar] | None
-    growths: Sequence[Scalar] | None
-    smooth: Scalar
-    decay: Scalar | None
+    steps: Sequence[Scalar]  # -η g, by which u/√h is multiplied
+    back: Sequence[Scalar] | None  # likewise, to take the shift back; None: nothing is shifted
+    growths: Sequence[Scalar] | None  # α c; None: h stays as it is, or is low-rank
+    smooth: Scalar  # α
+    decay: Scalar | None  # -η λ; None for 0
 
 
 def perturb(
@@ -54,25 +46,15 @@ def perturb(
 
 
 def update(
-    target: Pieces,
-    hessian: Hessian,
-    noises: Sequence[Noise],
+    target: Pieces,  # of θ, or float32 copies of them
+    hessian: Hessian,  # before the step; a low-rank h after it
+    noises: Sequence[Noise],  # u of each direction
     numbers: Numbers,
-    rounding: Noise | None,
-    dtype: torch.dtype,
-    hessian_dtype: torch.dtype,
+    rounding: Noise | None,  # random bits; None: nothing is of half precision
+    dtype: torch.dtype,  # what θ rounds to
+    hessian_dtype: torch.dtype,  # what h rounds to
 ) -> None:
-    """Take the shift back, then update h and θ of a chunk, in place.
-
-    Args:
-        target: pieces of θ, or float32 copies of them.
-        hessian: h before the step; a low-rank h after it.
-        noises: u of each direction.
-        numbers: the scalars of the step.
-        rounding: random bits for stochastic rounding; None: nothing is of half precision.
-        dtype: what θ rounds to.
-        hessian_dtype: what h rounds to.
-    """
+    """Take the shift back, then update h and θ of a chunk, in place."""
     steps, back, growths, smooth, decay = numbers
     directions = [drawn(noise, target) for noise in noises]
     compute_dtype = directions[0][0].dtype

@@ -79,14 +79,7 @@ class Layers:
     module's weights. Weights that several modules share are written once and kept until the end of
     the evaluation, and so are those of a module that runs again (in generation, for every token).
     Vectors, of norms and biases, are written all together before: one by one each of them would
-    take nearly as long as a matrix.
-
-    Args:
-        module: the model.
-        leave_out: modules of it that are perturbed in another way.
-
-    Attributes:
-        trained: the trained parameters.
+    take nearly as long as a matrix. Modules in ``leave_out`` are perturbed in another way.
     """
 
     def __init__(self, module: nn.Module, leave_out: Collection[nn.Module] = ()) -> None:
@@ -122,7 +115,6 @@ class Layers:
         own = idle = {parameter: parameter.data for parameter in self.uses}
         if alone:
             idle = {p: data.new_full((), torch.nan).expand(data.shape) for p, data in own.items()}
-        running: set[nn.Parameter] = set()
         reached: set[nn.Parameter] = set()
         depth: Counter[nn.Parameter] = Counter()
         kept: Copies = {}
@@ -130,20 +122,18 @@ class Layers:
             kept |= self._written([v for v in self.vectors if v.device == device], write)
 
         def enter(parameters: list[nn.Parameter], *_: Any) -> None:
-            entering = [p for p in parameters if p not in running]
+            entering = [p for p in parameters if not depth[p]]
             fresh = [p for p in entering if p not in kept]
             give({p: own[p] for p in fresh})
             copies = self._written(fresh, write)
             give({p: copies[p] if p in copies else kept[p] for p in entering})
-            running.update(entering)
             depth.update(parameters)
 
         def leave(parameters: list[nn.Parameter], *_: Any) -> None:
             depth.subtract(parameters)
-            leaving = [p for p in parameters if p in running and not depth[p]]
+            leaving = [p for p in parameters if not depth[p]]
             used = {p: p.data for p in leaving if p not in kept}
             give({p: idle[p] for p in leaving})
-            running.difference_update(leaving)
             if any(self.uses[p] > 1 or p in reached for p in used):
                 kept.update(used)
             else:

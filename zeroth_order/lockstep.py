@@ -29,12 +29,7 @@ class Abandoned(BaseException):
 
 
 class ForwardPass:
-    """A forward pass in a thread of its own, which runs only between ``resume`` and its next stop.
-
-    Attributes:
-        before: the block that it has stopped before; None: it has not begun, or it has ended.
-        loss: what it returned.
-    """
+    """A forward pass in a thread of its own; it runs only between ``resume`` and its next stop."""
 
     def __init__(
         self,
@@ -43,6 +38,7 @@ class ForwardPass:
         device: torch.device,
         hooks: Sequence[Hooks],
     ) -> None:
+        # The block that it has stopped before; None: it has not begun, or it has ended.
         self.before: Block | None = None
         self.loss = float("nan")
         self._closure, self._device = closure, device

@@ -23,12 +23,8 @@ def rounded_sum(value: Tensor, change: Tensor, bits: Tensor | None, dtype: torch
 
     Half precision rounds at random, right on average: a change far below one unit in the last place
     is neither lost nor biased, for normal and subnormal numbers; a change of 0 moves nothing.
-
-    Args:
-        value: numbers that ``dtype`` can hold, in float32 where it is of half precision.
-        change: what is added.
-        bits: random, int32, the upper ones count most; None for full precision.
-        dtype: what the sum rounds to.
+    ``value`` is in float32 where ``dtype`` is of half precision, and fits it. ``bits`` are random,
+    int32, the upper ones count most; None for full precision.
     """
     change = change.to(value.dtype)
     if not is_half(dtype):
@@ -70,16 +66,14 @@ def rounded_to_units(value: Tensor, change: Tensor, bits: Tensor, dtype: torch.d
     return moves.mul_(unit).add_(value)
 
 
-def add_product(weight: Tensor, errors: Tensor, inputs: Tensor, stream: int, number: int) -> None:
-    """Add errorsᵀ inputs to a weight, (outputs, inputs), in place; half precision rounds at random.
-
-    Args:
-        weight: (m, n).
-        errors: (S, m), scaled.
-        inputs: (S, n).
-        stream: 64-bit seed of the step's rounding.
-        number: of the parameter.
-    """
+def add_product(
+    weight: Tensor,  # (m, n)
+    errors: Tensor,  # (S, m), scaled
+    inputs: Tensor,  # (S, n)
+    stream: int,  # 64-bit seed of the step's rounding
+    number: int,  # of the parameter
+) -> None:
+    """Add errorsᵀ inputs to a weight in place; half precision rounds at random."""
     columns = weight.shape[1]
     for start in range(0, len(weight), rows := max(1, CHUNK // columns)):
         piece, bits = weight[start : start + rows], None

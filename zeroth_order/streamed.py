@@ -29,11 +29,8 @@ from zeroth_order.weights import GroupStep, Pass, Shift, States, Update
 def best_write_every(total: float, seconds: Mapping[str, float]) -> int:
     """Return after how many updates a block is best written.
 
-    A step that writes one block in k computes (k - 1) / 2 updates more than one that writes all.
-
-    Args:
-        total: seconds of a step that wrote all blocks.
-        seconds: of ``Traffic``, in this step.
+    A step that writes one block in k computes (k - 1) / 2 updates more than one that writes all,
+    which took ``total`` seconds; ``seconds`` are those of ``Traffic`` in it.
     """
     reading, writing, waiting = (seconds[name] for name in ("reading", "writing", "waiting"))
     if waiting < total / 10:

@@ -13,6 +13,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +27,22 @@ BUFFERS = 3
 DEVICE, HOST, DISK = "device", "host", "disk"
 
 
+@dataclass(eq=False)
 class Block:
-    """A block of a model.
+    """A block of a model."""
 
-    Attributes:
-        names: of its parameters that are streamed.
-        region: where its tensors lie in a buffer and in the working file.
-        home: where it lies while no pass runs through it: "device", "host" or "disk".
-        memory: the buffer on the device that it lies in; None: it is not there.
-        host: its memory on the host, where that is its home and it has been there.
-        is_changed: whether it was updated; else it is as it came from the model's files.
-        is_in_file: whether the working file has it.
-        users: how many have loaded it and not released it.
-    """
-
-    def __init__(self, number: int, module: nn.Module, names: dict[nn.Parameter, str]) -> None:
-        self.number, self.module, self.names = number, module, names
-        self.region, self.home, self.users = Region(0, ()), DEVICE, 0
-        self.memory: Tensor | None = None
-        self.host: Tensor | None = None
-        self.is_changed = self.is_in_file = False
-        self.reading: Future[Tensor] | None = None
-        self.writing: Future[None] | None = None
+    number: int
+    module: nn.Module
+    names: dict[nn.Parameter, str]  # of its parameters that are streamed
+    region: Region = field(init=False)  # where its tensors lie in a buffer and in the working file
+    home: str = DEVICE  # where it lies while no pass runs through it
+    memory: Tensor | None = None  # the buffer on the device that it lies in
+    host: Tensor | None = None  # its memory on the host, if that is its home and it has been there
+    is_changed: bool = False  # by an update; else it is as it came from the model's files
+    is_in_file: bool = False
+    users: int = 0  # how many have loaded it and not released it
+    reading: Future[Tensor] | None = None
+    writing: Future[None] | None = None
 
 
 # Memory on the device, and the event behind which it is free (CUDA).
@@ -57,30 +52,22 @@ Buffer = tuple[Tensor, Any]
 class Traffic:
     """Moves blocks.
 
-    Args:
-        device: that runs the passes.
-        fill: fills a buffer on the host with a block that neither the working file nor the host's
-            memory has; returns how many bytes it has read.
-        folder: of the working file; None: there is none.
-        staged: whether blocks go through buffers on the host; None: where the device is a GPU.
-
-    Attributes:
-        bytes_read, bytes_written: of blocks that came and went so far.
-        seconds: that reading, writing and waiting for blocks took.
+    ``fill`` fills a buffer on the host with a block that neither the working file nor the host's
+    memory has, and returns how many bytes it has read.
     """
 
     def __init__(
         self,
-        device: torch.device,
+        device: torch.device,  # runs the passes
         fill: Callable[[Block, Tensor], int],
-        folder: Path | None,
-        staged: bool | None = None,
+        folder: Path | None,  # of the working file; None: there is none
+        staged: bool | None = None,  # through buffers on the host; None: if the device is a GPU
     ) -> None:
         self.device, self.fill, self.folder = device, fill, folder
         self.is_gpu = device.type == "cuda"
         self.staged = self.is_gpu if staged is None else staged
         self.bytes_read = self.bytes_written = 0
-        self.seconds: Counter[str] = Counter()
+        self.seconds: Counter[str] = Counter()  # of reading, writing, waiting and updating
         self.file: WorkingFile | None = None
         self._free: queue.SimpleQueue[Buffer] = queue.SimpleQueue()
         self._reader, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)

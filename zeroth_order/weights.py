@@ -49,14 +49,10 @@ class Weights:
 
     ``param_groups`` and ``states`` are the optimizer's: ``eps``, ``hessian_smooth`` and
     ``weight_decay`` are read whenever they are needed, ``seed`` and ``step`` from the first group.
-
-    Attributes:
-        shift: where the weights are; None: at θ.
-        updated_chunks: how many chunks the running update, or the last one, has updated.
     """
 
-    shift: Shift | None = None
-    updated_chunks: int = 0
+    shift: Shift | None = None  # where the weights are; None: at θ
+    updated_chunks: int = 0  # by the running update, or the last one
 
     def __init__(
         self, param_groups: list[dict[str, Any]], states: States, config: HiZOOConfig
