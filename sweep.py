@@ -140,11 +140,9 @@ def print_plans(sweep: Sweep) -> None:
     table = pd.DataFrame(rows).fillna(MISSING)
     if "model_name" in table:
         table["model_name"] = table["model_name"].map(short_models(table["model_name"]))
-    choices = {name for run in sweep.runs for name in run.choice}
-    shared = [name for name in table if name not in choices and table[name].nunique() == 1]
+    shared = [name for name in ("steps", "forward passes", "") if table[name].nunique() == 1]
     print("each run:", command((*words_of(sweep.grid.fixed), *sweep.grid.further)))
-    numbers = [f"{table[name].iloc[0]} {name}" for name in shared if name]
-    if numbers:
+    if numbers := [f"{table[name].iloc[0]} {name}" for name in shared if name]:
         print("each run:", ", ".join(numbers))
     print(table.drop(columns=shared).to_string(index=False))
     print(f"{sum(row[''] == 'left' for row in rows)} of {len(rows)} runs are left")
@@ -184,20 +182,19 @@ def closing_lines(sweep: Sweep, jobs: Sequence[Job]) -> Iterator[str]:
         for each in found[job.result]
     ]
     runs = {job.result: run for run, job in zip(sweep.runs, jobs, strict=True)}
-    several = len({each.task for each in outcomes}) > 1
-    for task, chosen, words in best(with_names(outcomes)):
-        place = f"{task}: " if several else ""
+    bests = list(best(with_names(outcomes)))
+    for task, chosen, words in bests:
+        place = f"{task}: " if len(bests) > 1 else ""
         if not chosen:
             yield f"{place}no best setting: {words}"
             continue
         first, *others = (runs[path] for path in dict.fromkeys(each.path for each in chosen))
         models = short_models(run.choice.get("model_name", "") for run in sweep.runs)
-        setting = (
-            f"{name} {models[value] if name == 'model_name' else value}"
-            for name, value in first.choice.items()
-            if name not in SEEDS
-        )
-        yield f"{place}best on the dev set: {', '.join(setting) or 'the only setting'}"
+        choice = {name: value for name, value in first.choice.items() if name not in SEEDS}
+        if "model_name" in choice:
+            choice["model_name"] = models[choice["model_name"]]
+        setting = ", ".join(f"{name} {value}" for name, value in choice.items())
+        yield f"{place}best on the dev set: {setting or 'the only setting'}"
         yield f"  {words}"
         yield f"  {command(first.words)}"
         for other in others:

@@ -46,22 +46,21 @@ def make_table(
     names = differing_settings(outcomes)
     rows = list(dict.fromkeys(each.values(names) for each in outcomes))
     runs = pd.DataFrame([each.numbers for each in finished], dtype=float)
-    row = [rows.index(each.values(names)) for each in finished]
-    title = [each.task if by == "task" else seed_title(each) for each in finished]
+    titles = pd.Series([each.task if by == "task" else seed_title(each) for each in finished])
     for name in (kind, *also):
         if name not in runs:
-            way_out = "train with --num_dev and --eval_strategy"
-            other = way_out if name == "dev_loss" else "give another name"
-            raise InputError(f"none of the {len(runs)} results has {name}: {other}")
+            losses = "train with --num_dev and --eval_strategy"
+            way_out = losses if name == "dev_loss" else "give another name"
+            raise InputError(f"none of the {len(runs)} results has {name}: {way_out}")
+    runs["row"] = [rows.index(each.values(names)) for each in finished]
+    columns = {(title, kind): runs[titles == title] for title in titles.unique()}
+    columns |= {(name, name): runs for name in also}
     numbers = {}
-    for column in [(each, kind) for each in dict.fromkeys(title)] + [(n, n) for n in also]:
-        chosen = runs.assign(row=row)
-        if column[0] != column[1]:
-            chosen = chosen[[each == column[0] for each in title]]
-        values = chosen.groupby("row")[column[1]].agg(["mean", "std", "count", "size"])
+    for (title, name), chosen in columns.items():
+        values = chosen.groupby("row")[name].agg(["mean", "std", "count", "size"])
         # A mean over only some of the runs would mislead.
         values.loc[values["count"] < values["size"], "mean"] = float("nan")
-        numbers[column] = values.reindex(range(len(rows)))
+        numbers[title, name] = values.reindex(range(len(rows)))
     return Table(pd.DataFrame(rows, range(len(rows)), list(names)), numbers)
 
 
@@ -148,8 +147,8 @@ def _for_markdown(text: str) -> str:
     return re.sub(r"([\\|*`<])", r"\\\1", text)
 
 
-# A row that begins with * or [ would be an argument of the \\ before it.
 LATEX = {character: f"\\{character}" for character in "_%&#${}"}
+# A row that begins with * or [ would be an argument of the \\ before it.
 LATEX |= {character: f"{{{character}}}" for character in "*[]"}
 LATEX |= {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}"}
 LATEX |= {"|": r"\textbar{}", "<": r"\textless{}", ">": r"\textgreater{}"}

@@ -213,6 +213,14 @@ def test_other_data_and_other_seeds_are_named(
     assert table[0] == ["seed 0", "seed 1, train_set_seed 0"]
 
 
+def test_a_task_may_be_named_like_a_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [written(tmp_path, n, 0.25 * i, task=n) for i, n in enumerate(("seconds", "CB"), 1)]
+    table = cells(printed(capsys, *files, "--show", "seconds"))
+    assert (table[0], table[2]) == (["seconds", "CB"], ["25", "50"])
+
+
 ODD = {
     "no_settings": {"task": "SST2"},
     "no_task": {"settings": {}},

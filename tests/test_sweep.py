@@ -278,6 +278,19 @@ def test_results_of_other_data_are_refused(
     assert in_this_process.done == ["max_length=30", "max_length=40"]
 
 
+def test_other_data_have_a_best_setting_each(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], in_this_process: type[InThisProcess]
+) -> None:
+    files = [tmp_path / "a" / "rows.csv", tmp_path / "b" / "rows.csv"]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text('prompt,options,answer\nGood?,"[""yes"", ""no""]",yes\n')
+    folder = ["--output_dir", str(tmp_path / "s"), "--", "--model_name", small_model().name]
+    assert sweep.main(["--validation_file", *map(str, files), *folder]) == 0
+    out = capsys.readouterr().out
+    assert all(f"rows {file}: no best setting: no run has a dev set" in out for file in files)
+
+
 STANDS_IN_FOR_RUN = """\
 import os, sys, time
 print("step 1 of 2", sys.argv[1], os.environ.get("OMP_NUM_THREADS"), flush=True)
