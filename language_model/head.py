@@ -177,11 +177,8 @@ def answer_features(
         rows = zip(inputs["last"].split(counts), batch["targets"].split(counts), strict=True)
         found.update(zip(indices, rows, strict=True))
 
-    hook = model.get_output_embeddings().register_forward_hook(keep_input)
-    try:
+    with model.get_output_embeddings().register_forward_hook(keep_input):
         run_in_batches(read_batch, lengths, batch_size, "linear probing")
-    finally:
-        hook.remove()
     features, targets = zip(*(found[index] for index in range(len(examples))), strict=True)
     return torch.cat(features).numpy(), torch.cat(targets).numpy()
 

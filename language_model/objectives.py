@@ -45,7 +45,8 @@ def negative_accuracy(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 def option_scores(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Return the options' mean log-probabilities, (examples, most options), missing ones -inf."""
-    sums, lengths = option_sums(token_log_probabilities(model, batch), batch)
+    sums = option_sums(token_log_probabilities(model, batch), batch)
+    lengths = torch.bincount(batch["read_options"], minlength=len(sums)).to(sums.device)
     return by_example(sums / lengths, batch, -torch.inf)
 
 

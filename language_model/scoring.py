@@ -42,8 +42,7 @@ def token_log_probabilities(
     # DistributedDataParallel hides the model's own methods.
     head = getattr(model, "module", model).get_output_embeddings()
     # The model's own forward, with whatever its family does to logits, but on few positions.
-    hook = head.register_forward_pre_hook(keep_predicting_positions)
-    try:
+    with head.register_forward_pre_hook(keep_predicting_positions):
         logits = model(
             input_ids=batch["input_ids"],
             position_ids=batch.get("position_ids"),
@@ -51,8 +50,6 @@ def token_log_probabilities(
             past_key_values=cache,
             use_cache=cache is not None,
         ).logits
-    finally:
-        hook.remove()
     targets = batch["targets"].to(logits.device)
     # In pieces: a float32 copy of all logits would take as much memory as they do.
     pieces = zip(logits.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
@@ -69,12 +66,10 @@ def model_mask(model: nn.Module, mask: Tensor) -> Tensor:
     return additive.masked_fill_(~mask, torch.finfo(dtype).min)
 
 
-def option_sums(token_log_probabilities: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the summed log-probability and the number of scored tokens of every option."""
-    options = batch["read_options"].to(token_log_probabilities.device)
-    zeros = token_log_probabilities.new_zeros(len(batch["option_examples"]))
-    sums = zeros.index_add(0, options, token_log_probabilities)
-    return sums, zeros.index_add(0, options, torch.ones_like(token_log_probabilities))
+def option_sums(of_tokens: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """Return the summed log-probability of every option, (options,)."""
+    zeros = of_tokens.new_zeros(len(batch["option_examples"]))
+    return zeros.index_add(0, batch["read_options"].to(of_tokens.device), of_tokens)
 
 
 @torch.no_grad()
@@ -109,7 +104,7 @@ def score_options(
         batch = collate(chosen, 0, share, *read)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         values = token_log_probabilities(model, batch, prefix.cache() if prefix.tokens else None)
-        sums, _ = option_sums(values, batch)
+        sums = option_sums(values, batch)
         if not sums.isfinite().all():
             raise not_finite("scores of the options", model)
         totals = iter(sums.tolist())
