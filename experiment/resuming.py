@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -39,19 +39,17 @@ CONTENTS = ("examples", "weights", "tokens", "rewards", "noise")
 ENDLESS = ("constant", "inverse_sqrt", "reduce_lr_on_plateau", "greedy")
 
 
-@dataclass(frozen=True)
-class Start:
+class Start(NamedTuple):
     """Where a run begins: a checkpoint or the pre-trained weights, then steps of a journal."""
 
-    checkpoint: Path | None = None
-    recording: Recording = field(default_factory=Recording)
+    checkpoint: Path | None
+    recording: Recording
 
     @property
     def source(self) -> str | None:
         """What the run resumes from, by its name; None if it begins anew."""
-        if self.checkpoint:
-            return str(self.checkpoint)
-        return str(self.recording.path) if self.recording.replayed_steps else None
+        journal = self.recording.path if self.recording.replayed_steps else None
+        return str(self.checkpoint or journal or "") or None
 
     def words(self) -> str:
         """Return it in words; none where the run begins anew."""
@@ -123,16 +121,8 @@ def find_start(options: Options, output_dir: Path, has_result: bool) -> Start:
     if wanted == "true" and not checkpoint and not journal:
         raise InputError(f"--resume_from_checkpoint: no whole checkpoint in {output_dir}")
     step = _step_of(options, checkpoint, has_result) if checkpoint else 0
-    checkpoint = checkpoint if step else None
-    recording = Recording(path)
-    if journal:
-        is_finished = has_result and not checkpoint and journal.steps >= journal.header.max_steps
-        settings = {**journal.header.settings, "noise": journal.header.noise}
-        if is_resumed(options, path, settings, is_finished):
-            recording = _continued(options, journal, step)
-        if recording.replayed_steps and not checkpoint:
-            _warn_of_another_length(options, path, settings)
-    return Start(checkpoint, recording)
+    recording = _continued(options, journal, step, has_result) if journal else Recording(path)
+    return Start(checkpoint if step else None, recording)
 
 
 def is_resumed(
@@ -196,9 +186,17 @@ def _step_of(options: Options, checkpoint: Path, has_result: bool) -> int:
     return step
 
 
-def _continued(options: Options, journal: Journal, step: int) -> Recording:
-    """Return a recording that continues a journal after ``step`` steps."""
+def _continued(options: Options, journal: Journal, step: int, has_result: bool) -> Recording:
+    """Return a recording that continues a journal after ``step`` steps, or begins a new one.
+
+    Raises:
+        InputError: it belongs to another run, or has too many steps.
+    """
     path, header = journal.path, journal.header
+    is_finished = has_result and not step and journal.steps >= header.max_steps
+    settings = {**header.settings, "noise": header.noise}
+    if not is_resumed(options, path, settings, is_finished):
+        return Recording(path)
     if journal.fault:
         logger.warning(
             f"{path} is damaged after step {journal.steps} ({journal.fault}): what follows is "
@@ -212,9 +210,11 @@ def _continued(options: Options, journal: Journal, step: int) -> Recording:
     if options.resume_from not in (None, "true"):
         # The user named a checkpoint: resume there, not behind the last step of the journal.
         return Recording(path, begins_at=journal.end_of(step))
-    start = header.start if step == header.step else None
     if step < journal.steps:
         _check_length(options, path, journal.steps)
+        if not step:
+            _warn_of_another_length(options, path, settings)
+    start = header.start if step == header.step else None
     return Recording(path, journal.after(step), journal.ends[-1], start)
 
 

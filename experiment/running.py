@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from command_line.declarations import AUTO
 from command_line.settings import method
+from experiment import results
 from experiment.folders import locked_places
 from experiment.options import Options
 from experiment.preparation import (
@@ -27,13 +28,6 @@ from experiment.preparation import (
     choose_trained_weights,
     load_pretrained,
     prepare_encoder,
-)
-from experiment.results import (
-    answers,
-    check_predictions,
-    history,
-    prediction_rows,
-    write_rows,
 )
 from experiment.resuming import Start, find_start, with_contents
 from experiment.telling import describe, example_lines, metric_names, use_in_python
@@ -113,7 +107,7 @@ class Experiment:
             self.reports.metrics(reported(result))
         if arguments.verbose:
             say("\n".join(example_lines(encoder, examples, predictions)))
-        return result, prediction_rows(encoder.task, examples.evaluation, predictions)
+        return result, results.prediction_rows(encoder.task, examples.evaluation, predictions)
 
     def evaluate(
         self, kind: str, model: Model, samples: list[Sample], shown: list[list[Sample]]
@@ -123,7 +117,7 @@ class Experiment:
         ``shown`` are the demonstrations before each sample.
         """
         name, encoder = metric_names(self.options)[kind], self.prepared.encoder
-        predictions = answers(self.options, encoder, model, samples, shown, name)
+        predictions = results.answers(self.options, encoder, model, samples, shown, name)
         scores = encoder.task.scores([prediction.answer for prediction in predictions], samples)
         metrics = {metric: mean(values) for metric, values in scores.items()}
         errors = {metric: standard_error(values) for metric, values in scores.items()}
@@ -187,7 +181,7 @@ class Experiment:
             "resumed_from": start.source,
             "checkpoint": best and str(best),
             **({"probe": probe.found} if probe else {}),
-            "history": history(state.log_history, options.task.metric_name),
+            "history": results.history(state.log_history, options.task.metric_name),
         }
 
     def first_lines(self, examples: ExampleSet) -> Iterator[str]:
@@ -245,7 +239,7 @@ def predict_rows(options: Options, file: str) -> None:
     Raises:
         InputError: the model or the data do not fit, or the answers' file is there already.
     """
-    check_predictions(options)
+    results.check_predictions(options)
     (path,) = options.predictions
     transformers.set_seed(options.weights.seed)
     task = options.task
@@ -265,12 +259,12 @@ def predict_rows(options: Options, file: str) -> None:
     with locked_places(options):
         model = load_pretrained(options.model)
         evaluated = (drawn.evaluation, drawn.demonstrations)
-        predictions = answers(options, encoder, model, *evaluated, "prediction")
+        predictions = results.answers(options, encoder, model, *evaluated, "prediction")
         if process_index() == 0:
             unrated = dataclasses.replace(task, reward=None)
-            rows = prediction_rows(unrated, drawn.evaluation, predictions)
+            rows = results.prediction_rows(unrated, drawn.evaluation, predictions)
             order = {sample.id: row for sample, row in zip(drawn.evaluation, rows, strict=True)}
-            write_rows(path, [row | order[n] for n, row in enumerate(own)])
+            results.write_rows(path, [row | order[n] for n, row in enumerate(own)])
             print("\n".join(use_in_python(options, encoder, questions[0])))
             print(f"predictions: {path} ({len(questions)} rows)")
 

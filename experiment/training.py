@@ -18,15 +18,8 @@ from experiment.options import Options
 from experiment.preparation import Prepared
 from experiment.results import answers
 from experiment.resuming import Start
+from language_model import objectives
 from language_model.encoding import Encoder
-from language_model.objectives import (
-    NegativeTextMetric,
-    Objective,
-    classification_loss,
-    collate_prompts,
-    language_model_loss,
-    negative_accuracy,
-)
 from language_model.packing import collate
 from language_model.shared_tokens import can_share_prompt
 from task_data.sampling import ExampleSet, has_correct_option
@@ -41,7 +34,7 @@ from utils import process_index
 class Training(NamedTuple):
     """What is minimised, how a sample is encoded for it, and how examples become a batch."""
 
-    objective: Objective
+    objective: objectives.Objective
     encode: Callable[[Sample], Any]
     collate: Callable[[list[Any]], dict[str, Any]]
 
@@ -53,22 +46,25 @@ def choose_objective(
     arguments, task, generation = options.arguments, encoder.task, options.generation
     packed = functools.partial(collate, share_prompt=can_share_prompt(model, encoder.max_length))
     if arguments.train_as_classification:
-        return Training(classification_loss, encoder.options, packed)
+        return Training(objectives.classification_loss, encoder.options, packed)
     if not task.reward and not arguments.non_diff:
         only_option = arguments.only_train_option
         encode = functools.partial(encoder.correct_option, only_option=only_option)
-        return Training(language_model_loss, encode, packed)
+        return Training(objectives.language_model_loss, encode, packed)
     if not task.generation:
-        return Training(negative_accuracy, encoder.options, packed)
+        return Training(objectives.negative_accuracy, encoder.options, packed)
     metric, count = "f1", 1
     if task.reward:
         # Several texts of a prompt are sampled.
         metric, count = "reward", arguments.reward_samples
         generation = dataclasses.replace(generation, sampling=generation.sampling or count > 1)
-    objective = NegativeTextMetric(
-        task, metric, encoder.tokenizer, generation, count, arguments.seed
+    return Training(
+        objectives.NegativeTextMetric(
+            task, metric, encoder.tokenizer, generation, count, arguments.seed
+        ),
+        lambda sample: (encoder.prompt(sample), sample),
+        objectives.collate_prompts,
     )
-    return Training(objective, lambda sample: (encoder.prompt(sample), sample), collate_prompts)
 
 
 def make_trainer(

@@ -25,13 +25,10 @@ def groups_of(
     """Return the groups of a model's trained weights: matrices among ``decaying``, and others."""
     trained = trained_weights(model)
     # Some norms go by unusual names.
-    decaying = {name for name in decaying if name in trained and trained[name].dim() > 1}
+    decays = {name: name in decaying and p.dim() > 1 for name, p in trained.items()}
     groups = (
-        Group(
-            weight_decay if decays else 0.0,
-            tuple(name for name in trained if (name in decaying) == decays),
-        )
-        for decays in (True, False)
+        Group(weight_decay if decay else 0.0, tuple(n for n in trained if decays[n] == decay))
+        for decay in (True, False)
     )
     return tuple(group for group in groups if group.parameters)
 
@@ -106,25 +103,20 @@ def choose_layers(
         model.get_parameter(name).requires_grad_(False)
     of = f", the first of {len(unused)} such weights" if len(unused) > 1 else ""
     warn(f"not trained, since no text passes through: {unused[0]}{of}")
-    return checked_layers(model)
+    return layers_of(model, checked=True)
 
 
-def checked_layers(model: nn.Module) -> Layers:
-    """Return what perturbs one module at a time, where a check has shown that it works."""
-    layers = layers_of(model)
-    layers.checked = True
-    return layers
-
-
-def layers_of(model: nn.Module) -> Layers:
+def layers_of(model: nn.Module, checked: bool = False) -> Layers:
     """Return what perturbs one module at a time, or one block where a model is streamed.
+
+    ``checked``: a check has shown that it works.
 
     Raises:
         InputError: the model cannot be streamed.
     """
-    if not blocks_of(model):
-        return Layers(model)
     try:
-        return StreamedLayers(model)
+        layers = StreamedLayers(model) if blocks_of(model) else Layers(model)
     except NoBlocks as error:
         raise InputError(f"--offload: {error}; leave it out") from error
+    layers.checked = checked
+    return layers

@@ -22,17 +22,8 @@ from transformers.trainer_utils import (
 
 from language_model.streaming import load_if_streamed_or_renamed
 from language_model.weight_files import tied_weights
+from training import checkpoints
 from training.callbacks import RunState, run_state
-from training.checkpoints import (
-    ANOTHER,
-    CHECKPOINT_VERSION,
-    STATE,
-    UNFINISHED,
-    check_version,
-    damage,
-    write_checkpoint,
-    write_together,
-)
 from training.processes import from_first_process
 from utils import InputError, NotWritten, first_line
 
@@ -119,7 +110,8 @@ class ResumableTrainer(Trainer):
         """
         self._resumed_from = resume_from_checkpoint
         if resume_from_checkpoint:
-            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, STATE)))
+            path = Path(resume_from_checkpoint, checkpoints.STATE)
+            state = TrainerState.load_from_json(str(path))
             if 0 < self.args.max_steps <= state.global_step:
                 # The Trainer would take one step more.
                 return self._load_finished(state)
@@ -130,8 +122,8 @@ class ResumableTrainer(Trainer):
             self.callback_handler.on_train_end(self.args, self.state, self.control)
             if not isinstance(error, UnpicklingError):
                 raise
-            reason = f"torch refuses one of its files ({first_line(error)})"
-            raise InputError(f"{resume_from_checkpoint}: {reason}; {ANOTHER}") from error
+            reason = f"torch refuses one of its files ({first_line(error)}); {checkpoints.ANOTHER}"
+            raise InputError(f"{resume_from_checkpoint}: {reason}") from error
 
     def _load_finished(self, state: TrainerState) -> TrainOutput:
         """Load a checkpoint of the last step, or the best one beside it."""
@@ -145,7 +137,7 @@ class ResumableTrainer(Trainer):
     def _run_state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of this run."""
         return {
-            "version": CHECKPOINT_VERSION,
+            "version": checkpoints.CHECKPOINT_VERSION,
             "settings": self.settings,
             "costs": {"seconds": self.costs.seconds, **self.costs.passes()},
         }
@@ -159,7 +151,7 @@ class ResumableTrainer(Trainer):
         if saved is None:
             self.costs.begin()
             return
-        check_version(self._resumed_from, saved)
+        checkpoints.check_version(self._resumed_from, saved)
         self.costs.begin(saved["costs"])
         if self.state.best_global_step is None or self.args.save_strategy == SaveStrategy.NO:
             return
@@ -182,7 +174,7 @@ class ResumableTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
-        reason = from_first_process(lambda: damage(Path(best))) if best else None
+        reason = from_first_process(lambda: checkpoints.damage(Path(best))) if best else None
         if reason:
             logger.warning(
                 "the best checkpoint, %s, is damaged (%s): the last weights stay", best, reason
@@ -194,13 +186,13 @@ class ResumableTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model; where one process cannot, all of them raise ``NotWritten``."""
         write = functools.partial(super().save_model, output_dir, _internal_call)
-        write_together(Path(output_dir or self.args.output_dir), write)
+        checkpoints.write_together(Path(output_dir or self.args.output_dir), write)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
 
         write = functools.partial(super()._save_checkpoint, model, trial)
-        write_checkpoint(folder, write, writes_manifest=self.args.should_save)
+        checkpoints.write_checkpoint(folder, write, writes_manifest=self.args.should_save)
         best = self._best_beside(folder)
         if best.is_dir():  # otherwise it lies beside the checkpoint that the run resumed from
             self.state.best_model_checkpoint = str(best)
@@ -212,7 +204,7 @@ class ResumableTrainer(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         # Where the Trainer writes a checkpoint, and at the end looks for those to delete: none.
-        return str(Path(self.args.output_dir, UNFINISHED))
+        return str(Path(self.args.output_dir, checkpoints.UNFINISHED))
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         # Tied weights are saved once and arrive with the tensor they are tied to.
