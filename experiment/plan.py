@@ -118,14 +118,9 @@ def plan_of_offload(
     states: Mapping[Tensor, tuple[str, torch.dtype]],
     trains: bool,
 ) -> OffloadPlan:
-    """Return what it takes to stream a model.
+    """Return what it takes to stream a model, which is on the meta device with its adapter.
 
-    Args:
-        blocks: of the model, on the meta device.
-        model: with its adapter, and with what is trained.
-        offload: where blocks lie.
-        states: names and dtypes of the full h of parameters that have one.
-        trains: whether there is a training.
+    ``states`` are names and dtypes of the full h of parameters that have one.
 
     Raises:
         InputError: the disk has no room.

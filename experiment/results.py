@@ -91,27 +91,26 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     if path.suffix.lower() != ".csv":
         write_json_lines(path, rows)
         return
+
+    def cell(value: Any) -> Any:
+        return json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value
+
     text = io.StringIO()
     names = dict.fromkeys(name for row in rows for name in row)
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
-    for row in rows:
-        lists = {name: value for name, value in row.items() if isinstance(value, list)}
-        texts = {name: json.dumps(value, ensure_ascii=False) for name, value in lists.items()}
-        writer.writerow({**row, **texts})
+    writer.writerows({name: cell(value) for name, value in row.items()} for row in rows)
     write_text_atomically(path, text.getvalue())
 
 
-def history(
-    log: Sequence[Mapping[str, Any]], metric: str | None = None
-) -> dict[str, dict[str, float | None]]:
+def history(log: Sequence[Mapping[str, Any]], metric: str = "") -> dict[str, dict[str, Any]]:
     """Return the losses and costs of the Trainer's ``log_history`` by their steps.
 
     A training loss is the mean since the entry before; one that is not finite becomes None.
     """
     costs = {name: name for name in ("forward_passes", "backward_passes", "seconds")}
     names = {"loss": "loss", "eval_loss": "dev_loss", **costs, f"eval_{metric}": "dev_metric"}
-    found: dict[str, dict[str, float | None]] = {"loss": {}, "dev_loss": {}}
+    found: dict[str, dict[str, Any]] = {"loss": {}, "dev_loss": {}}
     for row in (row for row in log if "loss" in row or "eval_loss" in row):
         for logged, name in names.items():
             if logged in row:
@@ -241,12 +240,11 @@ def _other_content(options: Options, settings: object) -> str:
 def is_wanted_again(options: Options) -> bool:
     """Whether a result that is there is to be made all the same, or other files are missing."""
     arguments = options.arguments
-    configs = ("config.json", *(() if arguments.merge_adapter else ("adapter_config.json",)))
-    models = options.folders if options.arguments.save_model else ()
-    has_all = all(path.is_file() for path in options.predictions) and all(
-        any((folder / name).is_file() for name in configs) for folder in models
-    )
-    return options.arguments.overwrite_output_dir or bool(options.resume_from) or not has_all
+    kinds = ("config.json",) if arguments.merge_adapter else ("config.json", "adapter_config.json")
+    has_all = all(path.is_file() for path in options.predictions)
+    for folder in options.folders if arguments.save_model else ():
+        has_all &= any((folder / name).is_file() for name in kinds)
+    return arguments.overwrite_output_dir or bool(options.resume_from) or not has_all
 
 
 def check_predictions(options: Options) -> None:

@@ -165,11 +165,7 @@ def _warn_of_another_length(options: Options, place: Path, settings: Mapping[str
 
 
 def _step_of(options: Options, checkpoint: Path, has_result: bool) -> int:
-    """Return how many steps a checkpoint has; 0: it is not wanted.
-
-    Raises:
-        InputError: it belongs to another run, or has no state.
-    """
+    """Return how many steps a checkpoint of this run has; 0: it is not wanted."""
     state = read_trainer_state(checkpoint)
     kept, step = run_state(state), state["global_step"]
     if not options.arguments.overwrite_output_dir or options.resume_from:
@@ -187,11 +183,7 @@ def _step_of(options: Options, checkpoint: Path, has_result: bool) -> int:
 
 
 def _continued(options: Options, journal: Journal, step: int, has_result: bool) -> Recording:
-    """Return a recording that continues a journal after ``step`` steps, or begins a new one.
-
-    Raises:
-        InputError: it belongs to another run, or has too many steps.
-    """
+    """Return a recording that continues a journal after ``step`` steps, or begins a new one."""
     path, header = journal.path, journal.header
     is_finished = has_result and not step and journal.steps >= header.max_steps
     settings = {**header.settings, "noise": header.noise}

@@ -57,11 +57,7 @@ def run_state(state: Mapping[str, Any]) -> dict[str, Any]:
 class Reports(TrainerCallback):
     """Gives TensorBoard and W&B a run's settings and, after training, its metrics.
 
-    The Trainer's own callbacks report its arguments and its log alone. This one holds no model.
-
-    Args:
-        settings: of the run, by the names of the arguments.
-        callbacks: the Trainer's.
+    The Trainer's own ``callbacks`` report its arguments and its log alone. This one holds no model.
     """
 
     def __init__(self, settings: Mapping[str, Any], callbacks: Iterable[TrainerCallback]) -> None:

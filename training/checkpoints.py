@@ -40,11 +40,8 @@ ANOTHER = "give another one, or --overwrite_output_dir to start anew"
 def write_checkpoint(folder: Path, write: Callable[[], None], *, writes_manifest: bool) -> None:
     """Write a checkpoint beside its place, and move it there when it is whole.
 
-    Args:
-        folder: of the checkpoint; one of the same step is replaced.
-        write: writes the files of this process into the folder ``UNFINISHED`` beside it; all
-            processes call it.
-        writes_manifest: whether this process writes what belongs to all of them.
+    Every process calls it: ``write`` writes its files into the folder ``UNFINISHED`` beside
+    ``folder``, and one of them ``writes_manifest``. A checkpoint of the same step is replaced.
 
     Raises:
         NotWritten: in all processes, where one could not write; names the checkpoint before.

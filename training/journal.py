@@ -277,12 +277,8 @@ class JournalFile:
     """A journal that rows are appended to; each is on its way to the disk when ``add`` returns.
 
     Nothing is written before the first step: other rows wait for it. All methods raise
-    ``NotWritten`` if the disk is full, or the file cannot be written to.
-
-    Args:
-        path: of the file.
-        header: of a new journal.
-        begins_at: the byte behind which the file is cut off first; None makes a new file.
+    ``NotWritten`` if the disk is full, or the file cannot be written to. ``begins_at`` is the byte
+    behind which the file is cut off first; None makes a new one, with the header.
     """
 
     def __init__(self, path: Path, header: Header, begins_at: int | None = None) -> None:
