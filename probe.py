@@ -23,6 +23,7 @@ if __name__ == "__main__":
 import numpy as np
 import transformers
 
+import utils
 from command_line.arguments import check, parse_arguments
 from command_line.settings import name_run, settle_dtype
 from experiment.folders import locked
@@ -32,15 +33,6 @@ from experiment.training import make_trainer
 from language_model.loading import leave_out_loading_bars
 from trainer import ZerothOrderTrainer
 from training.scales import FILE, Scales, choose_scales, kept_weights
-from utils import (
-    InputError,
-    OneLineParser,
-    check_writable,
-    exit_code,
-    new_figure,
-    save_figure,
-    write_json,
-)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -94,7 +86,7 @@ def draw(found: Scales, figure: Figure) -> None:
 def run_command_line(argv: Sequence[str]) -> None:
     """Read the command line, measure, and write and draw what is found."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = OneLineParser(
+    parser = utils.OneLineParser(
         "probe.py", "probe.py [arguments]", __doc__, formatter_class=raw, allow_abbrev=False
     )
     parser.add_argument("--plot", type=Path, help="picture of g and c over μ; default: none")
@@ -102,10 +94,10 @@ def run_command_line(argv: Sequence[str]) -> None:
     arguments = parse_arguments(others)
     check(arguments)
     if arguments.trainer != "zo":
-        raise InputError(f"--trainer {arguments.trainer}: probe.py measures for --trainer zo")
+        raise utils.InputError(f"--trainer {arguments.trainer}: probe.py measures for --trainer zo")
     if own.plot:
-        check_writable("--plot", own.plot)
-    figure = new_figure(own.plot, (10, 4)) if own.plot else None
+        utils.check_writable("--plot", own.plot)
+    figure = utils.new_figure(own.plot, (10, 4)) if own.plot else None
     settle_dtype(arguments)
     name_run(arguments)
     file = Path(arguments.output_dir) / FILE
@@ -113,18 +105,18 @@ def run_command_line(argv: Sequence[str]) -> None:
         trainer = make_probed_trainer(options_of(arguments))
         with kept_weights(trainer.model, trainer.optimizer):
             found = choose_scales(trainer.loss_along, start=GRID)
-        write_json(file, asdict(found))
+        utils.write_json(file, asdict(found))
     print("\n".join([*found.lines(), f"result: {file}"]))
     if figure:
         draw(found, figure)
-        save_figure(figure, own.plot)
+        utils.save_figure(figure, own.plot)
         print(f"picture: {own.plot}")
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command line; returns the exit code (``utils.exit_code``)."""
     leave_out_loading_bars()
-    return exit_code(lambda: run_command_line(argv))
+    return utils.exit_code(lambda: run_command_line(argv))
 
 
 if __name__ == "__main__":

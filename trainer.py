@@ -161,7 +161,7 @@ class ZerothOrderTrainer(ForwardTrainer):
         batches, self._batches = self._batches, []
 
         def batch_loss(inputs: dict[str, Any], weight: int, items: Tensor) -> Tensor:
-            return self.sum_of_parts(self.loss_of(inputs) * weight) / items
+            return self.accelerator.reduce(self.loss_of(inputs) * weight, "sum") / items
 
         counts = [float(items) for *_, items in batches]
         closures = [functools.partial(batch_loss, *batch) for batch in batches]
@@ -283,7 +283,7 @@ class ErrorBroadcastTrainer(ForwardTrainer):
         closure = self.counted(functools.partial(self.loss_of, inputs))
         with naming_way_out():
             loss = self.optimizer.estimate(closure, weight, reads)
-        total = self.sum_of_parts(torch.tensor(loss * weight, device=self.args.device))
+        total = self.accelerator.reduce(torch.tensor(loss * weight, device=self.args.device), "sum")
         return float(total / items)
 
     def was_skipped(self) -> bool:

@@ -14,13 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from experiment.options import ModelOptions, Options, TrainedWeights
-from language_model.adapters import (
-    SavedAdapter,
-    add_lora,
-    add_prefix,
-    random_tokens,
-    without_adapter,
-)
+from language_model import adapters
 from language_model.encoding import Chat, Encoder
 from language_model.generation import check_generation
 from language_model.head import freeze_all_but_head, head_is_tied, untie_head
@@ -75,7 +69,7 @@ def prepare_encoder(options: Options) -> Encoder:
         InputError: the model or a number does not fit, or a checkpoint is damaged.
     """
     model, weights, arguments = options.model, options.weights, options.arguments
-    adapter, generation = SavedAdapter.find(model.name), options.generation
+    adapter, generation = adapters.SavedAdapter.find(model.name), options.generation
     for name in [model.name, adapter.base] if adapter else [model.name]:
         _check_whole(Path(name))
     config, tokenizer = load_config_and_tokenizer(model.name, model.trust_remote_code)
@@ -109,7 +103,7 @@ def _check_whole(folder: Path) -> None:
         )
 
 
-def _check_trained_further(weights: TrainedWeights, adapter: SavedAdapter) -> None:
+def _check_trained_further(weights: TrainedWeights, adapter: adapters.SavedAdapter) -> None:
     """Refuse to train anything but the adapter that ``--model_name`` brings along."""
     if weights.mode != adapter.mode:
         raise InputError(
@@ -149,14 +143,14 @@ def choose_trained_weights(
     # An adapter starts from the same random numbers, whatever ran before.
     transformers.set_seed(weights.seed)
     if weights.untie_emb:
-        untie_head(without_adapter(model))
+        untie_head(adapters.without_adapter(model))
     if isinstance(model, PeftModel):
         return model
     if weights.mode == "lora":
-        return add_lora(model, weights.lora_r, weights.lora_alpha)
+        return adapters.add_lora(model, weights.lora_r, weights.lora_alpha)
     if weights.mode == "prefix_tuning":
-        tokens = random_tokens(tokenizer, weights.num_prefix, weights.seed)
-        return add_prefix(
+        tokens = adapters.random_tokens(tokenizer, weights.num_prefix, weights.seed)
+        return adapters.add_prefix(
             model,
             weights.num_prefix,
             reparameterise=not weights.no_reparam,

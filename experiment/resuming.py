@@ -16,15 +16,8 @@ from experiment.options import Options
 from language_model.encoding import Encoder
 from task_data.sampling import ExampleSet
 from tasks import Sample, Task
+from training import checkpoints
 from training.callbacks import run_state
-from training.checkpoints import (
-    ANOTHER,
-    CHECKPOINT_VERSION,
-    check_version,
-    damage,
-    last_whole_checkpoint,
-    read_trainer_state,
-)
 from training.journal import FILE, Journal, read_journal
 from training.processes import from_first_process
 from training.recording import ANOTHER_FOLDER, Recording, checksum_of_weights
@@ -110,10 +103,10 @@ def find_start(options: Options, output_dir: Path, has_result: bool) -> Start:
     except InputError as error:
         raise InputError(f"{error}; give another --output_dir, or remove it") from error
     if wanted in (None, "true"):
-        checkpoint = last_whole_checkpoint(output_dir)
+        checkpoint = checkpoints.last_whole_checkpoint(output_dir)
     else:
         checkpoint = Path(wanted)
-        if reason := from_first_process(lambda: damage(checkpoint)):
+        if reason := from_first_process(lambda: checkpoints.damage(checkpoint)):
             raise InputError(
                 f"--resume_from_checkpoint {wanted} is damaged: {reason}; give another one, or "
                 "leave it out to resume from the newest whole one"
@@ -166,17 +159,18 @@ def _warn_of_another_length(options: Options, place: Path, settings: Mapping[str
 
 def _step_of(options: Options, checkpoint: Path, has_result: bool) -> int:
     """Return how many steps a checkpoint of this run has; 0: it is not wanted."""
-    state = read_trainer_state(checkpoint)
+    state = checkpoints.read_trainer_state(checkpoint)
     kept, step = run_state(state), state["global_step"]
     if not options.arguments.overwrite_output_dir or options.resume_from:
-        check_version(checkpoint, kept)
-    elif kept.get("version") != CHECKPOINT_VERSION:
+        checkpoints.check_version(checkpoint, kept)
+    elif kept.get("version") != checkpoints.CHECKPOINT_VERSION:
         return 0
     is_finished = has_result and step >= state["max_steps"]
     if not is_resumed(options, checkpoint, kept.get("settings", {}), is_finished):
         return 0
     if not any(checkpoint.glob("optimizer*")) or not (checkpoint / "scheduler.pt").is_file():
-        raise InputError(f"{checkpoint} has no state of an optimizer and a scheduler; {ANOTHER}")
+        reason = "has no state of an optimizer and a scheduler"
+        raise InputError(f"{checkpoint} {reason}; {checkpoints.ANOTHER}")
     _check_length(options, checkpoint, step)
     _warn_of_another_length(options, checkpoint, kept["settings"])
     return step

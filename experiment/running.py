@@ -7,7 +7,6 @@ import functools
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,9 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from command_line.declarations import AUTO
 from command_line.settings import method
-from experiment import results
+from experiment import preparation, results
 from experiment.folders import locked_places
 from experiment.options import Options
-from experiment.preparation import (
-    Prepared,
-    check_conversations,
-    choose_trained_weights,
-    load_pretrained,
-    prepare_encoder,
-)
 from experiment.resuming import Start, find_start, with_contents
 from experiment.telling import describe, example_lines, metric_names, use_in_python
 from experiment.training import dev_samples, make_trainer, save_model
@@ -46,18 +38,18 @@ from tasks import Sample
 from training.callbacks import Reports, SaveOnInterrupt
 from training.checkpoints import RemoveEarlierCheckpoints, last_checkpoint
 from training.objective_trainer import SKIPPED_STEPS
-from training.scales import ChooseScale
+from training.scales import FILE, ChooseScale
 from utils import Diverged, InputError, Interrupted, process_index
 
 logger = logging.getLogger(__name__)
 Model = PreTrainedModel | PeftModel
 
 
+@dataclass(eq=False)
 class SayAtStart(TrainerCallback):
     """Says lines when training begins: nothing is refused any more."""
 
-    def __init__(self, lines: Iterable[str]) -> None:
-        self.lines = lines
+    lines: list[str]
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Say them."""
@@ -70,7 +62,7 @@ class Experiment:
     """What all runs share; ``used`` is what training made of settings that may be "auto"."""
 
     options: Options
-    prepared: Prepared
+    prepared: preparation.Prepared
     has_result: bool
     used: dict[str, Any] = field(default_factory=dict)
     reports: Reports | None = None
@@ -81,7 +73,7 @@ class Experiment:
         arguments = options.arguments
         evaluated = (examples.evaluation, examples.demonstrations)
         result: dict[str, Any] = {"train_set_seed": examples.seed}
-        model, start = load_pretrained(options.model), None
+        model, start = preparation.load_pretrained(options.model), None
         if options.trains:
             pretrained, weights = model, options.weights
             if weights.mode != "linear_probing":
@@ -89,7 +81,7 @@ class Experiment:
                 start = find_start(options, folder, self.has_result)
                 if start.source:
                     say(f"resuming from {start.words()}")
-            model = choose_trained_weights(model, weights, encoder.tokenizer, say)
+            model = preparation.choose_trained_weights(model, weights, encoder.tokenizer, say)
             if arguments.eval_before_training:
                 kind = "metric_before_training"
                 result |= self.evaluate(kind, pretrained, *evaluated)[0]
@@ -139,13 +131,16 @@ class Experiment:
         trainer = make_trainer(options, model, self.prepared, examples, folder, start)
         probe, interrupt = None, SaveOnInterrupt()
         if arguments.zo_eps == AUTO:
-            probe = ChooseScale(trainer.loss_along, trainer.recording, folder)
+            probe = ChooseScale(trainer.loss_along, trainer.recording, folder / FILE)
             trainer.add_callback(probe)
         if arguments.overwrite_output_dir and not checkpoint:
             trainer.add_callback(RemoveEarlierCheckpoints())
         if arguments.save_on_interrupt:
             trainer.add_callback(interrupt)
-        trainer.add_callback(SayAtStart(self.first_lines(examples)))
+        lines = [line] if (line := method(arguments)) else []
+        if not examples.dev and dev_samples(options, examples):
+            lines.append("dev losses are those of the eval examples: there is no --num_dev")
+        trainer.add_callback(SayAtStart(lines))
         self.reports = Reports(options.settings, trainer.callback_handler.callbacks)
         trainer.add_callback(self.reports)
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
@@ -184,13 +179,6 @@ class Experiment:
             "history": results.history(state.log_history, options.task.metric_name),
         }
 
-    def first_lines(self, examples: ExampleSet) -> Iterator[str]:
-        """Yield what trains, and on what dev losses are measured."""
-        if line := method(self.options.arguments):
-            yield line
-        if not examples.dev and dev_samples(self.options, examples):
-            yield "dev losses are those of the eval examples: there is no --num_dev"
-
     def fit_head(self, model: Model, examples: ExampleSet, folder: Path) -> dict[str, Any]:
         """Fit the head of ``model`` by logistic regression; returns what it was fitted to."""
         started = time.perf_counter()
@@ -227,8 +215,8 @@ def reported(result: dict[str, Any]) -> dict[str, float]:
     }
     found = {}
     for kind, form in forms.items():
-        named = result.get(kind, {}), result.get(f"{kind}_standard_error", {})
-        for values, ending in zip(named, ("", "_standard_error"), strict=True):
+        for ending in ("", "_standard_error"):
+            values = result.get(kind + ending, {})
             found |= {form.format(name) + ending: value for name, value in values.items()}
     return found
 
@@ -243,7 +231,7 @@ def predict_rows(options: Options, file: str) -> None:
     (path,) = options.predictions
     transformers.set_seed(options.weights.seed)
     task = options.task
-    encoder = prepare_encoder(options)
+    encoder = preparation.prepare_encoder(options)
     questions = read_samples(task, own_file("--predict_file", file), with_answers=False)
     own = [row for _, row in read_rows(Path(file))]  # with columns that no prompt needs
     if taken := {"prediction", "scores", "correct"} & own[0].keys():
@@ -255,9 +243,9 @@ def predict_rows(options: Options, file: str) -> None:
         train, _ = load_samples(task, options.arguments.data_dir, with_validation=False)
     # Demonstrations are drawn as before eval examples, in whose order the answers come.
     (drawn,) = options.draw(train, questions)
-    check_conversations(encoder, drawn, file)
+    preparation.check_conversations(encoder, drawn, file)
     with locked_places(options):
-        model = load_pretrained(options.model)
+        model = preparation.load_pretrained(options.model)
         evaluated = (drawn.evaluation, drawn.demonstrations)
         predictions = results.answers(options, encoder, model, *evaluated, "prediction")
         if process_index() == 0:

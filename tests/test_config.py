@@ -13,7 +13,7 @@ import run
 from command_line.arguments import check, parse_arguments
 from command_line.config_files import words_of_config
 from command_line.settings import experiment_hash
-from experiment import running
+from experiment import preparation
 
 CONFIG = """\
 # Of this house.
@@ -121,7 +121,7 @@ def test_dry_run_checks_everything_but_the_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     argv = training(tmp_path, num_dev=4, eval_strategy="steps", eval_steps=2, no_eval=None)
-    monkeypatch.setattr(running, "load_pretrained", None)
+    monkeypatch.setattr(preparation, "load_pretrained", None)
     assert run.main([*argv, "--dry_run"]) == 0
     steps, weights = capsys.readouterr().out.splitlines()
     assert steps == "6 steps: 19 forward passes"

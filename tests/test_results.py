@@ -28,7 +28,7 @@ from running import (
 import run
 from command_line.arguments import parse_arguments
 from command_line.settings import name_run
-from experiment import running
+from experiment import preparation
 from experiment.folders import locked
 from experiment.options import options_of
 from experiment.preparation import load_pretrained, prepare
@@ -47,7 +47,7 @@ def run_again(
     """Run to the end without loading a model; return what is printed."""
     capsys.readouterr()
     with monkeypatch.context() as patched:
-        patched.setattr(running, "load_pretrained", None)
+        patched.setattr(preparation, "load_pretrained", None)
         assert run.main(argv) == 0
     return capsys.readouterr().out
 

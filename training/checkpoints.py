@@ -34,9 +34,6 @@ CHECKPOINT_VERSION = 5
 ANOTHER = "give another one, or --overwrite_output_dir to start anew"
 
 
-# ------------------------------------------------------------------------------------- writing
-
-
 def write_checkpoint(folder: Path, write: Callable[[], None], *, writes_manifest: bool) -> None:
     """Write a checkpoint beside its place, and move it there when it is whole.
 
@@ -138,9 +135,6 @@ class RemoveEarlierCheckpoints(TrainerCallback):
         if state.global_step == 1 and state.is_world_process_zero:
             for folder in checkpoints(args.output_dir):
                 shutil.rmtree(folder)
-
-
-# ------------------------------------------------------------------------------------- reading
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:

@@ -191,11 +191,7 @@ class ObjectiveTrainer(ResumableTrainer):
     ) -> Tensor:
         # The Trainer counts labels, which packed batches do not have.
         total = torch.tensor(sum(map(self.batch_weight, batch_samples)), device=device)
-        return self.sum_of_parts(total)
-
-    def sum_of_parts(self, tensor: Tensor) -> Tensor:
-        """Return the sum over the processes' parts of a batch."""
-        return self.accelerator.reduce(tensor, "sum")
+        return self.accelerator.reduce(total, "sum")
 
     def compute_loss(
         self,

@@ -26,9 +26,6 @@ Value = TypeVar("Value")
 BORROWED = "borrowed"
 
 
-# ------------------------------------------------------------------------------ meet and agree
-
-
 def join(cpu: bool, backend: str | None, seconds: int) -> None:
     """Wait for all processes that torchrun or srun has started; nothing where there is one.
 
@@ -107,9 +104,6 @@ def from_first_process(compute: Callable[[], Value]) -> Value:
     is_first = PartialState().is_main_process
     value = in_all_processes(lambda: compute() if is_first else None)
     return broadcast_object_list([value])[0]
-
-
-# -------------------------------------------------------------------------------- share a step
 
 
 def own_part(collate: Callable[[list[Any]], dict[str, Any]], examples: list[Any]) -> dict[str, Any]:

@@ -229,10 +229,9 @@ def choose_scales(
         finite = sorted(scale for scale, losses in measured.items() if np.isfinite(losses).all())
         if len(finite) < 2:
             wanted = {min(measured) / 4}
-        else:
-            fit = Fit(finite, measured, base, noise)
-            wanted = fit.wanted(max(measured))
-        if not wanted:
+            continue
+        fit = Fit(finite, measured, base, noise)
+        if not (wanted := fit.wanted(max(measured))):
             break
     if fit is None:
         raise InputError(
@@ -279,15 +278,17 @@ def kept_weights(model: nn.Module, optimizer: HiZOO) -> Iterator[None]:
             parameter.copy_(copy)
 
 
+@dataclass(eq=False)
 class ChooseScale(TrainerCallback):
     """Chooses μ before the first step, ``--zo_eps auto``: the larger of that of g and that of c.
 
-    A resumed run has it in its checkpoint or journal. ``found`` is the probe, for the result.
+    A resumed run has it in its checkpoint or journal.
     """
 
-    def __init__(self, loss_at: LossAt, recording: Recording, folder: Path) -> None:
-        self.loss_at, self.recording, self.file = loss_at, recording, folder / FILE
-        self.found: dict[str, Any] | None = None
+    loss_at: LossAt
+    recording: Recording
+    file: Path  # of the probe
+    found: dict[str, Any] | None = None  # the probe, for the result
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, *, model: Any, optimizer: HiZOO, **_: Any
