@@ -44,10 +44,10 @@ GRID = tuple(1e-5 * 4.0**power for power in range(7))
 def make_probed_trainer(options: Options) -> ZerothOrderTrainer:
     """Return the trainer of a run's first set, with its optimizer, before the first step."""
     transformers.set_seed(options.weights.seed)
-    prepared = prepare(options)
-    pretrained, tokenizer = load_pretrained(options.model), prepared.encoder.tokenizer
-    model = choose_trained_weights(pretrained, options.weights, tokenizer, print)
-    trainer = make_trainer(options, model, prepared, prepared.example_sets[0], options.folders[0])
+    encoder, (examples, *_) = prepare(options)
+    pretrained = load_pretrained(options.model)
+    model = choose_trained_weights(pretrained, options.weights, encoder.tokenizer, print)
+    trainer = make_trainer(options, model, encoder, examples, options.folders[0])
     trainer.create_optimizer()
     return trainer
 

@@ -52,12 +52,12 @@ def run_experiment(options: Options) -> None:
         say("\n".join(result_lines(options, earlier)))
         return
     transformers.set_seed(options.weights.seed)
-    prepared = in_all_processes(lambda: prepare(options))
-    experiment = Experiment(options, prepared, has_result=earlier is not None)
-    runs = zip(experiment.prepared.example_sets, options.folders, strict=True)
+    encoder, example_sets = in_all_processes(lambda: prepare(options))
+    experiment = Experiment(options, encoder, has_result=earlier is not None)
+    runs = zip(example_sets, options.folders, strict=True)
     results, predictions = zip(*(experiment.run(*each) for each in runs), strict=True)
     if process_index() == 0:
-        result = summarize(options, experiment.prepared, results, experiment.used)
+        result = summarize(options, encoder, example_sets[0], results, experiment.used)
         result["seconds"] = round(time.perf_counter() - started, 3)
         for path, rows in zip(options.predictions, predictions, strict=False):
             write_rows(path, rows)

@@ -133,7 +133,7 @@ class ZerothOrderTrainer(ForwardTrainer):
         """
         if self.optimizer is None:
             layers = choose_layers(
-                self.model.eval(), self.perturbation, self._loss_of_first_examples, self.warn
+                self.model.eval(), self.perturbation, self._loss_of_first_examples
             )
             decaying = self.get_decay_parameter_names(self.model)
             self.groups = groups_of(self.model, decaying, self.config.weight_decay)

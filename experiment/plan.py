@@ -82,7 +82,7 @@ class Plan:
 
 def make_plan(options: Options, prepared: Prepared) -> Plan:
     """Return what a run of these options will take."""
-    model, arguments, tokenizer = options.model, options.arguments, prepared.encoder.tokenizer
+    model, arguments, (encoder, sets) = options.model, options.arguments, prepared
     config, _ = load_config_and_tokenizer(model.name, model.trust_remote_code)
     costs, trained = (0, 0, 0), []
     with torch.device("meta"):
@@ -95,7 +95,7 @@ def make_plan(options: Options, prepared: Prepared) -> Plan:
             costs = arguments.steps_of_run, *training_passes(arguments)
             # Real activations would take a forward pass.
             weights = replace(options.weights, prefix_init_by_real_act=False)
-            whole = choose_trained_weights(empty, weights, tokenizer)
+            whole = choose_trained_weights(empty, weights, encoder.tokenizer)
             trained = _trained(whole, arguments)
     kept, offload = kept_for_a_weight(arguments, model.dtype.itemsize), None
     if model.offload:
@@ -103,7 +103,7 @@ def make_plan(options: Options, prepared: Prepared) -> Plan:
         offload = plan_of_offload(blocks, whole, model.offload, states, bool(trained))
     number = sum(p.numel() for p in trained)
     return Plan(
-        *(each * len(prepared.example_sets) for each in costs),
+        *(each * len(sets) for each in costs),
         parameters=parameters,
         trained_parameters=number,
         memory=parameters * model.dtype.itemsize + number * kept,

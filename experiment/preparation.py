@@ -6,7 +6,6 @@ Everything is checked before it is used; nothing is written.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import transformers
@@ -26,13 +25,8 @@ from training.checkpoints import MANIFEST, STATE, damage
 from training.processes import from_first_process
 from utils import InputError
 
-
-@dataclass(frozen=True)
-class Prepared:
-    """What all runs of an experiment share: how samples become tokens, and each run's examples."""
-
-    encoder: Encoder
-    example_sets: list[ExampleSet]
+# What all runs of an experiment share: how samples become tokens, and each run's examples.
+Prepared = tuple[Encoder, list[ExampleSet]]
 
 
 def prepare(options: Options) -> Prepared:
@@ -45,7 +39,7 @@ def prepare(options: Options) -> Prepared:
     sets = options.draw(*load_samples(options.task, options.arguments.data_dir))
     for examples in sets:
         check_conversations(encoder, examples, "validation data")
-    return Prepared(encoder, sets)
+    return encoder, sets
 
 
 def check_conversations(encoder: Encoder, examples: ExampleSet, evaluated: str) -> None:

@@ -28,11 +28,11 @@ from transformers import PreTrainedModel
 from command_line.arguments import Arguments, plain_value
 from command_line.settings import NOT_OF_THE_RESULT
 from experiment.options import Options
-from experiment.preparation import Prepared
 from language_model.encoding import Encoder
 from language_model.scoring import Prediction, predict
 from task_data.loading import split_files
 from task_data.own_tasks import OwnTask
+from task_data.sampling import ExampleSet
 from tasks import Sample, Task
 from utils import InputError, fingerprint, read_json, write_json_lines, write_text_atomically
 
@@ -121,17 +121,23 @@ def history(log: Sequence[Mapping[str, Any]], metric: str = "") -> dict[str, dic
 
 
 def summarize(
-    options: Options, prepared: Prepared, runs: Sequence[dict[str, Any]], chosen: Mapping[str, Any]
+    options: Options,
+    encoder: Encoder,
+    examples: ExampleSet,
+    runs: Sequence[dict[str, Any]],
+    chosen: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the content of the result JSON: one run as it is, several with their mean."""
-    examples = prepared.example_sets[0]
+    """Return the content of the result JSON: one run as it is, several with their mean.
+
+    ``examples`` are those of one of them, ``chosen`` is what "auto" has come to be.
+    """
     shown = len(examples.demonstrations[0]) if examples.demonstrations else 0
     files = split_files(options.task, options.arguments.data_dir)
     used = {
         "num_train": len(examples.train) or shown,
         "num_dev": len(examples.dev),
         "num_eval": len(examples.evaluation),
-        "max_length": prepared.encoder.max_length,
+        "max_length": encoder.max_length,
     }
     outcome = runs[0] if len(runs) == 1 else {**over_sets(runs), "runs": runs}
     return {

@@ -27,6 +27,7 @@ from experiment.training import dev_samples, make_trainer, save_model
 from hizoo import HiZOO
 from language_model.adapters import check_merge, save_merged
 from language_model.batches import advice_for_losses
+from language_model.encoding import Encoder
 from language_model.head import fit_head
 from language_model.scoring import Prediction
 from metrics import mean, standard_error
@@ -62,14 +63,14 @@ class Experiment:
     """What all runs share; ``used`` is what training made of settings that may be "auto"."""
 
     options: Options
-    prepared: preparation.Prepared
+    encoder: Encoder
     has_result: bool
     used: dict[str, Any] = field(default_factory=dict)
     reports: Reports | None = None
 
     def run(self, examples: ExampleSet, folder: Path) -> tuple[dict[str, Any], list[dict]]:
         """Evaluate, or train and evaluate; returns the results and the rows of predictions."""
-        options, encoder = self.options, self.prepared.encoder
+        options, encoder = self.options, self.encoder
         arguments = options.arguments
         evaluated = (examples.evaluation, examples.demonstrations)
         result: dict[str, Any] = {"train_set_seed": examples.seed}
@@ -108,7 +109,7 @@ class Experiment:
 
         ``shown`` are the demonstrations before each sample.
         """
-        name, encoder = metric_names(self.options)[kind], self.prepared.encoder
+        name, encoder = metric_names(self.options)[kind], self.encoder
         predictions = results.answers(self.options, encoder, model, samples, shown, name)
         scores = encoder.task.scores([prediction.answer for prediction in predictions], samples)
         metrics = {metric: mean(values) for metric, values in scores.items()}
@@ -128,7 +129,7 @@ class Experiment:
         arguments, checkpoint = options.arguments, start.checkpoint
         if arguments.merge_adapter:
             check_merge(model)
-        trainer = make_trainer(options, model, self.prepared, examples, folder, start)
+        trainer = make_trainer(options, model, self.encoder, examples, folder, start)
         probe, interrupt = None, SaveOnInterrupt()
         if arguments.zo_eps == AUTO:
             probe = ChooseScale(trainer.loss_along, trainer.recording, folder / FILE)
@@ -161,7 +162,7 @@ class Experiment:
         if arguments.save_model:
             if arguments.merge_adapter:
                 save = functools.partial(save_merged, model)
-                save_model(save, self.prepared.encoder.tokenizer, folder)
+                save_model(save, self.encoder.tokenizer, folder)
             else:
                 trainer.save_model(str(folder))
             say(f"model: {folder}")
@@ -182,7 +183,7 @@ class Experiment:
     def fit_head(self, model: Model, examples: ExampleSet, folder: Path) -> dict[str, Any]:
         """Fit the head of ``model`` by logistic regression; returns what it was fitted to."""
         started = time.perf_counter()
-        encoder, options = self.prepared.encoder, self.options
+        encoder, options = self.encoder, self.options
         fitted = fit_head(
             model,
             encoder.tokenizer,

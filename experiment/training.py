@@ -15,7 +15,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from command_line.arguments import Arguments
 from command_line.settings import optimizer_config
 from experiment.options import Options
-from experiment.preparation import Prepared
 from experiment.results import answers
 from experiment.resuming import Start
 from language_model import objectives
@@ -70,7 +69,7 @@ def choose_objective(
 def make_trainer(
     options: Options,
     model: PreTrainedModel | PeftModel,
-    prepared: Prepared,
+    encoder: Encoder,
     examples: ExampleSet,
     output_dir: Path,
     start: Start | None = None,
@@ -81,18 +80,18 @@ def make_trainer(
         InputError: the model, the machine and the options do not go together.
     """
     arguments = options.arguments
-    chosen = choose_objective(options, model, prepared.encoder)
+    chosen = choose_objective(options, model, encoder)
     dev = dev_samples(options, examples)
     shared = {
         "model": model,
         "args": trainers_own(arguments, output_dir),
         "train_dataset": [chosen.encode(sample) for sample in examples.train],
         "eval_dataset": [chosen.encode(sample) for sample in dev] or None,
-        "processing_class": prepared.encoder.tokenizer,
+        "processing_class": encoder.tokenizer,
         "objective": chosen.objective,
         "data_collator": chosen.collate,
         "decay_step": arguments.decay_step,
-        "dev_metric": dev_metric(options, prepared.encoder, dev),
+        "dev_metric": dev_metric(options, encoder, dev),
         "settings": options.of_run,
     }
     if arguments.trainer == "regular":

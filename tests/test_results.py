@@ -239,8 +239,8 @@ def test_overwriting_goes_on_with_what_it_began(
         arguments = parse_arguments(training(tmp_path, **few, overwrite_output_dir=True))
         name_run(arguments)
         options = options_of(arguments)
-        prepared, model = prepare(options), load_pretrained(options.model)
-        options = with_contents(options, prepared.encoder, prepared.example_sets[0], model)
+        (encoder, (examples,)), model = prepare(options), load_pretrained(options.model)
+        options = with_contents(options, encoder, examples, model)
         return find_start(options, tmp_path / "out", has_result).checkpoint
 
     assert found() == last

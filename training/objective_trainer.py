@@ -25,9 +25,10 @@ from language_model.objectives import (
 from training.callbacks import LogLines, LossProgress, save_and_stop
 from training.checkpoints import checkpoints, note_step, noted_step
 from training.resumable_trainer import ResumableTrainer
-from utils import InputError, share_of_run
+from utils import InputError, share_of_run, speaks_for_all
 
 logger = logging.getLogger(__name__)
+logger.addFilter(lambda _: speaks_for_all())
 # A run has diverged if so many losses in a row lie above the first one by so many times the first
 # one (or 1).
 RISEN_STEPS, RISEN = 50, 2.0
@@ -116,11 +117,6 @@ class ObjectiveTrainer(ResumableTrainer):
             if self.pop_callback(theirs) is not None:
                 self.add_callback(ours(*shown_as(objective)))
 
-    def warn(self, line: str) -> None:
-        """Print a line on the standard error, from one process only."""
-        if self.args.process_index == 0:
-            logger.warning(line)
-
     # ---- steps
 
     def _run_state(self) -> dict[str, Any]:
@@ -135,7 +131,7 @@ class ObjectiveTrainer(ResumableTrainer):
         is_resumed = saved or not checkpoints(self.args.output_dir)
         if self.repeats_steps and done > step and is_resumed:
             place = "after the checkpoint" if saved else "before the first checkpoint"
-            self.warn(f"steps {step + 1} to {done} came {place}: done again")
+            logger.warning(f"steps {step + 1} to {done} came {place}: done again")
 
     def _begin_step(self) -> None:
         """Note that a batch of a step begins."""

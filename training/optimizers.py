@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Sequence
 
 import torch
@@ -9,9 +10,12 @@ from torch import Tensor, nn
 
 from hizoo import HiZOO, HiZOOConfig, Layers, OnlyInPlace
 from training.journal import Group
-from utils import InputError
+from utils import InputError, speaks_for_all
 from zeroth_order.blocks import NoBlocks, blocks_of
 from zeroth_order.streamed import StreamedLayers
+
+logger = logging.getLogger(__name__)
+logger.addFilter(lambda _: speaks_for_all())
 
 
 def trained_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -70,9 +74,7 @@ def check_scale(optimizer: HiZOO, named: str) -> None:
 
 
 @torch.no_grad()
-def choose_layers(
-    model: nn.Module, perturbation: str, loss: Callable[[], Tensor], warn: Callable[[str], None]
-) -> Layers | None:
+def choose_layers(model: nn.Module, perturbation: str, loss: Callable[[], Tensor]) -> Layers | None:
     """Return what perturbs one module at a time, None to perturb in place.
 
     The loss of a batch shows whether the model, in evaluation mode, allows it, before any weight
@@ -95,14 +97,14 @@ def choose_layers(
             raise InputError(f"--offload: {reason}; leave it out") from error
         if perturbation == "layerwise":
             raise InputError(f"{reason}; use --zo_perturbation inplace") from error
-        warn(f"{reason}; its weights are shifted in place and back, which rounds")
+        logger.warning(f"{reason}; its weights are shifted in place and back, which rounds")
         return None
     if not unused:
         return layers
     for name in unused:
         model.get_parameter(name).requires_grad_(False)
     of = f", the first of {len(unused)} such weights" if len(unused) > 1 else ""
-    warn(f"not trained, since no text passes through: {unused[0]}{of}")
+    logger.warning(f"not trained, since no text passes through: {unused[0]}{of}")
     return layers_of(model, checked=True)
 
 

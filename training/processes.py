@@ -109,8 +109,8 @@ def from_first_process(compute: Callable[[], Value]) -> Value:
 def own_part(collate: Callable[[list[Any]], dict[str, Any]], examples: list[Any]) -> dict[str, Any]:
     """Collate this process's part of a batch; parts differ by one example at most."""
     state = PartialState()
-    bounds = [len(examples) * i // state.num_processes for i in range(state.num_processes + 1)]
-    start, end = bounds[state.process_index : state.process_index + 2]
+    own = (state.process_index, state.process_index + 1)
+    start, end = (len(examples) * i // state.num_processes for i in own)
     if start == end:
         return collate(examples[:1]) | {BORROWED: True}
     return collate(examples[start:end])
