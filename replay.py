@@ -95,8 +95,7 @@ def load_start(
     Of the header only values of known names and types are taken.
 
     Raises:
-        InputError: a value is not one that an argument takes, or the model is missing, or it is not
-            the one that the run began with.
+        InputError: a value does not fit, or the model is not the one that the run began with.
     """
     settings = header.settings
     name = options.model_name or header.model.get("name")
@@ -151,11 +150,7 @@ def optimizer_of(header: Header, model: nn.Module, compile: bool | None) -> HiZO
 
 
 def rows_until(journal: Journal, steps: int) -> list[Row]:
-    """Return the rows of the first ``steps`` steps.
-
-    Raises:
-        InputError: the journal does not have them.
-    """
+    """Return the rows of the first ``steps`` steps; raises InputError if there are fewer."""
     if journal.steps < steps:
         why = f" ({journal.fault})" if journal.fault else ""
         raise InputError(

@@ -54,8 +54,7 @@ class TrainedWeights:
     def of(cls, settings: Mapping[str, Any]) -> TrainedWeights:
         """Read settings by their names, those of an earlier run too; others are ignored.
 
-        Raises:
-            InputError: a value is of another type, or out of its argument's bounds.
+        Raises InputError for a value of another type, or out of its argument's bounds.
         """
         values = {}
         for field in dataclasses.fields(cls)[1:]:

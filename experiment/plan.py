@@ -168,11 +168,7 @@ def kept_for_a_weight(arguments: Arguments, size: int) -> int:
 
 
 def _trained(model: nn.Module, arguments: Arguments) -> list[nn.Parameter]:
-    """Return the trained parameters.
-
-    Raises:
-        InputError: error broadcast does not know the architecture.
-    """
+    """Return the trained parameters, or raise InputError: error broadcast knows few models."""
     if arguments.trainer != "broadcast":
         return [p for p in model.parameters() if p.requires_grad]
     matrices = arguments.broadcast_matrices.split(",")

@@ -1,7 +1,4 @@
-"""What a run needs before its first forward pass: tokenizer, examples, model, trained weights.
-
-Everything is checked before it is used; nothing is written.
-"""
+"""What a run needs before its first forward pass: tokenizer, examples, model, trained weights."""
 
 from __future__ import annotations
 
@@ -43,11 +40,7 @@ def prepare(options: Options) -> Prepared:
 
 
 def check_conversations(encoder: Encoder, examples: ExampleSet, evaluated: str) -> None:
-    """Refuse examples that a chat template changes; ``evaluated`` is where those to report on are.
-
-    Raises:
-        InputError: names the row, and what the template did.
-    """
+    """Refuse examples that a chat template changes; those to report on lie in ``evaluated``."""
     shown = zip(examples.evaluation, examples.demonstrations, strict=True)
     trained = ((sample, ()) for sample in examples.train + examples.dev)
     for source, pairs in (("training data", trained), (evaluated, shown)):

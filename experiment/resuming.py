@@ -55,10 +55,7 @@ class Start(NamedTuple):
 def with_contents(
     options: Options, encoder: Encoder, examples: ExampleSet, model: PreTrainedModel | PeftModel
 ) -> Options:
-    """Return options whose course has digests of ``CONTENTS``: names of files do not count.
-
-    ``model`` has its pre-trained weights.
-    """
+    """Return options whose course has digests of ``CONTENTS``; ``model`` is the pre-trained one."""
 
     def digest(value: Any) -> str:
         return hashlib.sha256(repr(value).encode()).hexdigest()

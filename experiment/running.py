@@ -105,10 +105,7 @@ class Experiment:
     def evaluate(
         self, kind: str, model: Model, samples: list[Sample], shown: list[list[Sample]]
     ) -> tuple[dict[str, dict[str, float]], list[Prediction]]:
-        """Return the task's metrics with their errors, and every prediction.
-
-        ``shown`` are the demonstrations before each sample.
-        """
+        """Return the task's metrics with errors, and predictions; ``shown`` precede each sample."""
         name, encoder = metric_names(self.options)[kind], self.encoder
         predictions = results.answers(self.options, encoder, model, samples, shown, name)
         scores = encoder.task.scores([prediction.answer for prediction in predictions], samples)
@@ -154,11 +151,11 @@ class Experiment:
         place = f"stopped after step {state.global_step}, checkpoint in {last}"
         if interrupt.received:
             raise Interrupted(f"{interrupt.received}: {place}; the same command resumes there")
-        if reason := trainer.divergence.reason:
+        if trainer.diverged:
             from_the_start = state.global_step <= SKIPPED_STEPS
             remedy = f"lower --{arguments.rate}" + " or --zo_eps" * (arguments.trainer == "zo")
             advice = advice_for_losses(trainer.model, from_the_start, remedy)
-            raise Diverged(f"{reason}: {place}; {advice}")
+            raise Diverged(f"{trainer.diverged}: {place}; {advice}")
         if arguments.save_model:
             if arguments.merge_adapter:
                 save = functools.partial(save_merged, model)
@@ -205,10 +202,7 @@ class Experiment:
 
 
 def reported(result: dict[str, Any]) -> dict[str, float]:
-    """Return a result's metrics with standard errors, by the names in TensorBoard and W&B.
-
-    These show ``test_…`` and ``eval_…`` in groups of their own.
-    """
+    """Return a result's metrics by names that TensorBoard and W&B show in groups of their own."""
     forms = {
         "metric": "test_{}",
         "metric_before_training": "test_{}_before_training",

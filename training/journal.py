@@ -161,11 +161,7 @@ _hints_of = functools.cache(typing.get_type_hints)
 
 
 def _typed(hint: Any, value: Any) -> Any:
-    """Return a JSON value as its type hint says; unknown fields of a dataclass are ignored.
-
-    Raises:
-        ValueError: it is something else.
-    """
+    """Return a JSON value as its type hint says; unknown fields of a dataclass are ignored."""
     kind, parts = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any or (hint in (int, str, bool, types.NoneType) and type(value) is hint):
         return value

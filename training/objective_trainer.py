@@ -45,20 +45,15 @@ def shown_as(objective: Objective) -> tuple[str, int]:
 
 @dataclass
 class Divergence:
-    """Counts steps without a finite loss, and tells when a run has diverged (``reason``)."""
+    """Counts steps without a finite loss, and tells when a run has diverged."""
 
     first_loss: float | None = None
     risen_in_a_row: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
-    reason: str | None = None
 
-    def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps."""
-        return {name: value for name, value in vars(self).items() if name != "reason"}
-
-    def look(self, loss: float, was_skipped: bool) -> None:
-        """Look at the loss of a step, and at whether it was skipped."""
+    def look(self, loss: float, was_skipped: bool) -> str | None:
+        """Return why the run has diverged, by the loss of a step and whether it was skipped."""
         self.skipped_steps += was_skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if was_skipped else 0
         if self.first_loss is None or not math.isfinite(self.first_loss):
@@ -66,12 +61,13 @@ class Divergence:
         limit = self.first_loss + RISEN * max(abs(self.first_loss), 1.0)
         self.risen_in_a_row = self.risen_in_a_row + 1 if loss > limit else 0
         if self.skipped_in_a_row >= SKIPPED_STEPS:
-            self.reason = f"no finite loss in {SKIPPED_STEPS} steps in a row"
-        elif self.risen_in_a_row >= RISEN_STEPS:
-            self.reason = (
+            return f"no finite loss in {SKIPPED_STEPS} steps in a row"
+        if self.risen_in_a_row >= RISEN_STEPS:
+            return (
                 f"the loss of each of the last {RISEN_STEPS} steps is above {limit:.3g}, the first "
                 f"was {self.first_loss:.3g}"
             )
+        return None
 
 
 class ObjectiveTrainer(ResumableTrainer):
@@ -102,6 +98,7 @@ class ObjectiveTrainer(ResumableTrainer):
     ) -> None:
         self.objective, self.dev_metric = objective, dev_metric
         self.decay_step, self.divergence = decay_step, Divergence()
+        self.diverged: str | None = None  # why
         self._was_skipped, self._ended_step = False, 0
         arguments = kwargs["args"]
         # DataParallel would cut a batch's tensors apart, and multiplies the batch size.
@@ -120,7 +117,7 @@ class ObjectiveTrainer(ResumableTrainer):
     # ---- steps
 
     def _run_state(self) -> dict[str, Any]:
-        return super()._run_state() | {"divergence": self.divergence.state()}
+        return super()._run_state() | {"divergence": dict(vars(self.divergence))}
 
     def _begin(self, saved: dict[str, Any] | None) -> None:
         super()._begin(saved)
@@ -153,11 +150,11 @@ class ObjectiveTrainer(ResumableTrainer):
             self.objective.step = None
         loss = float(self.accelerator.reduce(self._loss_of_step, "mean"))
         self._loss_of_step.zero_()
-        self.divergence.look(loss, self.was_skipped())
+        self.diverged = self.divergence.look(loss, self.was_skipped())
         if self.repeats_steps and self.args.should_save:
             is_last = self.state.global_step == self.state.max_steps
             note_step(self.args.output_dir, None if is_last else self.state.global_step)
-        if self.divergence.reason:
+        if self.diverged:
             save_and_stop(self.control)
 
     def was_skipped(self) -> bool:

@@ -109,9 +109,7 @@ def choose_layers(model: nn.Module, perturbation: str, loss: Callable[[], Tensor
 
 
 def layers_of(model: nn.Module, checked: bool = False) -> Layers:
-    """Return what perturbs one module at a time, or one block where a model is streamed.
-
-    ``checked``: a check has shown that it works.
+    """Return what perturbs one module at a time, or one block of a streamed model.
 
     Raises:
         InputError: the model cannot be streamed.

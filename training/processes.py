@@ -80,8 +80,7 @@ def in_all_processes(do: Callable[[], Value]) -> Value:
     """Do something in every process; where one cannot, all of them raise its error.
 
     Raises:
-        InputError: of the first process that raises one.
-        NotWritten: likewise.
+        InputError, NotWritten: of the first process that raises one.
     """
     value = failure = None
     try:
@@ -98,8 +97,7 @@ def from_first_process(compute: Callable[[], Value]) -> Value:
     """Return in every process what the first one computes.
 
     Raises:
-        InputError: of the first process, in all of them.
-        NotWritten: likewise.
+        InputError, NotWritten: of the first process, in all of them.
     """
     is_first = PartialState().is_main_process
     value = in_all_processes(lambda: compute() if is_first else None)

@@ -59,18 +59,13 @@ def checksum_of_trained(model: nn.Module) -> str:
 
 
 class Recording:
-    """Writes the journal of a run, and replays what is in it.
-
-    Without a path nothing is written. The first process writes for all.
+    """Writes the journal of a run, and replays what is in it; the first process writes for all.
 
     Args:
-        path: of the journal.
+        path: of the journal; None: nothing is written.
         rows: of the journal, behind the checkpoint that the run resumes from.
         begins_at: the byte behind which the journal is continued; None: a new one is begun.
         start: the checksum of the weights before the first of ``rows``, None if not known.
-
-    Attributes:
-        header: fields of ``Header`` that the trainer does not know: ``model`` and ``settings``.
     """
 
     def __init__(
@@ -81,7 +76,7 @@ class Recording:
         start: str | None = None,
     ) -> None:
         self.path, self.begins_at, self.start = path, begins_at, start
-        self.header: Mapping[str, Any] = {}
+        self.header: Mapping[str, Any] = {}  # what the trainer does not know: model and settings
         self.replayed_steps = sum(isinstance(row, Step) for row in rows)
         self.file: JournalFile | None = None
         self._rows = {(type(row), row.step): row for row in rows}
@@ -103,8 +98,7 @@ class Recording:
     def of_batches(self, step: int, batches: Sequence[Batch]) -> Sequence[Batch]:
         """Return the batches of a step; those of a recorded one return the losses in the journal.
 
-        Raises:
-            InputError: the recorded step has another number of batches.
+        Here and in ``write_step`` InputError says that the recorded step is none of this run.
         """
         self._step, self._recorded = step, self.take(Step, step)
         self._weights = tuple(weight for _, weight in batches)
@@ -115,11 +109,7 @@ class Recording:
         return [*zip(map(replayed, self._recorded.losses), self._weights, strict=True)]
 
     def write_step(self, optimizer: HiZOO) -> None:
-        """Write the step, just before the update; a replayed one takes its η from there.
-
-        Raises:
-            InputError: what is recorded is not a step of this run.
-        """
+        """Write the step, just before the update; a replayed one takes its η from there."""
         losses = tuple(map(tuple, optimizer.losses))
         if self._recorded is not None:
             if [*map(len, losses)] != [*map(len, self._recorded.losses)]:
@@ -142,11 +132,7 @@ class Recording:
     def begin(
         self, model: nn.Module, optimizer: HiZOO, groups: tuple[Group, ...], state: TrainerState
     ) -> None:
-        """Check that the weights are those that the journal begins with, and open it.
-
-        Raises:
-            InputError: they are not.
-        """
+        """Open the journal; raises InputError if it begins with other weights."""
         if self.path is None:
             return
         start = checksum_of_trained(model)

@@ -89,9 +89,6 @@ class ResumableTrainer(Trainer):
     Args:
         settings: of the run; checkpoints keep them.
         **kwargs: of ``transformers.Trainer``.
-
-    Attributes:
-        costs: what training has taken, before an interruption too.
     """
 
     def __init__(self, *, settings: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
@@ -143,11 +140,7 @@ class ResumableTrainer(Trainer):
         }
 
     def _begin(self, saved: dict[str, Any] | None) -> None:
-        """Begin, with what a checkpoint has kept.
-
-        Raises:
-            InputError: another version of this program wrote the checkpoint.
-        """
+        """Begin, with what a checkpoint of this version has kept."""
         if saved is None:
             self.costs.begin()
             return

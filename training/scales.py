@@ -112,14 +112,12 @@ class Difference:
             self.size = math.sqrt(max(0.0, squares[best] - sigma[best] ** 2))
 
     def error(self, scale: float) -> float | None:
-        """Return the error relative to the size, None if noise hides it.
-
-        Noise makes c, an absolute value, larger.
-        """
+        """Return the error relative to the size, None if noise hides it."""
         if not self.size:
             return None
         noise = self.noise / scale**self.power / self.size
         bend = self.bend * scale**2 / self.size
+        # Noise makes c, an absolute value, larger.
         return math.hypot(noise, bend) if self.power == 1 else math.hypot(1, noise) - 1 + bend
 
     def best_scale(self, accuracy: float) -> float:
@@ -280,10 +278,7 @@ def kept_weights(model: nn.Module, optimizer: HiZOO) -> Iterator[None]:
 
 @dataclass(eq=False)
 class ChooseScale(TrainerCallback):
-    """Chooses μ before the first step, ``--zo_eps auto``: the larger of that of g and that of c.
-
-    A resumed run has it in its checkpoint or journal.
-    """
+    """Chooses μ before the first step, ``--zo_eps auto``: the larger of that of g and that of c."""
 
     loss_at: LossAt
     recording: Recording
@@ -293,7 +288,7 @@ class ChooseScale(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, *, model: Any, optimizer: HiZOO, **_: Any
     ) -> None:
-        """Choose it, or take what was chosen before."""
+        """Choose it; a resumed run has it in its checkpoint or journal."""
         recorded = self.recording.take(Scale, 0)
         if recorded is None and state.global_step == 0:
             with kept_weights(model, optimizer):
