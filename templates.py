@@ -150,9 +150,7 @@ SQuAD = Template(
     clean={"question": str.strip},
 )
 DROP = Template(
-    "Passage: {passage}\nQuestion: {question}\nAnswer:",
-    write=answer,
-    clean={"question": str.strip},
+    "Passage: {passage}\nQuestion: {question}\nAnswer:", write=answer, clean={"question": str.strip}
 )
 # The user's own files: the prompt as it is.
 OWN_CHOICE = Template("{prompt}", write=own_option)

@@ -51,10 +51,8 @@ class Arguments(Meaning, *reversed(GROUPS), TrainingArguments):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # else processes of torchrun on CPUs would not find one another
         if self.ddp_backend and "LOCAL_RANK" not in os.environ:
-            raise InputError(
-                f"--ddp_backend {self.ddp_backend}: there is one process only; start several with "
-                "torchrun, or leave it out"
-            )
+            alone = "it needs processes, started with torchrun; leave it out"
+            raise InputError(f"--ddp_backend {self.ddp_backend}: {alone}")
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()  # in a file a bar is one endless line
         if self.offload != "none" and self.trainer == "zo" and self.zo_perturbation == AUTO:
@@ -110,8 +108,6 @@ def _read_others(values: Values, names: Sequence[str]) -> dict[str, Any]:
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
     """Read a command line; what has no effect is left out, and stands in ``warning``.
-
-    ``checks.check`` then says whether the values go together.
 
     Raises:
         InputError: an argument is unknown, or its value is not of its kind or out of its bounds.
@@ -181,9 +177,8 @@ def _check_schedule(arguments: Arguments) -> None:
     decay = share_of_run(arguments.decay_step, steps)
     for argument, value in (("warmup_steps", warmup), ("decay_step", decay + 1)):
         if value > steps:
-            raise InputError(
-                f"--{argument} {getattr(arguments, argument):g}: the run has {steps} steps"
-            )
+            typed = f"--{argument} {getattr(arguments, argument):g}"
+            raise InputError(f"{typed}: the run has {steps} steps")
     options = arguments.lr_scheduler_kwargs or {}
     metric = arguments.metric_for_best_model
     follows = name.value in ("reduce_lr_on_plateau", "greedy")
@@ -196,9 +191,7 @@ def _check_schedule(arguments: Arguments) -> None:
     lr = 0.1 if arguments.learning_rate == AUTO else arguments.learning_rate
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=lr)
     try:
-        schedule = get_scheduler(
-            name, optimizer, warmup, steps, scheduler_specific_kwargs=dict(options)
-        )
+        schedule = get_scheduler(name, optimizer, warmup, steps, dict(options))
         for factor in getattr(schedule, "lr_lambdas", ()):
             for step in (warmup, steps // 2, steps):
                 factor(step)

@@ -70,13 +70,13 @@ def check_values(values: Any) -> None:
 
 def without_effect(values: Any) -> dict[str, Effect]:
     """Return the given arguments that have no effect, and the condition that is not met."""
-    unmet = ((name, _unmet(values, name)) for name in values.given)
-    return {name: effect for name, effect in unmet if effect and not effect.refused}
+    effects = ((name, unmet(values, name)) for name in values.given)
+    return {name: effect for name, effect in effects if effect and not effect.refused}
 
 
-def warning(values: Any, unmet: dict[str, Effect]) -> str | None:
+def warning(values: Any, effects: dict[str, Effect]) -> str | None:
     """Return the line that names what the user gave without an effect, None if there is nothing."""
-    given = {n: e for n, e in unmet.items() if n in values.given_by_user and _asks(values, n)}
+    given = {n: e for n, e in effects.items() if n in values.given_by_user and _asks(values, n)}
     options = {f"--{name}": effect.otherwise for name, effect in given.items()} | values.ignored
     shown = [f"{', '.join(names)} ({reason})" for reason, names in _by_reason(options).items()]
     return f"warning: no effect here: {', '.join(shown)}" if shown else None
@@ -90,12 +90,8 @@ def _by_reason(reasons: dict[str, str]) -> dict[str, list[str]]:
     return arguments
 
 
-def has_effect(values: Any, name: str) -> bool:
-    """Whether an argument does anything beside the others."""
-    return _unmet(values, name) is None
-
-
-def _unmet(values: Any, name: str) -> Effect | None:
+def unmet(values: Any, name: str) -> Effect | None:
+    """Return the condition for which an argument has no effect, None if it has one."""
     effect = DECLARED[name].effect if name in DECLARED else None
     try:
         return effect.unmet(values) if effect else None
@@ -116,7 +112,7 @@ def _refused(values: Any) -> list[str]:
     """Return what would give another result if it were ignored."""
     reasons: dict[str, str] = {}
     for name in DECLARED:
-        effect = _unmet(values, name) if name in values.given else None
+        effect = unmet(values, name) if name in values.given else None
         if effect and effect.refused and _asks(values, name):
             reasons[_shown(values, name)] = f"{effect.otherwise}; {effect.way_out}"
     return [f"{', '.join(shown)}: {reason}" for reason, shown in _by_reason(reasons).items()]
@@ -214,5 +210,5 @@ def _problems_of_steps(values: Any) -> Iterator[str]:
             yield f"--{name} {value}: give names and values, as in '{{\"num_cycles\": 2}}'"
     warmup, decay = values.warmup_steps, values.decay_step
     comparable = (warmup < 1) == (decay < 1)  # steps, or fractions of the run
-    if decay and has_effect(values, "decay_step") and comparable and warmup > decay:
+    if decay and not unmet(values, "decay_step") and comparable and warmup > decay:
         yield f"--warmup_steps {warmup:g}: must be at most --decay_step {decay:g}"

@@ -97,9 +97,7 @@ class Declaration:
             return word.lower()
         if self.path:
             if any(len(part) > LONGEST_NAME for part in word.encode().split(b"/")):
-                raise ValueError(
-                    f"a name of more than {LONGEST_NAME} bytes; file systems take few more"
-                )
+                raise ValueError(f"a name of more than {LONGEST_NAME} bytes")
             return word or None  # an empty variable names no file
         return self._number(word) if self.kind in (int, float) else word
 
@@ -124,6 +122,19 @@ class Declaration:
         if self.fraction and value > 1 and value != int(value):
             raise ValueError("must be a whole number of steps, or below 1 a fraction of the run")
         return value
+
+
+def group(word: str, effect: Effect | None, decides: str) -> Callable[[type], type]:
+    """Make a class a group of arguments: ``--help WORD`` shows it.
+
+    Its arguments have the effect, and decide what the group does, unless they say something else.
+    """
+
+    def made(kind: type) -> type:
+        kind._word, kind._effect, kind._decides = word, effect, decides
+        return dataclass(kind)
+
+    return made
 
 
 def argument(default: Any, *aliases: str, **declared: Any) -> Any:

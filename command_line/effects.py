@@ -16,11 +16,6 @@ def measures_dev_losses(v: Any) -> bool:
     return v.eval_strategy != "no" or bool(v.eval_on_start)
 
 
-def smooths(v: Any) -> bool:
-    """Whether h changes: a smoothing above 0."""
-    return smoothing_of(v.hessian_smooth_type) > 0
-
-
 def evaluates(v: Any) -> bool:
     """Whether a metric is measured, before training or at the end."""
     return not v.no_eval or v.eval_before_training
@@ -65,7 +60,8 @@ OFFLOADED = Effect(
 OFFLOAD = Effect("without --offload", lambda v: v.offload != "none")
 ON_DISK = is_("offload", "disk", OFFLOAD)
 WRITES_BLOCKS = is_("trainer", "zo", ON_DISK)
-HESSIAN = Effect("h stays 1 with a smoothing of 0", smooths, FORWARD)
+SMOOTHING_0 = "h stays 1 with a smoothing of 0"
+HESSIAN = Effect(SMOOTHING_0, lambda v: smoothing_of(v.hessian_smooth_type) > 0, FORWARD)
 REWARD_OBJECTIVE = with_("reward", is_("trainer", "zo", TRAINED))
 LANGUAGE_MODEL_LOSS = Effect(
     "for the language-model loss",
@@ -122,8 +118,7 @@ EVALUATION = Effect(
     lambda v: (evaluates(v) and not v.predict_file) or (measures_dev_losses(v) and not v.num_dev),
 )
 SCORES = Effect(
-    "nothing is evaluated",
-    lambda v: evaluates(v) or v.linear_probing or measures_dev_losses(v),
+    "nothing is evaluated", lambda v: evaluates(v) or v.linear_probing or measures_dev_losses(v)
 )
 END = Effect("nothing is evaluated", lambda v: not v.no_eval)
 OPTIONS = Effect("the task has options", attrgetter("task.generation"))

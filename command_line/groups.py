@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from command_line import effects as when
-from command_line.declarations import AUTO, NOTHING, RESULT, TRAINING, argument
+from command_line.declarations import AUTO, NOTHING, RESULT, TRAINING, argument, group
 
 # Those of transformers, which is not imported here.
 SCHEDULES = (
@@ -15,12 +13,9 @@ SCHEDULES = (
 )
 
 
-@dataclass
+@group("data", None, NOTHING)
 class TaskAndData:
     """Task and data."""
-
-    _word = "data"
-    _effect, _decides = None, NOTHING
 
     task_name: str | None = argument(None)
     """Task, in any case: SST2, RTE, CB, BoolQ, WSC, WIC, MultiRC, Copa, ReCoRD, SQuAD or DROP."""
@@ -71,12 +66,9 @@ class TaskAndData:
     context every eval example gets demonstrations of its own."""
 
 
-@dataclass
+@group("model", None, TRAINING)
 class Model:
     """Model."""
-
-    _word = "model"
-    _effect, _decides = None, TRAINING
 
     model_name: str | None = argument(None, path=True, decides=NOTHING)
     """Causal language model: Hub id, local directory or GGUF file."""
@@ -116,12 +108,9 @@ class Model:
     """Run Python code that comes with the model. Only for sources that you trust."""
 
 
-@dataclass
+@group("icl", when.CALIBRATION, RESULT)
 class InContextLearning:
     """In-context learning. Both need --trainer none, and exclude each other."""
-
-    _word = "icl"
-    _effect, _decides = when.CALIBRATION, RESULT
 
     sfc: bool = argument(False)
     """Calibrate scores with a content-free prompt (surface form competition, arXiv 2104.08315). Not
@@ -130,12 +119,9 @@ class InContextLearning:
     """As --sfc, with the demonstrations before the content-free prompt."""
 
 
-@dataclass
+@group("rewards", when.REWARD_OBJECTIVE, TRAINING)
 class Rewards:
     """Rewards. For SQuAD, DROP and your own examples without options."""
-
-    _word = "rewards"
-    _effect, _decides = when.REWARD_OBJECTIVE, TRAINING
 
     reward: str | None = argument(None, effect=when.REWARD, decides=NOTHING)
     """FILE.py:function: takes lists of prompts, texts and rows (dictionaries), or what TRL's
@@ -146,12 +132,9 @@ class Rewards:
     for both sides of a direction."""
 
 
-@dataclass
+@group("results", None, NOTHING)
 class EvaluationAndResults:
     """Evaluation and results."""
-
-    _word = "results"
-    _effect, _decides = None, NOTHING
 
     eval_before_training: bool = argument(False, effect=when.TRAINED, decides=RESULT)
     """Report the metric on the eval examples before training too (zero-shot)."""
@@ -174,12 +157,9 @@ class EvaluationAndResults:
     """Show the first prompts, their options and scores."""
 
 
-@dataclass
+@group("generation", when.GENERATES, RESULT)
 class Generation:
     """Generation. For SQuAD, DROP and your own examples without options."""
-
-    _word = "generation"
-    _effect, _decides = when.GENERATES, RESULT
 
     sampling: bool = argument(False)
     """Sample the generated text. Default: greedy, or beams."""
@@ -198,12 +178,9 @@ class Generation:
     """Text whose last token ends the generation; \\n is a newline (MeZO: newline)."""
 
 
-@dataclass
+@group("weights", when.TRAINED, TRAINING)
 class TrainedWeights:
     """What is trained. Default: all weights; with --trainer broadcast matrices of the blocks."""
-
-    _word = "weights"
-    _effect, _decides = when.TRAINED, TRAINING
 
     lora: bool = argument(False, effect=when.NOT_BROADCAST)
     """Train only LoRA matrices on the query and value projections (arXiv 2106.09685)."""
@@ -232,12 +209,9 @@ class TrainedWeights:
     (not 5000)."""
 
 
-@dataclass
+@group("training", when.STEPS, TRAINING)
 class Training:
     """Training. What belongs to steps or checkpoints needs a --trainer other than none."""
-
-    _word = "training"
-    _effect, _decides = when.STEPS, TRAINING
 
     trainer: str = argument("none", effect=None, choices=("none", "regular", "zo", "broadcast"))
     """none: zero-shot or in context. regular: backpropagation with --optim. zo: forward passes
@@ -280,12 +254,9 @@ class Training:
     """Save the model with the LoRA matrices added to its weights, without an adapter."""
 
 
-@dataclass
+@group("zo", when.FORWARD, TRAINING)
 class ZerothOrder:
     """Zeroth order. All of it needs --trainer zo."""
-
-    _word = "zo"
-    _effect, _decides = when.FORWARD, TRAINING
 
     zo_eps: float | str = argument(1e-3, above=0, words=(AUTO,))
     """Perturbation scale μ in units of the weights (HiZOO and MeZO papers: 1e-3; 1e-1 for prefixes,
@@ -310,12 +281,9 @@ class ZerothOrder:
     accuracy of options."""
 
 
-@dataclass
+@group("broadcast", when.BROADCAST, TRAINING)
 class ErrorBroadcast:
     """Error broadcast. All of it needs --trainer broadcast."""
-
-    _word = "broadcast"
-    _effect, _decides = when.BROADCAST, TRAINING
 
     broadcast_rate: float = argument(1.0, at_least=0)
     """κ: share of a scored token's error that a step takes away; --lr_scheduler_type lowers it."""

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from command_line.contradictions import EXCLUDE_EACH_OTHER
 from command_line.declarations import Declaration, declared
-from command_line.reading import GROUPS
+from command_line.reading import GROUPS, OWN
 
 USAGE = """\
 python run.py --task_name TASK --model_name MODEL [arguments]
@@ -47,9 +47,7 @@ def help_text(words: Sequence[str]) -> str:
     of_word = {group._word: [group] for group in GROUPS} | {"all": GROUPS}
     if word in of_word:
         return "\n".join([*_groups(of_word[word])]).lstrip("\n")
-    names = {each.name: each for group in GROUPS for each in declared(group)}
-    lines = [f"usage: {USAGE}", "What matters first:"]
-    lines += map(_line, (names[name] for name in FIRST))
+    lines = [f"usage: {USAGE}", "What matters first:", *(_line(OWN[name]) for name in FIRST)]
     lines += ["", "All arguments, group by group: python run.py --help GROUP"]
     lines += [f"  {group._word:<12}{_title(group)}" for group in GROUPS]
     lines += ["  all         all of these; the Trainer's others: transformers.TrainingArguments"]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from command_line.arguments import Arguments, plain_value
-from command_line.contradictions import has_effect
+from command_line.contradictions import unmet
 from command_line.declarations import AUTO, NOTHING, RESULT, TRAINING
 from command_line.groups import Generation
 from command_line.reading import DECLARED, OWN, TUNING_MODES
@@ -47,9 +47,6 @@ def settle_dtype(arguments: Arguments) -> None:
         arguments.load_float16 = dtype == torch.float16
         # float16 would overflow in what was trained in bfloat16.
         arguments.load_bfloat16 = dtype == torch.bfloat16 and torch.cuda.is_bf16_supported(False)
-
-
-# ------------------------------------------------------------------------------------------- names
 
 
 def name_run(arguments: Arguments) -> None:
@@ -141,14 +138,11 @@ def model_files(model: Path) -> list[Path]:
     return sorted(path for path in model.iterdir() if path.suffix in suffixes and path.is_file())
 
 
-# ---------------------------------------------------------------------------------------- settings
-
-
 def changed_settings(arguments: Arguments) -> dict[str, Any]:
     """Return what was given, and all that changes the result of such a run; no secrets."""
     decide = {name for name, each in DECLARED.items() if each.decides == TRAINING}
     decide |= {name for name, each in OWN.items() if each.decides == RESULT}
-    names = {name for name in decide if has_effect(arguments, name)}
+    names = {name for name in decide if not unmet(arguments, name)}
     return _plain_values(arguments, {*arguments.given, *names} - {"hub_token"})
 
 
@@ -171,7 +165,7 @@ def settings_of_a_checkpoint(arguments: Arguments) -> dict[str, Any]:
         # The user's own files count by their content.
         "task_name": arguments.task.name if arguments.task.hub_path else None,
         "reward": reward and f"{reward.file.name}:{reward.name}",
-        **_plain_values(arguments, {name for name in names if has_effect(arguments, name)}),
+        **_plain_values(arguments, {name for name in names if not unmet(arguments, name)}),
         **_batch_and_processes(arguments, "nproc_per_node"),
     }
 
@@ -190,9 +184,6 @@ def _plain_values(arguments: Arguments, names: Collection[str]) -> dict[str, Any
     """Return the values as JSON has them, in the order of the fields."""
     fields = (each.name for each in dataclasses.fields(arguments))
     return {name: plain_value(getattr(arguments, name)) for name in fields if name in names}
-
-
-# --------------------------------------------------------------------------------------- optimizer
 
 
 def optimizer_config(arguments: Arguments) -> HiZOOConfig:

@@ -61,9 +61,6 @@ def _begin(argv: Sequence[str]) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-# ------------------------------------------------------------------- the variables of torchrun
-
-
 def check_variables(environment: Mapping[str, str]) -> None:
     """Refuse variables with which processes would wait for others, repeat them, or be silent."""
     if "WORLD_SIZE" not in environment:

@@ -6,28 +6,16 @@ not check.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from command_line import effects as when
-from command_line.declarations import (
-    AUTO,
-    NOTHING,
-    RESULT,
-    TRAINING,
-    Declaration,
-    Effect,
-    argument,
-)
+from command_line.declarations import AUTO, NOTHING, RESULT, TRAINING, Declaration, argument, group
 from command_line.published import by_name
 
 
-@dataclass
+@group("trainer", when.STEPS, TRAINING)
 class MostUsed:
     """The Trainer's, most used."""
-
-    _word = "trainer"
-    _effect, _decides = when.STEPS, TRAINING
 
     output_dir: str | None = argument(None, path=True, effect=when.TRAINED, decides=NOTHING)
     """Folder of the checkpoints and of the saved model. Default: result/<name>."""
@@ -71,7 +59,7 @@ class MostUsed:
     draws the examples."""
 
 
-_ROWS: tuple[tuple[Effect | None, str, str], ...] = (
+_ROWS = (  # effect, what they decide, names
     (None, NOTHING, "use_cpu ddp_backend local_rank ddp_timeout"),
     (None, RESULT, "tf32"),
     (when.STEPS, NOTHING, "disable_tqdm log_level log_level_replica log_on_each_node debug"),

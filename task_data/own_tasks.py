@@ -171,9 +171,6 @@ def _own_task(
     )
 
 
-# ------------------------------------------------------------- prompt, options and answer of a row
-
-
 def _options(row: Row) -> tuple[str, ...]:
     options = row["options"]
     if isinstance(options, str):
