@@ -84,12 +84,10 @@ class Encoder:
         prompt = prompt_of(sample.row)
         candidates = sample.candidates if candidates is None else candidates
         texts = [option_of(sample.row, candidate) for candidate in candidates]
-        if self.chat:
-            pairs = self._turns(prompt, texts, sample, demonstrations)
-        else:
-            pairs = self._plain(prompt, texts, demonstrations)
         encoded = []
-        for tokens, scored in pairs:
+        for tokens, added in self._with_options(prompt, texts, sample, demonstrations):
+            # Where the tokenizer merges an option into its prompt, its last token is still scored.
+            scored = max(1, added)
             if len(tokens) <= scored:
                 # Neither prompt nor start token: something has to predict the first token.
                 tokens = [self._start_token(), *tokens]
@@ -122,30 +120,24 @@ class Encoder:
         messages = self._messages(self.task.prompt(sample), sample, demonstrations)
         self.chat.check_conversation(messages, self._answer(sample) if sample.correct else None)
 
-    def _plain(
-        self, prompt: str, options: Sequence[str], demonstrations: Sequence[Sample]
-    ) -> Iterator[tuple[list[int], int]]:
-        """Yield the tokens of the text with each option, and how many of them are scored."""
-        prompt_length = len(self._tokens(prompt.strip(" ")))
-        for option in options:
-            text = (prompt + option).strip(" ")
-            # Where the tokenizer merges an option into its prompt, its last token is still scored.
-            scored = max(1, len(self._tokens(text)) - prompt_length)
-            yield self._tokens(self._whole_text(demonstrations, text)), scored
-
-    def _turns(
+    def _with_options(
         self, prompt: str, options: Sequence[str], sample: Sample, demonstrations: Sequence[Sample]
     ) -> Iterator[tuple[list[int], int]]:
-        """Yield the same of a conversation, in which an option is the assistant's answer.
-
-        Answers of generation tasks end as the template ends them.
-        """
-        opening = self.chat.text(self._messages(prompt, sample, demonstrations))
-        length = len(self.chat.tokens(opening))
-        end = self.chat.end_of_answer if self.task.generation else ""
+        """Yield the tokens of the text with each option, and how many the option has added."""
+        if self.chat:
+            opening = self.chat.text(self._messages(prompt, sample, demonstrations))
+            length = len(self.chat.tokens(opening))
+            # Answers of generation tasks end as the template ends them.
+            end = self.chat.end_of_answer if self.task.generation else ""
+            for option in options:
+                tokens = self.chat.tokens(opening + option.strip() + end)
+                yield tokens, len(tokens) - length
+            return
+        length = len(self._tokens(prompt.strip(" ")))
         for option in options:
-            tokens = self.chat.tokens(opening + option.strip() + end)
-            yield tokens, max(1, len(tokens) - length)
+            text = (prompt + option).strip(" ")
+            added = len(self._tokens(text)) - length
+            yield self._tokens(self._whole_text(demonstrations, text)), added
 
     def _messages(
         self, prompt: str, sample: Sample, demonstrations: Sequence[Sample]
@@ -161,11 +153,11 @@ class Encoder:
         return self.task.option(sample, sample.correct[0]).strip()
 
     def _whole_text(self, demonstrations: Sequence[Sample], text: str) -> str:
-        shown = (
-            (self.task.prompt(sample) + self.task.option(sample, sample.correct[0])).strip()
-            for sample in demonstrations
+        answered = (
+            (self.task.prompt(each) + self.task.option(each, each.correct[0])).strip()
+            for each in demonstrations
         )
-        before = DEMONSTRATION_SEPARATOR.join(shown).strip()
+        before = DEMONSTRATION_SEPARATOR.join(answered).strip()
         return (before + DEMONSTRATION_SEPARATOR + text).lstrip().strip(" ")
 
     def _tokens(self, text: str) -> list[int]:
