@@ -116,18 +116,12 @@ class ForwardPass:
     """
 
     def __init__(self, reads: Reads | None, limit: int, generator: torch.Generator) -> None:
-        self.limit, self.generator = limit, generator
+        self.reads, self.limit, self.generator = reads, limit, generator
         self.inputs: dict[Writer, Tensor] = {}
         self.outputs: dict[Writer, Tensor] = {}
         self.stream = self.state = self.logits = None
-        self.length = 0
-        # None: all positions are kept until the loss is known.
-        self.kept: Reads | None = None
-        if reads is not None:
-            # Options of one prompt read the same position.
-            positions, self.owner = torch.stack(reads).unique(dim=1, return_inverse=True)
-            self.chosen = self._draw(torch.arange(positions.shape[1], device=positions.device))
-            self.kept = tuple(positions[:, self.chosen])
+        # Numbers among all rows' positions; None: all are kept until the loss is known.
+        self.kept: Tensor | None = None
 
     def _draw(self, positions: Tensor) -> Tensor:
         order = torch.randperm(len(positions), generator=self.generator)[: self.limit]
@@ -138,13 +132,18 @@ class ForwardPass:
         values = values.detach().reshape(-1, values.shape[-1])
         if self.kept is None:
             return values.clone()  # Falcon adds to a matrix's output in place
-        rows, columns = self.kept
-        return values[(rows * self.length + columns).to(values.device)]
+        return values[self.kept.to(values.device)]
 
     def see_stream(self, _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Keep the stream before the first trained block."""
         stream = arguments[0] if arguments else named["hidden_states"]
-        self.length = stream.shape[1]
+        if self.reads is not None:
+            rows, columns = self.reads
+            numbers = rows * stream.shape[1] + columns
+            # Options of one prompt read the same position.
+            positions, self.owner = numbers.unique(return_inverse=True)
+            self.chosen = self._draw(torch.arange(len(positions), device=positions.device))
+            self.kept = positions[self.chosen]
         self.stream = self.at_reads(stream)
 
     def see_writer(
@@ -166,7 +165,7 @@ class ForwardPass:
         """Keep what the head returns."""
         if self.logits is not None:
             raise ValueError("the closure must run the head once")
-        places = self.state.shape[:-1].numel() if self.kept is None else len(self.owner)
+        places = len(self.reads[0]) if self.reads else self.state.shape[:-1].numel()
         if logits.shape[:-1].numel() != places:
             raise ValueError(
                 f"the head reads {logits.shape[:-1].numel()} positions, not {places}; give "
@@ -206,8 +205,7 @@ class ForwardPass:
 
     def _keep(self, positions: Tensor) -> int:
         """Keep positions of all that were kept, by number; returns how many there are."""
-        self.chosen = self._draw(positions)
-        self.kept = self.chosen // self.length, self.chosen % self.length
+        self.chosen = self.kept = self._draw(positions)
         self.stream = self.at_reads(self.stream)
         for kept in (self.inputs, self.outputs):
             kept.update({writer: self.at_reads(values) for writer, values in kept.items()})
