@@ -71,10 +71,8 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
     heights = [height for height in HEIGHTS if any(found[height, width] for width in WIDTHS)]
     widths = [width for width in WIDTHS if any(found[height, width] for height in HEIGHTS)]
     if not heights:
-        raise InputError(
-            f"--plot {path}: no run has dev losses (--num_dev, --eval_strategy) with the forward "
-            "passes until then"
-        )
+        way_out = "train with --num_dev and --eval_strategy"
+        raise InputError(f"--plot {path}: no run has dev losses and their passes; {way_out}")
     labels = list(dict.fromkeys(label for panel in found.values() for label in panel))
     runs = [int(course["runs"].iloc[0]) for panel in found.values() for course in panel.values()]
     has_bands = min(runs) > 1  # bands for all lines or for none

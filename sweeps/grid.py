@@ -127,10 +127,7 @@ def read_grid(
     fixed = {name: value for name, value in fixed.items() if name not in replaced}
     axes = {name: choices for name, choices in axes.items() if name not in replaced} | typed_axes
     if not axes:
-        raise InputError(
-            "the grid has no list: give one, as in --seed 0 1 2 before --, or seed: [0, 1, 2] in a "
-            "file"
-        )
+        raise InputError("the grid has no list: give --seed 0 1 2, or seed: [0, 1, 2] in a file")
     return Grid(fixed, axes, tuple(further))
 
 
@@ -184,10 +181,8 @@ def _entry(name: str, words: Sequence[str]) -> Entry:
     try:
         return Entry("the command line", [yaml.load(word, Loader) for word in words])
     except yaml.YAMLError as error:
-        problem = getattr(error, "problem", None) or "not YAML"
-        raise InputError(
-            f"--{name}: {problem}; write groups as '{{lora: True, zo_eps: 1e-2}}'"
-        ) from error
+        problem, example = getattr(error, "problem", None), "'{lora: True, zo_eps: 1e-2}'"
+        raise InputError(f"--{name}: {problem or 'not YAML'}; write groups as {example}") from error
 
 
 def _sort(entries: Mapping[str, Entry]) -> tuple[Typed, dict[str, list[Typed]]]:
@@ -231,10 +226,7 @@ def _refuse(name: str) -> None:
     if name in WITHOUT_RESULT:
         raise InputError(f"--{name} of the runs of a sweep: they write no result; leave it out")
     if name in OF_THE_SWEEP:
-        raise InputError(
-            f"--{name} in a sweep: every run has files of its own below the sweep's --output_dir; "
-            "leave it out"
-        )
+        raise InputError(f"--{name} in a sweep: every run has files of its own; leave it out")
 
 
 # ---- the command line

@@ -106,10 +106,7 @@ def record(folder: Path, entries: Mapping[str, Mapping[str, Any]], writes: bool)
     shared = {n for n, entry in recorded.items() if n in words and entry.get("words") == words[n]}
     if len(shared) < min(len(words), len(recorded)):
         other = next(name for name in recorded if name not in shared)
-        raise InputError(
-            f"--output_dir {folder} holds another grid, as {other} shows: give another "
-            "--output_dir, or the same grid, which may grow"
-        )
+        raise InputError(f"--output_dir {folder} holds another grid, with {other}; give another")
     if writes:
         write_json(folder / RECORD, {"runs": recorded | dict(entries)})
 

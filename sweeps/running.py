@@ -70,10 +70,8 @@ class Processes:
     def __init__(self, jobs: Sequence[Job], number: int) -> None:
         gpus = visible_gpus()
         if gpus and number > len(gpus):
-            raise InputError(
-                f"--jobs {number}: each run has a GPU of its own, and there are {len(gpus)}; give "
-                f"{len(gpus)} at most"
-            )
+            there_are = f"each run has a GPU of its own, and there are {len(gpus)}"
+            raise InputError(f"--jobs {number}: {there_are}; give {len(gpus)} at most")
         self.jobs = jobs
         self.free: list[str | None] = [*gpus[:number]] or [None] * number
         self.running: list[tuple[Job, subprocess.Popen, str | None]] = []

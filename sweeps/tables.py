@@ -33,15 +33,13 @@ def make_table(
         InputError: no run has a result, a column would hold several tasks, two runs have the same
             settings and seed, or none has what is to be shown.
     """
-    tasks = list(dict.fromkeys(each.task for each in outcomes))
     finished = [each for each in outcomes if each.is_finished]
     if not finished:
         raise InputError("no run has a result yet: wait for the first")
-    if by == "seed" and len(tasks) > 1:
-        raise InputError(
-            f"result files of different tasks ({', '.join(tasks)}) in one column: give "
-            "--columns task, or the files of one task"
-        )
+    tasks = ", ".join(dict.fromkeys(each.task for each in outcomes))
+    if by == "seed" and tasks != outcomes[0].task:
+        way_out = "give --columns task, or the files of one task"
+        raise InputError(f"result files of different tasks ({tasks}) in one column: {way_out}")
     _check_distinct(finished)
     names = differing_settings(outcomes)
     rows = list(dict.fromkeys(each.values(names) for each in outcomes))

@@ -224,12 +224,8 @@ class StreamedWeights(LayerwiseWeights):
                 self.apply(trained, update)
         block.is_changed |= bool(updates)
         again, self._visited[block] = self._visited[block] == now, now
-        if (
-            updates
-            and not again
-            and block.home == DISK
-            and (now + block.number) % (self.write_every or 1)
-        ):
+        is_due = again or (now + block.number) % (self.write_every or 1) == 0
+        if updates and block.home == DISK and not is_due:
             self._states_then[block] = then
             return False
         self._next[block] = now
