@@ -45,12 +45,11 @@ from sweeps.results import (
     short_models,
     with_names,
 )
-from sweeps.running import Job, Processes, follow
+from sweeps.running import SCRIPT, Job, Processes, follow
 from sweeps.slurm import JobArray
 from sweeps.tables import best, in_words
 from utils import InputError, Interrupted, exit_code
 
-ROOT = Path(__file__).resolve().parent
 # Decide which examples a run draws, and how they become tokens.
 DRAWN = (
     *("data_dir", "num_train", "num_dev", "num_eval", "num_train_sets", "train_set_seed"),
@@ -116,7 +115,7 @@ class Sweep:
 
 def command(words: Sequence[str]) -> str:
     """Return a run's command line for the folder in which this one was typed."""
-    return shlex.join(["python", os.path.relpath(ROOT / "run.py"), *words])
+    return shlex.join(["python", os.path.relpath(SCRIPT), *words])
 
 
 def print_plans(sweep: Sweep) -> None:
@@ -200,7 +199,8 @@ def closing_lines(sweep: Sweep, jobs: Sequence[Job]) -> Iterator[str]:
         for other in others:
             changed = {n: v for n, v in other.choice.items() if first.choice.get(n) != v}
             yield f"  and with {shlex.join(words_of(changed))}"
-    yield f"table: python {os.path.relpath(ROOT / 'report.py')} {shlex.quote(str(sweep.folder))}"
+    report = os.path.relpath(SCRIPT.with_name("report.py"))
+    yield "table: " + shlex.join(["python", report, str(sweep.folder)])
 
 
 def sweep_command_line(argv: Sequence[str]) -> int:

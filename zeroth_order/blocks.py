@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zeroth_order.block_file import Region
 from zeroth_order.traffic import Block, Traffic
 
 ATTRIBUTE = "streamed_blocks"
@@ -109,16 +110,16 @@ class Blocks:
         if any(block.is_changed for block in self.blocks):
             raise RuntimeError("streamed weights that were trained get no room for another h")
         self.begin_again(hessians=self.hessians)
-
-        def tensors(block: Block) -> Iterator[tuple[Any, torch.Size, torch.dtype]]:
-            for parameter in block.names:
-                yield parameter, parameter.shape, parameter.dtype
-            for parameter in block.names:
-                if parameter in states:
-                    name, dtype = states[parameter]
-                    yield (parameter, name), parameter.shape, dtype
-
-        self.traffic.lay_out(self.blocks, tensors, self.budget)
+        start = 0
+        for block in self.blocks:
+            tensors: list[Any] = [(p, p.shape, p.dtype) for p in block.names]
+            for p in block.names:
+                if p in states:
+                    name, dtype = states[p]
+                    tensors.append(((p, name), p.shape, dtype))
+            block.region = Region(start, tensors)
+            start += block.region.size
+        self.traffic.lay_out(self.blocks, self.budget)
 
     def make_room_for(self, states: Mapping[nn.Parameter, tuple[str, torch.dtype]]) -> None:
         """Lay blocks out anew if they have no room for these states; raises as ``lay_out``."""

@@ -76,21 +76,15 @@ class Traffic:
         )
         self._staging: list[Tensor] = []
 
-    def lay_out(
-        self, blocks: Sequence[Block], tensors: Callable[[Block], Iterable[Any]], room: int
-    ) -> None:
+    def lay_out(self, blocks: Sequence[Block], room: int) -> None:
         """Choose where blocks lie; the first ones for which there is ``room`` lie nearer."""
         if self.folder:
             near, far = HOST if self.staged else DEVICE, DISK
         else:
             near, far = DEVICE, HOST if self.staged else DEVICE
-        start = 0
         for block in blocks:
-            block.region = Region(start, tensors(block))
-            start += block.region.size
             block.home = near if block.region.size <= room else far
             room -= block.region.size * (block.home == near)
-            block.host = None
         if self.file is not None:
             self.file.close()
             self.file = None
@@ -211,8 +205,7 @@ class Traffic:
     def begin_to_write(self, block: Block) -> None:
         """Begin to bring a block that was updated back to where it lies."""
         if block.home != DEVICE:
-            updated = self._event()
-            block.writing = self._writer.submit(self._write, block, block.memory, updated)
+            block.writing = self._writer.submit(self._write, block, block.memory, self._event())
 
     def _event(self) -> Any:
         return torch.cuda.current_stream(self.device).record_event() if self.is_gpu else None
