@@ -50,8 +50,13 @@ def load_streamed(
     """Load a model for evaluation, without the weights of its blocks.
 
     Raises:
-        InputError: it has no blocks, or its files lack weights.
+        InputError: it has no blocks, or its files lack weights or hold quantised ones.
     """
+    if getattr(config, "quantization_config", None):
+        raise InputError(
+            f"--model_name {name}: its weights are quantised, and --offload reads only ordinary "
+            "ones; leave it out"
+        )
     give_freed_memory_back()
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusts)

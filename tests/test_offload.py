@@ -196,12 +196,18 @@ def test_files_of_a_model_are_read_and_written_as_transformers_does(tmp_path: Pa
         assert [n for n, t in expected.items() if not torch.equal(t, first[n])], family
 
 
-def test_a_model_in_pickled_files_is_refused(tmp_path: Path) -> None:
-    model = tiny_model("opt")
+def test_files_that_cannot_be_streamed_are_refused(tmp_path: Path) -> None:
+    model, place = tiny_model("opt"), Offload(None, 0, torch.device("cpu"))
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(InputError, match="reads safetensors files, and there are none; save the"):
-        load_model(str(tmp_path), torch.float32, offload=Offload(None, 0, torch.device("cpu")))
+        load_model(str(tmp_path), torch.float32, offload=place)
+    # Integers of another scale, which would be read as they are.
+    model.save_pretrained(tmp_path)
+    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    model.config.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="its weights are quantised"):
+        load_model(str(tmp_path), torch.float32, offload=place)
 
 
 REFUSED = {
