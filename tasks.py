@@ -37,8 +37,8 @@ class Task:
 
     name: str  # as papers write it
     template: Template
-    hub_path: str | None  # the data set's id on the Hugging Face Hub; None for the user's own files
-    hub_config: str | None  # its configuration there, if it has several
+    hub_path: str | None = None  # the data set's id on the Hub; None for the user's own files
+    hub_config: str | None = None  # its configuration there, if it has several
     answer_column: str | None = "label"  # says which answer is correct; None: a reward does
     _: KW_ONLY
     # A row -> the answers to choose from; None: the template's labels. Without either answers are
@@ -62,34 +62,23 @@ class Task:
         return bool(self.template.labels)
 
     @property
-    def text_columns(self) -> tuple[str, ...]:
-        """Columns that hold text."""
-        return self.template.columns + self.more_text_columns
-
-    @property
     def prompt_columns(self) -> tuple[str, ...]:
         """Columns that the prompt is made of."""
         return self.template.columns
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Every column that an answered row has."""
-        answer = (self.answer_column,) if self.answer_column else ()
-        return self.text_columns + self.option_columns + answer
-
     def sample(self, row: Row, index: int, with_answer: bool = True) -> Sample:
         """Turn row number ``index`` (from 0) into a ``Sample``; a question has no answer yet."""
-        needed = [c for c in self.columns if with_answer or c != self.answer_column]
-        self.check_columns(row, needed)
-        for column in self.text_columns:
+        texts = self.template.columns + self.more_text_columns
+        answer = [self.answer_column] if with_answer and self.answer_column else []
+        self.check_columns(row, [*texts, *self.option_columns, *answer])
+        for column in texts:
             if not isinstance(row[column], str):
                 raise unexpected(column, row[column], "a text")
         candidates = self.candidates(row) if self.candidates else tuple(self.template.labels)
-        if not (with_answer and self.answer_column):
-            correct: tuple[Any, ...] = ()
-        elif self.correct:
+        correct: tuple[Any, ...] = ()
+        if answer and self.correct:
             correct = self.correct(row, candidates)
-        else:
+        elif answer:
             correct = (_pick(candidates, row, self.answer_column),)
         return Sample(index, row, candidates, correct)
 

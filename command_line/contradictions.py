@@ -19,10 +19,7 @@ from utils import InputError
 from zeroth_order.config import smoothing_of
 
 CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
-DICTIONARIES = (
-    *("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
-    "fsdp_config",
-)
+DICTIONARIES = ("lr_scheduler_kwargs", *(f"{n}_kwargs" for n in CHECKPOINTING), "fsdp_config")
 EXCLUDE_EACH_OTHER = (
     ("load_float16", "load_bfloat16"),
     *(("load_saved_dtype", other) for other in WEIGHTS),

@@ -108,7 +108,7 @@ class Declaration:
             kind = "a whole number" if self.kind is int else "a number"
             instead = "".join(f" or {each}" for each in self.words)
             raise ValueError(f"must be {kind}{instead}") from None
-        if not math.isfinite(value):
+        if self.kind is float and not math.isfinite(value):
             raise ValueError("must be a finite number")
         below = LARGEST + 1 if self.kind is int and self.below is None else self.below
         for words, bound, holds in (

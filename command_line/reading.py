@@ -25,17 +25,9 @@ from tasks import Task
 from utils import InputError
 
 GROUPS = (
-    groups.TaskAndData,
-    groups.Model,
-    groups.InContextLearning,
-    groups.TrainedWeights,
-    groups.Training,
-    groups.ZerothOrder,
-    groups.ErrorBroadcast,
-    groups.Rewards,
-    groups.EvaluationAndResults,
-    groups.Generation,
-    MostUsed,
+    *(groups.TaskAndData, groups.Model, groups.InContextLearning, groups.TrainedWeights),
+    *(groups.Training, groups.ZerothOrder, groups.ErrorBroadcast, groups.Rewards),
+    *(groups.EvaluationAndResults, groups.Generation, MostUsed),
 )
 OWN: dict[str, Declaration] = {each.name: each for group in GROUPS for each in declared(group)}
 DECLARED = OWN | OTHERS
@@ -52,9 +44,7 @@ SYNONYMS = {
 }
 # The ways to train something else than all weights, and what a run's name calls them.
 TUNING_MODES = {
-    "lora": "lora",
-    "prefix_tuning": "prefix",
-    "head_tuning": "head",
+    **{"lora": "lora", "prefix_tuning": "prefix", "head_tuning": "head"},
     "linear_probing": "probe",
 }
 

@@ -107,7 +107,8 @@ def choose_defaults(
     said = values | {name: value for name, value in user.items() if value is not None}
     chosen: dict[str, Any] = {"model_name": str(BUNDLED_MODEL)}
     chosen |= _of_mode(script, found.get("MODE", "ft"), said) | DEFAULTS[script]
-    is_bundled = _is_bundled(said.get("model_name", chosen["model_name"]))
+    model = said.get("model_name", chosen["model_name"])
+    is_bundled = os.path.exists(model) and Path(model).resolve() == BUNDLED_MODEL
     if not _own_file(said):
         chosen |= {"task_name": "SST2"} | ({"data_dir": BUNDLED_DATA} if is_bundled else {})
     if script != "icl.sh":
@@ -131,10 +132,6 @@ def replaced(environment: Mapping[str, str], user: Mapping[str, Any]) -> list[st
 
 def _own_file(said: Mapping[str, Any]) -> str | None:
     return said.get("train_file") or said.get("validation_file")
-
-
-def _is_bundled(model: str | Path) -> bool:
-    return os.path.exists(model) and Path(model).resolve() == BUNDLED_MODEL
 
 
 def _of_mode(script: str, mode: str, said: Mapping[str, Any]) -> dict[str, Any]:

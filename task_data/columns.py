@@ -178,16 +178,13 @@ def _labels(file: Path, column: str) -> tuple[str, ...]:
         places = [place for place, _ in unlabelled]
         count = f" ({len(places)} rows: {listed(places, 3)})" if len(places) > 1 else ""
         raise InputError(f"{places[0]}: {unlabelled[0][1]}{count}")
-    if len(labels) > MOST_LABELS:
-        raise InputError(
-            f"--label_column {column}: {file} has {len(labels):,} different values there, more "
-            f"than {MOST_LABELS} classes; give --answer_column {column} for generated answers"
-        )
     numbers = _are_numbers(labels)
-    if numbers and len(labels) > max(MOST_SCORES, len(rows) / 2):
+    most = min(MOST_LABELS, max(MOST_SCORES, len(rows) / 2)) if numbers else MOST_LABELS
+    if len(labels) > most:
+        different = f"{len(labels)} different {'numbers' if numbers else 'texts'}"
         raise InputError(
-            f"--label_column {column}: {len(labels)} different numbers in the {len(rows)} rows of "
-            f"{file}, but a label is a class: write one of a few instead, as in low and high"
+            f"--label_column {column}: {different} in the {len(rows)} rows of {file}, but a label "
+            f"is a class: write one of a few; --answer_column {column} is for generated answers"
         )
     return tuple(sorted(labels, key=lambda label: (float(label) if numbers else 0, label)))
 

@@ -130,9 +130,8 @@ def choose_task(
     else:
         raise InputError("--task_name is missing: give a task, as SST2, or --train_file")
     if reward and not task.generation:
-        raise InputError(
-            f"--reward {reward}: the answers of {task.name} are chosen from options; leave it out"
-        )
+        options = f"the answers of {task.name} are chosen from options"
+        raise InputError(f"--reward {reward}: {options}; leave it out")
     return replace(task, reward=Reward.load(reward)) if reward else task
 
 
@@ -150,16 +149,13 @@ def _own_task(
     kind = "chosen from options" if chosen else "generated"
     fitting = ("accuracy",) if chosen else ("f1", "em")
     if metric not in (None, *fitting):
-        raise InputError(
-            f"--metric {metric}: the answers in {first} are {kind}; give {' or '.join(fitting)}"
-        )
+        answers = f"the answers in {first} are {kind}"
+        raise InputError(f"--metric {metric}: {answers}; give {' or '.join(fitting)}")
     # A reward needs no answers.
     has_answers = not has_reward or "answer" in columns.arranged(row)
     return OwnTask(
         name=first.stem,
         template=templates.OWN_CHOICE if chosen else templates.OWN_ANSWER,
-        hub_path=None,
-        hub_config=None,
         answer_column="answer" if has_answers else None,
         candidates=_options if chosen else None,
         correct=_right_option if chosen else _answers,
