@@ -58,14 +58,15 @@ class TrainedWeights:
         """
         values = {}
         for field in dataclasses.fields(cls)[1:]:
-            argument, value = OWN[field.name], settings.get(field.name)
-            values[field.name] = argument.default if value is None else value
+            name, argument = field.name, OWN[field.name]
+            given = settings.get(name)
+            values[name] = value = argument.default if given is None else given
             try:
-                if type(values[field.name]) is not argument.kind:
+                if type(value) is not argument.kind:
                     raise ValueError(f"must be of type {argument.kind.__name__}")
-                argument.read([str(values[field.name])])
+                argument.read([str(value)])
             except ValueError as error:
-                raise InputError(f"{field.name} {reprlib.repr(value)}: {error}") from error
+                raise InputError(f"{name} {reprlib.repr(value)}: {error}") from error
         mode = next((mode for mode in TUNING_MODES if settings.get(mode) is True), None)
         return cls(mode, **values)
 

@@ -113,17 +113,16 @@ def _next_step(options: Options, result: Mapping[str, Any]) -> Iterator[str]:
         return
     values = {name: getattr(arguments, name) for name in READS_ROWS}
     values |= {"model_name": None, "offload_dir": None}  # the folder is of this run
-    words = [
-        word
-        for name, value in values.items()
-        if value is not None and value != OWN[name].default
-        for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
-    ]
+    words = []
+    for name, value in values.items():
+        if value is not None and value != OWN[name].default:
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     file = Path(arguments.validation_file or arguments.train_file)
     answers = "answers.csv" if file.suffix.lower() == ".csv" else "answers.jsonl"
     words += ["--predict_file", str(file), "--predictions_file", answers]
     yield f"next, with a file of rows without answers in place of {file.name}:"
-    yield f"  {_command(_run_py(), '--model_name', str(model), *words)}"
+    script = "run.py" if Path.cwd() == ROOT else str(ROOT / "run.py")
+    yield f"  {_command(script, '--model_name', str(model), *words)}"
 
 
 def use_in_python(options: Options, encoder: Encoder, sample: Sample) -> Iterator[str]:
@@ -154,10 +153,6 @@ def use_in_python(options: Options, encoder: Encoder, sample: Sample) -> Iterato
     yield f"next, without this package:\n  {_command('-c', code)}"
 
 
-def _run_py() -> str:
-    return os.path.relpath(ROOT / "run.py") if Path.cwd() == ROOT else str(ROOT / "run.py")
-
-
 def _command(*words: str) -> str:
     """Return a command of this Python, to be pasted into a shell."""
     found = shutil.which("python")
@@ -169,8 +164,7 @@ def concerns(result: Mapping[str, Any], rate: str = "learning_rate") -> Iterator
     """Yield a line for everything that speaks against a run: it diverged, or did only harm.
 
     Dev losses count where there are any, training losses otherwise. They diverged if they end above
-    the first by more than the first itself, and by more than ``NOISE``. ``rate`` is the argument
-    that says how far a step goes.
+    the first by more than the first itself, and by more than ``NOISE``.
     """
     losses, way_out = result.get("history", {}), f"lower --{rate}"
     name = "dev_loss" if losses.get("dev_loss") else "loss"

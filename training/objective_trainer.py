@@ -201,15 +201,10 @@ class ObjectiveTrainer(ResumableTrainer):
             loss = loss * part * self.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
 
-    def training_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Compute gradients of a batch, and count its passes."""
         self._begin_step()
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(*args, **kwargs)
         self.costs.forward_passes += 1
         self.costs.backward_passes += 1
         self._loss_of_step += loss.detach()
@@ -237,17 +232,12 @@ class ObjectiveTrainer(ResumableTrainer):
 
     @torch.no_grad()
     def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
+        self, dataloader: DataLoader, *_: Any, metric_key_prefix: str = "eval", **__: Any
     ) -> EvalLoopOutput:
         """Return the dev loss and metrics, the same for every batch size and number of processes.
 
         The Trainer's loop counts a batch's mean once for each example, also for those repeated ones
-        that fill up the last batch. Predictions are ``prediction.predict``'s.
+        that fill up the last batch.
         """
         # Not as DistributedDataParallel: processes may have different numbers of batches. With
         # sharded weights a forward pass needs all processes, so each runs all of them.
@@ -258,8 +248,7 @@ class ObjectiveTrainer(ResumableTrainer):
         own = range(self.args.process_index % processes, len(dataset), processes)
         sums = torch.zeros(2, dtype=torch.float64)
         for start in range(0, len(own), size):
-            examples = [dataset[index] for index in own[start : start + size]]
-            batch = self.collate(examples)
+            batch = self.collate([dataset[index] for index in own[start : start + size]])
             weight = self.batch_weight(batch)
             with self.compute_loss_context_manager():
                 loss = float(self.compute_loss(self.model, self._prepare_inputs(batch)))
@@ -271,8 +260,8 @@ class ObjectiveTrainer(ResumableTrainer):
             sums = sums.to(self.args.device)
             torch.distributed.all_reduce(sums)
         total, weights = sums.tolist()
-        metrics = self.dev_metric(self.model) if self.dev_metric else {}
-        metrics = {"loss": total / weights, **metrics}
+        metrics = {"loss": total / weights}
+        metrics |= self.dev_metric(self.model) if self.dev_metric else {}
         return EvalLoopOutput(
             predictions=None,
             label_ids=None,
