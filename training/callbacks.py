@@ -11,13 +11,7 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import (
-    ProgressCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.trainer_callback import ExportableState
 
@@ -94,13 +88,11 @@ class SaveOnInterrupt(TrainerCallback):
         self.received: str | None = None  # its name
         self._previous: dict[int, Any] = {}
 
-    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Listen for the signals."""
         self._previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
 
-    def on_step_end(
-        self, args: TrainingArguments, state: Any, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
         """Stop once a signal has arrived; processes that train together stop after one step."""
         if args.world_size > 1:
             number = signal.Signals[self.received] if self.received else 0

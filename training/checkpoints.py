@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from training.processes import from_first_process, in_all_processes
@@ -128,9 +128,7 @@ def flush(path: Path) -> None:
 class RemoveEarlierCheckpoints(TrainerCallback):
     """Deletes an earlier run's checkpoints after the first step: bad input deletes nothing."""
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Delete the checkpoints there are before the first one of this run."""
         if state.global_step == 1 and state.is_world_process_zero:
             for folder in checkpoints(args.output_dir):
