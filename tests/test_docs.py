@@ -344,7 +344,8 @@ def test_task_table_has_the_prompts_of_the_templates() -> None:
         prompt, options, metric, hub = rows[task.name]
         assert metric == task.metric_name
         assert task.hub_path in hub and (task.hub_config or "") in hub
-        values = {column: f"{{{column}}}" for column in task.text_columns}
+        columns = task.template.columns + task.more_text_columns
+        values = {column: f"{{{column}}}" for column in columns}
         if task.name == "Copa":
             values["question"] = "effect"
         written = task.template.prompt(values).replace("\n", "\\n")

@@ -258,13 +258,8 @@ def test_numbers_outside_their_bounds() -> None:
         assert declared.kind is kind and (declared.at_least, declared.above) != (None, None), name
         lowest = declared.at_least if declared.above is None else declared.above
         bad = ["nan", "inf", "-inf", "1e400", "many", f"{lowest - 1}", ""]
-        bad += (
-            ["1.5", f"{10**30}", f"{10**400}"]
-            if kind is int
-            else ["0"]
-            if declared.above == 0
-            else []
-        )
+        bad += ["1.5", f"{10**30}", f"{10**400}"] if kind is int else []
+        bad += ["0"] if declared.above == 0 else []
         for value in bad:
             with pytest.raises(InputError, match=f"^--{name} {value}".rstrip()):
                 parse_arguments([f"--{name}={value}"])
