@@ -50,10 +50,8 @@ class ForwardOnlyMixin:
         """Create the optimizer if none was given."""
         model = model or self.model
         if self.optimizer is None:
-            kind, settings = self.optimizer_cls_and_kwargs or (
-                HiZOO,
-                {"lr": self.args.learning_rate, "seed": self.args.seed},
-            )
+            default = HiZOO, {"lr": self.args.learning_rate, "seed": self.args.seed}
+            kind, settings = self.optimizer_cls_and_kwargs or default
             if issubclass(kind, ErrorBroadcast):
                 settings = {"model": model.eval(), **settings}
             elif any(p.element_size() < 4 for p in model.parameters() if p.requires_grad):
@@ -115,12 +113,10 @@ class ForwardOnlyMixin:
     def _clip_grad_norm(self, model: nn.Module) -> None:
         """Clip nothing: there is no gradient."""
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
+    def _get_grad_norm(self, *_: Any, **__: Any) -> None:
         """Return nothing: no gradient has no norm."""
 
-    def _wrap_model(
-        self, model: nn.Module, training: bool = True, dataloader: Any = None
-    ) -> nn.Module:
+    def _wrap_model(self, model: nn.Module, *_: Any, **__: Any) -> nn.Module:
         """Return the model with autocast alone: DistributedDataParallel is for gradients."""
         return self.accelerator.prepare_model(model, evaluation_mode=True)
 

@@ -82,9 +82,7 @@ class ForwardTrainer(ForwardOnlyMixin, ObjectiveTrainer):
         self._loss_of_step += loss
         return loss
 
-    def _wrap_model(
-        self, model: nn.Module, training: bool = True, dataloader: Any = None
-    ) -> nn.Module:
+    def _wrap_model(self, model: nn.Module, *_: Any, **__: Any) -> nn.Module:
         # accelerate does not wrap models with this attribute, in autocast either: --fp16 and --bf16
         # are for gradients.
         model._is_accelerate_prepared = True
@@ -175,7 +173,7 @@ class ZerothOrderTrainer(ForwardTrainer):
         before = sum(loss * count for loss, count in zip(losses[:-1], counts, strict=False))
         return losses[-1] + before / counts[-1]
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
+    def _get_grad_norm(self, *_: Any, **__: Any) -> None:
         """Write the step into the journal, just before the update; no gradient has no norm."""
         self.recording.write_step(self.optimizer)
 

@@ -39,7 +39,7 @@ class Offload:
     """Where blocks lie while they are not needed."""
 
     folder: Path | None  # of the working file; None: in the host's memory
-    memory: int  # bytes of it that the first blocks take
+    memory: int  # in bytes; the first blocks that fit stay there
     device: torch.device  # runs the passes
     write_every: int | None = 1  # of ``Blocks``
 
