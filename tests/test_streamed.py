@@ -6,6 +6,7 @@ import copy
 import functools
 import gc
 import itertools
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -279,6 +280,33 @@ def test_what_fails_within_a_pass_is_raised_and_the_next_step_is_right(tmp_path:
     assert found[:4] == found[4:]
     assert found.count("'a reward'") == 2
     assert all(parameter.isnan().all() for parameter in blocks_of(twin).block_of)
+
+
+def test_ctrl_c_within_an_update_of_a_block_waits_for_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("opt", num_hidden_layers=3)
+    twin = streamed(model, tmp_path)
+    ids, apply, found = torch.randint(5, 400, (2, 9)), StreamedWeights.apply, []
+
+    def interrupted(self: StreamedWeights, *args: Any) -> None:
+        apply(self, *args)
+        monkeypatch.undo()
+        signal.raise_signal(signal.SIGINT)
+
+    for each, layers in ((model, Layers(model)), (twin, StreamedLayers(twin))):
+        optimizer = HiZOO(each.parameters(), layers=layers, lr=1e-3, hessian_smooth=1e-3)
+
+        def loss(each: nn.Module = each) -> Tensor:
+            return each(input_ids=ids, labels=ids).loss
+
+        found += [optimizer.step(loss) for _ in range(2)]
+        if each is twin:
+            monkeypatch.setattr(StreamedWeights, "apply", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                optimizer.step(loss)
+        found += [optimizer.step(loss) for _ in range(2)]
+    assert found[:4] == found[4:]
 
 
 def test_memory_that_a_gpu_copies_from_is_unregistered_when_it_goes(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from zeroth_order.block_file import Region
+from zeroth_order.signals import signals_wait
 from zeroth_order.traffic import Block, Traffic
 
 ATTRIBUTE = "streamed_blocks"
@@ -176,8 +177,9 @@ class Blocks:
         tensors = block.region.views(block.memory)
         for parameter in block.names:
             parameter.data = tensors[parameter]
-        if self.owner and self.owner.arrived(block, tensors):
-            self.traffic.begin_to_write(block)
+        with signals_wait():  # an update is applied once, and written
+            if self.owner and self.owner.arrived(block, tensors):
+                self.traffic.begin_to_write(block)
 
     def release(self, block: Block) -> None:
         """Let a block go; its memory is used again as soon as it is written."""
@@ -193,8 +195,8 @@ class Blocks:
     @contextlib.contextmanager
     def loaded(self, block: Block) -> Iterator[None]:
         """Have a block in memory."""
-        self.load(block)
         try:
+            self.load(block)
             yield
         finally:
             self.release(block)

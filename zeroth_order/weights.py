@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from zeroth_order import compiling, curvature, kernels
+from zeroth_order import curvature, kernels
 from zeroth_order.chunks import Chunk, Noise, TrainedParameter, bundles, noise_of_bundle
-from zeroth_order.compiling import float32_copies, kernel
+from zeroth_order.compiling import SMALLEST_COMPILED, can_compile, float32_copies, kernel, scalars
 from zeroth_order.config import HiZOOConfig
 from zeroth_order.curvature import COLUMNS, ROWS, State, hessian_of_chunk
 from zeroth_order.noise import ROUNDING
@@ -59,9 +59,7 @@ class Weights:
     ) -> None:
         self.param_groups, self.states = param_groups, states
         parameters = [(group, p) for group in param_groups for p in group["params"]]
-        compiles = compiling.can_compile(
-            [p for _, p in parameters if p.requires_grad], config.compile
-        )
+        compiles = can_compile([p for _, p in parameters if p.requires_grad], config.compile)
         self.trained: dict[Tensor, TrainedParameter] = {}
         for number, (group, p) in enumerate(parameters):
             if p.requires_grad:
@@ -69,7 +67,7 @@ class Weights:
                 is_matrix = p.dim() > 1 and p.numel() > 0
                 low_rank = config.hessian == "lowrank" and is_matrix
                 low_rank |= ROWS in states.get(p, {})
-                compiled = compiles and p.numel() >= compiling.SMALLEST_COMPILED
+                compiled = compiles and p.numel() >= SMALLEST_COMPILED
                 self.trained[p] = TrainedParameter(p, group, number, low_rank, compiled)
         self.parameters = [*self.trained.values()]
 
@@ -127,7 +125,7 @@ class Weights:
         source = None if target is trained.parameter else chunk.view(trained.parameter)
         hessian = hessian_of_chunk(chunk, self.states.get(trained.parameter, {}))
         perturb = kernel(kernels.perturb, trained)
-        (factor,) = compiling.scalars([scale * trained.group["eps"]], trained)
+        (factor,) = scalars([scale * trained.group["eps"]], trained)
         if trained.copies:
             values = float32_copies(source or pieces, 0)
             perturb(values, float32_copies(hessian, 2), noise, factor)
@@ -201,7 +199,7 @@ class Weights:
         decay *= step.learning_rate
         grows = smooth > 0 and step.curvatures is not None and not trained.low_rank
         eps = trained.group["eps"]
-        values = compiling.scalars(
+        values = scalars(
             [
                 *(-step.learning_rate * g for g in step.gradients),
                 *(-sign * eps * (d == direction) for d in range(samples)),
