@@ -155,10 +155,8 @@ def check(arguments: Arguments) -> None:
     if arguments.use_liger_kernel and not is_liger_kernel_available():
         raise InputError("--use_liger_kernel: pip install liger-kernel, or leave it out")
     if not arguments.batches_of_an_epoch:
-        raise InputError(
-            f"--dataloader_drop_last leaves nothing of --num_train {arguments.num_train} in steps "
-            f"of {arguments.examples_of_a_batch} examples: leave it out"
-        )
+        few = f"--num_train {arguments.num_train}, {arguments.examples_of_a_batch} examples a step"
+        raise InputError(f"--dataloader_drop_last leaves nothing of {few}: leave it out")
     _check_schedule(arguments)
     installed = get_available_reporting_integrations()
     for target in arguments.report_to or ():
@@ -210,6 +208,5 @@ def _check_optimizer(arguments: Arguments) -> None:
     except (ImportError, ValueError, AttributeError) as error:
         if isinstance(error, ValueError) and name.startswith(CHOOSE_MODULES):
             return
-        raise InputError(
-            f"--optim {name}: {one_line(error)}; or take adamw_torch, adafactor or sgd"
-        ) from error
+        others = "take adamw_torch, adafactor or sgd"
+        raise InputError(f"--optim {name}: {one_line(error)}; or {others}") from error

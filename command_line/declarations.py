@@ -125,10 +125,7 @@ class Declaration:
 
 
 def group(word: str, effect: Effect | None, decides: str) -> Callable[[type], type]:
-    """Make a class a group of arguments: ``--help WORD`` shows it.
-
-    Its arguments have the effect, and decide what the group does, unless they say something else.
-    """
+    """Make a class a group of arguments, with what they have unless they say something else."""
 
     def made(kind: type) -> type:
         kind._word, kind._effect, kind._decides = word, effect, decides

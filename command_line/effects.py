@@ -52,11 +52,8 @@ NOT_BROADCAST = Effect(BLOCKS, trained_by("regular", "zo"), TRAINED, **TAKE_ZO)
 HEAD = Effect("--trainer broadcast trains no head", trained_by("regular", "zo"), TRAINED)
 RATE = Effect("--trainer broadcast has --broadcast_rate", trained_by("regular", "zo"), STEPS)
 DECAYS = replace(RATE, otherwise="--trainer broadcast has no weight decay", refused=True)
-OFFLOADED = Effect(
-    "--trainer regular and broadcast need all weights in memory",
-    lambda v: v.trainer in ("none", "zo") or v.linear_probing,
-    **TAKE_ZO,
-)
+IN_MEMORY = "--trainer regular and broadcast need all weights in memory"
+OFFLOADED = Effect(IN_MEMORY, lambda v: v.trainer in ("none", "zo") or v.linear_probing, **TAKE_ZO)
 OFFLOAD = Effect("without --offload", lambda v: v.offload != "none")
 ON_DISK = is_("offload", "disk", OFFLOAD)
 WRITES_BLOCKS = is_("trainer", "zo", ON_DISK)

@@ -59,8 +59,7 @@ class TaskAndData:
     )
     """Examples of the validation split to report on. Default: all. MeZO and HiZOO papers: 1000."""
     num_train_sets: int | None = argument(None, at_least=1, effect=when.SETS, decides=RESULT)
-    """Training (demonstration) sets, drawn with seeds 0, 1, …; each is a run of its own. Default:
-    one."""
+    """Training (demonstration) sets, with seeds 0, 1, …, each a run of its own. Default: one."""
     train_set_seed: int | None = argument(None, at_least=0, below=2**32, decides=TRAINING)
     """Seed of one training (demonstration) set and of the eval draw. Default: training uses 0; in
     context every eval example gets demonstrations of its own."""
@@ -170,8 +169,7 @@ class Generation:
     top_k: int | None = argument(None, at_least=1, effect=when.SAMPLES)
     """With --sampling, draw from the k likeliest tokens. Default: from all."""
     top_p: float = argument(0.95, above=0, at_most=1, effect=when.SAMPLES)
-    """With --sampling, draw from the likeliest tokens of this probability together (MeZO: 0.95); 1:
-    from all."""
+    """With --sampling, draw from the likeliest tokens of this probability in all (MeZO: 0.95)."""
     max_new_tokens: int = argument(50, at_least=1)
     """Tokens generated at most (MeZO: 50)."""
     eos_token: str = argument("\\n")
@@ -205,8 +203,7 @@ class TrainedWeights:
     """Fit the head's rows of the answers' tokens by logistic regression (scikit-learn) on the
     features before it; the same with every --trainer but none."""
     lp_early_stopping: bool = argument(False, effect=when.PROBING)
-    """Stop the logistic regression at a tolerance of 1e-2 (not 1e-4), after 1000 iterations at most
-    (not 5000)."""
+    """Stop the regression at a tolerance of 1e-2 (not 1e-4), or 1000 iterations (not 5000)."""
 
 
 @group("training", when.STEPS, TRAINING)

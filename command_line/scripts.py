@@ -93,9 +93,9 @@ GIVES_WAY = {
 def choose_defaults(
     script: str, environment: Mapping[str, str], user: Mapping[str, Any]
 ) -> dict[str, tuple[str, str]]:
-    """Return what a script gives to run.py: by argument the word, and the variable that says it.
+    """Return what a script gives to run.py beside what the user types.
 
-    The variables are in ``environment``; the arguments that the user types win.
+    By argument: the word, and the variable of the environment that says it, if one does.
     """
     if script not in VARIABLES:
         raise InputError(f"--script {script}: choose from {', '.join(VARIABLES)}")

@@ -77,7 +77,7 @@ def _text(path: Path) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}:{line}: not UTF-8 ({error.reason}); save it as that") from error
+        raise InputError(f"{path}:{line}: not UTF-8 ({error.reason}); save it as UTF-8") from error
 
 
 def _json_rows(path: Path) -> Iterator[PlacedRow]:

@@ -41,10 +41,9 @@ def _held_out(samples: list[Sample], file: Path) -> tuple[list[Sample], list[Sam
     if len(samples) < 2:
         raise InputError(f"{file} has one row, too few to hold any out: give --validation_file")
     held_out = permutation_subset(samples, max(1, len(samples) // 10), seed=0)
-    logger.warning(
-        "no --validation_file: %d of the %d rows of %s %s held out to report on",
-        *(len(held_out), len(samples), file, "is" if len(held_out) == 1 else "are"),
-    )
+    rows = f"{len(held_out)} of the {len(samples)} rows of {file}"
+    are = "is" if len(held_out) == 1 else "are"
+    logger.warning(f"no --validation_file: {rows} {are} held out to report on")
     chosen = {sample.id for sample in held_out}
     return [sample for sample in samples if sample.id not in chosen], held_out
 

@@ -46,7 +46,6 @@ def draw_example_sets(
     ``train_set_seed`` draws one. With neither, the seed is 0, and ``in_context``, where the
     examples of ``train`` are shown and not trained on, each eval example has its own.
     """
-    num_eval = len(validation) if num_eval is None else num_eval
     if num_train_sets is None and train_set_seed is None and in_context and num_train:
         evaluation = permutation_subset(validation, num_eval, seed=0)
         seeds = np.random.RandomState(0).randint(0, 10000, len(evaluation)).tolist()
@@ -77,10 +76,8 @@ def with_a_correct_option(
         raise InputError(f"{none} among its options; give a larger --num_train, or other data")
     total, kept = len(train) + len(dev), len(kept_train) + len(kept_dev)
     if kept < total:
-        logger.warning(
-            "%d of %d training and dev examples are left out: none of their options is correct",
-            *(total - kept, total),
-        )
+        out = f"{total - kept} of {total} training and dev examples are left out"
+        logger.warning(f"{out}: none of their options is correct")
     return kept_train, kept_dev
 
 
@@ -89,8 +86,8 @@ def has_correct_option(sample: Sample) -> bool:
     return not sample.candidates or not {*sample.candidates}.isdisjoint(sample.correct)
 
 
-def permutation_subset(samples: Sequence[Sample], k: int, seed: int) -> list[Sample]:
-    """Return k samples drawn without replacement as MeZO draws them; all of them if k is more."""
+def permutation_subset(samples: Sequence[Sample], k: int | None, seed: int) -> list[Sample]:
+    """Return k samples (None, or too many: all) drawn without replacement as MeZO draws them."""
     if k and not samples:
         # Files without examples are refused: this is the user's own data without a training file.
         raise InputError(f"nothing to draw {k} examples from: give --train_file")
@@ -116,8 +113,5 @@ def sample_train_dev(
 
 def _warn_of_few(available: int, num_train: int, num_dev: int) -> None:
     if num_train + num_dev > available:
-        dev = f" and --num_dev {num_dev}" if num_dev else ""
-        logger.warning(
-            "only %d examples for --num_train %d%s: num_train is %d",
-            *(available, num_train, dev, available - num_dev),
-        )
+        asked = f"--num_train {num_train}" + (f" and --num_dev {num_dev}" if num_dev else "")
+        logger.warning(f"only {available} examples for {asked}: num_train is {available - num_dev}")
