@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,12 @@ class Columns:
     template: str | None = None  # the prompt, with columns in braces
     answer: str | None = None  # the column of generated answers; None: ``answer``
     words: str | None = None  # what the model reads for each class, as in ``0=terrible,1=great``
-    # What ``looked_up`` finds in the first file: the classes; whether a row may hold a class's
-    # number in place of its text; whether rows are conversations, whose last turn is the answer.
-    labels: tuple[str, ...] = ()
+    # What ``looked_up`` finds in the first file: labels with their words, which are the options;
+    # whether a row may hold a label's number in place of its text; whether rows are conversations,
+    # whose last turn is the answer.
+    classes: Mapping[str, str] = field(default_factory=dict)
     by_number: bool = False
     from_messages: bool = False
-    options: tuple[str, ...] = ()  # the words of ``labels``, in their order
 
     @property
     def of_prompt(self) -> tuple[str, ...]:
@@ -55,19 +55,17 @@ class Columns:
     @property
     def added(self) -> set[str]:
         """The columns that ``arranged`` adds to a row's own."""
-        made = (("prompt", self.text or self.template), ("options", self.labels))
+        made = (("prompt", self.text or self.template), ("options", self.classes))
         return {name for name, of_it in made if of_it}
 
     def doubts(self) -> Iterator[str]:
         """Yield what is odd about the labels."""
-        if self.labels and self.options == self.labels and _are_numbers(self.labels):
-            first, second = self.labels[:2]
-            yield (
-                f"the labels are numbers, {listed(self.labels, 5)}: --label_words "
-                f"{first}=WORD,{second}=WORD gives the model words"
-            )
-        if len({label.casefold() for label in self.labels}) < len(self.labels):
-            yield f"some labels differ in upper and lower case alone: {listed(self.labels)}"
+        if self.classes and not self.words and _are_numbers(self.classes):
+            words = ",".join(f"{label}=WORD" for label in [*self.classes][:2])
+            numbers = f"the labels are numbers, {listed(self.classes, 5)}"
+            yield f"{numbers}: --label_words {words} gives the model words"
+        if len({label.casefold() for label in self.classes}) < len(self.classes):
+            yield f"some labels differ in upper and lower case alone: {listed(self.classes)}"
 
     def looked_up(self, file: Path, row: Row, has_classes: bool) -> Columns:
         """Return the columns with what the first of the user's files, and its first row, say.
@@ -99,9 +97,8 @@ class Columns:
             if len(labels) == 1:
                 only = f"all rows of {file} have {shown(*labels)} there"
                 raise InputError(f"--label_column {label}: {only}")
-            options = _words_of(labels, self.words) if self.words else labels
-            classes = {"labels": labels, "by_number": bool(names), "options": options}
-            return replace(self, text=text, label=label, **classes)
+            classes = _with_words(labels, self.words) if self.words else {n: n for n in labels}
+            return replace(self, text=text, label=label, classes=classes, by_number=bool(names))
         if self.words:
             raise InputError(f"--label_words {self.words}: {file} has no --label_column")
         given = text or self.template or self.answer or "prompt" in row
@@ -121,25 +118,25 @@ class Columns:
                 arranged["prompt"] = row[self.text]
         except KeyError as error:
             raise InputError(f"no column {error}; there are {listed(row)}") from error
-        if self.answer or self.labels:
+        if self.answer or self.classes:
             arranged.pop("answer", None)  # it is another column
         if self.answer in row:
             arranged["answer"] = row[self.answer]
-        if self.labels:
-            arranged["options"] = list(self.options)
+        if self.classes:
+            arranged["options"] = list(self.classes.values())
             if self.label in row and with_answer:
                 arranged["answer"] = self._class_of(row[self.label])
         return arranged
 
     def _class_of(self, value: Any) -> str:
         """Return the class that a row's label is the text of, or with names the number of."""
-        if self.by_number and isinstance(value, int | float) and value in range(len(self.labels)):
-            return self.options[int(value)]
+        if self.by_number and isinstance(value, int | float) and value in range(len(self.classes)):
+            return list(self.classes.values())[int(value)]
         label = _label(value)
         for name in (label, label.removesuffix(".0")):
-            if name in self.labels:
-                return self.options[self.labels.index(name)]
-        known = f"one of those in the first file, {shown(list(self.labels))}"
+            if name in self.classes:
+                return self.classes[name]
+        known = f"one of those in the first file, {shown(list(self.classes))}"
         raise unexpected("the label", value, known)
 
 
@@ -193,14 +190,14 @@ def _are_numbers(labels: Iterable[str]) -> bool:
     return all(re.fullmatch(r"[-+]?\d+(\.\d+)?", label) for label in labels)
 
 
-def _words_of(labels: tuple[str, ...], words: str) -> tuple[str, ...]:
-    """Return the word of every label."""
+def _with_words(labels: tuple[str, ...], words: str) -> dict[str, str]:
+    """Return the labels, in their order, with the word of each."""
     pairs = [pair.partition("=") for pair in words.split(",")]
     found = {label.strip(): word.strip() for label, _, word in pairs}
     if {*found} != {*labels} or len({*found.values()} - {""}) < len(pairs):
         expected = ",".join(f"{label}=…" for label in labels)
         raise InputError(f"--label_words {words}: give each label a word of its own, {expected}")
-    return tuple(found[label] for label in labels)
+    return {label: found[label] for label in labels}
 
 
 def _label(value: Any) -> str:

@@ -96,9 +96,8 @@ class OwnTask(Task):
 
     def labels_of(self, options: Sequence[str]) -> list[str]:
         """Return the file's own labels in place of the words that the model reads for them."""
-        columns = self.own_columns
-        names = dict(zip(columns.options, columns.labels, strict=True))
-        return [names.get(option, option) for option in options]
+        labels = {word: label for label, word in self.own_columns.classes.items()}
+        return [labels.get(option, option) for option in options]
 
     def messages(self, prompt: str, sample: Sample) -> list[dict[str, str]]:
         """Return the turns of a conversation before its answer."""
@@ -145,7 +144,7 @@ def _own_task(
     first = train or validation
     _, row = next(read_rows(first))
     columns = columns.looked_up(first, row, has_classes=not has_reward)
-    chosen = "options" in row or bool(columns.labels)
+    chosen = "options" in row or bool(columns.classes)
     kind = "chosen from options" if chosen else "generated"
     fitting = ("accuracy",) if chosen else ("f1", "em")
     if metric not in (None, *fitting):
