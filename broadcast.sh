@@ -2,7 +2,7 @@
 # Error broadcast from environment variables: one forward pass a step, no backward pass.
 #
 #   bash broadcast.sh                                   the bundled model and data
-#   MODEL=HuggingFaceTB/SmolLM2-135M TASK=SST2 RATE=1 bash broadcast.sh
+#   MODEL=HuggingFaceTB/SmolLM2-135M TASK=SST2 STEPS=100 bash broadcast.sh
 # Further arguments go to run.py and win over the variables: python run.py --help all lists them.
 #
 # variable    default            bundled model  meaning
@@ -10,7 +10,7 @@
 # DATA_DIR    the Hub            data/samples   folder with the data, in the Hub's columns
 # TASK        SST2                              one of the eleven tasks, in any case
 # BS          16                                examples a step, shared by the processes
-# RATE        1                                 κ, share of the error that a step takes; falls to 0
+# RATE        auto                              κ, how many times a step takes the error; falls to 0
 # DAMPING     0.1                               λ, damping of the inputs' second moments
 # FROM        0.5                               lower share of the blocks, not trained
 # STEPS       200                100            training steps

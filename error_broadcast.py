@@ -78,7 +78,8 @@ class ErrorBroadcast(torch.optim.Optimizer):
 
     Args:
         model: a decoder of transformers, in evaluation mode.
-        lr: κ, the share of each error that a step takes away. Let it fall to 0.
+        lr: κ, how many times each error a step takes away. Let it fall to 0 from 200 / steps, at
+            most 4.
         damping: λ.
         first: the share of the blocks, from the bottom, that are not trained.
         matrices: "o" (of the attention), "d" (of the MLP), or both.

@@ -282,8 +282,9 @@ class ZerothOrder:
 class ErrorBroadcast:
     """Error broadcast. All of it needs --trainer broadcast."""
 
-    broadcast_rate: float = argument(1.0, at_least=0)
-    """κ: share of a scored token's error that a step takes away; --lr_scheduler_type lowers it."""
+    broadcast_rate: float | str = argument(AUTO, at_least=0, words=(AUTO,))
+    """κ: how many times the error of a scored token a step takes away; --lr_scheduler_type lowers
+    it. auto: 200 / steps, at most 4, so that κ sums up to 100 as it falls to 0."""
     broadcast_damping: float = argument(0.1, above=0)
     """λ: damping of the inputs' second moments, as a share of their mean."""
     broadcast_from: float = argument(0.5, at_least=0, below=1)

@@ -25,6 +25,8 @@ from zeroth_order.step_rule import RARELY
 LENGTH = ("max_steps", "num_train_epochs")
 # What does not change the result. All else does, the Trainer's arguments of tomorrow too.
 NOT_OF_THE_RESULT = {name for name, each in DECLARED.items() if each.decides == NOTHING}
+# Of κ: what a run's values sum up to, and the largest (measured: docs/error-broadcast.md).
+SUM_OF_RATES, LARGEST_RATE = 100, 4.0
 COMPILE = {"auto": None, "yes": True, "no": False}
 # File systems allow 255 bytes; length, hash, suffix and a temporary file's name come on top.
 READABLE_BYTES = 120
@@ -201,6 +203,13 @@ def optimizer_config(arguments: Arguments) -> HiZOOConfig:
     )
 
 
+def broadcast_rate(arguments: Arguments) -> float:
+    """Return κ at the first step."""
+    if arguments.broadcast_rate != AUTO:
+        return arguments.broadcast_rate
+    return min(LARGEST_RATE, 2 * SUM_OF_RATES / max(1, arguments.steps_of_run))
+
+
 def passes_of_a_batch(config: HiZOOConfig) -> tuple[int, int]:
     """Return the passes for g, and n of "every n-th step takes one more, for c", 0 for none."""
     rarely = RARELY if config.lr == AUTO else 0
@@ -214,8 +223,8 @@ def method(arguments: Arguments) -> str | None:
     """
     unit = "step" if arguments.gradient_accumulation_steps == 1 else "batch"
     if arguments.trainer == "broadcast":
-        rate, damping = arguments.broadcast_rate, arguments.broadcast_damping
-        return f"error broadcast, κ {rate:g}, λ {damping:g}: 1 forward pass a {unit}"
+        rate, damping = broadcast_rate(arguments), arguments.broadcast_damping
+        return f"error broadcast, κ {rate:.3g}, λ {damping:g}: 1 forward pass a {unit}"
     if arguments.trainer != "zo":
         return None
     config = optimizer_config(arguments)

@@ -34,7 +34,7 @@ def step(
         input_ids: (texts, length).
         scored: rows and columns of the S tokens that predict a target.
         targets: (S,).
-        kappa: κ, the share of the errors that the step takes away; let it fall to 0.
+        kappa: κ, how many times the step takes the errors away; let it fall to 0.
         damping: λ.
     """
     kept: dict[nn.Module, Tensor] = {}

@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from command_line.arguments import Arguments
-from command_line.settings import optimizer_config
+from command_line.settings import broadcast_rate, optimizer_config
 from experiment.options import Options
 from experiment.results import answers
 from experiment.resuming import Start
@@ -98,7 +98,7 @@ def make_trainer(
         return ObjectiveTrainer(**shared)
     if arguments.trainer == "broadcast":
         method = {
-            "lr": arguments.broadcast_rate,
+            "lr": broadcast_rate(arguments),
             "damping": arguments.broadcast_damping,
             "first": arguments.broadcast_from,
             "matrices": arguments.broadcast_matrices.split(","),

@@ -42,7 +42,7 @@ def test_training_lowers_the_loss(tmp_path: Path, objective: dict[str, Any]) -> 
     losses = log_of(tmp_path / "out/checkpoint-12", "loss")
     assert losses[-1] < (0.8 if "only_train_option" in objective else 0.7) * losses[0]
     rates = log_of(tmp_path / "out/checkpoint-12", "broadcast_rate")
-    assert rates == pytest.approx([1 - step / 12 for step in range(12)])
+    assert rates == pytest.approx([4 * (1 - step / 12) for step in range(12)])
     assert result["forward_passes"] == 12 and "backward_passes" not in result
     before, after = weights(MODEL), weights(tmp_path / "out/checkpoint-12")
     changed = [name for name, tensor in after.items() if (tensor != before[name].to(tensor)).any()]

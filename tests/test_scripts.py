@@ -124,7 +124,7 @@ def test_line_of_the_paper() -> None:
         **{"eval_strategy": "steps", "eval_steps": 50, "save_steps": 50, "learning_rate": 5e-5},
         **{"num_train_epochs": 3, "save_strategy": "steps", "load_saved_dtype": True},
         "bf16": None,
-        **{"broadcast_rate": 1, "broadcast_damping": 0.1, "broadcast_from": 0.5},
+        **{"broadcast_rate": "auto", "broadcast_damping": 0.1, "broadcast_from": 0.5},
     }
     assert picked(values, expected) == expected
     # Of what a script gives, nothing is without effect here.
@@ -440,7 +440,7 @@ def test_error_broadcast_beats_zero_shot_in_few_passes(
 ) -> None:
     small = {"STEPS": "12", "EVAL_STEPS": "6", "TRAIN": "128", "DEV": "32", "EVAL": "200"}
     result = finish(tmp_path, monkeypatch, "broadcast.sh", "--broadcast_matrices o", **small)
-    first = "error broadcast, κ 1, λ 0.1: 1 forward pass a step"
+    first = "error broadcast, κ 4, λ 0.1: 1 forward pass a step"
     assert first in capsys.readouterr().out.splitlines()
     assert (result["trainer"], result["steps"], result["forward_passes"]) == ("broadcast", 12, 12)
     assert result["metric_before_training"]["accuracy"] < 0.8 < 0.9 < result["metric"]["accuracy"]

@@ -16,6 +16,7 @@ from command_line.arguments import Arguments, check, parse_arguments
 from command_line.contradictions import WEIGHTS
 from command_line.settings import (
     NOT_OF_THE_RESULT,
+    broadcast_rate,
     default_name,
     name_run,
     settle_dtype,
@@ -177,3 +178,19 @@ def test_saved_dtype_is_that_of_a_flag(tmp_path: Path, monkeypatch: pytest.Monke
         if found != expected or named(arguments).name != named(flagged).name:
             failures[saved, gpu_has_bfloat16] = found
     assert not failures
+
+
+@pytest.mark.parametrize(
+    ("length", "rate"),
+    [
+        ({"max_steps": 20}, 4),
+        ({"max_steps": 50}, 4),
+        ({"max_steps": 100}, 2),
+        ({"max_steps": 1000}, 0.2),
+        ({"max_steps": 100, "broadcast_rate": 0.5}, 0.5),
+        ({"num_train_epochs": 2, "num_train": 100, "per_device_train_batch_size": 2}, 2),
+    ],
+)
+def test_rate_of_error_broadcast_sums_up_to_100(length: dict[str, Any], rate: float) -> None:
+    arguments = parse_arguments(command(trainer="broadcast", **{"num_train": 12} | length))
+    assert broadcast_rate(arguments) == pytest.approx(rate)
