@@ -12,7 +12,7 @@ A method is a kind and its settings:
     curvature   the step from the measured curvature: lr is its k; alpha 0 is MeZO's direction
     fzoo        lr (fzoo.py)
     adamw       lr, from (0.5: the upper half of the blocks alone)
-    broadcast   error broadcast: kappa, damping, from, matrices (o,d)
+    broadcast   error broadcast: kappa (as --broadcast_rate auto), damping, from, matrices (o,d)
     probing     linear probing: one pass over the training rows
     zeroshot    the model as it is
 
@@ -42,6 +42,7 @@ from fzoo import FZOO
 from methods_table import draw, read_runs, settings_of, table, write_runs
 from torch import Tensor, nn
 
+from command_line.settings import rate_of_run
 from error_broadcast import ErrorBroadcast
 from hizoo import HiZOO, Layers
 from language_model.adapters import add_lora, add_prefix
@@ -143,10 +144,12 @@ def freeze_below(model: nn.Module, share: float) -> None:
         block.requires_grad_(True)
 
 
-def make_step(model: nn.Module, settings: dict[str, Any], seed: int) -> tuple[Step, Any]:
+def make_step(
+    model: nn.Module, settings: dict[str, Any], seed: int, budget: int
+) -> tuple[Step, Any]:
     """Return what does one step and counts its forward passes, and the optimizer for its rate."""
     if settings["kind"] == "broadcast":
-        return make_broadcast_step(model, settings, seed)
+        return make_broadcast_step(model, settings, seed, budget)
     if "from" in settings:
         freeze_below(model, settings["from"])
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -194,11 +197,13 @@ def make_step(model: nn.Module, settings: dict[str, Any], seed: int) -> tuple[St
     return step, optimizer
 
 
-def make_broadcast_step(model: nn.Module, settings: dict[str, Any], seed: int) -> tuple[Step, Any]:
+def make_broadcast_step(
+    model: nn.Module, settings: dict[str, Any], seed: int, budget: int
+) -> tuple[Step, Any]:
     """Return the same of error broadcast, whose step is one forward pass."""
     optimizer = ErrorBroadcast(
         model,
-        lr=settings.get("kappa", 1.0),
+        lr=settings.get("kappa", rate_of_run(budget)),
         damping=settings.get("damping", 0.1),
         first=settings.get("from", 0.5),
         matrices=tuple(settings.get("matrices", "o,d").split(",")),
@@ -280,7 +285,7 @@ def train(
     give_up: float,
 ) -> list[dict[str, Any]]:
     """Take steps until the last of the numbers of passes; returns what was measured at each."""
-    step, optimizer = make_step(model, settings, seed)
+    step, optimizer = make_step(model, settings, seed, targets[-1])
     decays = settings.get("decay") == "linear" or settings["kind"] == "broadcast"
     held = settings.get("hold", 0.0)
     curve, passes, steps, seconds, largest, budget = [], 0, 0, 0.0, 0.0, targets[-1]

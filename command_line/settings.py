@@ -205,9 +205,13 @@ def optimizer_config(arguments: Arguments) -> HiZOOConfig:
 
 def broadcast_rate(arguments: Arguments) -> float:
     """Return κ at the first step."""
-    if arguments.broadcast_rate != AUTO:
-        return arguments.broadcast_rate
-    return min(LARGEST_RATE, 2 * SUM_OF_RATES / max(1, arguments.steps_of_run))
+    rate = arguments.broadcast_rate
+    return rate_of_run(arguments.steps_of_run) if rate == AUTO else rate
+
+
+def rate_of_run(steps: int) -> float:
+    """Return the κ from which a run of error broadcast falls linearly to 0."""
+    return min(LARGEST_RATE, 2 * SUM_OF_RATES / max(1, steps))
 
 
 def passes_of_a_batch(config: HiZOOConfig) -> tuple[int, int]:
