@@ -101,7 +101,9 @@ def take_store_of_restart(environment: MutableMapping[str, str]) -> None:
         environment["TORCHELASTIC_USE_AGENT_STORE"] = "False"
 
 
-def _number(environment: Mapping[str, str], name: str, least: int = 0, most: int = 2**32) -> int:
+def _number(
+    environment: Mapping[str, str], name: str, least: int = 0, most: int = 2**32 - 1
+) -> int:
     word = environment.get(name, "")
     if not re.fullmatch("[0-9]{1,10}", word) or not least <= int(word) <= most:
         raise _unusable(environment, name, f"a whole number from {least} to {most}")

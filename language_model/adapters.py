@@ -72,7 +72,9 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: int) -> PeftModel:
         target_modules=list(targets),
         fan_in_fan_out=isinstance(layers[targets[0]], Conv1D),
     )
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    config.target_modules = [*targets]  # peft's set would be saved in another order each time
+    return adapted
 
 
 # ------------------------------------------------------------------------------------ prefix-tuning

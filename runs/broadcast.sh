@@ -15,40 +15,48 @@ compare() { # FILE MODEL DATA_DIR TASK …
     python benchmarks/methods.py --output "runs/broadcast_$1.json" --model "$2" --data_dir "$3" \
         --task "$4" "${@:5}"
 }
-SETTINGS=("broadcast kappa=0.5" "broadcast kappa=2" "broadcast damping=0.03" "broadcast damping=0.3"
-    "broadcast from=0" "broadcast from=0.25" "broadcast from=0.75"
-    "broadcast matrices=o" "broadcast matrices=d")
+SETTINGS=("damping=0.03" "damping=0.3" "from=0" "from=0.25" "from=0.75" "matrices=o" "matrices=d")
+SETTINGS=("${SETTINGS[@]/#/broadcast kappa=1 }")
+SETTINGS=("${SETTINGS[@]/%/ passes=100}" "broadcast kappa=1 passes=100" "broadcast passes=100"
+    "broadcast kappa=0.5 passes=100")
+AUTO=("broadcast passes=50" "broadcast passes=100" "broadcast passes=200")
 
-compare tiny_opt_sst2 data/tiny-opt "$SAMPLES" SST2 --at 50 100 200 400 --methods \
-    "broadcast passes=50" "broadcast passes=100" "broadcast passes=200" "broadcast passes=400" \
-    "broadcast passes=1000" "broadcast hold=0.5 passes=50" "broadcast hold=0.5 passes=100" \
-    "broadcast hold=0.5 passes=200" "broadcast hold=0.5 passes=400" \
-    "broadcast hold=0.5 passes=1000" \
+compare tiny_opt_sst2 data/tiny-opt "$SAMPLES" SST2 --at 50 100 200 400 --methods "${AUTO[@]}" \
+    "broadcast passes=400" "broadcast passes=1000" "broadcast kappa=1 passes=50" \
+    "broadcast kappa=1 passes=100" "broadcast kappa=1 passes=400" "broadcast kappa=1 passes=1000" \
+    "broadcast kappa=1 hold=0.5 passes=50" "broadcast kappa=1 hold=0.5 passes=100" \
+    "broadcast hold=0.5 passes=200" "broadcast kappa=1 hold=0.5 passes=400" \
+    "broadcast kappa=1 hold=0.5 passes=1000" \
     zeroshot probing "adamw lr=1e-4" "adamw lr=3e-4" "curvature every=10"
-compare tiny_opt_sst2_settings data/tiny-opt "$SAMPLES" SST2 --seeds 3 --methods \
-    "broadcast passes=100" "${SETTINGS[@]/%/ passes=100}"
-compare smollm2_sst2 "$SMOLLM2" "$REAL" SST2 --methods \
-    "broadcast passes=100" "broadcast passes=400" zeroshot probing
+compare tiny_opt_sst2_settings data/tiny-opt "$SAMPLES" SST2 --seeds 3 --methods "${SETTINGS[@]}"
+compare smollm2_sst2 "$SMOLLM2" "$REAL" SST2 --methods "${AUTO[@]}" zeroshot probing
 RATES=(smollm2_sst2_rates "$SMOLLM2" "$REAL" SST2)
-compare "${RATES[@]}" --methods "broadcast passes=200" "broadcast hold=0.5 passes=100"
-compare "${RATES[@]}" --seeds 0 1 --methods "broadcast passes=50" "broadcast hold=0.5 passes=400"
-compare "${RATES[@]}" --seeds 0 --at 50 100 200 400 --methods \
-    "adamw lr=3e-6" "adamw lr=3e-5" "adamw lr=1e-5 from=0.5"
-compare "${RATES[@]}" --seeds 1 2 --at 50 100 200 --methods "adamw lr=3e-5"
-compare smollm2_sst2_settings "$SMOLLM2" "$REAL" SST2 --seeds 3 --methods \
-    "broadcast passes=100" "${SETTINGS[@]/%/ passes=100}"
-compare smollm2_wic "$SMOLLM2" "$REAL" WIC --pool 370 --seeds 0 --at 50 100 --methods \
-    zeroshot "broadcast passes=100" "adamw lr=1e-5"
+compare "${RATES[@]}" --methods "broadcast kappa=1 passes=50" "broadcast kappa=1 passes=100" \
+    "broadcast kappa=1 passes=400" "broadcast kappa=1 hold=0.5 passes=100"
+compare "${RATES[@]}" --seeds 0 1 --methods "broadcast kappa=1 hold=0.5 passes=400"
+compare "${RATES[@]}" --at 50 100 200 400 --methods \
+    "adamw lr=3e-5" "adamw lr=1e-5 from=0.5" "adamw lr=3e-5 from=0.5" "adamw mode=head lr=1e-3"
+compare "${RATES[@]}" --seeds 0 --at 50 100 200 400 --methods "adamw lr=3e-6" \
+    "adamw mode=head lr=1e-2" "adamw mode=head lr=1e-4" \
+    "hizoo lr=3e-5 alpha=1e-6" "hizoo lr=1e-4 alpha=1e-6"
+# The rule for κ comes from these.
+compare smollm2_sst2_settings "$SMOLLM2" "$REAL" SST2 --seeds 3 --methods "${SETTINGS[@]}" \
+    "${AUTO[@]}" "broadcast passes=400" "broadcast kappa=1 passes=50" "broadcast kappa=2 passes=50" \
+    "broadcast kappa=8 passes=50" "broadcast kappa=4 passes=100" "broadcast kappa=2 passes=200" \
+    "broadcast kappa=4 passes=200" "broadcast kappa=1 passes=400"
+compare smollm2_wic "$SMOLLM2" "$REAL" WIC --pool 370 --at 50 100 --methods \
+    zeroshot "broadcast passes=100" "broadcast kappa=1 passes=100" "adamw lr=1e-5"
 compare smollm2_boolq "$SMOLLM2" "$REAL" BoolQ --pool 700 --seeds 0 --methods \
-    zeroshot probing "broadcast passes=100"
+    zeroshot probing "broadcast kappa=1 passes=100"
 compare smollm2_squad "$SMOLLM2" "$SAMPLES" SQuAD --seeds 0 --at 50 100 --methods \
-    "broadcast passes=100" "adamw lr=1e-5"
-compare gemma3_sst2 "$GEMMA3" "$REAL" SST2 --methods \
-    "broadcast passes=100" "broadcast hold=0.5 passes=100" zeroshot probing
-compare gemma3_sst2 "$GEMMA3" "$REAL" SST2 --seeds 0 --at 50 100 200 --methods "adamw lr=3e-6"
-compare gemma3_sst2 "$GEMMA3" "$REAL" SST2 --seeds 1 2 --at 50 100 --methods "adamw lr=3e-6"
-compare gemma3_sst2 "$GEMMA3" "$REAL" SST2 --seeds 0 --at 50 100 200 400 --methods \
-    "adamw lr=1e-5" "broadcast passes=400"
+    "broadcast kappa=1 passes=100" "adamw lr=1e-5"
+GEMMA=(gemma3_sst2 "$GEMMA3" "$REAL" SST2)
+compare "${GEMMA[@]}" --methods "broadcast passes=50" "broadcast passes=100" \
+    "broadcast kappa=1 passes=100" "broadcast kappa=1 hold=0.5 passes=100" zeroshot probing
+compare "${GEMMA[@]}" --seeds 0 --at 50 100 200 --methods "adamw lr=3e-6"
+compare "${GEMMA[@]}" --seeds 1 2 --at 50 100 --methods "adamw lr=3e-6"
+compare "${GEMMA[@]}" --seeds 0 --at 50 100 200 400 --methods \
+    "adamw lr=1e-5" "broadcast kappa=1 passes=400"
 compare gemma3_copa "$GEMMA3" "$REAL" Copa --pool 88 --seeds 0 --at 50 100 --methods \
     zeroshot "adamw lr=1e-5 from=0"
 python benchmarks/methods_table.py runs/smollm2_sst2.json \

@@ -154,6 +154,10 @@ def test_checkpoint_of_another_model_is_refused(
     # The very same run resumes by its journal alone.
     again = short_training(tmp_path, model_name=tmp_path / "2/model", overwrite_output_dir=True)
     assert finish(again)["resumed_from"] == str(tmp_path / "out/journal.jsonl")
+    (checkpoint / "trainer_state.json").unlink()
+    (checkpoint / MANIFEST).unlink()
+    write_manifest(checkpoint)
+    assert_refused(argv, capsys, "has no trainer_state.json")
 
 
 def test_named_checkpoint_that_is_not_whole_is_refused(

@@ -202,7 +202,9 @@ def noted_step(output_dir: str | Path) -> int:
 
 
 def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """Return the state that the Trainer wrote into a checkpoint."""
+    """Return the state that the Trainer wrote into a checkpoint; raise InputError without one."""
+    if not (checkpoint / STATE).is_file():
+        raise InputError(f"{checkpoint} has no {STATE}; {ANOTHER}")
     return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
 
 
