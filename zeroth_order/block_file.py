@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import math
+import mmap
 import os
 import shutil
 import sys
@@ -62,10 +63,9 @@ def give_freed_memory_back() -> None:
 
 
 def page_aligned(size: int) -> Tensor:
-    """Return so many bytes of memory that begin with a page."""
-    memory = torch.empty(size + PAGE, dtype=torch.uint8)
-    start = -memory.data_ptr() % PAGE
-    return memory[start : start + size]
+    """Return so many bytes of memory that begin with a page, and go back to the system at once."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    return torch.frombuffer(mmap.mmap(-1, max(size, 1), flags=flags), dtype=torch.uint8)[:size]
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
