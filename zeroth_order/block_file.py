@@ -63,7 +63,7 @@ def give_freed_memory_back() -> None:
 
 
 def page_aligned(size: int) -> Tensor:
-    """Return so many bytes of memory that begin with a page, and go back to the system at once."""
+    """Return memory that begins with a page and, once freed, goes back to the system at once."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     return torch.frombuffer(mmap.mmap(-1, max(size, 1), flags=flags), dtype=torch.uint8)[:size]
 
