@@ -22,14 +22,15 @@ from command_line.starting import begin
 
 if __name__ == "__main__":
     # What is wrong is said before torch and transformers are imported, which takes seconds.
-    begin(sys.argv[1:])
+    values = begin(sys.argv[1:])
 
 import time
 from collections.abc import Sequence
 
 import transformers
 
-from command_line.arguments import Arguments, check, parse_arguments
+from command_line.arguments import Arguments, check, make_arguments
+from command_line.reading import Values, read_values
 from command_line.settings import name_run, settings_of_all_processes, settle_dtype
 from experiment.folders import locked_places
 from experiment.options import Options, options_of
@@ -68,9 +69,9 @@ def run_experiment(options: Options) -> None:
         say("\n".join(result_lines(options, result, with_metrics="runs" in result)))
 
 
-def run_command_line(argv: Sequence[str]) -> None:
-    """Read the command line, and do what it says."""
-    arguments = parse_arguments(argv)
+def run_command_line(values: Values) -> None:
+    """Do what a command line says."""
+    arguments = make_arguments(values)
     with naming_lost_processes(arguments.ddp_timeout):
         do(arguments)
 
@@ -96,14 +97,14 @@ def do(arguments: Arguments) -> None:
             run_experiment(options)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the command line; returns the exit code (``utils.exit_code``)."""
+def main(argv: Sequence[str], values: Values | None = None) -> int:
+    """Run the command line, with its values if they are read; returns ``utils.exit_code``."""
     leave_out_loading_bars()
-    return exit_code(lambda: run_command_line(argv))
+    return exit_code(lambda: run_command_line(values or read_values(argv)))
 
 
 if __name__ == "__main__":
     gc.freeze()
     gc.enable()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:], values))

@@ -72,16 +72,14 @@ class Arguments(Meaning, *reversed(GROUPS), TrainingArguments):
         """The examples of a batch in all processes together."""
         return self.per_device_train_batch_size * self.world_size
 
-    @property
-    def batches_of_an_epoch(self) -> int:
-        """The batches of as many training examples as were asked for."""
+    def batches_of_an_epoch(self, examples: int) -> int:
+        """Return the batches that so many training examples make."""
         whole = math.floor if self.dataloader_drop_last else math.ceil
-        return whole(self.num_train / self.examples_of_a_batch)
+        return whole(examples / self.examples_of_a_batch)
 
-    @property
-    def steps_of_run(self) -> int:
-        """The steps of a run with as many training examples as were asked for."""
-        steps = math.ceil(self.batches_of_an_epoch / self.gradient_accumulation_steps)
+    def steps_of_run(self, examples: int) -> int:
+        """Return the steps of a run that has so many training examples."""
+        steps = math.ceil(self.batches_of_an_epoch(examples) / self.gradient_accumulation_steps)
         return self.max_steps if self.max_steps > 0 else math.ceil(self.num_train_epochs * steps)
 
 
@@ -130,6 +128,8 @@ def make_arguments(values: Values) -> Arguments:
         )
     except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
         raise InputError(one_line(error)) from error
+    if "task" in vars(values) and arguments.words_of_task == values.words_of_task:
+        arguments.task = values.task  # a reward's file, which may load a model, runs once
     arguments.given = frozenset(names)
     arguments.given_by_user = values.given_by_user.intersection(names)
     arguments.warning = warning(values, unmet)
@@ -154,9 +154,6 @@ def check(arguments: Arguments) -> None:
         return
     if arguments.use_liger_kernel and not is_liger_kernel_available():
         raise InputError("--use_liger_kernel: pip install liger-kernel, or leave it out")
-    if not arguments.batches_of_an_epoch:
-        few = f"--num_train {arguments.num_train}, {arguments.examples_of_a_batch} examples a step"
-        raise InputError(f"--dataloader_drop_last leaves nothing of {few}: leave it out")
     _check_schedule(arguments)
     installed = get_available_reporting_integrations()
     for target in arguments.report_to or ():
@@ -169,7 +166,7 @@ def check(arguments: Arguments) -> None:
 
 def _check_schedule(arguments: Arguments) -> None:
     """Refuse steps beyond the end of the run, and options that the schedule does not take."""
-    steps = arguments.steps_of_run
+    steps = arguments.steps_of_run(arguments.num_train)  # of fewer rows there are fewer
     warmup = arguments.get_warmup_steps(steps)
     name = arguments.lr_scheduler_type
     decay = share_of_run(arguments.decay_step, steps)

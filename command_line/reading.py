@@ -56,7 +56,12 @@ class Meaning:
     def task(self) -> Task:
         """The task of --task_name, or that of the user's own files as they are at the start."""
         own_file("--predict_file", self.predict_file)
-        return choose_task(
+        return choose_task(*self.words_of_task)
+
+    @property
+    def words_of_task(self) -> tuple[Any, ...]:
+        """What the task is made of: the arguments of ``choose_task``."""
+        return (
             self.task_name,
             self.train_file,
             self.validation_file or (None if self.task_name else self.predict_file),

@@ -203,10 +203,10 @@ def optimizer_config(arguments: Arguments) -> HiZOOConfig:
     )
 
 
-def broadcast_rate(arguments: Arguments) -> float:
-    """Return κ at the first step."""
+def broadcast_rate(arguments: Arguments, examples: int) -> float:
+    """Return κ at the first step of a run that has so many training examples."""
     rate = arguments.broadcast_rate
-    return rate_of_run(arguments.steps_of_run) if rate == AUTO else rate
+    return rate_of_run(arguments.steps_of_run(examples)) if rate == AUTO else rate
 
 
 def rate_of_run(steps: int) -> float:
@@ -220,14 +220,14 @@ def passes_of_a_batch(config: HiZOOConfig) -> tuple[int, int]:
     return 2 * config.num_samples, 1 if config.hessian_smooth else rarely
 
 
-def method(arguments: Arguments) -> str | None:
+def method(arguments: Arguments, examples: int) -> str | None:
     """Return what trains, and its forward passes: ``HiZOO, α 1e-8: 3 forward passes a step``.
 
-    None: backpropagation.
+    ``examples`` is the number of those that it trains on. None: backpropagation.
     """
     unit = "step" if arguments.gradient_accumulation_steps == 1 else "batch"
     if arguments.trainer == "broadcast":
-        rate, damping = broadcast_rate(arguments), arguments.broadcast_damping
+        rate, damping = broadcast_rate(arguments, examples), arguments.broadcast_damping
         return f"error broadcast, κ {rate:.3g}, λ {damping:g}: 1 forward pass a {unit}"
     if arguments.trainer != "zo":
         return None

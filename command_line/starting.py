@@ -10,7 +10,7 @@ from collections.abc import Mapping, MutableMapping, Sequence
 
 from command_line.contradictions import check_values
 from command_line.help import HELP, USAGE, help_text
-from command_line.reading import read_values
+from command_line.reading import Values, read_values
 from command_line.scripts import BUNDLED_MODEL, unread_variables
 from utils import InputError, exit_code, speaks_for_all
 
@@ -18,8 +18,8 @@ from utils import InputError, exit_code, speaks_for_all
 OF_OTHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
-def begin(argv: Sequence[str]) -> None:
-    """Refuse a command line that makes no sense, and prepare the environment of the run.
+def begin(argv: Sequence[str]) -> Values:
+    """Read a command line that makes sense, and prepare the environment of the run.
 
     Raises:
         SystemExit: it makes no sense, or only help is wanted.
@@ -44,21 +44,22 @@ def begin(argv: Sequence[str]) -> None:
         # Which process speaks for all is what cannot be known here.
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
-    if code := exit_code(lambda: _begin(argv)):
+    found: list[Values] = []
+    if code := exit_code(lambda: found.append(_begin(argv))):
         sys.exit(code)
+    return found[0]
 
 
-def _begin(argv: Sequence[str]) -> None:
+def _begin(argv: Sequence[str]) -> Values:
     values = read_values(argv)
     check_values(values)
-    if argv[0] != "--script":
-        return
-    if speaks_for_all():
-        for line in unread_variables(argv[1], os.environ):
+    if argv[0] == "--script":
+        for line in unread_variables(argv[1], os.environ) if speaks_for_all() else ():
             print(line, file=sys.stderr)
-    if values.model_name == str(BUNDLED_MODEL):
-        # A model this small gains nothing from a second thread, and loses much beside a process.
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        if values.model_name == str(BUNDLED_MODEL):
+            # A model this small gains nothing from a second thread, and loses much beside others.
+            os.environ.setdefault("OMP_NUM_THREADS", "1")
+    return values
 
 
 def check_variables(environment: Mapping[str, str]) -> None:

@@ -92,7 +92,8 @@ def make_plan(options: Options, prepared: Prepared) -> Plan:
         blocks = model.offload and stream_blocks(empty, None, model.offload)
         whole, parameters = empty, sum(p.numel() for p in empty.parameters())
         if options.trains and options.weights.mode != "linear_probing":
-            costs = arguments.steps_of_run, *training_passes(arguments)
+            of_sets = [passes_of_training(arguments, len(each.train)) for each in sets]
+            costs = [sum(numbers) for numbers in zip(*of_sets, strict=True)]
             # Real activations would take a forward pass.
             weights = replace(options.weights, prefix_init_by_real_act=False)
             whole = choose_trained_weights(empty, weights, encoder.tokenizer)
@@ -103,7 +104,7 @@ def make_plan(options: Options, prepared: Prepared) -> Plan:
         offload = plan_of_offload(blocks, whole, model.offload, states, bool(trained))
     number = sum(p.numel() for p in trained)
     return Plan(
-        *(each * len(sets) for each in costs),
+        *costs,
         parameters=parameters,
         trained_parameters=number,
         memory=parameters * model.dtype.itemsize + number * kept,
@@ -177,18 +178,18 @@ def _trained(model: nn.Module, arguments: Arguments) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def training_passes(arguments: Arguments) -> tuple[int, int]:
-    """Return the forward and the backward passes of training, as the optimizer will count them."""
-    at_once, steps = arguments.gradient_accumulation_steps, arguments.steps_of_run
-    of_epoch = arguments.batches_of_an_epoch
+def passes_of_training(arguments: Arguments, examples: int) -> tuple[int, int, int]:
+    """Return steps, forward and backward passes of training on so many examples."""
+    at_once, steps = arguments.gradient_accumulation_steps, arguments.steps_of_run(examples)
+    of_epoch = arguments.batches_of_an_epoch(examples)
     # The last step of an epoch may have fewer batches.
     epoch = [min(at_once, of_epoch - first) for first in range(0, of_epoch, at_once)]
     batches = (epoch * math.ceil(steps / len(epoch)))[:steps]
     if arguments.trainer == "broadcast":
-        return sum(batches), 0
+        return steps, sum(batches), 0
     if arguments.trainer == "regular":
-        return sum(batches), sum(batches)
+        return steps, sum(batches), sum(batches)
     of_g, every = passes_of_a_batch(optimizer_config(arguments))
     measured = sum(n for i, n in enumerate(batches) if every and step_rule.is_measured(i, every))
     # The first loss is taken twice.
-    return of_g * sum(batches) + measured + 1, 0
+    return steps, of_g * sum(batches) + measured + 1, 0

@@ -36,6 +36,10 @@ def prepare(options: Options) -> Prepared:
     sets = options.draw(*load_samples(options.task, options.arguments.data_dir))
     for examples in sets:
         check_conversations(encoder, examples, "validation data")
+        number, arguments = len(examples.train), options.arguments
+        if options.length and not arguments.batches_of_an_epoch(number):
+            few = f"{number} training examples, {arguments.examples_of_a_batch} a step"
+            raise InputError(f"--dataloader_drop_last leaves nothing of {few}: leave it out")
     return encoder, sets
 
 

@@ -135,7 +135,7 @@ class Experiment:
             trainer.add_callback(RemoveEarlierCheckpoints())
         if arguments.save_on_interrupt:
             trainer.add_callback(interrupt)
-        lines = [line] if (line := method(arguments)) else []
+        lines = [line] if (line := method(arguments, len(examples.train))) else []
         if not examples.dev and dev_samples(options, examples):
             lines.append("dev losses are those of the eval examples: there is no --num_dev")
         trainer.add_callback(SayAtStart(lines))

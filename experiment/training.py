@@ -98,7 +98,7 @@ def make_trainer(
         return ObjectiveTrainer(**shared)
     if arguments.trainer == "broadcast":
         method = {
-            "lr": broadcast_rate(arguments),
+            "lr": broadcast_rate(arguments, len(examples.train)),
             "damping": arguments.broadcast_damping,
             "first": arguments.broadcast_from,
             "matrices": arguments.broadcast_matrices.split(","),

@@ -59,10 +59,6 @@ BAD_TRAINING: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"train_sampling_strategy": "group_by_length"},
         ["--train_sampling_strategy group_by_length"],
     ),
-    "nothing to train on": (
-        {"dataloader_drop_last": True, "per_device_train_batch_size": 5000},
-        ["--dataloader_drop_last", "5000 examples"],
-    ),
     "cut batches": (
         {"accelerator_config": '{"dispatch_batches": true}'},
         ["--accelerator_config is not offered"],

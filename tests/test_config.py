@@ -129,6 +129,11 @@ def test_dry_run_checks_everything_but_the_weights(
     assert contents(tmp_path) == {}
     assert run.main([*argv, "--dry_run", "--num_dev", "5000"]) == 2
     assert "5000 dev examples leave none to train on" in capsys.readouterr().err
+    few = ["--dataloader_drop_last", "--per_device_train_batch_size", "50"]
+    line = refused_line(
+        [*argv, "--dry_run", "--num_train", "1000", "--num_dev", "1590", *few], capsys
+    )
+    assert "--dataloader_drop_last leaves nothing of 10 training examples, 50 a step" in line
 
 
 def test_dry_run_of_an_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

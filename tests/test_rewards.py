@@ -14,6 +14,7 @@ from running import ROOT, SAMPLES, finish, training
 import run
 from command_line.arguments import parse_arguments
 from command_line.settings import experiment_hash
+from command_line.starting import begin
 from language_model import objectives
 from language_model.generation import GenerationSettings
 from language_model.objectives import NegativeTextMetric, collate_prompts
@@ -206,6 +207,14 @@ def test_answers_are_compared_too_where_there_are_some(tmp_path: Path, reward_fi
     squad = choose_task("SQuAD", None, None, None, f"{reward_file}:length")
     _, samples = load_samples(squad, str(SAMPLES))
     assert set(squad.score(["a"], samples[:1])) == {"reward", "f1", "em"}
+
+
+def test_the_file_runs_once(tmp_path: Path) -> None:
+    runs, file = tmp_path / "runs", tmp_path / "counted.py"
+    file.write_text(f"open({str(runs)!r}, 'a').write('x')\n{REWARD}")
+    argv = [*own(tmp_path, rows_file(tmp_path), reward=f"{file}:length"), "--dry_run"]
+    assert run.main(argv, begin(argv)) == 0
+    assert runs.read_text() == "x"
 
 
 def test_another_content_of_the_file_is_another_experiment(

@@ -19,7 +19,7 @@ import run
 import sweep
 from command_line.arguments import check, parse_arguments
 from experiment.options import Options, options_of
-from experiment.plan import make_plan, training_passes
+from experiment.plan import make_plan, passes_of_training
 from experiment.preparation import prepare
 from sweeps import running, slurm
 from sweeps.grid import read_command_line, read_grid
@@ -458,6 +458,7 @@ PLANNED = (
     {"trainer": "regular"},
     {"trainer": "broadcast", "gradient_accumulation_steps": 2},
     {"max_steps": None, "num_train_epochs": 2, "num_train": 10, "dataloader_drop_last": True},
+    {"max_steps": None, "num_train_epochs": 1, "num_dev": 1590},
 )
 
 
@@ -465,8 +466,11 @@ def test_planned_passes_are_those_of_the_run(tmp_path: Path) -> None:
     for number, changes in enumerate(PLANNED):
         argv = training(tmp_path / str(number), **({"save_strategy": "no"} | changes))
         result = finish(argv)
-        forward, backward = training_passes(parse_arguments(argv))
+        # num_train is what was drawn, which may be less than was asked for.
+        drawn = result["settings"]["num_train"]
+        steps, forward, backward = passes_of_training(parse_arguments(argv), drawn)
         assert (result["forward_passes"], result.get("backward_passes", 0)) == (forward, backward)
+        assert result["steps"] == steps
         history = result["history"]
         assert history["forward_passes"][str(result["steps"])] == result["forward_passes"]
         assert list(history["seconds"].values()) == sorted(history["seconds"].values())
