@@ -112,7 +112,7 @@ class HiZOO(torch.optim.Optimizer):
     # ---- the algorithm
 
     def estimate(self, closure: Callable[[], Any], weight: float | None = None) -> float:
-        """Run the forward passes of one batch: 2 a direction, and those of c if it is measured.
+        """Run the forward passes of one batch: two for each direction, and one at θ for c.
 
         ``closure`` returns the loss of the batch, a number or a tensor of one, and must give the
         same loss for the same weights (no dropout): the first step calls it once more than it
@@ -125,38 +125,40 @@ class HiZOO(torch.optim.Optimizer):
 
     @torch.no_grad()
     def estimate_batches(self, batches: Sequence[tuple[Callable[[], Any], float]]) -> list[float]:
-        """Estimate on several batches, a closure and a weight each.
+        """As ``estimate`` for each batch in turn, but streamed weights are read once for all.
 
-        It is ``estimate`` for one after the other, but streamed weights are read once for all.
+        ``batches`` are a closure and a weight each; returns what ``estimate`` does for each.
         """
         self._prepare(batches[0][0])
         self._measured, directions = self._measures_curvature(), range(self.config.num_samples)
-        order: list[Shift | None] = [None] if self._measured else []
-        order += itertools.product(directions, (1.0, -1.0))
+        shifts: list[Shift | None] = [None] if self._measured else []
+        shifts += itertools.product(directions, (1.0, -1.0))
         passes: list[Pass] = []
         for number, (closure, _) in enumerate(batches, start=len(self._estimates)):
             # Every other batch goes backwards, from where the one before it ended.
-            passes += [(closure, at) for at in (reversed(order) if number % 2 else order)]
+            passes += [(closure, shift) for shift in (shifts[::-1] if number % 2 else shifts)]
         is_first = self.param_groups[0]["step"] == 0 and not self._estimates
         try:
             values = self.weights.losses(passes + passes[-1:] if is_first else passes)
-            pairs = zip((at for _, at in passes), values, strict=False)
-            found = [dict(itertools.islice(pairs, len(order))) for _ in batches]
             if is_first:
-                check_repeats(*values[-2:], found[-1].values(), self.weights.trained)
+                *others, loss, again = values
+                check_repeats(loss, again, [*others, loss][-len(shifts) :], self.weights.trained)
         except BaseException:
             self.restore()
             self._forget_estimates()
             raise
         finally:
             torch.clear_autocast_cache()
-        centers = []
-        for losses, (_, weight) in zip(found, batches, strict=True):
-            centers.append(losses.get(None, sum(losses.values()) / len(losses)))
-            first = [losses[d, 1.0] - losses[d, -1.0] for d in directions]
-            second = [losses[d, 1.0] + losses[d, -1.0] - 2 * centers[-1] for d in directions]
-            self._estimates.append((float(weight), [first, second]))
-        self.losses = [[*losses.values()] for losses in found]
+        pairs = zip((shift for _, shift in passes), values, strict=False)
+        self.losses, centers = [], []
+        for _, weight in batches:
+            loss = dict(itertools.islice(pairs, len(shifts)))
+            l0 = loss.get(None, sum(loss.values()) / len(loss))
+            slopes = [loss[d, 1.0] - loss[d, -1.0] for d in directions]
+            bends = [loss[d, 1.0] + loss[d, -1.0] - 2 * l0 for d in directions]
+            self._estimates.append((float(weight), [slopes, bends]))
+            self.losses.append([*loss.values()])
+            centers.append(l0)
         return centers
 
     @torch.no_grad()
@@ -199,8 +201,11 @@ class HiZOO(torch.optim.Optimizer):
             noted = step_rule.with_curvature(self.param_groups[0], c)
             for group in self.param_groups:
                 group.update(noted)
-        groups = self.param_groups
-        self.weights.update([GroupStep(*self._g_and_c(g), self.learning_rate(g)) for g in groups])
+        steps = []
+        for group in self.param_groups:
+            rates = self.learning_rate(group), group["hessian_smooth"], group["weight_decay"]
+            steps.append(GroupStep(*self._g_and_c(group), *rates))
+        self.weights.update(steps)
 
     def pending(self) -> tuple[float, float | None, float]:
         """Return g, c (None: not measured) and η of the step that ``step()`` is about to take.
@@ -214,11 +219,11 @@ class HiZOO(torch.optim.Optimizer):
         return sum(gradients), c, self.learning_rate(group | noted)
 
     def _g_and_c(self, group: dict[str, Any]) -> tuple[list[float], list[float] | None]:
-        """Return g and c of every direction with a group's μ, divided by their number."""
-        first, second = self._mean_differences()
+        """Return g and c of every direction with a group's μ, as parts of their means."""
+        slopes, bends = self._mean_differences()
         eps, samples = group["eps"], self.config.num_samples
-        gradients = [difference / (2 * eps) / samples for difference in first]
-        curvatures = [abs(difference) / (2 * eps**2) / samples for difference in second]
+        gradients = [slope / (2 * eps) / samples for slope in slopes]
+        curvatures = [abs(bend) / (2 * eps**2) / samples for bend in bends]
         return gradients, curvatures if self._measured else None
 
     def learning_rate(self, group: dict[str, Any]) -> float:
@@ -293,9 +298,9 @@ class HiZOO(torch.optim.Optimizer):
             self.weights.finish()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what ``copy`` and ``pickle`` keep: all but hooks, torch's own would be less.
+        """Return what ``copy`` and ``pickle`` keep: all but hooks; torch's own keeps less.
 
-        A scheduler puts a ``step`` into the object that steps the original, whoever calls it.
+        A scheduler puts a ``step`` into the object: of a copy it would step the original.
         """
         kept = self.__dict__.items()
         return {n: v for n, v in kept if n != "step" and not n.endswith("_hooks")}
@@ -342,16 +347,17 @@ class HiZOO(torch.optim.Optimizer):
         return self.wants_curvature and step_rule.is_measured(group["step"], every)
 
     def _forget_estimates(self) -> None:
-        # Of every batch its weight, and l+ - l- and l+ + l- - 2 l0 of every direction.
+        # Of every batch its weight, and of every direction the slope, l+ - l-, and the bend,
+        # l+ + l- - 2 l0.
         self._estimates: list[tuple[float, list[list[float]]]] = []
         self._measured = False
 
     def _mean_differences(self) -> tuple[list[float], list[float]]:
-        """Return l+ - l- and l+ + l- - 2 l0 of every direction, averaged over the batches."""
+        """Return the slope and the bend of every direction, averaged over the batches."""
         weights = torch.tensor([weight for weight, _ in self._estimates], dtype=torch.float64)
         values = torch.tensor([pair for _, pair in self._estimates], dtype=torch.float64)
-        first, second = torch.tensordot(weights / weights.sum(), values, dims=1).tolist()
-        return first, second
+        slopes, bends = torch.tensordot(weights / weights.sum(), values, dims=1).tolist()
+        return slopes, bends
 
     def _parameters(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
         """Yield every parameter with its group, frozen ones too, in the order of state_dict."""
@@ -372,7 +378,7 @@ class HiZOO(torch.optim.Optimizer):
             raise ValueError("layers must hold exactly the parameters that the optimizer trains")
 
     def _prepare(self, closure: Callable[[], Any]) -> None:
-        """Do what has to wait for an estimate: before it weights may move, or be frozen."""
+        """Make ``self.weights`` anew if other parameters are trained than before."""
         known = self.weights.trained if self.weights else ()
         if not self._estimates and [*map(id, known)] != [*map(id, self._trained())]:
             self._check_trained()

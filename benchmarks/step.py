@@ -335,7 +335,8 @@ def update_only(optimizer: HiZOO) -> None:
     """Update θ and h as at the end of a step, with the noise of the coming step."""
     if optimizer.layers is None:
         optimizer.weights.shift = (0, -1.0)
-    optimizer.weights.update([GroupStep([1e-12], [1e-12], 1e-9)])
+    smooth = optimizer.param_groups[0]["hessian_smooth"]
+    optimizer.weights.update([GroupStep([1e-12], [1e-12], 1e-9, smooth, decay=0.0)])
 
 
 def main() -> None:

@@ -173,7 +173,7 @@ class Generation:
     max_new_tokens: int = argument(50, at_least=1)
     """Tokens generated at most (MeZO: 50)."""
     eos_token: str = argument("\\n")
-    """Text whose last token ends the generation; \\n is a newline (MeZO: newline)."""
+    """Text that ends the generation; \\n is a newline (MeZO: newline)."""
 
 
 @group("weights", when.TRAINED, TRAINING)

@@ -163,13 +163,14 @@ def _step_of(options: Options, checkpoint: Path, has_result: bool) -> int:
     elif kept.get("version") != checkpoints.CHECKPOINT_VERSION:
         return 0
     is_finished = has_result and step >= state["max_steps"]
-    if not is_resumed(options, checkpoint, kept.get("settings", {}), is_finished):
+    settings = kept.get("settings", {})
+    if not is_resumed(options, checkpoint, settings, is_finished):
         return 0
     if not any(checkpoint.glob("optimizer*")) or not (checkpoint / "scheduler.pt").is_file():
         reason = "has no state of an optimizer and a scheduler"
         raise InputError(f"{checkpoint} {reason}; {checkpoints.ANOTHER}")
     _check_length(options, checkpoint, step)
-    _warn_of_another_length(options, checkpoint, kept["settings"])
+    _warn_of_another_length(options, checkpoint, settings)
     return step
 
 

@@ -188,8 +188,9 @@ def follow(runner: Processes, jobs: Sequence[Job], describe: Callable[[Job], str
                         known[job.name] = job.state
                         bar.write(_news(job, describe))
                         bar.update(job.is_over)
-                running = [job for job in jobs if job.state == "running"]
-                bar.set_postfix_str("; ".join(map(_progress, running)))
+                if not bar.disable:  # to read the logs of many runs takes a while
+                    running = [job for job in jobs if job.state == "running"]
+                    bar.set_postfix_str("; ".join(map(_progress, running)))
                 if all(job.is_over for job in jobs):
                     return
                 sleep(PAUSE)

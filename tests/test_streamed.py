@@ -222,8 +222,8 @@ def test_wrong_updates_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         self.waiting = [
             update._replace(
                 of_groups={
-                    key: (step._replace(learning_rate=self.param_groups[0]["lr"]), *rest)
-                    for key, (step, *rest) in update.of_groups.items()
+                    key: step._replace(learning_rate=self.param_groups[0]["lr"])
+                    for key, step in update.of_groups.items()
                 }
             )
             for update in self.waiting

@@ -35,13 +35,15 @@ class GroupStep(NamedTuple):
     gradients: list[float]  # g of each direction, divided by their number
     curvatures: list[float] | None  # c, likewise; None: not measured, h stays
     learning_rate: float
+    smooth: float  # α
+    decay: float  # λ
 
 
 class Update(NamedTuple):
     """A step of all groups: what it takes to update any parameter, now or later."""
 
     seed_and_step: tuple[int, int]  # of the noise
-    of_groups: dict[int, tuple[GroupStep, float, float]]  # by the group's id, with α and λ
+    of_groups: dict[int, GroupStep]  # by the group's id
 
 
 class Weights:
@@ -144,18 +146,18 @@ class Weights:
 
     def update_of(self, steps: Sequence[GroupStep]) -> Update:
         """Return the update of the step that is under way."""
-        of_groups = {
-            id(group): (step, group["hessian_smooth"], group["weight_decay"])
-            for group, step in zip(self.param_groups, steps, strict=True)
-        }
-        return Update(self.seed_and_step, of_groups)
+        groups = map(id, self.param_groups)
+        return Update(self.seed_and_step, dict(zip(groups, steps, strict=True)))
 
     def apply(self, parameters: Sequence[TrainedParameter], update: Update) -> None:
         """Update h and θ of some parameters."""
         # A low-rank h is averaged as a whole, before its parameter's update.
         averaged = {t.parameter: self._averaged(t, update) for t in parameters if t.low_rank}
+        numbers = {
+            t.parameter: self._numbers_of(t, update.of_groups[id(t.group)]) for t in parameters
+        }
         self.updated_chunks = 0
-        directions = len(next(iter(update.of_groups.values()))[0].gradients)
+        directions = len(next(iter(update.of_groups.values())).gradients)
         for bundle in bundles(parameters):
             noises = [noise_of_bundle(bundle, update.seed_and_step, i) for i in range(directions)]
             rounding: list[Noise | None] = [None] * len(bundle)
@@ -164,8 +166,7 @@ class Weights:
             for chunk, bits, *of_chunk in zip(bundle, rounding, *noises, strict=True):
                 parameter = chunk.of.parameter
                 state = averaged.get(parameter, self.states.get(parameter, {}))
-                numbers = self._numbers_of(chunk.of, *update.of_groups[id(chunk.of.group)])
-                self._update_chunk(chunk, state, of_chunk, numbers, bits)
+                self._update_chunk(chunk, state, of_chunk, numbers[parameter], bits)
                 self.updated_chunks += 1
         self.states.update(averaged)
 
@@ -191,12 +192,10 @@ class Weights:
         if numbers.growths is not None:
             kernels.write(hessian, copied)
 
-    def _numbers_of(
-        self, trained: TrainedParameter, step: GroupStep, smooth: float, decay: float
-    ) -> kernels.Numbers:
+    def _numbers_of(self, trained: TrainedParameter, step: GroupStep) -> kernels.Numbers:
         """Return the scalars of a parameter's update."""
         samples, (direction, sign) = len(step.gradients), self.shift or (None, 0.0)
-        decay *= step.learning_rate
+        smooth, decay = step.smooth, step.learning_rate * step.decay
         grows = smooth > 0 and step.curvatures is not None and not trained.low_rank
         eps = trained.group["eps"]
         values = scalars(
@@ -220,7 +219,8 @@ class Weights:
     def _averaged(self, trained: TrainedParameter, update: Update) -> State:
         """Return a low-rank h after a step: averages of the row and column means of c h u²."""
         state, parameter = self.states.get(trained.parameter, {}), trained.parameter
-        step, smooth, _ = update.of_groups[id(trained.group)]
+        step = update.of_groups[id(trained.group)]
+        smooth = step.smooth
         if step.curvatures is None or not smooth:
             return state
         measure = kernel(kernels.measured_squares, trained)
