@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from zeroth_order.noise import ROUNDING, mix_seed
 from zeroth_order.residual_stream import (
-    ForwardPass,
+    PassRecord,
     Reads,
     Writer,
     find_blocks,
@@ -151,19 +151,19 @@ class ErrorBroadcast(torch.optim.Optimizer):
         """
         step = self.param_groups[0]["step"]
         draws = mix_seed(self.seed, step, len(self._batches)) >> 1
-        kept = ForwardPass(reads, self.max_tokens, torch.Generator().manual_seed(draws))
-        with self._hooks(kept, self.writers if self._stream_is_checked else self.all_writers):
+        record = PassRecord(reads, self.max_tokens, torch.Generator().manual_seed(draws))
+        with self._hooks(record, self.writers if self._stream_is_checked else self.all_writers):
             loss = closure()
-            squares, errors = kept.errors(loss, weight)
+            squares, errors = record.errors(loss, weight)
         if not self._stream_is_checked:
-            self._stream_is_checked = kept.check_stream(self.all_writers, self.model)
+            self._stream_is_checked = record.check_stream(self.all_writers, self.model)
         counted = slice(0 if weight == 0 else None)
         of_stream, batch = scaled(errors, squares)[counted], {}
         for w in self.writers:
             at_output = of_stream
             if w.norm is not None:
-                at_output = scaled(w.errors(kept.outputs[w], errors), squares)[counted]
-            batch[w] = kept.inputs[w][counted].to(errors.dtype), at_output
+                at_output = scaled(w.errors(record.outputs[w], errors), squares)[counted]
+            batch[w] = record.inputs[w][counted].to(errors.dtype), at_output
         self._batches.append(batch)
         return loss.item()
 
@@ -173,16 +173,16 @@ class ErrorBroadcast(torch.optim.Optimizer):
         return self
 
     @contextlib.contextmanager
-    def _hooks(self, kept: ForwardPass, writers: Sequence[Writer]) -> Iterator[None]:
+    def _hooks(self, record: PassRecord, writers: Sequence[Writer]) -> Iterator[None]:
         """Let a forward pass leave what a step needs, and no weight ask for a gradient."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
         handles = [
-            self.blocks[0].register_forward_pre_hook(kept.see_stream, with_kwargs=True),
-            self.final_norm.register_forward_pre_hook(kept.cut),
-            find_head(self.model).register_forward_hook(kept.see_logits),
+            self.blocks[0].register_forward_pre_hook(record.see_stream, with_kwargs=True),
+            self.final_norm.register_forward_pre_hook(record.cut),
+            find_head(self.model).register_forward_hook(record.see_logits),
         ]
         for writer in writers:
-            see = functools.partial(kept.see_writer, writer)
+            see = functools.partial(record.see_writer, writer)
             handles.append(writer.matrix.register_forward_hook(see))
         try:
             for parameter in trained:

@@ -198,7 +198,7 @@ class HiZOO(torch.optim.Optimizer):
         self.projected_gradient, c, _ = self.pending()
         if c is not None:
             self.curvature = c
-            noted = step_rule.with_curvature(self.param_groups[0], c)
+            noted = step_rule.averaged_curvature(self.param_groups[0], c)
             for group in self.param_groups:
                 group.update(noted)
         steps = []
@@ -215,7 +215,7 @@ class HiZOO(torch.optim.Optimizer):
         group = self.param_groups[0]
         gradients, curvatures = self._g_and_c(group)
         c = None if curvatures is None else sum(curvatures)
-        noted = {} if c is None else step_rule.with_curvature(group, c)
+        noted = {} if c is None else step_rule.averaged_curvature(group, c)
         return sum(gradients), c, self.learning_rate(group | noted)
 
     def _g_and_c(self, group: dict[str, Any]) -> tuple[list[float], list[float] | None]:
@@ -385,6 +385,6 @@ class HiZOO(torch.optim.Optimizer):
             trained = [(id(p), group["eps"]) for group, p in self._parameters() if p.requires_grad]
             if trained != self._checked_scales:
                 self.check_perturbation_scale()
-            kind = self.layers.weights if self.layers else InPlaceWeights
-            self.weights = kind(self.param_groups, self.state, self.config)
+            make = self.layers.make_weights if self.layers else InPlaceWeights
+            self.weights = make(self.param_groups, self.state, self.config)
         self.weights.prepare(closure)

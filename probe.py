@@ -32,7 +32,7 @@ from experiment.preparation import choose_trained_weights, load_pretrained, prep
 from experiment.training import make_trainer
 from language_model.loading import leave_out_loading_bars
 from trainer import ZerothOrderTrainer
-from training.scales import FILE, Scales, choose_scales, kept_weights
+from training.scales import PROBE, Scales, choose_scales, kept_weights
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -100,7 +100,7 @@ def run_command_line(argv: Sequence[str]) -> None:
     figure = utils.new_figure(own.plot, (10, 4)) if own.plot else None
     settle_dtype(arguments)
     name_run(arguments)
-    file = Path(arguments.output_dir) / FILE
+    file = Path(arguments.output_dir) / PROBE
     with locked("--output_dir", file.parent, is_folder=True):
         trainer = make_probed_trainer(options_of(arguments))
         with kept_weights(trainer.model, trainer.optimizer):

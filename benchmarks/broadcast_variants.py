@@ -32,7 +32,7 @@ import error_broadcast
 from error_broadcast import ErrorBroadcast
 from language_model.encoding import Encoder
 from tasks import get_task
-from zeroth_order.residual_stream import ForwardPass, Writer
+from zeroth_order.residual_stream import PassRecord, Writer
 
 Batch = dict[str, Tensor]
 VARIANTS = ("plain", "buffer", "averaged", "blocks", "gated", "curvature")
@@ -97,7 +97,7 @@ def buffered() -> Callable[[Tensor, float], Tensor]:
     return whitened
 
 
-class LastPass(ForwardPass):
+class LastPass(PassRecord):
     """A forward pass that ``BeforeProduct`` finds again."""
 
     last: LastPass
@@ -128,7 +128,7 @@ def train_before_product(optimizer: ErrorBroadcast) -> None:
     """Let ``optimizer`` train gate_proj and up_proj, too."""
     if not hasattr(optimizer.blocks[0], "mlp"):
         sys.exit("gated: the model's blocks have no gate_proj and up_proj; give a Llama")
-    error_broadcast.ForwardPass = LastPass
+    error_broadcast.PassRecord = LastPass
     # The first pass would keep the outputs of matrices that write to the stream alone.
     optimizer._stream_is_checked = True
     for mlp in (block.mlp for block in optimizer.blocks):
@@ -195,7 +195,7 @@ def measure(arguments: argparse.Namespace, variant: str, seed: int) -> tuple[flo
             sums[:] = [w + s for w, s in zip(weights, sums or [0.0] * len(weights), strict=True)]
 
     run.train(optimizer, arguments.passes, after)
-    error_broadcast.whitened, error_broadcast.ForwardPass = plain, ForwardPass
+    error_broadcast.whitened, error_broadcast.PassRecord = plain, PassRecord
     for writer, total in zip(optimizer.writers if sums else [], sums, strict=True):
         writer.weight.copy_(total / (arguments.passes - arguments.passes // 2))
     return evaluate(run.model, run.rows.dev, run.rows.with_options)

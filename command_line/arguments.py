@@ -1,6 +1,6 @@
 """The arguments of an experiment: those of ours, and all of transformers' Trainer.
 
-``check`` refuses of the Trainer's what the Trainer refuses late, or not at all.
+``check`` refuses what the Trainer itself would refuse late, or not at all.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def check(arguments: Arguments) -> None:
     check_values(arguments)
     if arguments.fsdp and arguments.parallel_mode != ParallelMode.DISTRIBUTED:
         raise InputError("--fsdp needs processes: start them with torchrun")
-    if arguments.trainer == "none" or arguments.linear_probing:
+    if not arguments.has_steps:
         return
     if arguments.use_liger_kernel and not is_liger_kernel_available():
         raise InputError("--use_liger_kernel: pip install liger-kernel, or leave it out")

@@ -11,7 +11,7 @@ import yaml
 from utils import InputError, first_line
 
 # YAML's words for nothing: the argument is left out.
-NOTHING = ("", "~", "null")
+NO_VALUE = ("", "~", "null")
 DEEPEST = 20
 
 
@@ -115,4 +115,4 @@ def words_of_config(path: Path) -> dict[str, tuple[str, str]]:
     if "config" in entries:
         raise InputError(f"{entries['config'].place}: config in a file of --config; leave it out")
     words = {key: (place, typed(place, key, value)) for key, (place, value) in entries.items()}
-    return {key: (place, word) for key, (place, word) in words.items() if word not in NOTHING}
+    return {key: (place, word) for key, (place, word) in words.items() if word not in NO_VALUE}

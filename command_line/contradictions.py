@@ -60,7 +60,7 @@ def check_values(values: Any) -> None:
     problems += _problems_of_weights(values)
     if values.trainer != "none" and values.num_train < 1:
         problems.append(f"--num_train {values.num_train}: give at least 1 example to train on")
-    if values.trainer != "none" and not values.linear_probing:
+    if values.has_steps:
         problems += _problems_of_steps(values)
     raise_problems(problems)
 
@@ -97,7 +97,7 @@ def unmet(values: Any, name: str) -> Effect | None:
 
 
 def _asks(values: Any, name: str) -> bool:
-    """Whether a value does not only switch off what is off anyway."""
+    """Whether a value asks for something: ``--num_dev 0`` switches off what is off anyway."""
     value = getattr(values, name)
     if isinstance(value, bool) and name in OWN:
         return value != OWN[name].default

@@ -105,7 +105,7 @@ NO_SEED = Effect("--train_set_seed decides", lambda v: v.train_set_seed is None)
 SETS = Effect("there are no demonstrations", lambda v: v.trainer != "none" or v.num_train, NO_SEED)
 DRAWS = Effect(
     "demonstrations are drawn by --train_set_seed",
-    lambda v: (v.trainer != "none" and not v.linear_probing) or v.sampling,
+    lambda v: v.has_steps or v.sampling,
 )
 CONVERSATION = with_("apply_chat_template")
 UNTRAINED = "scores are calibrated with --trainer none only"

@@ -74,6 +74,11 @@ class Meaning:
         )
 
     @property
+    def has_steps(self) -> bool:
+        """Whether weights are trained step by step."""
+        return self.trainer != "none" and not self.linear_probing
+
+    @property
     def calibration(self) -> str | None:
         """The content-free prompt that was asked for: sfc, icl_sfc or None."""
         return "sfc" if self.sfc else "icl_sfc" if self.icl_sfc else None
@@ -254,7 +259,7 @@ class _Reader:
 
 
 def _precedence(option: tuple[str, list[str]]) -> int:
-    """Order two names of one argument, of which the last wins: a ratio of 0 is none."""
+    """Sort two names of one argument: the last one wins, and a ratio of 0 is none."""
     name, words = option[0].replace("-", "_"), option[1]
     if name == "__warmup_ratio":
         return -1 if words[-1:] in (["0"], ["0.0"]) else 1

@@ -100,7 +100,7 @@ def _model_part(name: str) -> str:
 
 def length_of_run(arguments: Arguments) -> dict[str, float]:
     """Return how long a training run is, by the argument that says so; nothing without steps."""
-    if arguments.trainer == "none" or arguments.linear_probing:
+    if not arguments.has_steps:
         return {}
     name = "max_steps" if arguments.max_steps > 0 else "num_train_epochs"
     return {name: getattr(arguments, name)}

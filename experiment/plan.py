@@ -91,7 +91,7 @@ def make_plan(options: Options, prepared: Prepared) -> Plan:
         )
         blocks = model.offload and stream_blocks(empty, None, model.offload)
         whole, parameters = empty, sum(p.numel() for p in empty.parameters())
-        if options.trains and options.weights.mode != "linear_probing":
+        if arguments.has_steps:
             of_sets = [passes_of_training(arguments, len(each.train)) for each in sets]
             costs = [sum(numbers) for numbers in zip(*of_sets, strict=True)]
             # Real activations would take a forward pass.

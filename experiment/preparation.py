@@ -37,7 +37,7 @@ def prepare(options: Options) -> Prepared:
     for examples in sets:
         check_conversations(encoder, examples, "validation data")
         number, arguments = len(examples.train), options.arguments
-        if options.length and not arguments.batches_of_an_epoch(number):
+        if arguments.has_steps and not arguments.batches_of_an_epoch(number):
             few = f"{number} training examples, {arguments.examples_of_a_batch} a step"
             raise InputError(f"--dataloader_drop_last leaves nothing of {few}: leave it out")
     return encoder, sets

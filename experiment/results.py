@@ -244,7 +244,7 @@ def _other_content(options: Options, settings: object) -> str:
 
 
 def is_wanted_again(options: Options) -> bool:
-    """Whether a result that is there is to be made all the same, or other files are missing."""
+    """Whether a run is wanted though its result is there: other files may be missing."""
     arguments = options.arguments
     kinds = ("config.json",) if arguments.merge_adapter else ("config.json", "adapter_config.json")
     has_all = all(path.is_file() for path in options.predictions)
@@ -254,7 +254,7 @@ def is_wanted_again(options: Options) -> bool:
 
 
 def check_predictions(options: Options) -> None:
-    """Refuse to write over predictions whose result is not there: nobody knows whose they are."""
+    """Refuse to write over predictions without a result, which would say whose they are."""
     for path in options.predictions:
         if path.is_file() and not options.arguments.overwrite_output_dir:
             raise InputError(

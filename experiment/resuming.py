@@ -18,7 +18,7 @@ from task_data.sampling import ExampleSet
 from tasks import Sample, Task
 from training import checkpoints
 from training.callbacks import run_state
-from training.journal import FILE, Journal, read_journal
+from training.journal import JOURNAL, Journal, read_journal
 from training.processes import from_first_process
 from training.recording import ANOTHER_FOLDER, Recording, checksum_of_weights
 from utils import InputError, fingerprint, speaks_for_all
@@ -92,7 +92,7 @@ def find_start(options: Options, output_dir: Path, has_result: bool) -> Start:
         InputError: what is there, or what is asked for, does not belong to this run.
     """
     wanted = options.resume_from
-    path = output_dir / FILE if options.arguments.trainer == "zo" else None
+    path = output_dir / JOURNAL if options.arguments.trainer == "zo" else None
     if wanted == "false":
         return Start(None, Recording(path))
     try:

@@ -39,7 +39,7 @@ from tasks import Sample
 from training.callbacks import Reports, SaveOnInterrupt
 from training.checkpoints import RemoveEarlierCheckpoints, last_checkpoint
 from training.objective_trainer import SKIPPED_STEPS
-from training.scales import FILE, ChooseScale
+from training.scales import PROBE, ChooseScale
 from utils import Diverged, InputError, Interrupted, process_index
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class Experiment:
         model, start = preparation.load_pretrained(options.model), None
         if options.trains:
             pretrained, weights = model, options.weights
-            if weights.mode != "linear_probing":
+            if arguments.has_steps:
                 options = with_contents(options, encoder, examples, model)
                 start = find_start(options, folder, self.has_result)
                 if start.source:
@@ -129,7 +129,7 @@ class Experiment:
         trainer = make_trainer(options, model, self.encoder, examples, folder, start)
         probe, interrupt = None, SaveOnInterrupt()
         if arguments.zo_eps == AUTO:
-            probe = ChooseScale(trainer.loss_along, trainer.recording, folder / FILE)
+            probe = ChooseScale(trainer.loss_along, trainer.recording, folder / PROBE)
             trainer.add_callback(probe)
         if arguments.overwrite_output_dir and not checkpoint:
             trainer.add_callback(RemoveEarlierCheckpoints())

@@ -28,7 +28,7 @@ from typing import Any
 
 import yaml
 
-from command_line.config_files import NOTHING, Entry, Loader, read_yaml, typed
+from command_line.config_files import NO_VALUE, Entry, Loader, read_yaml, typed
 from command_line.contradictions import check_values
 from command_line.reading import (
     OWN,
@@ -49,7 +49,7 @@ OF_THE_SWEEP = ("output_dir", "result_file", "tag", "predictions_file", "resume_
 # With these run.py writes no result.
 WITHOUT_RESULT = ("dry_run", "predict_file")
 # File systems allow 255 bytes; a hash, a suffix and a temporary file's name are added.
-LONGEST_NAME = 150
+READABLE_NAME = 150
 
 
 @dataclass(frozen=True)
@@ -133,15 +133,15 @@ def read_grid(
 
 def words_of(values: Typed) -> tuple[str, ...]:
     """Return arguments as words of a command line, without those that have no value."""
-    given = {name: value for name, value in values.items() if value not in NOTHING}
+    given = {name: value for name, value in values.items() if value not in NO_VALUE}
     return tuple(word for name, value in given.items() for word in (f"--{name}", value))
 
 
 def name_of(choice: Typed, hashed: bool = False) -> str:
     """Return a file name for a choice; a long one or an ambiguous one ends in a hash."""
     name = ",".join(f"{name}={_for_a_file(value)}" for name, value in choice.items())
-    if hashed or len(name) > LONGEST_NAME:
-        name = f"{name[:LONGEST_NAME]}-{_hash(json.dumps(choice, sort_keys=True))}"
+    if hashed or len(name) > READABLE_NAME:
+        name = f"{name[:READABLE_NAME]}-{_hash(json.dumps(choice, sort_keys=True))}"
     return name
 
 

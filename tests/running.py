@@ -27,7 +27,7 @@ from language_model.loading import (
     load_config_and_tokenizer,
     load_model,
 )
-from training.journal import FILE, read_journal
+from training.journal import JOURNAL, read_journal
 from training.objective_trainer import ObjectiveTrainer
 from utils import InputError
 
@@ -179,8 +179,10 @@ def launch_two_processes(
 def keep_steps(whole: Path, parted: Path, steps: int) -> None:
     """Copy the first steps of a run's journal."""
     (parted / "out").mkdir(parents=True)
-    content = (whole / "out" / FILE).read_bytes()
-    (parted / "out" / FILE).write_bytes(content[: read_journal(whole / "out" / FILE).end_of(steps)])
+    content = (whole / "out" / JOURNAL).read_bytes()
+    (parted / "out" / JOURNAL).write_bytes(
+        content[: read_journal(whole / "out" / JOURNAL).end_of(steps)]
+    )
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -26,7 +26,7 @@ from running import (
 
 import run
 from training.journal import (
-    FILE,
+    JOURNAL,
     VERSION,
     Checksum,
     Group,
@@ -77,16 +77,16 @@ def written(path: Path, rows: list[Row] = ROWS, header: Header = HEADER) -> Jour
 
 def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
     """Losses of all sizes too, and those that are not finite; pandas reads them."""
-    journal = written(tmp_path / FILE)
+    journal = written(tmp_path / JOURNAL)
     assert journal.header == HEADER and journal.rows == ROWS and journal.steps == 4
-    assert journal.ends[-1] == (tmp_path / FILE).stat().st_size
-    table = pandas.read_json(tmp_path / FILE, lines=True)
+    assert journal.ends[-1] == (tmp_path / JOURNAL).stat().st_size
+    table = pandas.read_json(tmp_path / JOURNAL, lines=True)
     steps = table[table.kind == "step"]
     assert steps.step.tolist() == [0, 1, 2, 3] and steps.g.tolist()[0] == pytest.approx(0.1)
     assert steps.losses.tolist()[3] == ["inf", "-inf", 1.0] or steps.losses.tolist()[3] == [
         ["inf", "-inf", 1.0]
     ]
-    for line in (tmp_path / FILE).read_text().splitlines():
+    for line in (tmp_path / JOURNAL).read_text().splitlines():
         json.loads(line, parse_constant=pytest.fail)
     nan = row_of(line_of(Step(0, 1.0, ((math.nan, 1.0),), (1.0,))))
     assert math.isnan(nan.losses[0][0]) and nan.losses[0][1] == 1.0
@@ -140,7 +140,7 @@ ODD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
 
 def test_odd_records_with_a_right_checksum_are_named(tmp_path: Path) -> None:
     """A value of another type, or an unknown field, is never taken from a file."""
-    path, failures = tmp_path / FILE, []
+    path, failures = tmp_path / JOURNAL, []
     values = json.loads(line_of(HEADER))
     for name, (changed, words) in ODD_HEADERS.items():
         path.write_bytes(line_of_values(values | changed))
@@ -166,7 +166,7 @@ def line_of_values(values: dict[str, Any]) -> bytes:
 
 
 def test_half_written_line_is_dropped_wherever_it_ends(tmp_path: Path) -> None:
-    path = tmp_path / FILE
+    path = tmp_path / JOURNAL
     ends = written(path).ends
     content = path.read_bytes()
     for size in (*range(0, ends[0], 50), *range(ends[0] - 1, len(content), 3)):
@@ -184,7 +184,7 @@ def test_half_written_line_is_dropped_wherever_it_ends(tmp_path: Path) -> None:
 
 
 def test_flipped_bits_are_noticed_and_end_a_replay(tmp_path: Path) -> None:
-    path = tmp_path / FILE
+    path = tmp_path / JOURNAL
     journal = written(path)
     content = path.read_bytes()
     for index, (start, end) in enumerate(zip(journal.ends, journal.ends[1:], strict=False)):
@@ -197,7 +197,7 @@ def test_flipped_bits_are_noticed_and_end_a_replay(tmp_path: Path) -> None:
 
 
 def test_damaged_header_is_refused_and_kept(tmp_path: Path) -> None:
-    path = tmp_path / FILE
+    path = tmp_path / JOURNAL
     assert read_journal(path) is None
     begin = written(path).ends[0]
     content = path.read_bytes()
@@ -215,7 +215,7 @@ def test_damaged_header_is_refused_and_kept(tmp_path: Path) -> None:
 
 
 def test_steps_behind_a_checkpoint(tmp_path: Path) -> None:
-    journal = written(tmp_path / FILE)
+    journal = written(tmp_path / JOURNAL)
     assert (journal.after(0), journal.fault) == (ROWS, None)
     assert journal.after(2) == ROWS[3:] and journal.end_of(2) == journal.ends[3]
     # A checkpoint is written after the checksum of its step.
@@ -233,11 +233,11 @@ def test_steps_behind_a_checkpoint(tmp_path: Path) -> None:
 def test_lines_are_written_from_the_first_step_on_and_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = JournalFile(tmp_path / FILE, HEADER)
+    file = JournalFile(tmp_path / JOURNAL, HEADER)
     file.add(ROWS[0])
     file.close()
-    assert not (tmp_path / FILE).exists()
-    file = JournalFile(tmp_path / FILE, HEADER)
+    assert not (tmp_path / JOURNAL).exists()
+    file = JournalFile(tmp_path / JOURNAL, HEADER)
     file.add(ROWS[1])
     write = os.write
 
@@ -250,7 +250,7 @@ def test_lines_are_written_from_the_first_step_on_and_whole(
         patched.setattr(os, "write", write_half)
         file.add(ROWS[2])
     file.add(ROWS[2])
-    assert read_journal(tmp_path / FILE).rows == ROWS[1:3]
+    assert read_journal(tmp_path / JOURNAL).rows == ROWS[1:3]
 
     def fail(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
@@ -313,20 +313,20 @@ def test_probed_run_is_replayed_without_a_forward_pass(
     whole, again = tmp_path / "whole", tmp_path / "again"
     finish(training(whole, **PROBED))
     (again / "out").mkdir(parents=True)
-    shutil.copy(whole / "out" / FILE, again / "out")
+    shutil.copy(whole / "out" / JOURNAL, again / "out")
     forward_passes.clear()
     result = finish(training(again, **PROBED))
     assert set(forward_passes) == {2, 4, 6}  # dev losses alone
-    assert result["resumed_from"] == str(again / "out" / FILE)
+    assert result["resumed_from"] == str(again / "out" / JOURNAL)
     for step in (2, 4, 6):
         name = f"out/checkpoint-{step}"
         assert_same_checkpoint(whole / name, again / name)
-    assert (again / "out" / FILE).read_bytes() == (whole / "out" / FILE).read_bytes()
-    assert isinstance(read_journal(again / "out" / FILE).rows[0], Scale)
+    assert (again / "out" / JOURNAL).read_bytes() == (whole / "out" / JOURNAL).read_bytes()
+    assert isinstance(read_journal(again / "out" / JOURNAL).rows[0], Scale)
 
 
 def test_journal_shows_g_c_and_eta_of_every_step(plain: Path) -> None:
-    steps = [row for row in read_journal(plain / "out" / FILE).rows if isinstance(row, Step)]
+    steps = [row for row in read_journal(plain / "out" / JOURNAL).rows if isinstance(row, Step)]
     for step in steps:
         loss, higher, lower, *_ = step.losses[0]
         assert step.g == pytest.approx((higher - lower) / 2e-3, rel=1e-4)
@@ -336,12 +336,12 @@ def test_journal_shows_g_c_and_eta_of_every_step(plain: Path) -> None:
 
 def cut_within(folder: Path, new: Path, kind: type[Row], step: int) -> list[Row]:
     """Copy a run's journal; the copy ends within the last row of a kind when so many are done."""
-    journal = read_journal(folder / "out" / FILE)
+    journal = read_journal(folder / "out" / JOURNAL)
     (new / "out").mkdir(exist_ok=True, parents=True)
-    shutil.copy(folder / "out" / FILE, new / "out")
+    shutil.copy(folder / "out" / JOURNAL, new / "out")
     rows = journal.rows
     index = max(i for i, r in enumerate(rows) if isinstance(r, kind) and r.step == step)
-    os.truncate(new / "out" / FILE, journal.ends[index + 1] - 1)
+    os.truncate(new / "out" / JOURNAL, journal.ends[index + 1] - 1)
     return rows
 
 
@@ -360,7 +360,7 @@ def test_run_resumes_behind_its_last_line(
         evaluated = {2, 4, 6} if checkpoint is None else {4, 6} if checkpoint == 2 else {6}
         assert set(forward_passes) == {4, 5} | evaluated, folder
         assert_same_checkpoint(plain / "out/checkpoint-6", folder / "out/checkpoint-6")
-        assert read_journal(folder / "out" / FILE).rows == rows, folder
+        assert read_journal(folder / "out" / JOURNAL).rows == rows, folder
 
 
 def course(result: dict[str, Any]) -> dict[str, Any]:
@@ -395,7 +395,7 @@ def test_run_without_checkpoints_loses_no_step(
         assert run.main(training(parted, **arguments)) == 130
     forward_passes.clear()
     result = finish(training(parted, **arguments))
-    file = parted / "out" / FILE
+    file = parted / "out" / JOURNAL
     assert f"resuming from 4 steps of {file}" in capsys.readouterr().out.splitlines()
     assert set(forward_passes) == {4, 5} and result["resumed_from"] == str(file)
     assert course(result) == course(expected) and result["steps"] == 6
@@ -415,10 +415,10 @@ def test_overwrite_resumes_an_unfinished_journal_and_begins_a_finished_one_anew(
         end_in_step(4, patched)
         assert run.main(argv) == 130
     forward_passes.clear()
-    assert finish(argv)["resumed_from"].endswith(FILE) and 3 not in forward_passes
-    content = (tmp_path / "out" / FILE).read_bytes()
+    assert finish(argv)["resumed_from"].endswith(JOURNAL) and 3 not in forward_passes
+    content = (tmp_path / "out" / JOURNAL).read_bytes()
     assert finish(argv)["resumed_from"] is None and 0 in forward_passes
-    assert (tmp_path / "out" / FILE).read_bytes() == content
+    assert (tmp_path / "out" / JOURNAL).read_bytes() == content
 
 
 def test_journal_of_another_run_is_refused(
@@ -427,7 +427,7 @@ def test_journal_of_another_run_is_refused(
     few = NO_CHECKPOINTS | {"max_steps": 2}
     finish(training(tmp_path, **few))
     (tmp_path / "result.json").unlink()
-    file = tmp_path / "out" / FILE
+    file = tmp_path / "out" / JOURNAL
     content, journal = file.read_bytes(), read_journal(file)
     before = contents(tmp_path)
 
@@ -454,14 +454,14 @@ def test_journal_of_another_run_is_refused(
 def test_damaged_step_and_those_behind_it_are_computed_again(
     plain: Path, tmp_path: Path, forward_passes: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    journal = read_journal(plain / "out" / FILE)
+    journal = read_journal(plain / "out" / JOURNAL)
     rows = journal.rows
     third = next(i for i, r in enumerate(rows) if isinstance(r, Step) and r.step == 3)
     for name, computed in {"checkpoint-2": {3, 4, 5, 6}, "checkpoint-4": {4, 5, 6}}.items():
         folder = tmp_path / name
         shutil.copytree(plain / "out" / name, folder / "out" / name)
-        shutil.copy(plain / "out" / FILE, folder / "out")
-        flip_bit(folder / "out" / FILE, journal.ends[third] + 30)
+        shutil.copy(plain / "out" / JOURNAL, folder / "out")
+        flip_bit(folder / "out" / JOURNAL, journal.ends[third] + 30)
         caplog.clear()
         forward_passes.clear()
         finish(training(folder, **PLAIN))
@@ -478,14 +478,14 @@ def test_named_checkpoint_is_resumed_without_the_journal(
     named = {"resume_from_checkpoint": tmp_path / "out/checkpoint-4"}
     finish(training(tmp_path, **PLAIN, **named))
     assert {4, 5} <= set(forward_passes)
-    assert (tmp_path / "out" / FILE).read_bytes() == (plain / "out" / FILE).read_bytes()
+    assert (tmp_path / "out" / JOURNAL).read_bytes() == (plain / "out" / JOURNAL).read_bytes()
     # A journal that begins behind the checkpoint is of no use to it.
-    (tmp_path / "out" / FILE).unlink()
+    (tmp_path / "out" / JOURNAL).unlink()
     for step in (4, 2):
         named = {"resume_from_checkpoint": tmp_path / f"out/checkpoint-{step}"}
         finish(training(tmp_path, **PLAIN, **named))
-        assert read_journal(tmp_path / "out" / FILE).header.step == step
+        assert read_journal(tmp_path / "out" / JOURNAL).header.step == step
     (tmp_path / "result.json").unlink()
     argv = training(tmp_path, **PLAIN, resume_from_checkpoint="False")
     assert finish(argv)["resumed_from"] is None
-    assert read_journal(tmp_path / "out" / FILE).after(0)[0].step == 0
+    assert read_journal(tmp_path / "out" / JOURNAL).after(0)[0].step == 0

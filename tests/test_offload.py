@@ -19,7 +19,7 @@ import run
 from hizoo import HiZOO, Layers
 from language_model.loading import load_model
 from language_model.streaming import Offload
-from training.journal import FILE
+from training.journal import JOURNAL
 from utils import InputError
 from zeroth_order.streamed import StreamedLayers
 
@@ -29,7 +29,7 @@ IN_MEMORY = {"zo_perturbation": "layerwise"}
 
 def rows(folder: Path) -> list[str]:
     """The journal's steps and dev losses; a run that was longer afterwards has checksums beside."""
-    lines = (folder / "out" / FILE).read_text().splitlines()[1:]
+    lines = (folder / "out" / JOURNAL).read_text().splitlines()[1:]
     return [line for line in lines if '"kind": "checksum"' not in line]
 
 
@@ -246,7 +246,7 @@ def test_models_and_disks_that_do_not_fit_are_refused(
     assert run.main(training(tmp_path, **DISK)) == 2
     line = capfd.readouterr().err.splitlines()[-1]
     assert line.startswith("error: --offload disk: ") and "give another --offload_dir" in line
-    assert not (tmp_path / "out" / FILE).exists()
+    assert not (tmp_path / "out" / JOURNAL).exists()
 
 
 # A model of 80 MiB and its h: 160 MiB, of which 1/8 may be in memory.

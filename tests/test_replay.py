@@ -30,7 +30,7 @@ from test_journal import line_of_values
 import replay
 import run
 from language_model.adapters import PROMPT_ENCODER_FILE
-from training.journal import FILE, Checksum, line_of, read_journal
+from training.journal import JOURNAL, Checksum, line_of, read_journal
 from training.objective_trainer import ObjectiveTrainer
 
 MODES = {
@@ -44,7 +44,7 @@ MODES = {
 
 
 def replayed(run_folder: Path, folder: Path, *options: Any) -> int:
-    line = ["--journal", run_folder / "out" / FILE, "--output_dir", folder, *options]
+    line = ["--journal", run_folder / "out" / JOURNAL, "--output_dir", folder, *options]
     return replay.main([str(word) for word in line])
 
 
@@ -95,11 +95,11 @@ def test_replay_ends_before_a_damaged_line(
     plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(plain / "out", tmp_path / "out")
-    journal = read_journal(plain / "out" / FILE)
-    flip_bit(tmp_path / "out" / FILE, journal.ends[2] + 9)
+    journal = read_journal(plain / "out" / JOURNAL)
+    flip_bit(tmp_path / "out" / JOURNAL, journal.ends[2] + 9)
     assert replayed(tmp_path, tmp_path / "shorter") == 1
     steps, damaged, _ = capsys.readouterr().out.splitlines()
-    assert steps == "2 steps" and damaged.startswith(f"damaged: {tmp_path / 'out' / FILE} ends")
+    assert steps == "2 steps" and damaged.startswith(f"damaged: {tmp_path / 'out' / JOURNAL} ends")
     assert_same_tensors(weights(tmp_path / "shorter"), weights(plain / "out/checkpoint-2"))
 
 
@@ -108,9 +108,9 @@ def test_only_verified_and_whole_models_are_saved(
 ) -> None:
     """After a failed --verify, or on a full disk, nothing is left, and a repeat is not refused."""
     (tmp_path / "out").mkdir()
-    journal = read_journal(plain / "out" / FILE)
-    content = (plain / "out" / FILE).read_bytes()[: journal.ends[4]]
-    (tmp_path / "out" / FILE).write_bytes(content + line_of(Checksum(4, "0" * 16)))
+    journal = read_journal(plain / "out" / JOURNAL)
+    content = (plain / "out" / JOURNAL).read_bytes()[: journal.ends[4]]
+    (tmp_path / "out" / JOURNAL).write_bytes(content + line_of(Checksum(4, "0" * 16)))
     before = contents(tmp_path)
     assert replayed(tmp_path, tmp_path / "model", "--verify") == 1
     *_, line = capsys.readouterr().out.splitlines()
@@ -129,8 +129,8 @@ def test_only_verified_and_whole_models_are_saved(
 def test_what_replay_refuses(
     plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    journal = plain / "out" / FILE
-    harmed = tmp_path / "out" / FILE
+    journal = plain / "out" / JOURNAL
+    harmed = tmp_path / "out" / JOURNAL
     harmed.parent.mkdir()
     shutil.copy(journal, harmed)
     flip_bit(harmed, read_journal(journal).ends[1] + 9)
@@ -142,7 +142,7 @@ def test_what_replay_refuses(
     flip_bit(changed / "model.safetensors", -1)
     new = ["--output_dir", tmp_path / "new"]
     finish(training(tmp_path / "lora", lora=True, max_steps=1, save_steps=9))
-    adapter = tmp_path / "lora/out" / FILE
+    adapter = tmp_path / "lora/out" / JOURNAL
     before = contents(tmp_path)
     for line, words in (
         (["--journal", journal], "give --output_dir"),
@@ -190,8 +190,8 @@ def test_odd_values_in_a_journal_never_end_in_a_traceback(
     finish(argv)
     whole = tmp_path / "whole"
     shutil.move(tmp_path / "out", whole)
-    records = [json.loads(line) for line in (whole / FILE).read_text().splitlines()]
-    draw, file = random.Random(0), tmp_path / "out" / FILE
+    records = [json.loads(line) for line in (whole / JOURNAL).read_text().splitlines()]
+    draw, file = random.Random(0), tmp_path / "out" / JOURNAL
     for _ in range(200):
         changed = copy.deepcopy(records)
         record = draw.choice(changed)

@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, get_scheduler
 import run
 from trainer import ZerothOrderTrainer
 from training.checkpoints import MANIFEST
-from training.journal import FILE, Step, read_journal
+from training.journal import JOURNAL, Step, read_journal
 
 RESUMED = {
     "hizoo": {"num_dev": 8, "eval_strategy": "steps", "eval_steps": 3},
@@ -406,7 +406,7 @@ def test_lines_of_the_log_without_a_bar(tmp_path: Path, capfd: pytest.CaptureFix
             assert float(line.split()[-1]) >= 0
         assert "{" not in out and "it/s" not in err
     # The log has η itself, not the k of "auto".
-    steps = [row for row in read_journal(folder / "out" / FILE).rows if isinstance(row, Step)]
+    steps = [row for row in read_journal(folder / "out" / JOURNAL).rows if isinstance(row, Step)]
     logged = log_of(folder / "out/checkpoint-6", "learning_rate")
     assert logged == pytest.approx([steps[step].eta for step in (1, 3, 5)])
 

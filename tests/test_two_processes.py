@@ -30,7 +30,7 @@ from running import (
 from test_scripts import finish as finish_script
 
 from training import processes
-from training.journal import FILE
+from training.journal import JOURNAL
 from training.processes import check_same
 from utils import InputError
 
@@ -228,7 +228,7 @@ def test_run_goes_on_with_another_number_of_processes(two_processes: Path, tmp_p
     assert_nearly_the_same(two_processes / "alone", two_processes / "resumed")
     keep_steps(two_processes / "zeroth_order", tmp_path, 4)
     result = finish(training(tmp_path, **ZEROTH_ORDER))
-    assert result["resumed_from"] == str(tmp_path / "out" / FILE)
+    assert result["resumed_from"] == str(tmp_path / "out" / JOURNAL)
     assert_nearly_the_same(two_processes / "zeroth_order", tmp_path)
 
 

@@ -26,7 +26,7 @@ from language_model.loading import load_model
 from replay import optimizer_of, play
 from trainer import ZerothOrderTrainer
 from training import objective_trainer
-from training.journal import FILE, read_journal
+from training.journal import JOURNAL, read_journal
 from zeroth_order import chunks
 from zeroth_order.config import HiZOOConfig
 
@@ -160,7 +160,7 @@ def test_log_shows_the_optimizers_scalars(tmp_path: Path) -> None:
     assert len(set(means)) == 6
     assert log_of(folder, "skipped_steps") == [0] * 6
     kept = trainer_state(folder)["stateful_callbacks"]["RunState"]["attributes"]["optimizer"]
-    journal = read_journal(tmp_path / "out" / FILE)
+    journal = read_journal(tmp_path / "out" / JOURNAL)
     assert HiZOOConfig(**kept) == journal.header.optimizer
     assert (kept["lr"], kept["hessian_smooth"]) == (1e-4, 1e-2)
 

@@ -27,7 +27,7 @@ from typing import Any
 from utils import InputError, NotWritten, one_line
 from zeroth_order.config import HiZOOConfig, check_settings
 
-FILE = "journal.jsonl"
+JOURNAL = "journal.jsonl"
 VERSION = 3
 BEGIN = b'{"kind": "header"'
 # Seconds between two waits for the disk.

@@ -31,7 +31,7 @@ from utils import InputError, read_json, write_json
 
 LossAt = Callable[[int, int, float], float]
 
-FILE = "probe.json"
+PROBE = "probe.json"
 # Relative errors of g and c that are small enough, and the least μ that is taken.
 ACCURACY, CURVATURE_ACCURACY, LEAST_SCALE = 0.02, 0.1, 1e-5
 

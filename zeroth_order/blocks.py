@@ -189,7 +189,7 @@ class Blocks:
         for parameter in block.names:
             parameter.data = self._placeholders[parameter]
         if self.owner:
-            self.owner.left(block)
+            self.owner.departed(block)
         self.traffic.give_back(block)
 
     @contextlib.contextmanager

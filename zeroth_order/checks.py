@@ -19,7 +19,7 @@ LARGEST_REMAINDER = 0.1
 # Part of a perturbation's change of the loss by which two equal calls may differ.
 NOISY_LOSS = 0.1
 # Numbers that are read at once.
-READ_AT_ONCE = 1 << 22
+CHECKED_AT_ONCE = 1 << 22
 
 
 def check_parameter(parameter: Tensor) -> None:
@@ -53,7 +53,7 @@ def check_perturbation_scale(scales: Iterable[tuple[Tensor, float]], in_place: b
         limits = torch.finfo(parameter.dtype)
         # Half a unit in a number's last place is at least a quarter of it times its dtype's eps.
         largest_changed = 4 * shift / limits.eps
-        for values in parameter.detach().view(-1).split(READ_AT_ONCE):
+        for values in parameter.detach().view(-1).split(CHECKED_AT_ONCE):
             nonzero += int(values.count_nonzero())
             changed += int((values.ne(0) & values.abs().lt(largest_changed)).sum())
             weights += values.numel()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from zeroth_order.chunks import Noise, drawn, numbers_of_chunk
-from zeroth_order.noise import half_turned, rounding_bits
+from zeroth_order.noise import halves_swapped, rounding_bits
 from zeroth_order.rounding import is_half, rounded_sum
 
 # 0-dimensional in a compiled kernel, which a float would have compiled anew for every number.
@@ -71,7 +71,9 @@ def update(
         if growths is not None:
             growth = weighted_sum([u * u for u in us], growths).sub_(smooth).mul_(before[i])
             # h rounds by the bits of θ with the last ones first.
-            offset = rounded_sum(offsets[i], growth, bits and half_turned(bits[i]), hessian_dtype)
+            offset = rounded_sum(
+                offsets[i], growth, bits and halves_swapped(bits[i]), hessian_dtype
+            )
             # An h of 0 would make the next perturbation infinite, an infinite one would become NaN.
             limits = torch.finfo(hessian_dtype)
             offsets[i] = offset.clamp(limits.eps - 1, limits.max)

@@ -96,7 +96,7 @@ class Layers:
         # Whether ``check`` has found that this model can be perturbed so.
         self.checked = False
 
-    def weights(self, *args: Any) -> LayerwiseWeights:
+    def make_weights(self, *args: Any) -> LayerwiseWeights:
         """Return what perturbs the weights so; takes the arguments of ``Weights``."""
         return LayerwiseWeights(self, *args)
 

@@ -67,14 +67,14 @@ def hashed(bits: Tensor) -> Tensor:
     return bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF))
 
 
-def half_turned(bits: Tensor) -> Tensor:
+def halves_swapped(bits: Tensor) -> Tensor:
     """Exchange the upper and the lower 16 bits."""
     return (bits << 16) | ((bits >> 16) & 0xFFFF)
 
 
 def rounding_bits(bits: Tensor) -> tuple[Tensor, Tensor]:
     """Turn hashed int32 numbers into random bits for both numbers of pairs; upper bits count."""
-    return bits, half_turned(bits)
+    return bits, halves_swapped(bits)
 
 
 def standard_normals(bits: Tensor) -> tuple[Tensor, Tensor]:

@@ -99,7 +99,7 @@ def writers_of(block: nn.Module) -> dict[str, Writer]:
     return {kind: Writer(matrix, norms[kind]) for kind, matrix in matrices.items()}
 
 
-class ForwardPass:
+class PassRecord:
     """Keeps what error broadcast needs of one forward pass, at the positions that the loss reads.
 
     Args:
@@ -121,7 +121,7 @@ class ForwardPass:
         self.outputs: dict[Writer, Tensor] = {}
         self.stream = self.state = self.logits = None
         # Numbers among all rows' positions; None: all are kept until the loss is known.
-        self.kept: Tensor | None = None
+        self.positions: Tensor | None = None
 
     def _draw(self, positions: Tensor) -> Tensor:
         order = torch.randperm(len(positions), generator=self.generator)[: self.limit]
@@ -130,9 +130,9 @@ class ForwardPass:
     def at_reads(self, values: Tensor) -> Tensor:
         """Return the kept positions of (rows, length, k), or of (rows * length, k)."""
         values = values.detach().reshape(-1, values.shape[-1])
-        if self.kept is None:
+        if self.positions is None:
             return values.clone()  # Falcon adds to a matrix's output in place
-        return values[self.kept.to(values.device)]
+        return values[self.positions.to(values.device)]
 
     def see_stream(self, _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Keep the stream before the first trained block."""
@@ -143,7 +143,7 @@ class ForwardPass:
             # Options of one prompt read the same position.
             positions, self.owner = numbers.unique(return_inverse=True)
             self.chosen = self._draw(torch.arange(len(positions), device=positions.device))
-            self.kept = positions[self.chosen]
+            self.positions = positions[self.chosen]
         self.stream = self.at_reads(stream)
 
     def see_writer(
@@ -192,7 +192,7 @@ class ForwardPass:
             )
         of_state, of_logits = gradients
         of_logits = of_logits.flatten(0, -2).to(compute_dtype(self.state.dtype))
-        if self.kept is None:
+        if self.positions is None:
             count = self._keep(of_logits.any(dim=1).nonzero()[:, 0])
         else:
             count = int(self.owner.max()) + 1
@@ -205,7 +205,7 @@ class ForwardPass:
 
     def _keep(self, positions: Tensor) -> int:
         """Keep positions of all that were kept, by number; returns how many there are."""
-        self.chosen = self.kept = self._draw(positions)
+        self.chosen = self.positions = self._draw(positions)
         self.stream = self.at_reads(self.stream)
         for kept in (self.inputs, self.outputs):
             kept.update({writer: self.at_reads(values) for writer, values in kept.items()})

@@ -22,7 +22,7 @@ def is_measured(step: int, every: int) -> bool:
     return step < every or step % every == 0
 
 
-def with_curvature(group: dict[str, Any], curvature: float) -> dict[str, Any]:
+def averaged_curvature(group: dict[str, Any], curvature: float) -> dict[str, Any]:
     """Return c̄ and the count of its measurements after a further one, as a group keeps them."""
     count = group["measured_steps"] + 1
     mean = group["mean_curvature"]

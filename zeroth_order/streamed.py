@@ -64,7 +64,7 @@ class StreamedLayers(Layers):
         self.hooks = hooks_of(model)
         self.trained |= {p for parameters in self.of_block.values() for p in parameters}
 
-    def weights(self, *args: Any) -> StreamedWeights:
+    def make_weights(self, *args: Any) -> StreamedWeights:
         """Return what perturbs the weights so; takes the arguments of ``Weights``."""
         return StreamedWeights(self, *args)
 
@@ -233,7 +233,7 @@ class StreamedWeights(LayerwiseWeights):
         self.waiting, self._first = self.waiting[done:], self._first + done
         return bool(updates)
 
-    def left(self, block: Block) -> None:
+    def departed(self, block: Block) -> None:
         """Forget the h of a block that lies with its weights."""
         for key in block.region.places:
             if isinstance(key, tuple):

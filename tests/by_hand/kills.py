@@ -24,7 +24,7 @@ from running import assert_same_tensors, log_of, training, weights
 
 import run
 from training.checkpoints import UNFINISHED
-from training.journal import FILE, read_journal
+from training.journal import JOURNAL, read_journal
 
 RESUMING = r"resuming from (?:\S*checkpoint-(\d+))?(?:, and )?(?:(\d+) steps)?"
 
@@ -69,7 +69,7 @@ def start(argv: list[str], output: Path, processes: int) -> list[int]:
 
 
 def steps_of(folder: Path) -> int:
-    found = read_journal(folder / "out" / FILE)
+    found = read_journal(folder / "out" / JOURNAL)
     return found.steps if found else 0
 
 
