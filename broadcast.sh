@@ -16,7 +16,7 @@
 # STEPS       200                100            training steps
 # EVAL_STEPS  50                 25             steps between dev losses, and checkpoints
 # SEED        0                                 of the training set and the batches
-# TRAIN       1000                              training examples; your own files: all beside DEV
+# TRAIN       1000                              training examples; own files: all beside DEV, if fewer
 # DEV         500                200            dev examples; CB and Copa 100, own files a fifth
 # EVAL        1000                              validation examples to report on
 set -euo pipefail

@@ -6,8 +6,8 @@
 
 When to use it: fine-tuning a model whose gradients or Adam states do not fit in memory, or whose
 objective has no gradient. When not: training from scratch. A step sees one random direction, so it
-needs many more steps than backpropagation, and a start that is good already (a pre-trained model
-and a prompt that says what is asked).
+needs a start that is good already (a pre-trained model and a prompt that says what is asked), and
+many more steps than backpropagation.
 
 One step, for parameters θ, diagonal curvature h (starts at 1), learning rate η, perturbation scale
 μ, smoothing α, weight decay λ, and u ~ N(0, I) drawn from the step's seed:
@@ -337,14 +337,18 @@ class HiZOO(torch.optim.Optimizer):
     @property
     def wants_curvature(self) -> bool:
         """Whether c is measured at all: for h, or for the step size."""
-        return self.config.lr == AUTO or any(g["hessian_smooth"] > 0 for g in self.param_groups)
+        return self.config.lr == AUTO or self._has_hessian
+
+    @property
+    def _has_hessian(self) -> bool:
+        return any(group["hessian_smooth"] > 0 for group in self.param_groups)
 
     def _measures_curvature(self) -> bool:
         """Return whether this step takes the loss at θ too."""
-        group, every = self.param_groups[0], self.config.curvature_every
+        every, step = self.config.curvature_every, self.param_groups[0]["step"]
         if every is None:
-            every = 1 if group["hessian_smooth"] > 0 else step_rule.RARELY
-        return self.wants_curvature and step_rule.is_measured(group["step"], every)
+            every = 1 if self._has_hessian else step_rule.RARELY
+        return self.wants_curvature and step_rule.is_measured(step, every)
 
     def _forget_estimates(self) -> None:
         # Of every batch its weight, and of every direction the slope, l+ - l-, and the bend,

@@ -1,4 +1,4 @@
-"""What was tried with error broadcast and left out: figures of docs/results.md.
+"""What was tried with error broadcast and left out: figures of docs/error-broadcast.md.
 
 python benchmarks/broadcast_variants.py --model DIR --data_dir DIR --variants plain buffer
 

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Row:
-    """A way of tuning and its command, as it is written in README."""
+    """A way of tuning and its command, as it is written in docs/tuning.md."""
 
     name: str
     command: str
@@ -54,7 +54,7 @@ ROWS = (
 
 
 def run(row: Row, folder: Path) -> dict[str, Any]:
-    """Run a command in ``folder``; return what README's table shows of it."""
+    """Run a command in ``folder``; return what the table of docs/tuning.md shows of it."""
     for name in ("run.py", "data"):
         (folder / name).symlink_to(ROOT / name)
     for name in ("HiZOO.sh", "broadcast.sh", "finetune.sh", "icl.sh"):
@@ -94,7 +94,7 @@ def shown(value: float | None, digits: int) -> str:
 
 
 def main() -> None:
-    """Run every command and print README's table."""
+    """Run every command and print the table of docs/tuning.md."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", help="names of the rows to run; default: all")
     parser.add_argument("--json", type=Path, help="file to write the rows to")

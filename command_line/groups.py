@@ -142,10 +142,11 @@ class EvaluationAndResults:
     result_file: str | None = argument(None, path=True)
     """JSON file for metrics and settings. Default: result/<name>.json (see --tag)."""
     predictions_file: str | None = argument(None, path=True, effect=when.END)
-    """JSON Lines file of each eval example's prediction, scores and correctness. Default: none."""
+    """JSON Lines or .csv file of each eval example's prediction, scores and correctness. Default:
+    none."""
     overwrite_output_dir: bool = argument(False)
-    """Delete the checkpoints in output_dir and start again. Default: resume from the newest
-    checkpoint; compute nothing where the result is there."""
+    """Start again in place of a finished run, or of one of other settings; an unfinished one of the
+    same settings resumes. Default: resume; compute nothing where the result is there."""
     config: str | None = argument(None, path=True)
     """YAML file of arguments, as in learning_rate: 1e-6; the command line wins. Default: none."""
     dry_run: bool = argument(False)
@@ -271,7 +272,7 @@ class ZerothOrder:
     """Directions a step, averaged: n-SPSA (arXiv 2305.17333). n directions take 2n forward passes,
     and one more for HiZOO."""
     zo_compile: str = argument("auto", decides=RESULT, choices=("auto", "yes", "no"))
-    """Whether torch.compile makes the step's kernels: 10 to 30 seconds in a first run, faster
+    """Whether torch.compile makes the step's kernels: 10 to 35 seconds in a first run, faster
     steps. Needs a C++ compiler. auto: from 16 million trained weights on."""
     non_diff: bool = argument(False, effect=when.WITHOUT_GRADIENT)
     """Train on a metric without a gradient: minus the mean F1 of the generated text, or minus the

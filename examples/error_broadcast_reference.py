@@ -2,7 +2,7 @@
 
 For decoders whose blocks add to one residual stream without a norm behind their matrices (OPT,
 Llama, Qwen, Mistral), in full precision, with the language-model loss of chosen tokens.
-``error_broadcast.py`` has the formulas, more families, half precision and any loss.
+``error_broadcast.py`` has the formulas, more families, half precision and other losses.
 """
 
 from __future__ import annotations

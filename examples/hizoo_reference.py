@@ -1,6 +1,6 @@
 """The textbook step of HiZOO (arXiv 2402.15173), to read first and to copy.
 
-``hizoo.py`` does the same with its noise in place of torch's, without memory for u, h or θ ± μ u/√h
+``hizoo.py`` does the same with its noise in place of torch's, without memory for u or θ ± μ u/√h
 beside one chunk, and several times faster. ``tests/test_reference.py`` holds one against the other.
 """
 

@@ -83,7 +83,7 @@ class NegativeTextMetric:
     step: int | None = None  # None between steps
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """Generate texts after every prompt of the batch; NaN if logits or a reward are."""
+        """Generate texts after every prompt of the batch; NaN if logits are."""
         prompts = [prompt for prompt in batch["prompts"] for _ in range(self.samples)]
         samples = [sample for sample in batch["samples"] for _ in range(self.samples)]
         numbers = (self.seed, 0 if self.step is None else self.step + 1)

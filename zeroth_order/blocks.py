@@ -1,7 +1,7 @@
 """A model with one block in memory at a time; the others lie on disk or in the host's memory.
 
-A block is read as its forward pass begins, while the one before it still runs, and leaves when the
-pass is through it. ``streamed.StreamedWeights`` trains such a model.
+A block is read while the pass runs through the one before it, and leaves when the pass is through
+it. ``streamed.StreamedWeights`` trains such a model.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How kernels run on a chunk: operation by operation, or compiled.
 
-Compiling takes 10 to 30 seconds once, and makes a step of a large model several times faster.
+Compiling takes 10 to 35 seconds once, and makes a step of a large model several times faster.
 """
 
 from __future__ import annotations

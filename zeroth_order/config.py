@@ -41,7 +41,7 @@ class HiZOOConfig:
     weight_decay: float = 0.0  # λ
     hessian: str = "full"  # or "lowrank": HiZOO-L, a row and a column vector for each matrix
     num_samples: int = 1  # directions a step, n
-    curvature_every: int | None = None  # steps between two c; None: 1 where h needs c, else 10
+    curvature_every: int | None = None  # steps between two c; None: 1 if h needs c, else 10
     seed: int = 0  # of the noise
     compile: bool | None = None  # by torch.compile; None: for 16 million weights and more
 

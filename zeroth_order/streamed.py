@@ -82,7 +82,7 @@ class StreamedWeights(LayerwiseWeights):
         waiting: updates that the file of some block lacks, the oldest first.
         write_every: a block on disk that was updated so many times is written; until then what it
             lacks is applied whenever it is read. A second visit between two steps writes it, too.
-            None: 1 at first, then what two steps show to be the fastest.
+            None: 1 at first, then what the second step that wrote shows to be the fastest.
     """
 
     layers: StreamedLayers
