@@ -122,16 +122,16 @@ class ErrorBroadcast(torch.optim.Optimizer):
         self.model, self.max_tokens, self.seed = model, max_tokens, seed
         blocks, self.final_norm = find_blocks(model)
         self.blocks = blocks[int(first * len(blocks)) :]
-        # All that write to the stream from the first trained block on, and those that are trained.
+        # All that write to the stream from the first block on, and those that may be trained.
         found = [writers_of(block) for block in self.blocks]
         self.all_writers = [writer for of_block in found for writer in of_block.values()]
-        chosen = [of_block[kind] for of_block in found for kind in matrices]
-        self.writers = [writer for writer in chosen if writer.matrix.weight.requires_grad]
+        self.writers = [of_block[kind] for of_block in found for kind in matrices]
+        self._trained = self._trained_writers()
         self.gather: Callable[[Tensor], Tensor] = nn.Identity()
         self._batches: list[dict[Writer, tuple[Tensor, Tensor]]] = []
         self._stream_is_checked = self.was_skipped = False
         settings = {"lr": lr, "damping": damping, "step": 0}
-        super().__init__([writer.matrix.weight for writer in self.writers], settings)
+        super().__init__([writer.matrix.weight for writer in self._trained], settings)
 
     def estimate(
         self, closure: Callable[[], Tensor], weight: float | None = None, reads: Reads | None = None
@@ -150,22 +150,30 @@ class ErrorBroadcast(torch.optim.Optimizer):
             ValueError: the loss is not differentiable in the logits, or ``reads`` is wrong.
         """
         step = self.param_groups[0]["step"]
+        if not self._batches:  # between steps weights may be frozen
+            self._trained = self._trained_writers()
         draws = mix_seed(self.seed, step, len(self._batches)) >> 1
         record = PassRecord(reads, self.max_tokens, torch.Generator().manual_seed(draws))
-        with self._hooks(record, self.writers if self._stream_is_checked else self.all_writers):
+        with self._hooks(record, self._trained if self._stream_is_checked else self.all_writers):
             loss = closure()
             squares, errors = record.errors(loss, weight)
         if not self._stream_is_checked:
             self._stream_is_checked = record.check_stream(self.all_writers, self.model)
         counted = slice(0 if weight == 0 else None)
         of_stream, batch = scaled(errors, squares)[counted], {}
-        for w in self.writers:
+        for w in self._trained:
             at_output = of_stream
             if w.norm is not None:
                 at_output = scaled(w.errors(record.outputs[w], errors), squares)[counted]
             batch[w] = record.inputs[w][counted].to(errors.dtype), at_output
         self._batches.append(batch)
         return loss.item()
+
+    def _trained_writers(self) -> list[Writer]:
+        trained = [writer for writer in self.writers if writer.matrix.weight.requires_grad]
+        if not trained:
+            raise ValueError("no matrix that writes to the stream requires a gradient")
+        return trained
 
     @property
     def optimizer(self) -> ErrorBroadcast:
@@ -211,8 +219,8 @@ class ErrorBroadcast(torch.optim.Optimizer):
             )
         group = self.param_groups[0]
         rounding = mix_seed(self.seed, group["step"], ROUNDING)
-        share = group["lr"] / len(self.writers)
-        with signals_wait():
+        share, device = group["lr"] / len(self._trained), self._trained[0].weight.device.type
+        with signals_wait(), torch.autocast(device, enabled=False):
             joined = self._joined_batches()
             finite = all(bool((x.square().sum() + e.sum()).isfinite()) for x, e in joined.values())
             for number, (writer, (inputs, errors)) in enumerate(joined.items()):
@@ -224,6 +232,11 @@ class ErrorBroadcast(torch.optim.Optimizer):
             group["step"] += 1
             self.was_skipped = not finite
         return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take on a state after a whole step; estimates from before are forgotten."""
+        self._batches.clear()
+        super().load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what ``copy`` and ``pickle`` keep: as in ``HiZOO``, more than torch's own."""
@@ -241,7 +254,7 @@ class ErrorBroadcast(torch.optim.Optimizer):
             return gathered[same]
 
         joined = {}
-        for writer in self.writers:
+        for writer in self._trained:
             inputs, errors = zip(*(batch[writer] for batch in self._batches), strict=True)
             device = writer.weight.device
             joined[writer] = gather(inputs).to(device), gather(errors).to(device)

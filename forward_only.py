@@ -56,8 +56,10 @@ class ForwardOnlyMixin:
                 settings = {"model": model.eval(), **settings}
             elif any(p.element_size() < 4 for p in model.parameters() if p.requires_grad):
                 settings = {"layers": Layers(model), **settings}
-            self.optimizer_cls_and_kwargs = kind, settings
-        optimizer = super().create_optimizer(model)
+            given, self.optimizer_cls_and_kwargs = self.optimizer_cls_and_kwargs, (kind, settings)
+            super().create_optimizer(model)
+            self.optimizer_cls_and_kwargs = given  # the next model has its own layers, and rate
+        optimizer = self.optimizer
         name = type(optimizer).__name__
         if not isinstance(optimizer, HiZOO | ErrorBroadcast):
             raise ValueError(
@@ -102,8 +104,10 @@ class ForwardOnlyMixin:
                 value = self.compute_loss(model, dict(inputs), num_items_in_batch=divisor)
             return self.accelerator.reduce(value, "mean")
 
+        # The same in all processes, which may have counted their own labels.
+        weight = None if items is None else float(self.accelerator.reduce(items.double(), "mean"))
         try:
-            return self.optimizer.estimate(loss, None if items is None else float(items))
+            return self.optimizer.estimate(loss, weight)
         except OnlyInPlace as error:
             raise OnlyInPlace(
                 f"half-precision weights, and {error}: take a loss that runs the model whole (of "

@@ -201,6 +201,14 @@ def test_error_broadcast_steps_as_in_a_loop_of_ones_own(tmp_path: Path) -> None:
     assert not logged(trainer, "projected_gradient")
 
 
+def test_the_next_model_has_a_rate_and_layers_of_its_own(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, dtype=torch.bfloat16)
+    for rate in (1e-3, 7e-2):  # as in a search of hyperparameters
+        trainer.model, trainer.optimizer = tiny_model("opt").to(torch.bfloat16), None
+        trainer.args.learning_rate = rate
+        assert trainer.create_optimizer().param_groups[0]["lr"] == rate
+
+
 def test_an_optimizer_that_needs_gradients_is_refused(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, (torch.optim.SGD, {"lr": 0.1}))
     with pytest.raises(ValueError, match=r"SGD needs gradients: give .*\(HiZOO, \{\.\.\.\}\)"):
@@ -212,8 +220,10 @@ import sys
 import torch
 from pathlib import Path
 from test_forward_only import logged, make_trainer, weights
-folder, size = Path(sys.argv[1]), int(sys.argv[2])
+folder, size, own_counts = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "own_counts"
 order = {"train_sampling_strategy": "sequential"}
+if own_counts:
+    order |= {"average_tokens_across_devices": False, "gradient_accumulation_steps": 2}
 trainer = make_trainer(folder, per_device_train_batch_size=size, **order)
 trainer.train()
 kept = {"weights": weights(trainer), "losses": logged(trainer, "loss")}
@@ -227,13 +237,18 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
     script.write_text(IN_A_PROCESS)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     kept = []
-    for name, launcher, size in (("alone", [], 8), ("two", torchrun, 4)):
+    for name, launcher, size in (
+        ("alone", [], 8),
+        ("two", torchrun, 4),
+        ("own_counts", torchrun, 4),
+    ):
         (tmp_path / name).mkdir()
-        argv = [sys.executable, *launcher, str(script), str(tmp_path / name), str(size)]
+        argv = [sys.executable, *launcher, str(script), str(tmp_path / name), str(size), name]
         paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
         subprocess.run(argv, check=True, env=os.environ | paths, capture_output=True)
         kept += [torch.load(file) for file in sorted((tmp_path / name).glob("*.pt"))]
-    alone, first, second = kept
+    alone, first, second, *of_own_counts = kept
+    assert largest_difference(*(each["weights"] for each in of_own_counts)) == 0
     assert largest_difference(first["weights"], second["weights"]) == 0
     assert largest_difference(first["weights"], alone["weights"]) < 1e-5
     assert first["losses"] == pytest.approx(alone["losses"], abs=1e-4)
