@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sweeps.results import RECORD, Outcome, read_outcomes, read_sweep, with_names
+from sweeps.slurm import JOBS
 from sweeps.tables import COLUMNS, FORMATS, FORMS, make_table
 from utils import (
     InputError,
@@ -55,7 +56,10 @@ def load(places: Sequence[Path]) -> list[Outcome]:
     for place in places:
         if not place.exists():
             raise InputError(f"{place}: no such file or folder")
-        outcomes = _in_folder(place) if place.is_dir() else {place: read_outcomes(place)}
+        if place.name in (RECORD, JOBS):  # as a shell finds them beside results
+            outcomes = read_sweep(place.parent)
+        else:
+            outcomes = _in_folder(place) if place.is_dir() else {place: read_outcomes(place)}
         if not any(outcomes.values()):
             what = "there is no result of a run in it" if place.is_dir() else NO_RESULT
             raise InputError(f"{place}: {what}")

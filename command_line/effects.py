@@ -18,7 +18,12 @@ def measures_dev_losses(v: Any) -> bool:
 
 def evaluates(v: Any) -> bool:
     """Whether a metric is measured, before training or at the end."""
-    return not v.no_eval or v.eval_before_training
+    return evaluates_at_end(v) or v.eval_before_training
+
+
+def evaluates_at_end(v: Any) -> bool:
+    """Whether the model is evaluated, after training if there is any."""
+    return not v.no_eval or v.trainer == "none"
 
 
 def is_(name: str, value: str, inside: Effect) -> Effect:
@@ -91,7 +96,12 @@ BEST = Effect(
     STEPS,
 )
 LOG_STEPS = Effect(
-    "without --logging_strategy steps", lambda v: v.logging_strategy in (None, "steps"), STEPS
+    "without --logging_strategy steps",
+    # --eval_steps are as many where they are not given.
+    lambda v: (
+        v.logging_strategy in (None, "steps") or (v.eval_strategy == "steps" and not v.eval_steps)
+    ),
+    STEPS,
 )
 
 OWN_FILES = Effect("a task has its metrics", lambda v: v.train_file or v.validation_file)
@@ -117,7 +127,7 @@ EVALUATION = Effect(
 SCORES = Effect(
     "nothing is evaluated", lambda v: evaluates(v) or v.linear_probing or measures_dev_losses(v)
 )
-END = Effect("nothing is evaluated", lambda v: not v.no_eval)
+END = Effect("nothing is evaluated", evaluates_at_end)
 OPTIONS = Effect("the task has options", attrgetter("task.generation"))
 GENERATES = Effect(
     "nothing is generated",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import functools
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,7 @@ class _Reader:
                 found[-1][1].append(word)
             else:
                 self.problems.append(f"{word}: no argument stands before it")
-        for option, values in sorted(found, key=_precedence):
+        for option, values in _in_order(found):
             yield from self._named(option, values)
         if self.unknown:
             self.problems.append(explain_unknown(*self.unknown))
@@ -258,12 +259,28 @@ class _Reader:
         return values
 
 
-def _precedence(option: tuple[str, list[str]]) -> int:
-    """Sort two names of one argument: the last one wins, and a ratio of 0 is none."""
-    name, words = option[0].replace("-", "_"), option[1]
-    if name == "__warmup_ratio":
-        return -1 if words[-1:] in (["0"], ["0.0"]) else 1
-    return int(name == "__zo_lr_scheduler_type")
+def _in_order(found: Sequence[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:
+    """Sort arguments of which some have two names: the last one wins.
+
+    Steps of warm-up win over a ratio, unless they are 0, which the Trainer takes for not given.
+    """
+
+    def is_zero(words: Sequence[str]) -> bool:
+        return re.fullmatch(r"0*\.?0*", "".join(words[-1:])) is not None
+
+    def rank(argument: tuple[str, list[str]]) -> int:
+        name, words = argument[0].replace("-", "_"), argument[1]
+        if name == "__warmup_ratio":
+            return -2 if is_zero(words) else -1
+        if name in ("__warmup_steps", "__warmup_step"):
+            return -2 if is_zero(words) and has_ratio else 0
+        return int(name == "__zo_lr_scheduler_type")
+
+    has_ratio = any(
+        option.replace("-", "_") == "__warmup_ratio" and not is_zero(words)
+        for option, words in found
+    )
+    return sorted(found, key=rank)
 
 
 def raise_problems(problems: Sequence[str]) -> None:

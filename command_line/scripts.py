@@ -109,12 +109,13 @@ def choose_defaults(
     chosen |= _of_mode(script, found.get("MODE", "ft"), said) | DEFAULTS[script]
     model = said.get("model_name", chosen["model_name"])
     is_bundled = os.path.exists(model) and Path(model).resolve() == BUNDLED_MODEL
-    if not _own_file(said):
+    of_file = _own_file(said) or ("task_name" not in said and said.get("predict_file"))
+    if not of_file:
         chosen |= {"task_name": "SST2"} | ({"data_dir": BUNDLED_DATA} if is_bundled else {})
     if script != "icl.sh":
         chosen |= BUNDLED | BUNDLED_STEPS.get(script, {}) if is_bundled else {}
         chosen |= _examples(said, chosen["num_dev"])
-    elif _own_file(said) and "train_file" not in said:
+    elif of_file and "train_file" not in said:
         chosen["num_train"] = 0
     chosen |= values | ({"model_name": BUNDLED_MODEL} if is_bundled else {})
     _follow(chosen, user)

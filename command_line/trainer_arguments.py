@@ -69,7 +69,7 @@ _ROWS = (  # effect, what they decide, names
     (when.STEPS, RESULT, "full_determinism train_sampling_strategy auto_find_batch_size"),
     (when.STEPS, RESULT, "use_liger_kernel eval_on_start ignore_data_skip"),
     (when.STEPS, TRAINING, "dataloader_drop_last lr_scheduler_kwargs data_seed"),
-    (when.EVAL_STEPS, RESULT, "eval_delay"),
+    (when.DEV_LOSSES, RESULT, "eval_delay"),
     (when.SAVES, NOTHING, "save_only_model save_on_each_node"),
     (when.STEPS, NOTHING, "hub_token hub_private_repo hub_model_id hub_strategy hub_always_push"),
     (when.STEPS, NOTHING, "hub_revision run_name project trackio_space_id trackio_bucket_id"),

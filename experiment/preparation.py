@@ -81,7 +81,8 @@ def prepare_encoder(options: Options) -> Encoder:
         chat.check(model.name)
     if options.task.generation:
         check_generation(generation, tokenizer, max_length)
-    return Encoder(options.task, tokenizer, max_length, generation.max_new_tokens, chat)
+    room = generation.max_new_tokens if options.task.generation else 0
+    return Encoder(options.task, tokenizer, max_length, room, chat)
 
 
 def _check_whole(folder: Path) -> None:

@@ -108,6 +108,10 @@ def generate(
     first = first_position(model)
     texts = [""] * len(prompts)
 
+    def stop(length: int, rows: Tensor, *scores: Any, **others: Any) -> Tensor:
+        # The end of a prompt may be the first part of the text at which to stop.
+        return stop_at(tokenizer, settings.eos_token)(rows[:, length:], *scores, **others)
+
     def check_logits(_: Tensor, logits: Tensor) -> Tensor:
         # Of NaN the choice would always be the first token.
         if not logits.amax(-1).isfinite().all():
@@ -131,7 +135,7 @@ def generate(
             eos_token_id=list(ends) or None,
             pad_token_id=pad,
             logits_processor=LogitsProcessorList([check_logits]),
-            stopping_criteria=StoppingCriteriaList([stop_at(tokenizer, settings.eos_token)]),
+            stopping_criteria=StoppingCriteriaList([functools.partial(stop, len(tokens[0]))]),
             **settings.arguments(),
             # generate() itself counts from 0 in every family.
             **({"position_ids": shown.cumsum(-1) - 1 + first} if first else {}),

@@ -58,9 +58,10 @@ class Outcome:
             for name in CURVES
         }
         if losses := list(curves["dev_loss"].values()):
-            # The final model is the best checkpoint's or the last step's.
-            best = settings.get("load_best_model_at_end")
-            numbers["dev_loss"] = min(losses) if best else losses[-1]
+            numbers["dev_loss"] = losses[-1]
+            if settings.get("load_best_model_at_end"):  # by the loss, or by a metric
+                step = re.search(r"-([0-9]{1,15})$", str(result.get("checkpoint")))
+                numbers["dev_loss"] = curves["dev_loss"].get(step and int(step[1]), min(losses))
         metric = next((next(iter(values)) for values in metrics.values()), "metric")
         settings = {shown(name): value for name, value in settings.items()}
         task, data = shown(result.get("task")), shown(result.get("data", ""))

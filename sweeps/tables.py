@@ -52,7 +52,11 @@ def make_table(
             raise InputError(f"none of the {len(runs)} results has {name}: {way_out}")
     runs["row"] = [rows.index(each.values(names)) for each in finished]
     columns = {(title, kind): runs[titles == title] for title in titles.unique()}
-    columns |= {(name, name): runs for name in also}
+    for name in also:  # those of different tasks have no mean
+        several = by == "task" and len(columns) > 1
+        of_tasks = {f"{title} {name}": titles == title for title in titles.unique()}
+        parts = of_tasks if several else {name: slice(None)}
+        columns |= {(title, name): runs[chosen] for title, chosen in parts.items()}
     numbers = {}
     for (title, name), chosen in columns.items():
         values = chosen.groupby("row")[name].agg(["mean", "std", "count", "size"])

@@ -101,8 +101,9 @@ class OwnTask(Task):
 
     def messages(self, prompt: str, sample: Sample) -> list[dict[str, str]]:
         """Return the turns of a conversation before its answer."""
-        said = self.own_columns.from_messages
-        return sample.row["messages"] if said else super().messages(prompt, sample)
+        # Another prompt is the one that calibrates scores: it says nothing of the row.
+        is_own = self.own_columns.from_messages and prompt.strip() == self.prompt(sample).strip()
+        return sample.row["messages"] if is_own else super().messages(prompt, sample)
 
 
 def choose_task(
@@ -233,7 +234,7 @@ def _list_in(cell: Any) -> list[Any] | None:
             value = ast.literal_eval(cell.strip())
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             return None
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value.keys() <= {"text", "answer_start"}:  # of SQuAD
         value = [text] if isinstance(text := value.get("text"), str) else text
     return value if isinstance(value, list) else None
 

@@ -31,6 +31,10 @@ WITHOUT_EFFECT: dict[str, tuple[dict[str, Any], str]] = {
         {"max_steps": 20, "learning_rate": 1e-3, "output_dir": "x", "num_dev": 5, "lora": True},
         "--max_steps, --learning_rate, --output_dir, --num_dev, --lora (nothing is trained)",
     ),
+    "no evaluation of what is only evaluated": (
+        {"no_eval": True, "num_eval": 3, "predictions_file": "p.jsonl"},
+        "warning: no effect here: --no_eval (nothing is trained)",
+    ),
     "sets beside a seed": (
         {"num_train": 4, "num_train_sets": 2, "train_set_seed": 1},
         "--num_train_sets (--train_set_seed decides)",
@@ -157,6 +161,15 @@ SILENT: dict[str, dict[str, Any]] = {
         **{"num_dev": 5, "eval_strategy": "epoch", "save_strategy": "no"},
     },
     "AdamW's own": REGULAR | {"adam_beta1": 0.5, "bf16": True},
+    # --no_eval itself has no effect there.
+    "evaluation alone": {"no_eval": False, "num_eval": 3, "predictions_file": "p.jsonl"},
+    "dev losses from the second epoch on": {
+        **ZO | {"num_dev": 5, "eval_strategy": "epoch", "eval_delay": 2}
+    },
+    "eval_steps as many as logging_steps": {
+        **ZO | {"num_dev": 5, "eval_strategy": "steps", "logging_strategy": "epoch"},
+        "logging_steps": 7,
+    },
     "a probe": PROBING | {"num_dev": 5, "save_model": True, "lp_early_stopping": True},
     "of the machine": {"no_auto_device": True, "ddp_timeout": 60, "use_cpu": True},
 }

@@ -23,7 +23,7 @@ from language_model.batches import NotFinite
 from language_model.encoding import Encoder
 from language_model.generation import GenerationSettings, check_generation, generate
 from language_model.scoring import predict
-from language_model.shared_tokens import LayerWithRoom
+from language_model.shared_tokens import LayerWithRoom, first_position
 from tasks import get_task
 from utils import InputError
 
@@ -69,8 +69,10 @@ def test_greedy_generation_is_the_argmax_loop(family: str) -> None:
         assert all(prediction.scores is None for prediction in found)
 
 
-def test_positions_counted_from_the_padding_token() -> None:
-    model, tokenizer, prompts = tiny_model("roberta"), tiny_tokenizer(), prompts_of(3)
+@pytest.mark.parametrize("family", ["roberta", "xglm"])  # xglm adds the offset itself
+def test_positions_counted_from_the_padding_token(family: str) -> None:
+    model, tokenizer, prompts = tiny_model(family), tiny_tokenizer(), prompts_of(3)
+    assert first_position(model) == {"roberta": 2, "xglm": 0}[family]
     for beams in (1, 2):
         settings = GenerationSettings(max_new_tokens=8, num_beams=beams, eos_token="never")
         texts = generate(model, tokenizer, prompts, settings, 3, "")
@@ -130,6 +132,16 @@ def test_the_end_text_may_be_a_part_of_tokens_or_several(family: str) -> None:
         for batch_size in (1, 4):
             settings = GenerationSettings(max_new_tokens=16, eos_token=end)
             assert generate(model, tokenizer, prompts, settings, batch_size, "") == expected
+
+
+def test_an_end_text_does_not_begin_in_the_prompt() -> None:
+    model, tokenizer, (prompt,) = model_of("opt"), tiny_tokenizer(), prompts_of(1)
+    tokens = run_on(model, [prompt])[0]
+    prompt, written = [*prompt, *tokens[:2]], tokens[2:10]
+    end = tokenizer.decode(prompt)[-1:] + tokenizer.decode(written[:1])
+    settings = GenerationSettings(max_new_tokens=8, eos_token=end)
+    texts = generate(model, tokenizer, [prompt], settings, 1, "")
+    assert texts == [tokenizer.decode(written).strip()] and end not in texts[0]
 
 
 def test_beams_end_where_transformers_ends_them() -> None:

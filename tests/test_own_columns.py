@@ -28,9 +28,10 @@ from running import (
     weights,
 )
 from test_chat import TEMPLATE, save
-from transformers import AutoModelForCausalLM, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import run
+from language_model.encoding import Chat, Encoder
 from task_data.columns import Columns
 from task_data.loading import load_samples, read_samples
 from task_data.own_tasks import choose_task
@@ -324,6 +325,16 @@ def test_the_last_turn_of_a_conversation_is_its_answer(
     assert first in out and "Be brief.<end>\n<system>" not in out
     assert "<system>\nCount.<end>\n<user>\nSum?<end>\n<assistant>\n" in out
     assert "correct: Me" in out and "correct: Four" in out
+    file = write(
+        tmp_path / "options.jsonl", [conversation("Sum?", "no") | {"options": ["no", "yes"]}]
+    )
+    task = choose_task(None, None, str(file), None)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    encoder = Encoder(task, tokenizer, 100, 0, Chat(tokenizer))
+    (sample,) = read_samples(task, file)
+    for content_free in (False, True):
+        (first, _) = encoder.options(sample, content_free=content_free).options
+        assert ("Sum?" in tokenizer.decode(first.tokens)) is not content_free
 
 
 def test_conversations_of_sharegpt(tmp_path: Path) -> None:

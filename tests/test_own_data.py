@@ -132,6 +132,7 @@ def test_answers_in_a_cell(tmp_path: Path) -> None:
         ("['Ann Lee', 'Lee']", ("Ann Lee", "Lee")),
         ("{'text': ['Ann Lee'], 'answer_start': [3]}", ("Ann Lee",)),
         ("{'text': 'Ann Lee'}", ("Ann Lee",)),
+        ('{"text": "Ann", "city": "Rome"}', ('{"text": "Ann", "city": "Rome"}',)),
         *((text, (text,)) for text in ("Paris", "[1] B", "[1, 2]", "{", "[" * 5000, "12")),
     ):
         _, (sample,) = load(tmp_path, "csv", [{"prompt": "Who?", "answer": cell}])

@@ -121,6 +121,9 @@ def test_published_schedules(tmp_path: Path) -> None:
         (["--warmup_ratio", "0.1", "--warmup_steps", "0"], 0.1),
         (["--warmup_steps", "5", "--warmup_ratio", "0.0"], 5),
         (["--warmup_steps", "5", "--warmup_step", "0"], 0),
+        (["--warmup_steps", "100", "--warmup_ratio", "0.1"], 100),
+        (["--warmup_ratio", "0.1", "--warmup_steps", "100"], 100),
+        (["--warmup_steps", "100", "--warmup_ratio", "0.00"], 100),
     ):
         assert read_values(words).warmup_steps == warmup, words
 

@@ -78,9 +78,12 @@ def test_rows_are_settings_and_columns_tasks(
     }
     assert "Mean ± standard deviation of 3 runs." in printed(capsys, grid)
     percent = cells(printed(capsys, grid, "--percent", "--also", "forward_passes", "dev_loss"))
-    assert percent[0] == ["learning_rate", "CB", "SST2", "forward_passes", "dev_loss"]
-    assert ["1e-3", "**71.0 ± 1.0**", "**91.0 ± 1.0**", "60"] in [row[:4] for row in percent]
-    assert {row[0]: row[4] for row in percent[2:]}["1e-3"].startswith("**0.19")
+    also = [f"{task} {name}" for name in ("forward_passes", "dev_loss") for task in ("CB", "SST2")]
+    assert percent[0] == ["learning_rate", "CB", "SST2", *also]
+    assert ["1e-3", "**71.0 ± 1.0**", "**91.0 ± 1.0**", "60", "60"] in [row[:5] for row in percent]
+    assert {row[0]: row[6] for row in percent[2:]}["1e-3"] == "**0.0900 ± 0.0100**"
+    one = cells(printed(capsys, *grid.glob("CB*"), "--also", "dev_loss"))
+    assert one[0] == ["learning_rate", "CB", "dev_loss"]
     dev = cells(printed(capsys, grid, "--show", "dev_metric"))
     assert ["1e-4", "0.3100 ± 0.0050", "0.4100 ± 0.0050"] in dev
 
@@ -275,6 +278,16 @@ def test_odd_results_end_in_no_traceback(
     assert not (tmp_path / "ran").exists()
 
 
+def test_dev_loss_is_that_of_the_reported_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path, "best", 0.25, load_best_model_at_end=True)
+    result = json.loads(path.read_text())
+    for checkpoint, loss in (("out/checkpoint-20", "0.7500"), (None, "0.5000")):
+        path.write_text(json.dumps(result | {"checkpoint": checkpoint}))
+        assert f"| {loss} " in printed(capsys, path, "--show", "dev_loss"), checkpoint
+
+
 def test_several_sets_are_several_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = written(tmp_path, "sets", 0.5)
     result = json.loads(path.read_text())
@@ -373,6 +386,9 @@ def test_picture_and_table_of_a_running_sweep(
     assert cells(out)[0] == ["SST2"] and len(cells(out)) == 3
     picture = (tmp_path / "a" / "b.svg").read_text()
     assert picture.startswith("<?xml") and len(picture) > 10_000
+    # As a shell finds the files.
+    (tmp_path / "slurm.json").write_text("{}")
+    assert printed(capsys, *tmp_path.glob("*.json")) == out
     outcomes = report.load([tmp_path])
     assert [each.is_finished for each in outcomes] == [True, False, False]
     (curve,) = curves(outcomes, "dev_loss", "passes").values()

@@ -33,7 +33,7 @@ import run
 import tasks
 from command_line.arguments import parse_arguments
 from command_line.settings import changed_settings
-from experiment import results
+from experiment import preparation, results
 from experiment.options import TrainedWeights, options_of
 from experiment.training import trainers_own
 from task_data.loading import load_samples
@@ -295,6 +295,8 @@ def test_interrupt_while_the_libraries_load_ends_without_a_traceback(tmp_path: P
 def test_options_are_frozen_and_typed(tmp_path: Path) -> None:
     options = options_of(parse_arguments(training(tmp_path, lora=True, lora_r=4)))
     assert (options.weights.mode, options.weights.lora_r) == ("lora", 4)
+    # Options leave a prompt all the room; so do the prompts of --verbose.
+    assert preparation.prepare_encoder(options).max_new_tokens == 0
     # The Trainer gets its own arguments, and nothing of ours.
     own = trainers_own(options.arguments, tmp_path)
     assert type(own) is TrainingArguments and own.max_steps == 6

@@ -276,6 +276,10 @@ def test_own_files(tmp_path: Path) -> None:
         for empty in ([], ["--train_file", ""]):
             assert values_of("icl.sh", [*own[1:], *empty]).num_train == 0
         assert values_of("HiZOO.sh", [*own[1:], *empty]).num_train == 1000
+        answered = ["--predict_file", file, "--predictions_file", "p.jsonl", *more]
+        values = values_of("icl.sh", answered)
+        assert (values.task_name, values.num_train) == (None, 0)
+        assert values_of("icl.sh", answered, TASK="SST2").task_name == "SST2"
         values = values_of("HiZOO.sh", own, TASK="RTE", DATA_DIR="nowhere")
         assert (values.task_name, values.data_dir) == (None, None)
         assert "here: TASK, DATA_DIR (the files of --tr" in make_arguments(values).warning
