@@ -75,8 +75,9 @@ def first_position(model: PreTrainedModel) -> int:
     """Return the position of a text's first token: 0, or after the padding token (RoBERTa)."""
     for name, module in without_adapter(model).named_modules():
         # Other kinds, as XGLM's, add the offset themselves.
-        if "position" in name and isinstance(module, nn.Embedding) and module.padding_idx:
-            return module.padding_idx + 1
+        padding = module.padding_idx if isinstance(module, nn.Embedding) else None
+        if "position" in name and padding is not None:
+            return padding + 1
     return 0
 
 
