@@ -23,7 +23,7 @@ from transformers.utils import is_liger_kernel_available
 
 from command_line.contradictions import check_values, warning, without_effect
 from command_line.declarations import AUTO
-from command_line.effects import ON_GPU
+from command_line.effects import FOLLOW_DEV_METRIC, ON_GPU
 from command_line.reading import GROUPS, OWN, Meaning, Values, read_values
 from command_line.trainer_arguments import OTHERS
 from training.processes import join, naming_lost_processes
@@ -176,7 +176,7 @@ def _check_schedule(arguments: Arguments) -> None:
             raise InputError(f"{typed}: the run has {steps} steps")
     options = arguments.lr_scheduler_kwargs or {}
     metric = arguments.metric_for_best_model
-    follows = name.value in ("reduce_lr_on_plateau", "greedy")
+    follows = name in FOLLOW_DEV_METRIC
     if follows and metric not in (None, "loss", "eval_loss") and options.get("mode") != "max":
         raise InputError(
             f"--metric_for_best_model {metric}: --lr_scheduler_type {name.value} waits for what "

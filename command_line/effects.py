@@ -10,6 +10,9 @@ from typing import Any
 from command_line.declarations import Effect
 from zeroth_order.config import smoothing_of
 
+# Schedules that change the learning rate by what is measured on the dev set.
+FOLLOW_DEV_METRIC = ("reduce_lr_on_plateau", "greedy")
+
 
 def measures_dev_losses(v: Any) -> bool:
     """Whether the dev loss is computed during training."""
@@ -46,6 +49,7 @@ STEPS = Effect("--linear_probing has no steps", lambda v: not v.linear_probing, 
 BACKWARD = Effect("only --trainer regular has a backward pass", trained_by("regular"), STEPS)
 ON_GPU = Effect("there is no GPU: float32", bool)  # arguments.py knows
 GRADIENT = replace(BACKWARD, refused=True)
+RETRIES = replace(GRADIENT, otherwise="only --trainer regular starts again with smaller batches")
 SHARDS = replace(GRADIENT, otherwise="only --trainer regular has states to shard")
 FORWARD, BROADCAST = is_("trainer", "zo", STEPS), is_("trainer", "broadcast", STEPS)
 TAKE_ZO = {"refused": True, "way_out": "take --trainer zo, or leave it out"}
@@ -91,7 +95,7 @@ BEST = Effect(
     lambda v: (
         v.load_best_model_at_end
         or v.save_strategy == "best"
-        or v.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+        or v.lr_scheduler_type in FOLLOW_DEV_METRIC
     ),
     STEPS,
 )

@@ -14,6 +14,7 @@ import torch
 from command_line.arguments import Arguments, plain_value
 from command_line.contradictions import unmet
 from command_line.declarations import AUTO, NOTHING, RESULT, TRAINING
+from command_line.effects import FOLLOW_DEV_METRIC
 from command_line.groups import Generation
 from command_line.reading import DECLARED, OWN, TUNING_MODES
 from language_model.loading import saved_dtype
@@ -161,6 +162,9 @@ def settings_of_a_checkpoint(arguments: Arguments) -> dict[str, Any]:
     names -= {"trainer", *LENGTH}
     if arguments.non_diff or arguments.reward:
         names |= {field.name for field in dataclasses.fields(Generation)}
+    if arguments.lr_scheduler_type in FOLLOW_DEV_METRIC:
+        names |= {"metric_for_best_model", "eval_strategy", "eval_steps", "eval_delay"}
+        names |= set() if arguments.num_dev else {"num_eval"}
     reward = arguments.task.reward
     return {
         "trainer": arguments.trainer,

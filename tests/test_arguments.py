@@ -117,6 +117,14 @@ BAD_TRAINING: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"fp16": True, "optim": "sgd", "max_grad_norm": 0.5},
         ["--fp16", "--optim sgd", "--max_grad_norm 0.5", "regular has a backward pass"],
     ),
+    "smaller batches of HiZOO": (
+        {"auto_find_batch_size": True},
+        ["--auto_find_batch_size: only --trainer regular starts again with smaller batches; leave"],
+    ),
+    "smaller batches of error broadcast": (
+        BROADCAST | {"auto_find_batch_size": True},
+        ["--auto_find_batch_size: only --trainer regular"],
+    ),
     "a metric's gradient": (
         REGULAR | {"non_diff": True},
         ["--non_diff: it has no gradient for --trainer regular and broadcast; take --trainer zo"],

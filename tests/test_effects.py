@@ -15,7 +15,7 @@ from command_line.declarations import LARGEST
 from command_line.effects import BACKWARD, FORWARD, STEPS, TRAINED
 from command_line.published import IGNORED
 from command_line.reading import DECLARED, OWN
-from command_line.settings import experiment_hash
+from command_line.settings import experiment_hash, settings_of_a_checkpoint
 from command_line.trainer_arguments import NOT_OFFERED, MostUsed
 from utils import InputError
 
@@ -220,6 +220,22 @@ def test_what_changes_the_result_is_refused() -> None:
             parsed(**arguments)
     # Nothing is trained: nothing changes.
     assert "--fp16, --optim" in (parsed(fp16=True, optim="sgd").warning or "")
+
+
+def test_what_decides_the_weights_is_kept_for_a_resumed_run() -> None:
+    plain = settings_of_a_checkpoint(parsed(**REGULAR, eval_strategy="epoch")).keys()
+    assert plain >= {
+        *("train_sampling_strategy", "ignore_data_skip", "use_liger_kernel"),
+        *("optim_target_modules", "auto_find_batch_size"),
+    }
+    for schedule in ("reduce_lr_on_plateau", "greedy"):
+        dev = {"lr_scheduler_type": schedule, "eval_strategy": "steps"}
+        course = settings_of_a_checkpoint(parsed(**REGULAR | dev))
+        assert course["metric_for_best_model"] == "loss" and course["eval_steps"] == 10
+        assert course.keys() - plain == {
+            *("metric_for_best_model", "eval_strategy", "eval_steps", "eval_delay", "num_eval")
+        }
+        assert "num_eval" not in settings_of_a_checkpoint(parsed(**REGULAR | dev, num_dev=4))
 
 
 # -------------------------------------------------------------------------------- declarations
