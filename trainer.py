@@ -117,6 +117,7 @@ class ZerothOrderTrainer(ForwardTrainer):
         self.config = config
         self.perturbation = perturbation
         self.recording = recording or Recording()
+        self.layerwise: bool | None = None  # what ``perturbation`` comes to be
         self._batches: list[tuple[dict[str, Any], int, Tensor]] = []  # of the step under way
         super().__init__(**kwargs)
         # The Trainer makes them as training begins, and asks callbacks for their state before.
@@ -202,6 +203,7 @@ class ZerothOrderTrainer(ForwardTrainer):
             "since_log": [self._tr_loss.item(), since_log],
             "noise": noise.VERSION,
             "optimizer": dataclasses.asdict(self.config),
+            "layerwise": self.layerwise,
         }
 
     def _begin(self, saved: dict[str, Any] | None) -> None:
@@ -213,7 +215,10 @@ class ZerothOrderTrainer(ForwardTrainer):
             total, steps = saved["since_log"]
             self._tr_loss += math.nan if total is None else total  # JSON has no NaN
             self._globalstep_last_logged = self.state.global_step - steps
-        if self.optimizer is not None:  # a finished run has none
+        if self.optimizer is None:  # of a finished run
+            self.layerwise = saved.get("layerwise")
+        else:
+            self.layerwise = self.optimizer.layers is not None
             self.recording.begin(self.model, self.optimizer, self.groups, self.state)
 
     def _end_step(self) -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from command_line.declarations import AUTO
 from experiment.options import Options
 from language_model.encoding import Encoder
 from task_data.sampling import ExampleSet
@@ -85,8 +86,8 @@ def _texts(task: Task, sample: Sample) -> list[Any]:
     return [prompt, task.messages(prompt, sample), answers, sample.correct, row]
 
 
-def find_start(options: Options, output_dir: Path, has_result: bool) -> Start:
-    """Return where a run begins; ``options`` are those of ``with_contents``.
+def find_start(options: Options, output_dir: Path, has_result: bool, steps: int) -> Start:
+    """Return where a run of so many steps begins; ``options`` are those of ``with_contents``.
 
     Raises:
         InputError: what is there, or what is asked for, does not belong to this run.
@@ -110,9 +111,11 @@ def find_start(options: Options, output_dir: Path, has_result: bool) -> Start:
             )
     if wanted == "true" and not checkpoint and not journal:
         raise InputError(f"--resume_from_checkpoint: no whole checkpoint in {output_dir}")
-    step = _step_of(options, checkpoint, has_result) if checkpoint else 0
-    recording = _continued(options, journal, step, has_result) if journal else Recording(path)
-    return Start(checkpoint if step else None, recording)
+    done = _step_of(options, checkpoint, journal, has_result, steps) if checkpoint else 0
+    recording = Recording(path)
+    if journal:
+        recording = _continued(options, journal, done, has_result, steps)
+    return Start(checkpoint if done else None, recording)
 
 
 def is_resumed(
@@ -145,17 +148,20 @@ def _warn_of_another_length(options: Options, place: Path, settings: Mapping[str
     schedule = course.get("lr_scheduler_type", "constant")
     names = [] if schedule.startswith(ENDLESS) else ["lr_scheduler_type"]
     names += ["warmup_steps"] if 0 < course.get("warmup_steps", 0) < 1 else []
+    names += ["broadcast_rate"] if course.get("broadcast_rate") == AUTO else []
     if names and any(settings.get(name) != now for name, now in length.items()):
         schedules = ", ".join(f"--{name} {course[name]}" for name in names)
         asked = " ".join(f"--{name} {now:g}" for name, now in length.items())
         logger.warning(
-            f"{schedules} depends on the length of a run, and {place} had another: the end is not "
-            f"that of a run with {asked} from its start"
+            f"{schedules} depend{'s' if len(names) == 1 else ''} on the length of a run, and "
+            f"{place} had another: the end is not that of a run with {asked} from its start"
         )
 
 
-def _step_of(options: Options, checkpoint: Path, has_result: bool) -> int:
-    """Return how many steps a checkpoint of this run has; 0: it is not wanted."""
+def _step_of(
+    options: Options, checkpoint: Path, journal: Journal | None, has_result: bool, steps: int
+) -> int:
+    """Return how many steps a checkpoint of this run has; 0: the run does not resume from it."""
     state = checkpoints.read_trainer_state(checkpoint)
     kept, step = run_state(state), state["global_step"]
     if not options.arguments.overwrite_output_dir or options.resume_from:
@@ -166,15 +172,24 @@ def _step_of(options: Options, checkpoint: Path, has_result: bool) -> int:
     settings = kept.get("settings", {})
     if not is_resumed(options, checkpoint, settings, is_finished):
         return 0
-    if not any(checkpoint.glob("optimizer*")) or not (checkpoint / "scheduler.pt").is_file():
-        reason = "has no state of an optimizer and a scheduler"
-        raise InputError(f"{checkpoint} {reason}; {checkpoints.ANOTHER}")
-    _check_length(options, checkpoint, step)
+    _check_length(options, checkpoint, step, steps)
+    # A finished run is only loaded, and its weights are enough.
+    if step < max(steps, state["max_steps"]) and not checkpoints.has_optimizer(checkpoint):
+        reason = f"{checkpoint} has no state of an optimizer and a scheduler"
+        is_named = options.resume_from not in (None, "true")
+        is_in_journal = bool(journal) and journal.header.step == 0
+        if is_named or not (is_in_journal or options.arguments.overwrite_output_dir):
+            raise InputError(f"{reason}; {checkpoints.ANOTHER}")
+        instead = f"with {journal.path}" if is_in_journal else "anew"
+        logger.warning(f"{reason}: the run begins {instead}")
+        return 0
     _warn_of_another_length(options, checkpoint, settings)
     return step
 
 
-def _continued(options: Options, journal: Journal, step: int, has_result: bool) -> Recording:
+def _continued(
+    options: Options, journal: Journal, step: int, has_result: bool, steps: int
+) -> Recording:
     """Return a recording that continues a journal after ``step`` steps, or begins a new one."""
     path, header = journal.path, journal.header
     is_finished = has_result and not step and journal.steps >= header.max_steps
@@ -195,14 +210,17 @@ def _continued(options: Options, journal: Journal, step: int, has_result: bool) 
         # The user named a checkpoint: resume there, not behind the last step of the journal.
         return Recording(path, begins_at=journal.end_of(step))
     if step < journal.steps:
-        _check_length(options, path, journal.steps)
+        _check_length(options, path, journal.steps, steps)
         if not step:
             _warn_of_another_length(options, path, settings)
     start = header.start if step == header.step else None
     return Recording(path, journal.after(step), journal.ends[-1], start)
 
 
-def _check_length(options: Options, place: Path, steps: int) -> None:
-    max_steps = options.length.get("max_steps")
-    if max_steps and steps > max_steps:
-        raise InputError(f"{place} has more than --max_steps {max_steps}: {ANOTHER_FOLDER}")
+def _check_length(options: Options, place: Path, done: int, steps: int) -> None:
+    """Refuse what has more steps than the run."""
+    ((name, length),) = options.length.items()
+    # Smaller batches make more steps of an epoch.
+    is_known = name == "max_steps" or not options.arguments.auto_find_batch_size
+    if is_known and done > steps:
+        raise InputError(f"{place} has more than --{name} {length:g}: {ANOTHER_FOLDER}")

@@ -24,7 +24,6 @@ from experiment.options import Options
 from experiment.resuming import Start, find_start, with_contents
 from experiment.telling import describe, example_lines, metric_names, use_in_python
 from experiment.training import dev_samples, make_trainer, save_model
-from hizoo import HiZOO
 from language_model.adapters import check_merge, save_merged
 from language_model.batches import advice_for_losses
 from language_model.encoding import Encoder
@@ -36,11 +35,12 @@ from task_data.loading import load_samples, read_samples
 from task_data.own_tasks import OwnTask
 from task_data.sampling import ExampleSet
 from tasks import Sample
+from trainer import ZerothOrderTrainer
 from training.callbacks import Reports, SaveOnInterrupt
 from training.checkpoints import RemoveEarlierCheckpoints, last_checkpoint
 from training.objective_trainer import SKIPPED_STEPS
 from training.scales import PROBE, ChooseScale
-from utils import Diverged, InputError, Interrupted, process_index
+from utils import Diverged, InputError, Interrupted, process_index, read_json
 
 logger = logging.getLogger(__name__)
 Model = PreTrainedModel | PeftModel
@@ -79,7 +79,8 @@ class Experiment:
             pretrained, weights = model, options.weights
             if arguments.has_steps:
                 options = with_contents(options, encoder, examples, model)
-                start = find_start(options, folder, self.has_result)
+                steps = arguments.steps_of_run(len(examples.train))
+                start = find_start(options, folder, self.has_result, steps)
                 if start.source:
                     say(f"resuming from {start.words()}")
             model = preparation.choose_trained_weights(model, weights, encoder.tokenizer, say)
@@ -127,8 +128,8 @@ class Experiment:
         if arguments.merge_adapter:
             check_merge(model)
         trainer = make_trainer(options, model, self.encoder, examples, folder, start)
-        probe, interrupt = None, SaveOnInterrupt()
-        if arguments.zo_eps == AUTO:
+        interrupt, measures_scale = SaveOnInterrupt(), arguments.zo_eps == AUTO
+        if measures_scale:
             probe = ChooseScale(trainer.loss_along, trainer.recording, folder / PROBE)
             trainer.add_callback(probe)
         if arguments.overwrite_output_dir and not checkpoint:
@@ -142,15 +143,17 @@ class Experiment:
         self.reports = Reports(options.settings, trainer.callback_handler.callbacks)
         trainer.add_callback(self.reports)
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-        if isinstance(trainer.optimizer, HiZOO):
-            in_place = trainer.optimizer.layers is None
-            self.used = {"zo_perturbation": "inplace" if in_place else "layerwise"}
+        if isinstance(trainer, ZerothOrderTrainer) and trainer.layerwise is not None:
+            self.used = {"zo_perturbation": "layerwise" if trainer.layerwise else "inplace"}
         # Metrics come from the model's own dtype, not from mixed precision.
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         state, last = trainer.state, last_checkpoint(folder)
         place = f"stopped after step {state.global_step}, checkpoint in {last}"
         if interrupt.received:
-            raise Interrupted(f"{interrupt.received}: {place}; the same command resumes there")
+            hint = "the same command resumes there"
+            if arguments.save_only_model and trainer.repeats_steps:
+                hint = "--save_only_model left out what a further step needs"
+            raise Interrupted(f"{interrupt.received}: {place}; {hint}")
         if trainer.diverged:
             from_the_start = state.global_step <= SKIPPED_STEPS
             remedy = f"lower --{arguments.rate}" + " or --zo_eps" * (arguments.trainer == "zo")
@@ -173,7 +176,7 @@ class Experiment:
             **trainer.costs.passes(),
             "resumed_from": start.source,
             "checkpoint": best and str(best),
-            **({"probe": probe.found} if probe else {}),
+            **({"probe": read_json(folder / PROBE) or None} if measures_scale else {}),
             "history": results.history(state.log_history, options.task.metric_name),
         }
 

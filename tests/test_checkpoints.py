@@ -8,6 +8,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,8 @@ def test_checkpoint_of_another_model_is_refused(
     (checkpoint / MANIFEST).unlink()
     write_manifest(checkpoint)
     argv = short_training(tmp_path, model_name=tmp_path / "2/model", max_steps=3)
-    assert_refused(argv, capsys, "has no state of an optimizer and a scheduler")
+    named = [*argv, "--resume_from_checkpoint", str(checkpoint)]
+    assert_refused(named, capsys, "has no state of an optimizer and a scheduler")
     state = trainer_state(checkpoint)
     del state["stateful_callbacks"]["RunState"]["attributes"]["version"]
     write_json(checkpoint / "trainer_state.json", state)
@@ -158,6 +160,48 @@ def test_checkpoint_of_another_model_is_refused(
     (checkpoint / MANIFEST).unlink()
     write_manifest(checkpoint)
     assert_refused(argv, capsys, "has no trainer_state.json")
+
+
+def test_checkpoints_of_the_model_alone(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A finished run is only loaded; another begins with its journal, or anew if it is told to."""
+    loses = "has no state of an optimizer and a scheduler"
+    for trainer, hint in (("zo", "the same command"), ("regular", "--save_only_model left out")):
+        folder = tmp_path / trainer
+        argv = short_training(folder, trainer=trainer, save_only_model=True)
+        with monkeypatch.context() as patched:
+            interrupt_the_first_step(patched)
+            assert run.main(argv) == 130
+        assert hint in capsys.readouterr().err.splitlines()[-1]
+        last, journal = folder / "out/checkpoint-1", folder / "out/journal.jsonl"
+        if trainer == "regular":
+            assert_refused(argv, capsys, f"{last} {loses}; give another one, or --overwrite")
+            argv = [*argv, "--overwrite_output_dir"]
+        caplog.clear()
+        result = finish(argv)
+        begins = f"with {journal}" if trainer == "zo" else "anew"
+        assert f"{last} {loses}: the run begins {begins}" in caplog.messages
+        assert result["resumed_from"] == (str(journal) if trainer == "zo" else None)
+        (folder / "result.json").unlink()
+        written = contents(folder / "out")
+        argv = short_training(folder, trainer=trainer, save_only_model=True)
+        assert finish(argv)["resumed_from"] == str(folder / "out/checkpoint-2")
+        assert contents(folder / "out") == written
+
+
+def interrupt_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    begin_step = ObjectiveTrainer._begin_step
+
+    def begin_step_and_interrupt(self: ObjectiveTrainer) -> None:
+        begin_step(self)
+        if self.state.global_step == 0:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(ObjectiveTrainer, "_begin_step", begin_step_and_interrupt)
 
 
 def test_named_checkpoint_that_is_not_whole_is_refused(

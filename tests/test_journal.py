@@ -437,6 +437,7 @@ def test_journal_of_another_run_is_refused(
 
     refused("comes from a run with --learning_rate 0.0001, not 0.001", learning_rate=1e-3)
     refused("has more than --max_steps 1", max_steps=1)
+    refused("has more than --num_train_epochs 0.3", max_steps=None, num_train_epochs=0.3)
     assert contents(tmp_path) == before
     for changed, words in (
         ({"start": "0" * 16}, "begins with other weights"),

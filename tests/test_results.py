@@ -119,6 +119,7 @@ def test_runs_of_another_length(
     """A longer run resumes, and is told where its schedule has another course; no shorter one."""
     linear = {"lr_scheduler_type": "linear"}
     in_journal = {"save_strategy": "no", "save_steps": None}
+    broadcast = {"trainer": "broadcast", "learning_rate": None}
     for name, (schedule, told) in {
         "none": ({}, ""),
         "journal": ({**in_journal}, ""),
@@ -126,6 +127,12 @@ def test_runs_of_another_length(
         "rate in a journal": (linear | in_journal, "--lr_scheduler_type linear depends"),
         "warmup": ({"warmup_steps": 0.5}, "--warmup_steps 0.5 depends"),
         "AdamW": ({"trainer": "regular", **linear}, "--lr_scheduler_type linear depends"),
+        "κ": ({**broadcast, "lr_scheduler_type": "constant"}, "--broadcast_rate auto depends"),
+        "both": ({**broadcast, **linear}, "type linear, --broadcast_rate auto depend on"),
+        "a given κ": (
+            {**broadcast, "lr_scheduler_type": "constant", "broadcast_rate": 1},
+            "",
+        ),
     }.items():
         folder, caplog_before = tmp_path / name, len(caplog.messages)
         more = SHORT | {"save_steps": 1} | schedule
@@ -241,7 +248,8 @@ def test_overwriting_goes_on_with_what_it_began(
         options = options_of(arguments)
         (encoder, (examples,)), model = prepare(options), load_pretrained(options.model)
         options = with_contents(options, encoder, examples, model)
-        return find_start(options, tmp_path / "out", has_result).checkpoint
+        steps = arguments.max_steps
+        return find_start(options, tmp_path / "out", has_result, steps).checkpoint
 
     assert found() == last
     assert found(has_result=True) is found(learning_rate=1e-5) is found(max_steps=4) is None
@@ -343,6 +351,13 @@ def test_result_says_what_auto_came_to_be(
         # It is not what tells another experiment apart.
         other = training(folder, **SHORT, zo_eps=1e-1, **arguments)
         assert "--zo_eps 0.01, not 0.1: " in refused_line(other, capsys, folder)
+    # A finished run that is only loaded says the same.
+    argv = training(tmp_path / "probed", **SHORT, zo_eps="auto")
+    first = finish(argv)
+    (tmp_path / "probed/result.json").unlink()
+    again = finish(argv)
+    assert again["resumed_from"] and again["probe"] == first["probe"] is not None
+    assert again["settings"] == first["settings"] and again["settings"]["zo_perturbation"] != "auto"
 
 
 def test_mean_and_deviation_of_several_sets(

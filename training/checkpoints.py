@@ -208,6 +208,11 @@ def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
 
 
+def has_optimizer(checkpoint: Path) -> bool:
+    """Whether a checkpoint has what a further step needs; with ``--save_only_model`` it has not."""
+    return any(checkpoint.glob("optimizer*")) and (checkpoint / "scheduler.pt").is_file()
+
+
 def check_version(checkpoint: str | Path, kept: Mapping[str, Any]) -> None:
     """Raise InputError if ``kept`` (by ``RunState``) is another version's, or another program's."""
     if kept.get("version") != CHECKPOINT_VERSION:

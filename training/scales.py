@@ -27,7 +27,7 @@ from hizoo import HiZOO
 from training.journal import Scale
 from training.optimizers import check_scale
 from training.recording import Recording
-from utils import InputError, read_json, write_json
+from utils import InputError, write_json
 
 LossAt = Callable[[int, int, float], float]
 
@@ -283,7 +283,6 @@ class ChooseScale(TrainerCallback):
     loss_at: LossAt
     recording: Recording
     file: Path  # of the probe
-    found: dict[str, Any] | None = None  # the probe, for the result
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, *, model: Any, optimizer: HiZOO, **_: Any
@@ -295,13 +294,11 @@ class ChooseScale(TrainerCallback):
                 scales = choose_scales(self.loss_at)
             eps = max(scales.eps, scales.curvature_eps * optimizer.wants_curvature)
             self.recording.write(Scale(0, eps))
-            self.found = asdict(scales)
             if args.process_index == 0:
-                write_json(self.file, self.found)
+                write_json(self.file, asdict(scales))
                 for line in scales.lines():
                     tqdm.write(line)  # above the bar
         else:
-            self.found = read_json(self.file) or None
             eps = recorded.eps if recorded else optimizer.param_groups[0]["eps"]
         for group in optimizer.param_groups:
             group["eps"] = eps
