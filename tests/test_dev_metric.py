@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from running import finish, log_of, training
 
 from experiment import training as making
 from experiment.running import reported
+from training.objective_trainer import ObjectiveTrainer
 
 CURVE = {"num_dev": 8, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
 
@@ -42,26 +44,41 @@ def test_metrics_of_generated_answers(tmp_path: Path) -> None:
 def test_the_best_checkpoint_is_best_by_the_metric(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: str, best: int
 ) -> None:
-    accuracies = iter((0.25, 0.75, 0.5))
+    let_measure(monkeypatch, accuracies=(0.25, 0.75, 0.5), losses=(0.5, 0.9, 0.1))
+    chosen = {"load_best_model_at_end": True, "metric_for_best_model": metric}
+    result = finish(training(tmp_path, **CURVE, **chosen))
+    assert Path(result["checkpoint"]).name == f"checkpoint-{best}"
 
-    def measured(*_: Any) -> Any:
-        return lambda model: {"accuracy": next(accuracies)}
 
-    monkeypatch.setattr(making, "dev_metric", measured)
-    losses = iter((0.5, 0.9, 0.1))
-    from training.objective_trainer import ObjectiveTrainer
+def test_another_metric_is_not_compared_with_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    let_measure(monkeypatch, accuracies=(0.9, 0.9, 0.3, 0.2), losses=(0.5, 0.4, 0.9, 0.9))
+    finish(training(tmp_path, **CURVE, max_steps=4, load_best_model_at_end=True))
+    (tmp_path / "result.json").unlink()
+    chosen = {"load_best_model_at_end": True, "metric_for_best_model": "accuracy"}
+    result = finish(training(tmp_path, **CURVE, **chosen, max_steps=8))
+    assert result["resumed_from"].endswith("checkpoint-4")
+    assert Path(result["checkpoint"]).name == "checkpoint-6"
+    assert "the best accuracy until step 4 is not known: " in caplog.text
 
+
+def let_measure(
+    monkeypatch: pytest.MonkeyPatch, accuracies: Iterable[float], losses: Iterable[float]
+) -> None:
+    """Let the dev set's accuracies and losses be these."""
+    accuracies, losses = iter(accuracies), iter(losses)
+    monkeypatch.setattr(
+        making, "dev_metric", lambda *_: lambda model: {"accuracy": next(accuracies)}
+    )
     loop = ObjectiveTrainer.evaluation_loop
 
-    def falling(self: ObjectiveTrainer, *args: Any, **kwargs: Any) -> Any:
+    def measure(self: ObjectiveTrainer, *args: Any, **kwargs: Any) -> Any:
         output = loop(self, *args, **kwargs)
         output.metrics["eval_loss"] = next(losses)
         return output
 
-    monkeypatch.setattr(ObjectiveTrainer, "evaluation_loop", falling)
-    chosen = {"load_best_model_at_end": True, "metric_for_best_model": metric}
-    result = finish(training(tmp_path, **CURVE, **chosen))
-    assert Path(result["checkpoint"]).name == f"checkpoint-{best}"
+    monkeypatch.setattr(ObjectiveTrainer, "evaluation_loop", measure)
 
 
 def test_tensorboard_shows_what_the_optimizer_does(

@@ -141,10 +141,18 @@ def test_interrupted_run_goes_on(
     assert_goes_on(argv, tmp_path, long_run)
 
 
+@pytest.mark.parametrize(("save_strategy", "last"), [("steps", 5), ("best", 4)])
 def test_interrupt_keeps_its_checkpoint_beside_the_best(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    save_strategy: str,
+    last: int,
 ) -> None:
+    """At a step without a dev loss, and at one whose dev loss is not the best."""
     arguments = {
+        "save_strategy": save_strategy,
+        "metric_for_best_model": "loss",
         "max_steps": 8,
         "num_dev": 8,
         "eval_strategy": "steps",
@@ -154,10 +162,11 @@ def test_interrupt_keeps_its_checkpoint_beside_the_best(
         "load_best_model_at_end": True,
         "save_on_interrupt": True,
     }
+    let_every_dev_loss_be_worse(monkeypatch)
     step = ZerothOrderTrainer.training_step
 
     def step_with_signal(self: ZerothOrderTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.state.global_step == 4:
+        if self.state.global_step == last - 1:
             signal.raise_signal(signal.SIGUSR1)
         return step(self, *args, **kwargs)
 
@@ -166,11 +175,20 @@ def test_interrupt_keeps_its_checkpoint_beside_the_best(
         patched.setattr(ZerothOrderTrainer, "training_step", step_with_signal)
         assert run.main(training(tmp_path, **arguments)) == 130
     assert signal.getsignal(signal.SIGUSR1) is before
-    assert "SIGUSR1: stopped after step 5" in capsys.readouterr().err
-    assert (tmp_path / "out/checkpoint-5/trainer_state.json").is_file()
-    assert log_of(tmp_path / "out/checkpoint-5", "loss")[4:]  # the interrupted step is logged
+    assert f"SIGUSR1: stopped after step {last}" in capsys.readouterr().err
+    kept = tmp_path / f"out/checkpoint-{last}"
+    assert (kept / "trainer_state.json").is_file()
+    assert len(log_of(kept, "loss")) == last  # the interrupted step is logged
     result = finish(training(tmp_path, **arguments))
-    assert result["resumed_from"].endswith("checkpoint-5")
+    assert result["resumed_from"].endswith(f"checkpoint-{last}")
+
+
+EPOCHS = {"max_steps": None, "num_train_epochs": 4 / 3}
+WITHIN_AN_EPOCH: dict[str, dict[str, Any]] = {
+    "steps": {"max_steps": 4},
+    "epochs": EPOCHS,
+    "smaller batches": {"trainer": "regular", "auto_find_batch_size": True} | EPOCHS,
+}
 
 
 def test_finished_run_reports_again_without_training(
@@ -195,12 +213,13 @@ def test_finished_run_reports_again_without_training(
     for name in ("metric", "dev_metric", "steps", "checkpoint"):
         assert second[name] == first[name], name
     # Nor does one that ended within an epoch take a further step.
-    within = tmp_path / "within"
-    finish(training(within, max_steps=4))
-    written = contents(within / "out")
-    (within / "result.json").unlink()
-    assert finish(training(within, max_steps=4))["steps"] == 4
-    assert contents(within / "out") == written
+    for name, length in WITHIN_AN_EPOCH.items():
+        within = tmp_path / name
+        finish(training(within, **length))
+        written = contents(within / "out")
+        (within / "result.json").unlink()
+        assert finish(training(within, **length))["steps"] == 4
+        assert contents(within / "out") == written
 
 
 def test_overwrite_output_dir_starts_anew(tmp_path: Path) -> None:
@@ -226,6 +245,23 @@ def test_more_steps_go_on_from_a_finished_run(tmp_path: Path) -> None:
     finish(training(tmp_path / "long"))
     finish(training(tmp_path / "short", max_steps=6))
     assert_same_checkpoint(tmp_path / "long/out/checkpoint-6", tmp_path / "short/out/checkpoint-6")
+
+
+def test_new_intervals_hold_after_a_checkpoint(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Fractions of the run are those of its new length."""
+    dev = {"num_dev": 4, "eval_strategy": "steps"}
+    finish(training(tmp_path, max_steps=3, save_steps=0.99, eval_steps=0.99, **dev))
+    (tmp_path / "result.json").unlink()
+    changed = {"save_steps": 0.7, "eval_steps": 1, "logging_steps": 2}
+    finish(training(tmp_path, max_steps=6, **changed, **dev))
+    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == [
+        *("checkpoint-3", "checkpoint-5", "checkpoint-6")
+    ]
+    last = tmp_path / "out/checkpoint-6"
+    assert len(log_of(last, "eval_loss")) == 4 and len(log_of(last, "loss")) == 3 + 2
+    assert "trainer_state.json" not in capfd.readouterr().err
 
 
 # ---------------------------------------------------------------------------------- the step
@@ -473,7 +509,11 @@ def test_checkpoints_that_are_not_gone_on_from(
     (tmp_path / "result.json").unlink()
     folder = tmp_path / "out/checkpoint-4"
     assert "--max_steps 3" in refused(capsys, training(tmp_path, **few | {"max_steps": 3}))
+    shorter = few | {"max_steps": None, "num_train_epochs": 1}
+    assert "has more than --num_train_epochs 1: " in refused(capsys, training(tmp_path, **shorter))
     assert "--data_seed None, not 7" in refused(capsys, training(tmp_path, **few, data_seed=7))
+    in_order = training(tmp_path, **few, train_sampling_strategy="sequential")
+    assert "--train_sampling_strategy random, not sequential" in refused(capsys, in_order)
     path = {"resume_from_checkpoint": folder}
     both = training(tmp_path, **few, **path, overwrite_output_dir=True)
     assert "which deletes checkpoints" in refused(capsys, both)

@@ -25,9 +25,14 @@ from language_model.weight_files import tied_weights
 from training import checkpoints
 from training.callbacks import RunState, run_state
 from training.processes import from_first_process
-from utils import InputError, NotWritten, first_line
+from utils import InputError, NotWritten, first_line, speaks_for_all
 
 logger = logging.getLogger(__name__)
+logger.addFilter(lambda _: speaks_for_all())
+# Other intervals are taken (``_begin``), and what makes other batches is refused before.
+logging.getLogger("transformers.trainer_utils").addFilter(
+    lambda record: "`trainer_state.json`" not in record.getMessage()
+)
 
 
 class Costs:
@@ -100,7 +105,7 @@ class ResumableTrainer(Trainer):
         self.add_callback(RunState(self._run_state, self._begin))
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
-        """Train; a checkpoint that has reached ``max_steps`` already is only loaded.
+        """Train; a checkpoint that has the last step already is only loaded.
 
         Raises:
             InputError: torch refuses a file of the checkpoint.
@@ -109,7 +114,7 @@ class ResumableTrainer(Trainer):
         if resume_from_checkpoint:
             path = Path(resume_from_checkpoint, checkpoints.STATE)
             state = TrainerState.load_from_json(str(path))
-            if 0 < self.args.max_steps <= state.global_step:
+            if self._steps_of_run(state) <= state.global_step:
                 # The Trainer would take one step more.
                 return self._load_finished(state)
         try:
@@ -121,6 +126,12 @@ class ResumableTrainer(Trainer):
                 raise
             reason = f"torch refuses one of its files ({first_line(error)}); {checkpoints.ANOTHER}"
             raise InputError(f"{resume_from_checkpoint}: {reason}") from error
+
+    def _steps_of_run(self, saved: TrainerState) -> int:
+        """Return how many steps the run has with the batches of a checkpoint."""
+        if self.args.auto_find_batch_size:
+            self._train_batch_size = saved.train_batch_size  # as the Trainer does
+        return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
 
     def _load_finished(self, state: TrainerState) -> TrainOutput:
         """Load a checkpoint of the last step, or the best one beside it."""
@@ -137,6 +148,7 @@ class ResumableTrainer(Trainer):
             "version": checkpoints.CHECKPOINT_VERSION,
             "settings": self.settings,
             "costs": {"seconds": self.costs.seconds, **self.costs.passes()},
+            "best_by": self._best_by,
         }
 
     def _begin(self, saved: dict[str, Any] | None) -> None:
@@ -146,6 +158,9 @@ class ResumableTrainer(Trainer):
             return
         checkpoints.check_version(self._resumed_from, saved)
         self.costs.begin(saved["costs"])
+        # The Trainer keeps the checkpoint's intervals.
+        self.state.compute_steps(self.args, self.state.max_steps)
+        self._forget_best_by(saved.get("best_by", self._best_by))
         if self.state.best_global_step is None or self.args.save_strategy == SaveStrategy.NO:
             return
         # The best one lies beside the one that the run resumes from, wherever the folder is now.
@@ -154,6 +169,28 @@ class ResumableTrainer(Trainer):
             self.state.best_model_checkpoint = str(best)
         else:
             logger.warning("the best checkpoint, %s, is gone", best)
+
+    @property
+    def _best_by(self) -> str | None:
+        """What the best checkpoint is best by, None if none is looked for."""
+        metric = self.args.metric_for_best_model
+        return metric and metric.removeprefix("eval_")
+
+    def _forget_best_by(self, metric: str | None) -> None:
+        """Forget what was best by another metric: the values cannot be compared."""
+        state, now = self.state, self._best_by
+        if metric == now:
+            return
+        state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        if now:
+            logger.warning(
+                "the best %s until step %d is not known: the best checkpoint is a later one",
+                *(now, state.global_step),
+            )
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # With --save_strategy best this alone decides what is saved, ``save_and_stop`` or not.
+        return super()._determine_best_metric(metrics, trial) or self.control.should_save
 
     def _best_beside(self, checkpoint: Path) -> Path:
         return checkpoint.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
