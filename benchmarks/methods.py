@@ -18,8 +18,8 @@ A method is a kind and its settings:
 
 and for all that take steps, where they know it: eps, every (curvature_every), decay (linear, to 0
 at the end: broadcast always), hold (the share of the steps before the decay), mode (ft, lora,
-prefix, head), batch, passes (instead of --passes, with a dev loss at the end alone). A first-order
-step counts as three forward passes. Seconds are one thread's CPU seconds. Every finished run stands
+prefix, head), batch, passes (instead of --passes, with a dev loss at the end alone). A backward
+pass counts as two forward passes, in part of the blocks as that part of two. Seconds are one thread's CPU seconds. Every finished run stands
 in --output and is not repeated.
 """
 
@@ -72,9 +72,8 @@ DEFAULTS = (
     "adamw lr=1e-4",
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FIRST_ORDER_PASSES = 3
 Loss = Callable[[], Tensor]
-Step = Callable[[Loss, dict[str, Tensor]], tuple[float, int]]
+Step = Callable[[Loss, dict[str, Tensor]], tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -144,6 +143,15 @@ def freeze_below(model: nn.Module, share: float) -> None:
         block.requires_grad_(True)
 
 
+def passes_of_first_order_step(settings: dict[str, Any]) -> float:
+    """Return the forward passes that a step costs, whose backward pass goes as far as it has to.
+
+    It takes a forward pass for the gradients of activations, and another one for those of weights.
+    """
+    through = {"head": 0.0}.get(settings.get("mode", "ft"), 1.0 - settings.get("from", 0.0))
+    return 1 + through * (1 if settings.get("mode") in ("lora", "prefix") else 2)
+
+
 def make_step(
     model: nn.Module, settings: dict[str, Any], seed: int, budget: int
 ) -> tuple[Step, Any]:
@@ -163,7 +171,7 @@ def make_step(
                 value.backward()
             first_order.step()
             first_order.zero_grad()
-            return float(value), FIRST_ORDER_PASSES
+            return float(value), passes_of_first_order_step(settings)
 
         return first_order_step, first_order
     if kind == "fzoo":
@@ -293,7 +301,7 @@ def train(
     while True:
         if passes >= targets[0]:
             loss, accuracy = evaluate(model, rows.dev, rows.with_options)
-            row = {"passes": passes, "steps": steps, "seconds": seconds, "loss": loss}
+            row = {"passes": round(passes), "steps": steps, "seconds": seconds, "loss": loss}
             row |= {"accuracy": accuracy, "largest_loss": largest}
             if isinstance(optimizer, HiZOO):
                 group = optimizer.param_groups[0]
