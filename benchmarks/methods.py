@@ -19,8 +19,8 @@ A method is a kind and its settings:
 and for all that take steps, where they know it: eps, every (curvature_every), decay (linear, to 0
 at the end: broadcast always), hold (the share of the steps before the decay), mode (ft, lora,
 prefix, head), batch, passes (instead of --passes, with a dev loss at the end alone). A backward
-pass counts as two forward passes, in part of the blocks as that part of two. Seconds are one thread's CPU seconds. Every finished run stands
-in --output and is not repeated.
+pass counts as two forward passes, in part of the blocks as that part of two. Seconds are one
+thread's CPU seconds. Every finished run stands in --output and is not repeated.
 """
 
 from __future__ import annotations
@@ -296,7 +296,7 @@ def train(
     step, optimizer = make_step(model, settings, seed, targets[-1])
     decays = settings.get("decay") == "linear" or settings["kind"] == "broadcast"
     held = settings.get("hold", 0.0)
-    curve, passes, steps, seconds, largest, budget = [], 0, 0, 0.0, 0.0, targets[-1]
+    curve, passes, steps, seconds, largest, budget = [], 0.0, 0, 0.0, 0.0, targets[-1]
     data = batches(rows.train, seed, int(settings.get("batch", BATCH)))
     while True:
         if passes >= targets[0]:
