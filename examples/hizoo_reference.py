@@ -37,7 +37,8 @@ class HiZOOReference(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor]) -> float:
         """Do one step; ``closure`` returns the loss of a batch. Returns the loss at θ."""
-        trained = [(group, p) for group in self.param_groups for p in group["params"]]
+        pairs = [(group, p) for group in self.param_groups for p in group["params"]]
+        trained = [(group, p) for group, p in pairs if p.requires_grad]
         theta = [p.clone() for _, p in trained]
         u = [self.noise(p, number) for number, (_, p) in enumerate(trained)]
         h = [self.state[p].setdefault("h", torch.ones_like(p)) for _, p in trained]

@@ -409,3 +409,9 @@ def test_table_of_memory_is_by_formula(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_results_are_short() -> None:
     assert (ROOT / "docs" / "results.md").stat().st_size <= 10 * 1024
+
+
+def test_faults_of_the_mutants_are_faults_of_the_code() -> None:
+    faults = runpy.run_path(str(ROOT / "tests" / "by_hand" / "mutants.py"))["FAULTS"]
+    counts = {fault.name: (ROOT / fault.file).read_text().count(fault.right) for fault in faults}
+    assert set(counts.values()) == {1}, counts

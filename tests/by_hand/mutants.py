@@ -58,8 +58,8 @@ FAULTS = [
     Fault(
         "step: batches of an accumulation count alike",
         "hizoo.py",
-        "float(weight), [first, second]))",
-        "1.0, [first, second]))",
+        "float(weight), [slopes, bends]))",
+        "1.0, [slopes, bends]))",
         "hizoo_in_use trainer",
     ),
     Fault("c: doubled", "hizoo.py", "(2 * eps**2)", "(eps**2)", STEP),
