@@ -246,7 +246,7 @@ then bounds the array.
 
 The same command again skips finished runs and resumes the others. Exit codes: 0 all runs have
 finished, 1 some failed, 2 bad input, 130 interrupted."""
-SHARE = "each with its share of the cores or a GPU of its own"
+SHARE = "each with its share of the cores and of the GPUs"
 
 
 def make_parser() -> OneLineParser:

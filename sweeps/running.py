@@ -59,7 +59,7 @@ class Job:
 class Processes:
     """Runs the waiting jobs on this machine, ``number`` at a time, in their order.
 
-    Each has its share of the cores, and a GPU of its own if there are any.
+    Each has its share of the cores and of the GPUs, all of them if ``number`` is 1.
 
     Raises:
         InputError: there are fewer GPUs than jobs at a time.
@@ -73,7 +73,9 @@ class Processes:
             there_are = f"each run has a GPU of its own, and there are {len(gpus)}"
             raise InputError(f"--jobs {number}: {there_are}; give {len(gpus)} at most")
         self.jobs = jobs
-        self.free: list[str | None] = [*gpus[:number]] or [None] * number
+        size = len(gpus) // number
+        shares = [",".join(gpus[size * n : size * (n + 1)]) for n in range(number)]
+        self.free: list[str | None] = [share or None for share in shares]
         self.running: list[tuple[Job, subprocess.Popen, str | None]] = []
         self.environment = os.environ | {"PYTHONUNBUFFERED": "1"}
         cores = len(os.sched_getaffinity(0))
@@ -82,16 +84,16 @@ class Processes:
     def look(self) -> None:
         """Note which runs have ended, and start others in their places."""
         for each in list(self.running):
-            job, process, gpu = each
+            job, process, gpus = each
             if (code := process.poll()) is not None:
                 job.end(code)
                 self.running.remove(each)
-                self.free.append(gpu)
+                self.free.append(gpus)
         waiting = [job for job in self.jobs if job.state == "waiting"]
         for job in waiting[: len(self.free)]:
-            gpu = self.free.pop(0)
-            environment = self.environment | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
-            self.running.append((job, start(job.words, job.log, environment), gpu))
+            gpus = self.free.pop(0)
+            environment = self.environment | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})
+            self.running.append((job, start(job.words, job.log, environment), gpus))
             job.state = "running"
 
     def stop(self) -> None:

@@ -65,7 +65,7 @@ class OracleHiZOO:
     def __post_init__(self) -> None:
         self.parameters = [parameter.detach().double().clone() for parameter in self.parameters]
         self.hessians = [torch.ones_like(parameter) for parameter in self.parameters]
-        matrices = [p.reshape(p.shape[0], -1) if p.dim() > 1 else None for p in self.parameters]
+        matrices = [p.reshape(-1, p.shape[-1]) if p.dim() > 1 else None for p in self.parameters]
         self.rows = [None if m is None else torch.ones_like(m[:, 0]) for m in matrices]
         self.steps = 0
         # c of every step that measured it.
@@ -74,7 +74,7 @@ class OracleHiZOO:
 
     def _average_low_rank(self, i: int, measured: Tensor, alpha: float) -> Tensor:
         """h of HiZOO-L: moving averages of row and column means, as an outer product."""
-        matrix = measured.reshape(measured.shape[0], -1)
+        matrix = measured.reshape(-1, measured.shape[-1])
         self.rows[i] = (1 - alpha) * self.rows[i] + alpha * matrix.mean(dim=1)
         self.columns[i] = (1 - alpha) * self.columns[i] + alpha * matrix.mean(dim=0)
         outer = torch.outer(self.rows[i], self.columns[i]) / self.rows[i].mean()

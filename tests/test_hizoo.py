@@ -720,6 +720,25 @@ def test_h_fits_weights_of_every_dtype() -> None:
         assert {s["hessian_minus_one"].dtype for s in optimizer.state.values()} == {of_hessian}
 
 
+def test_a_low_rank_h_stays_above_0() -> None:
+    """Without curvature it falls by α a step, as with an accuracy that does not change."""
+    parameter = nn.Parameter(torch.ones(3, 4))
+    optimizer = HiZOO([parameter], lr=1e-3, hessian="lowrank", hessian_smooth=0.5)
+    for _ in range(200):
+        optimizer.step(lambda: 1.0)
+    optimizer.step(lambda: parameter.sum())
+    assert parameter.isfinite().all()
+
+
+def test_a_bundle_has_an_index_for_its_largest_chunk() -> None:
+    """As of a router and of experts behind it, with a low-rank h."""
+    parameters = [torch.empty(2, 1 << 15), torch.empty(2, 2, 1 << 22)]
+    trained = [chunks.TrainedParameter(p, {}, n, True, True) for n, p in enumerate(parameters)]
+    for bundle in chunks.bundles(trained):
+        for chunk, noise in zip(bundle, chunks.noise_of_bundle(bundle, (0, 0), 0), strict=True):
+            assert noise.index.numel() >= chunk.size
+
+
 def test_parameters_without_elements() -> None:
     parameters = [nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.zeros(0, 4))]
     optimizer = HiZOO(parameters, hessian="lowrank", hessian_smooth=1e-3)

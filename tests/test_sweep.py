@@ -385,13 +385,16 @@ os.kill(os.getpid(), signal.SIGKILL)
     pytest.fail("the run goes on without its sweep")
 
 
-def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_process_has_its_share_of_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     with pytest.raises(
         InputError, match="--jobs 3: each run has a GPU of its own, and there are 2"
     ):
         running.Processes([], 3)
     assert running.Processes([], 2).free == ["2", "5"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,6,GPU-7,8")
+    for number, free in ((1, ["2,5,6,GPU-7,8"]), (2, ["2,5", "6,GPU-7"]), (3, ["2", "5", "6"])):
+        assert running.Processes([], number).free == free
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert running.Processes([], 2).free == [None, None]
 

@@ -49,8 +49,8 @@ class TrainedParameter:
 
     @functools.cached_property
     def columns(self) -> int:
-        """Columns of the matrix that a low-rank h sees."""
-        return math.prod(self.parameter.shape[1:])
+        """Columns of the matrix that a low-rank h sees; experts lie below one another."""
+        return self.parameter.shape[-1] if self.parameter.dim() else 1
 
     @functools.cached_property
     def hessian_dtype(self) -> torch.dtype:
@@ -83,8 +83,8 @@ class TrainedParameter:
     def chunks(self) -> list[Chunk]:
         """The chunks, pairs first."""
         shape, count, length = self.parameter.shape, self.parameter.numel(), self.length
-        # Numbers of the first half of the rows, the middle row included.
-        first = -(-shape[0] // 2) * self.columns if shape else 1
+        # Numbers of the first half along the first dimension, the middle included.
+        first = -(-shape[0] // 2) * math.prod(shape[1:]) if shape else 1
         pairs = count - first
         if 0 < count <= 2 * length and not self.compiles:
             return [Chunk(self, (0,), count, first)]
@@ -169,7 +169,7 @@ def noise_of_bundle(
     if first.compiles:
         on_device = torch.tensor(keys, dtype=torch.int32).to(device, non_blocking=True)
         # For a CPU torch.compile would build the index from its elements: half of a draw.
-        power = (first.length - 1).bit_length()
+        power = (max(chunk.of.length for chunk in bundle) - 1).bit_length()
         index = counted(power, device) if device.type == "cpu" else None
         return [NoiseSource(key.clone(), index) for key in on_device]
     sizes = [chunk.pairs for chunk in bundle]

@@ -95,4 +95,4 @@ def float32_copies(pieces: kernels.Hessian, first: int) -> kernels.Hessian:
 @functools.lru_cache(maxsize=16)
 def scratch(number: int, power: int) -> Tensor:
     """Return a buffer of 2 ** ``power`` float32 numbers, which is made once."""
-    return torch.empty(1 << power)
+    return torch.empty(1 << power, dtype=torch.float32, device="cpu")

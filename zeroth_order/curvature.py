@@ -27,7 +27,8 @@ def start(trained: TrainedParameter) -> State:
     if not trained.low_rank:
         return {OFFSET: torch.zeros_like(parameter, dtype=trained.hessian_dtype)}
     one = torch.ones((), dtype=torch.float64, device=parameter.device)
-    return {ROWS: one.repeat(len(parameter)), COLUMNS: one.repeat(trained.columns)}
+    rows = parameter.numel() // trained.columns
+    return {ROWS: one.repeat(rows), COLUMNS: one.repeat(trained.columns)}
 
 
 def hessian_of_chunk(chunk: Chunk, state: State) -> list[Tensor] | tuple[Tensor, ...] | None:

@@ -234,7 +234,10 @@ class Weights:
                     column_means += square.sum(0) / len(rows)
             rows += smooth * c * row_means
             columns += smooth * c * column_means
-        return {ROWS: rows, COLUMNS: columns}
+        # As for a full h: 0 would make the next perturbation infinite.
+        limits = torch.finfo(torch.float32)
+        vectors = {ROWS: rows, COLUMNS: columns}
+        return {name: each.clamp_(limits.eps, limits.max) for name, each in vectors.items()}
 
 
 class InPlaceWeights(Weights):
