@@ -2,8 +2,8 @@
 
     python benchmarks/methods.py                                    the bundled model, SST2
     python benchmarks/methods.py --methods "curvature" "mezo lr=1e-4" "adamw lr=1e-5" --seeds 0
-    python benchmarks/methods.py --output FILE.json --methods --plot FILE.png     its picture
-    python benchmarks/methods_table.py FILE.json                    its table
+    python benchmarks/methods.py --output FILE.json                 the runs are kept there
+    python benchmarks/methods_table.py FILE.json --plot FILE.png    their table and picture
 
 A method is a kind and its settings:
 
@@ -26,6 +26,7 @@ thread's CPU seconds. Every finished run stands in --output and is not repeated.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 from collections import Counter
@@ -39,7 +40,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch
 from fzoo import FZOO
-from methods_table import draw, read_runs, settings_of, table, write_runs
+from methods_files import SHARED, add_run, read_runs
+from methods_table import settings_of, table
 from torch import Tensor, nn
 
 from command_line.settings import rate_of_run
@@ -60,6 +62,7 @@ from language_model.packing import collate
 from task_data.loading import load_samples
 from task_data.sampling import sample_train_dev, with_a_correct_option
 from tasks import Sample, get_task
+from utils import check_writable, exit_code
 
 BUNDLED, SAMPLES = ROOT / "data" / "tiny-opt", ROOT / "data" / "samples"
 TRAIN, DEV, BATCH = 1000, 200, 16
@@ -125,6 +128,7 @@ def prepare_model(name: str, dtype: torch.dtype, mode: str, seed: int) -> tuple[
     model = load_model(name, dtype)
     _, tokenizer = load_config_and_tokenizer(name)
     if mode == "lora":
+        torch.manual_seed(seed)
         model = add_lora(model, 8, 16)
     elif mode == "prefix":
         tokens = torch.randint(len(tokenizer), (5,), generator=torch.Generator().manual_seed(seed))
@@ -345,7 +349,7 @@ def main() -> None:
         "--data_dir", default=str(SAMPLES), help="folder with the task's rows, or hub"
     )
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the weights")
-    parser.add_argument("--methods", nargs="*", default=list(DEFAULTS), help="see above")
+    parser.add_argument("--methods", nargs="+", default=list(DEFAULTS), help="see above")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of data and noise")
     parser.add_argument("--passes", type=int, default=900, help="forward passes of a run")
     parser.add_argument("--points", type=int, default=9, help="dev losses of a run")
@@ -369,28 +373,27 @@ def main() -> None:
     )
     parser.add_argument("--max_length", type=int, default=512, help="tokens of a text")
     parser.add_argument("--give_up", type=float, default=20.0, help="dev loss that ends a run")
-    parser.add_argument("--output", type=Path, help="JSON file of all runs; gone on with")
-    parser.add_argument("--plot", type=Path, help="picture of all runs in --output")
+    parser.add_argument("--output", type=Path, help="JSON file of all runs; processes may share it")
     arguments = parser.parse_args()
-    if arguments.at:
-        arguments.passes = arguments.at[-1]
-    runs = read_runs(arguments.output) if arguments.output else []
-    done = {(run["method"], run["seed"]) for run in runs}
-    names = ("model", "task", "dtype", "passes", "pool", "objective", "max_length")
-    shared = {name: getattr(arguments, name) for name in names}
-    shared["model"] = Path(shared["model"]).name
-    for seed in arguments.seeds:
-        for method in arguments.methods:
-            if (method, seed) in done:
-                continue
-            runs.append(measure(arguments, method, seed))
-            if arguments.output:
-                write_runs(arguments.output, shared, runs)
+    torch.set_num_threads(1)  # the CPU seconds of several would be added up
+    arguments.passes = arguments.at[-1] if arguments.at else arguments.passes
+    arguments.task = get_task(arguments.task).name
+    shared = {name: getattr(arguments, name) for name in SHARED}
+    shared |= {"model": Path(arguments.model).absolute().name}
+    for method in arguments.methods:
+        settings_of(method)  # refuses what it does not know, before the first run
+    output, runs = arguments.output, []
+    if output:
+        check_writable("--output", output)
+    for seed, method in itertools.product(arguments.seeds, arguments.methods):
+        runs = read_runs(output, shared) if output else runs
+        if (method, seed) in [(run["method"], run["seed"]) for run in runs]:
+            print(f"{method}, seed {seed}: stands in {output}", file=sys.stderr)
+            continue
+        run = measure(arguments, method, seed)
+        runs = add_run(output, shared, run) if output else [*runs, run]
     print(table(runs))
-    if arguments.plot:
-        chosen = [run for run in runs if run["method"] in arguments.methods]
-        draw(chosen or runs, arguments.plot)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

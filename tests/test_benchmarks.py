@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import runpy
+import shutil
+import subprocess
 import sys
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from matplotlib.colors import to_hex
 from tiny_models import tiny_model, tiny_tokenizer
 from torch import Tensor
 
 import tasks
 from task_data import loading
+from utils import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -63,6 +71,20 @@ def test_offload(measured: Callable[..., Any], tmp_path: Path) -> None:
     assert rows[3]["written_mib"] < rows[2]["written_mib"]
     assert rows[4]["written_mib"] == 0
     assert rows[2]["written_mib"] >= rows[1]["written_mib"] > 0
+
+
+def test_offload_takes_a_folder_of_the_same_model_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    offload = importlib.import_module("offload")
+    size = {"layers": 1, "hidden": 64, "vocabulary": 32, "dtype": "float32"}
+    offload.write_model(tmp_path, Namespace(**size))
+    offload.write_model(tmp_path, Namespace(**size))
+    others = {"layers": 2, "hidden": 128, "vocabulary": 64, "dtype": "bfloat16"}
+    for name, value in others.items():
+        with pytest.raises(SystemExit, match=f"not .*{value}: give another folder"):
+            offload.write_model(tmp_path, Namespace(**size | {name: value}))
 
 
 @pytest.mark.slow
@@ -120,11 +142,37 @@ def test_demo_curves_are_drawn_from_their_numbers(
     assert (tmp_path / "demo_curves.png").stat().st_size > 10_000
 
 
-def test_methods(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def methods(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """benchmarks/methods.py, which sets the number of threads."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    methods = importlib.import_module("methods")
+    threads = torch.get_num_threads()
+    yield importlib.import_module("methods")
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def methods_table(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """benchmarks/methods_table.py."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("methods_table")
+
+
+def curve(*losses: float | None, step: int = 2) -> list[dict[str, Any]]:
+    """The curve of a run that measures after every step, as it stands in a file."""
+    return [
+        {"passes": step * i, "steps": i, "seconds": 0.1, "loss": loss, "accuracy": 0.5}
+        for i, loss in enumerate(losses)
+    ]
+
+
+def test_methods(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    methods: ModuleType,
+) -> None:
+    torch.set_num_threads(2)
     monkeypatch.setattr(methods, "TRAIN", 20)
     monkeypatch.setattr(methods, "DEV", 4)
     curvature, mezo = "curvature batch=2 mode=lora", "mezo lr=1e-4 batch=2"
@@ -141,14 +189,186 @@ def test_methods(
             assert before["passes"] == 0 and after["passes"] >= 3
             assert (before["accuracy"] is None) == (task == "SQuAD")
     # What stood in the file was not run again.
-    assert capsys.readouterr().err.count(f"{mezo}, seed 0: 0 passes") == 1
+    said = capsys.readouterr().err
+    assert said.count(f"{mezo}, seed 0: 0 passes") == 1
+    assert f"{mezo}, seed 0: stands in" in said
+    assert torch.get_num_threads() == 1  # whose CPU seconds were counted
+
+
+def test_a_file_of_runs_takes_runs_of_the_same_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, methods: ModuleType
+) -> None:
+    file, other = tmp_path / "runs.json", {"method": "fzoo lr=1e-5", "seed": 5}
+
+    def measure(arguments: Any, method: str, seed: int) -> dict[str, Any]:
+        shared = {name: getattr(arguments, name) for name in methods.SHARED}
+        shared |= {"model": "tiny-opt"}
+        methods.add_run(file, shared, other | {"curve": curve(0.5)})  # by another process
+        return {"method": method, "seed": seed, "curve": curve(0.5, math.nan)}
+
+    def run(*words: str) -> None:
+        line = ["methods.py", "--output", str(file), "--seeds", "0", "1", "--methods", "mezo"]
+        monkeypatch.setattr(sys, "argv", [*line, *words])
+        methods.main()
+
+    monkeypatch.setattr(methods, "measure", measure)
+    run("--task", "sst2")
+    run("--data_dir", "elsewhere", "--passes", "50")
+    content = json.loads(file.read_text())
+    assert [run["seed"] for run in content["runs"]] == [5, 0, 1]
+    assert content["task"] == "SST2" and "passes" not in content
+    assert [*tmp_path.iterdir()] == [file]
+    before = file.read_text()
+    for words in (
+        ("--model", "gpt2"),
+        ("--task", "CB"),
+        ("--dtype", "bfloat16"),
+        ("--pool", "50"),
+        ("--objective", "language"),
+        ("--max_length", "100"),
+    ):
+        with pytest.raises(InputError, match=f"{words[0][2:]} .*, not {words[1]}: give another"):
+            run(*words)
+    for method in ("meso lr=1", "mezo rl=1"):
+        with pytest.raises(InputError, match="unknown"):
+            run("--methods", method)
+    assert file.read_text() == before
+    file.write_text("[]")
+    with pytest.raises(InputError, match="is no file of"):
+        run()
+
+
+def test_threads_that_add_runs_to_one_file_lose_none(tmp_path: Path, methods: ModuleType) -> None:
+    def add(seed: int) -> None:
+        run = {"method": "mezo", "seed": seed, "curve": curve(0.5)}
+        methods.add_run(tmp_path / "runs.json", dict(methods.SHARED), run)
+
+    with ThreadPoolExecutor(4) as threads:
+        [*threads.map(add, range(20))]
+    runs = methods.read_runs(tmp_path / "runs.json", dict(methods.SHARED))
+    assert sorted(run["seed"] for run in runs) == [*range(20)]
+
+
+# The python of the system alone is found; a run of benchmarks/methods.py is noted, not done.
+NOTES_ITS_ARGUMENTS = """#!/bin/sh
+case "$1" in -c) exit 0 ;; esac
+for word in "$@"; do printf '%s\\t' "$word"; done >> calls
+echo >> calls
+"""
+
+
+@pytest.mark.parametrize(("script", "stands"), [("smollm2_sst2.sh", True), ("broadcast.sh", False)])
+def test_the_files_of_runs_are_those_of_their_scripts(
+    script: str,
+    stands: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    methods: ModuleType,
+) -> None:
+    (tmp_path / "runs").mkdir()
+    for name in (f"runs/{script}", "settings.sh"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    for name in ("bash", "dirname"):
+        (commands / name).symlink_to(shutil.which(name))
+    for name in ("python3",) if stands else ("python", "python3"):
+        (commands / name).write_text(NOTES_ITS_ARGUMENTS)
+        (commands / name).chmod(0o755)
+    models = {"SMOLLM2": "/files/SmolLM2-135M-Instruct.Q4_1.gguf"}
+    models |= {"MODEL": models["SMOLLM2"], "GEMMA3": "/files/gemma-3-270m-q4_k_m.gguf"}
+    environment = {"PATH": str(commands), "OUT": str(ROOT / "runs"), "DATA_DIR": "/files"} | models
+    subprocess.run([commands / "bash", tmp_path / "runs" / script], env=environment, check=True)
+    calls = [line.split("\t")[:-1] for line in (tmp_path / "calls").read_text().splitlines()]
+    measured = []
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(methods, "measure", lambda *words: measured.append(words[1:]))
+    monkeypatch.setattr(methods, "add_run", lambda path, *_: methods.read_file(path)[1])
+    calls = [call for call in calls if call[0] == "benchmarks/methods.py"]
+    assert len(calls) > 3
+    for call in calls:
+        assert Path(call[call.index("--output") + 1]).is_file()
+        monkeypatch.setattr(sys, "argv", call)
+        methods.main()
+    assert not (stands and measured)
+
+
+def test_the_table_names_every_setting(methods_table: ModuleType) -> None:
+    many = ["mezo lr=1e-5", "hizoo lr=1e-5", "hizoo lr=1e-5 alpha=1e-6"]
+    settings = ("hessian=lowrank", "n=8", "eps=1e-2", "batch=4", "every=5", "every=10")
+    settings += ("from=0.5", "hold=0.25", "hold=0.5", "mode=lora", "decay=linear", "passes=9")
+    many += [f"{method} {setting}" for method in many for setting in settings]
+    assert len({*map(methods_table.label, many)}) == len(many)
+    assert methods_table.label("mezo n=8 lr=1e-6") == "MeZO, learning rate 1e-6, 8 directions"
+
+
+def test_the_table_finds_points_less_than_a_step_late(methods_table: ModuleType) -> None:
+    rows = [
+        {"passes": passes, "steps": round(passes / 16), "seconds": 1.0, "loss": 0.5, "accuracy": 1}
+        for passes in (0, 65, 113, 209)
+    ]
+    run = {"method": "mezo n=8", "seed": 0, "curve": rows}
+    found = methods_table.fitting(run, (0, 50, 96, 100, 200))
+    assert {column: row["passes"] for column, row in found.items()} == {
+        0: 0,
+        50: 65,
+        100: 113,
+        200: 209,
+    }
+    near = [rows[0], *({"passes": p, "steps": p // 3, "loss": 0.5} for p in (51, 54))]
+    assert methods_table.fitting(run | {"curve": near}, (50,))[50]["passes"] == 51
+
+
+def test_a_loss_that_is_not_finite_is_told(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    methods_table: ModuleType,
+) -> None:
+    files = tmp_path / "a.json", tmp_path / "b.json"
+    runs = [
+        {"method": method, "seed": seed, "curve": curve(0.7, loss, step=50)}
+        for seed, loss in enumerate((math.nan, 0.6))
+        for method in ("mezo lr=1", "mezo lr=2", "adamw lr=1")
+    ]
+    runs[4]["curve"][1]["loss"] = runs[5]["curve"][1]["loss"] = math.inf
+    shared = dict(methods_table.SHARED) | {"model": "tiny", "task": "SST2"}
+    for run in runs:
+        methods_files = importlib.import_module("methods_files")
+        methods_files.add_run(files[run["method"] == "adamw lr=1"], shared, run)
+
+    def table(*words: str) -> list[str]:
+        monkeypatch.setattr(sys, "argv", ["methods_table.py", *map(str, files), *words])
+        methods_table.main()
+        return capsys.readouterr().out.splitlines()
+
+    plot = tmp_path / "new" / "runs.png"
+    lines = table("--methods", "adamw lr=1", "mezo lr=1", "--plot", str(plot))
+    assert lines[1] == "tiny, SST2"
+    assert lines[-2:] == [
+        "| AdamW, learning rate 1 | 2 | .700, .500 | diverged | 0.00 |",
+        "| MeZO, learning rate 1 | 2 | .700, .500 | 1 of 2 diverged | 0.00 |",
+    ]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert len(table()) == len(lines) + 1
+    with pytest.raises(InputError, match="no file has a run of 'mezo'"):
+        table("--methods", "mezo lr=1", "mezo")
+    with pytest.raises(InputError, match="give files of one model"):
+        table(str(ROOT / "runs" / "smollm2_sst2.json"), "--plot", str(plot))
+
+
+@pytest.mark.parametrize("number", [3, 11, 25])
+def test_every_line_of_a_picture_has_its_colour(number: int, methods_table: ModuleType) -> None:
+    assert len({*map(to_hex, methods_table.colors(number))}) == number
 
 
 def test_methods_beside_zeroth_order_on_pooled_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    methods: ModuleType,
+    methods_table: ModuleType,
 ) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    methods, methods_table = map(importlib.import_module, ("methods", "methods_table"))
     monkeypatch.setattr(methods, "DEV_OF_POOL", 6)
     chosen = ["zeroshot", "probing", "adamw lr=1e-5 from=0.5 passes=4", "adamw lr=1e-5 mode=head"]
     chosen += ["broadcast passes=2"]
@@ -158,7 +378,7 @@ def test_methods_beside_zeroth_order_on_pooled_rows(
     methods.main()
     runs = {run["method"]: run for run in json.loads(file.read_text())["runs"]}
     passes = [[row["passes"] for row in runs[method]["curve"]] for method in chosen]
-    assert passes == [[0], [2], [6], [0, 3, 6], [2]]
+    assert passes == [[0], [2], [4], [0, 3, 6], [2]]
     zero = runs["zeroshot"]["curve"][0]
     assert runs["adamw lr=1e-5 mode=head"]["curve"][0]["loss"] == pytest.approx(zero["loss"])
     assert runs["probing"]["curve"][0]["loss"] != zero["loss"]
@@ -174,9 +394,16 @@ def test_methods_beside_zeroth_order_on_pooled_rows(
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_adamw_trains_the_upper_blocks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    methods = importlib.import_module("methods")
+def test_adapters_start_from_the_seed(methods: ModuleType) -> None:
+    first, second, other = (
+        methods.prepare_model(str(methods.BUNDLED), torch.float32, "lora", seed)[0].state_dict()
+        for seed in (0, 0, 1)
+    )
+    assert all(torch.equal(weight, second[name]) for name, weight in first.items())
+    assert not all(torch.equal(weight, other[name]) for name, weight in first.items())
+
+
+def test_adamw_trains_the_upper_blocks_alone(methods: ModuleType) -> None:
     model, _ = methods.prepare_model(str(methods.BUNDLED), torch.float32, "ft", 0)
     methods.freeze_below(model, 0.5)
     blocks = len(model.model.decoder.layers)
