@@ -56,15 +56,19 @@ def write_model(folder: Path, args: argparse.Namespace) -> None:
         num_attention_heads=max(1, args.hidden // 64),
         num_key_value_heads=max(1, args.hidden // 64),
         vocab_size=args.vocabulary,
+        dtype=getattr(torch, args.dtype),
     )
     if (folder / "config.json").is_file():
-        if LlamaConfig.from_pretrained(folder).num_hidden_layers != args.layers:
-            raise SystemExit(f"{folder} has another model: give another folder")
+        there = LlamaConfig.from_pretrained(folder)
+        for name in ("hidden_size", "num_hidden_layers", "vocab_size", "dtype"):
+            found, wanted = getattr(there, name), getattr(config, name)
+            if found != wanted:
+                raise SystemExit(
+                    f"{folder} has a model of {name} {found}, not {wanted}: give another folder"
+                )
         return
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype)).save_pretrained(
-        folder
-    )
+    AutoModelForCausalLM.from_config(config, dtype=config.dtype).save_pretrained(folder)
 
 
 def memory(field: str) -> float:
