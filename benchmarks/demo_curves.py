@@ -3,9 +3,9 @@
     python benchmarks/demo_curves.py                     # runs; demo_curves.json and .png
     python benchmarks/demo_curves.py --only_plot         # draws demo_curves.json again
 
-Every run is one of HiZOO.sh or finetune.sh at a fixed learning rate, 16 examples a step, and
-prints its seconds. A step of HiZOO is three forward passes, of MeZO two; one of AdamW counts as
-three, a backward pass for twice a forward pass.
+Every run is one of HiZOO.sh at a fixed learning rate, or of finetune.sh, whose rate falls linearly
+to 0; 16 examples a step. It prints its seconds. A step of HiZOO is three forward passes, of MeZO
+two; one of AdamW counts as three, a backward pass for twice a forward pass.
 """
 
 from __future__ import annotations
