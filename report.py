@@ -6,13 +6,14 @@ python report.py result/*.json --columns seed --format latex
 
 from __future__ import annotations
 
+import re
 import sys
 from argparse import RawTextHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 
 from sweeps.results import RECORD, Outcome, read_outcomes, read_sweep, with_names
-from sweeps.slurm import JOBS
+from sweeps.slurm import FOLDER, JOBS
 from sweeps.tables import COLUMNS, FORMATS, FORMS, make_table
 from utils import (
     InputError,
@@ -23,8 +24,8 @@ from utils import (
     write_text_atomically,
 )
 
-# These folders hold JSON files that are no results.
-WITHOUT_RESULTS = ("checkpoint-", "slurm")
+# Folders with such names hold JSON files that are no results.
+WITHOUT_RESULTS = re.compile(rf"{FOLDER}|checkpoint-\d+")
 NO_RESULT = "this is no result of a run"
 
 
@@ -71,7 +72,7 @@ def _in_folder(folder: Path) -> dict[Path, list[Outcome]]:
     """Return the runs of a folder by their result files."""
     outcomes = {}
     for file in sorted(folder.rglob("*.json")):
-        if any(part.startswith(WITHOUT_RESULTS) for part in file.relative_to(folder).parts[:-1]):
+        if any(map(WITHOUT_RESULTS.fullmatch, file.relative_to(folder).parts[:-1])):
             continue
         if runs := read_outcomes(file):
             outcomes[file] = runs
@@ -102,6 +103,9 @@ def report(argv: Sequence[str]) -> None:
     for name in ("output", "plot"):
         if file := getattr(arguments, name):
             check_new(f"--{name}", file, arguments.overwrite)
+    output, plot = arguments.output, arguments.plot
+    if output and plot and output.resolve() == plot.resolve():
+        raise InputError(f"--output {output} --plot {plot}: the same file; give two names")
     table = make_table(outcomes, arguments.columns, arguments.show, arguments.also)
     if arguments.plot:
         from sweeps.curves import draw  # matplotlib takes a second to load

@@ -44,6 +44,7 @@ from sweeps.results import (
     record,
     short_models,
     with_names,
+    with_recorded_names,
 )
 from sweeps.running import SCRIPT, Job, Processes, follow
 from sweeps.slurm import JobArray
@@ -65,7 +66,8 @@ class Sweep:
     """
 
     def __init__(self, grid: Grid, folder: Path) -> None:
-        self.grid, self.folder, self.runs = grid, folder, grid.runs()
+        self.grid, self.folder = grid, folder
+        self.runs = with_recorded_names(grid.runs(), folder)
         self.arguments: dict[str, Arguments] = {}
         for run in self.runs:
             try:

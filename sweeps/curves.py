@@ -18,6 +18,8 @@ HEIGHTS = {"dev_loss": "dev loss", "dev_metric": "dev {metric}"}
 WIDTHS = {"passes": "forward passes", "seconds": "seconds of training"}
 # A backward pass costs as much as this many forward passes.
 BACKWARD = 2
+# matplotlib has ten colors; further lines repeat them in other styles.
+COLORS, STYLES = 10, ("-", "--", ":", "-.")
 
 
 def curves(outcomes: Sequence[Outcome], height: str, width: str) -> dict[str, pd.DataFrame]:
@@ -83,8 +85,9 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
     for (row, height), (column, width) in itertools.product(enumerate(heights), enumerate(widths)):
         panel, lines = axes[row, column], found[height, width]
         for label, course in lines.items():
-            color = f"C{labels.index(label)}"
-            panel.plot("width", "mean", "o-", data=course, color=color, label=label, markersize=3)
+            number = labels.index(label)
+            color, line = f"C{number}", STYLES[number // COLORS % len(STYLES)]
+            panel.plot("width", "mean", line, data=course, color=color, label=label, marker=".")
             if has_bands:
                 band = course["width"], course["low"], course["high"]
                 panel.fill_between(*band, color=color, alpha=0.15, linewidth=0)

@@ -90,7 +90,7 @@ class Grid:
                 check_values(values)
             except InputError as error:
                 raise InputError(f"{name}: {error}") from error
-            meaning = json.dumps(_meaning(values), sort_keys=True, default=repr)
+            meaning = meaning_of(values)
             if meaning in meanings:
                 raise InputError(f"the grid has the same run twice: {' '.join(words_of(choice))}")
             meanings.add(meaning)
@@ -141,11 +141,12 @@ def name_of(choice: Typed, hashed: bool = False) -> str:
     """Return a file name for a choice; a long one or an ambiguous one ends in a hash."""
     name = ",".join(f"{name}={_for_a_file(value)}" for name, value in choice.items())
     if hashed or len(name) > READABLE_NAME:
-        name = f"{name[:READABLE_NAME]}-{_hash(json.dumps(choice, sort_keys=True))}"
+        name = f"{name[:READABLE_NAME]}-{hash_of(json.dumps(choice, sort_keys=True))}"
     return name
 
 
-def _hash(text: str) -> str:
+def hash_of(text: str) -> str:
+    """Return eight characters that tell texts apart."""
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
@@ -155,8 +156,8 @@ def _for_a_file(value: str) -> str:
     return re.sub(r"[^\w.+-]", "_", last, flags=re.ASCII).lstrip(".") or "none"
 
 
-def _meaning(values: Values) -> dict[str, Any]:
-    """Return what was given so that 1e-4 and 0.0001 are equal, constant1e-4 and constant0.0001."""
+def meaning_of(values: Values) -> str:
+    """Return what was given, the same for 1e-4 and 0.0001, for constant1e-4 and constant0.0001."""
     meaning = dict(values.given)
     for name, value in values.given.items():
         if isinstance(value, str) and name not in OWN:  # transformers reads it
@@ -164,7 +165,7 @@ def _meaning(values: Values) -> dict[str, Any]:
                 meaning[name] = float(value)
     if "hessian_smooth_type" in meaning:
         meaning["hessian_smooth_type"] = smoothing_of(values.hessian_smooth_type)
-    return meaning
+    return json.dumps(meaning, sort_keys=True, default=repr)
 
 
 def _names_in(choices: Iterable[Typed]) -> set[str]:
@@ -295,7 +296,7 @@ def read_command_line(argv: Sequence[str]) -> tuple[argparse.Namespace, Grid]:
         raise InputError(f"{files[1]}: a second grid, beside {files[0]}; give one")
     file = Path(files[0]) if files else None
     if options.output_dir is None:
-        name = file.stem if file else f"sweep-{_hash(json.dumps([lists, further]))}"
+        name = file.stem if file else f"sweep-{hash_of(json.dumps([lists, further]))}"
         options.output_dir = Path("result", name)
     return options, read_grid(file, lists, further)
 

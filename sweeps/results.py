@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from command_line.declarations import NOTHING
-from command_line.reading import DECLARED
+from command_line.reading import DECLARED, read_values
+from sweeps.grid import Run, hash_of, meaning_of
 from utils import InputError, read_json, write_json
 
 # In a sweep's folder: the settings and the command line of each run.
@@ -96,16 +98,34 @@ def read_record(folder: Path) -> dict[str, dict[str, Any]]:
     return {n: run for n, run in runs.items() if isinstance(run, dict) and _FILE_NAME.fullmatch(n)}
 
 
+def with_recorded_names(runs: Sequence[Run], folder: Path) -> list[Run]:
+    """Return runs with the names of the recorded ones that mean the same, in whatever order.
+
+    The others get names that the record does not have.
+    """
+    recorded = read_record(folder)
+    names = {}
+    for name, run in recorded.items():
+        words = run.get("words")
+        with contextlib.suppress(InputError):  # an earlier version's words
+            names[meaning_of(read_values(words if _are_words(words) else ()))] = name
+    named = []
+    for run in runs:
+        meaning = meaning_of(run.values)
+        new = f"{run.name}-{hash_of(meaning)}" if run.name in recorded else run.name
+        named.append(replace(run, name=names.get(meaning, new)))
+    return named
+
+
 def record(folder: Path, entries: Mapping[str, Mapping[str, Any]], writes: bool) -> None:
-    """Record what the runs are; those of an earlier and larger grid stay.
+    """Record what the runs are, by their names in the record; those of a larger grid stay.
 
     Raises:
         InputError: the folder holds another grid; the same grid may grow or shrink.
     """
     recorded = read_record(folder)
-    words = {name: entry["words"] for name, entry in entries.items()}
-    shared = {n for n, entry in recorded.items() if n in words and entry.get("words") == words[n]}
-    if len(shared) < min(len(words), len(recorded)):
+    shared = recorded.keys() & entries.keys()
+    if len(shared) < min(len(entries), len(recorded)):
         other = next(name for name in recorded if name not in shared)
         raise InputError(f"--output_dir {folder} holds another grid, with {other}; give another")
     if writes:
@@ -195,6 +215,10 @@ def short_models(names: Iterable[str]) -> dict[str, str]:
     """Return models' names without folder and ``.gguf``; whole ones where two would be the same."""
     found = {name: name.rstrip("/").rpartition("/")[2].removesuffix(".gguf") for name in names}
     return found if len({*found.values()}) == len(found) else {name: name for name in found}
+
+
+def _are_words(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(word, str) for word in value)
 
 
 def _mapping(value: Any) -> dict[str, Any]:

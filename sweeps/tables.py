@@ -21,7 +21,9 @@ class Table(NamedTuple):
     """A row for each setting, a column for each task or seed."""
 
     settings: pd.DataFrame  # the values of the settings that differ, as text
-    numbers: dict[tuple[str, str], pd.DataFrame]  # by title and kind: "mean", "std" and "count"
+    # By title and kind: "mean", "std", the "count" of runs that have the number, the "size" of all
+    # runs, "is_whole": all runs of the row and its task have finished.
+    numbers: dict[tuple[str, str], pd.DataFrame]
 
 
 def make_table(
@@ -43,25 +45,33 @@ def make_table(
     _check_distinct(finished)
     names = differing_settings(outcomes)
     rows = list(dict.fromkeys(each.values(names) for each in outcomes))
-    runs = pd.DataFrame([each.numbers for each in finished], dtype=float)
-    titles = pd.Series([each.task if by == "task" else seed_title(each) for each in finished])
+    found = [each.numbers if each.is_finished else {} for each in outcomes]
+    runs = pd.DataFrame(found, range(len(found)), dtype=float)
+    titles = pd.Series([each.task if by == "task" else seed_title(each) for each in outcomes])
     for name in (kind, *also):
         if name not in runs:
             losses = "train with --num_dev and --eval_strategy"
             way_out = losses if name == "dev_loss" else "give another name"
-            raise InputError(f"none of the {len(runs)} results has {name}: {way_out}")
-    runs["row"] = [rows.index(each.values(names)) for each in finished]
-    columns = {(title, kind): runs[titles == title] for title in titles.unique()}
-    for name in also:  # those of different tasks have no mean
-        several = by == "task" and len(columns) > 1
-        of_tasks = {f"{title} {name}": titles == title for title in titles.unique()}
-        parts = of_tasks if several else {name: slice(None)}
-        columns |= {(title, name): runs[chosen] for title, chosen in parts.items()}
+            raise InputError(f"none of the {len(finished)} results has {name}: {way_out}")
+    runs["row"] = [rows.index(each.values(names)) for each in outcomes]
+    runs["task"] = [each.task for each in outcomes]
+    runs["is_finished"] = [each.is_finished for each in outcomes]
+    runs["is_whole"] = runs.groupby(["row", "task"])["is_finished"].transform("all")
+    shown = titles[runs["is_finished"]].unique()
+    columns = {(title, kind): runs[titles == title] for title in shown}
+    for name in also:
+        if by == "seed":
+            columns[name, name] = runs
+            continue
+        for title in shown:  # numbers of different tasks have no mean
+            columns[f"{title} {name}" if len(shown) > 1 else name, name] = runs[titles == title]
     numbers = {}
     for (title, name), chosen in columns.items():
-        values = chosen.groupby("row")[name].agg(["mean", "std", "count", "size"])
-        # A mean over only some of the runs would mislead.
-        values.loc[values["count"] < values["size"], "mean"] = float("nan")
+        by_row = chosen.groupby("row")
+        values = by_row[name].agg(["mean", "std", "count", "size"])
+        values["is_whole"] = by_row["is_whole"].all()
+        # A mean over only some of the finished runs would mislead.
+        values.loc[values["count"] < by_row["is_finished"].sum(), "mean"] = float("nan")
         numbers[title, name] = values.reindex(range(len(rows)))
     return Table(pd.DataFrame(rows, range(len(rows)), list(names)), numbers)
 
@@ -78,7 +88,10 @@ def _check_distinct(outcomes: Sequence[Outcome]) -> None:
 
 
 def texts(table: Table, percent: bool, plus_minus: str, bold: str, escape: Escape) -> pd.DataFrame:
-    """Return every cell as text; the best of several rows are bold."""
+    """Return every cell as text; the best of the rows whose runs have all finished are bold.
+
+    The others say how many runs their mean is of.
+    """
     texts = table.settings.map(escape).rename(columns=escape)
     for (title, kind), values in table.numbers.items():
         factor, form = (100, ".1f") if percent and kind in METRICS else (1, FORMS[kind])
@@ -87,10 +100,13 @@ def texts(table: Table, percent: bool, plus_minus: str, bold: str, escape: Escap
         # A deviation that reads 0 says nothing; over one run there is none.
         is_shown = (values["count"] > 1) & (deviations != format(0, form))
         cells = means.where(~is_shown, means + plus_minus + deviations)
-        if kind in (*METRICS, "dev_loss") and means[is_there].nunique() > 1:
+        is_short = is_there & (values["count"] < values["size"])
+        cells = cells.where(~is_short, cells + values["count"].map(" (n = {:.0f})".format))
+        competes = is_there & values["is_whole"].eq(True)  # rows without a run have NaN
+        if kind in (*METRICS, "dev_loss") and means[competes].nunique() > 1:
             find_best = pd.Series.idxmin if kind == "dev_loss" else pd.Series.idxmax
-            best = means[find_best(values["mean"])]
-            cells = cells.where(means != best, cells.map(bold.format))
+            best = means[find_best(values["mean"].where(competes))]
+            cells = cells.where(~competes | (means != best), cells.map(bold.format))
         texts[escape(title)] = cells.where(is_there, MISSING)
     return texts
 

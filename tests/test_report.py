@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
 import statistics
@@ -16,7 +17,7 @@ from running import refused_line, training
 
 import report
 import run
-from sweeps.curves import curves
+from sweeps.curves import curves, draw
 from sweeps.results import Outcome, differing_settings, shown
 
 
@@ -95,6 +96,43 @@ def test_columns_are_seeds_of_one_task(grid: Path, capsys: pytest.CaptureFixture
     assert ["1e-3", "**0.9000**", "**0.9100**", "**0.9200**"] in table
     said = refused_line([grid, "--columns", "seed"], capsys, grid, report.main)
     assert "result files of different tasks (CB, SST2) in one column: give --columns task" in said
+
+
+def test_unfinished_settings_are_marked_and_never_best(
+    grid: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rates, seeds, tasks = (1e-3, 1e-4, 1e-5), (0, 1, 2), ("SST2", "CB")
+    recorded = {
+        f"{task}-{rate:g}-{seed}": {
+            "task": task,
+            "settings": {"learning_rate": rate, "seed": seed, "num_train": len(task)},
+        }
+        for task, rate, seed in itertools.product(tasks, rates, seeds)
+    }
+    for seed in seeds:
+        settings = {"learning_rate": 1e-5, "seed": seed, "num_train": 4}
+        written(grid, f"SST2-1e-05-{seed}", 0.5, task="SST2", **settings)
+    (grid / "sweep.json").write_text(json.dumps({"runs": recorded}))
+    for gone in ("SST2-0.001-1", "SST2-0.001-2", "CB-0.001-0"):
+        (grid / f"{gone}.json").unlink()
+    table = cells(printed(capsys, grid, "--also", "forward_passes"))
+    assert {row[0]: row[1:4] for row in table[2:]} == {
+        "1e-3": ["0.7150 ± 0.0071 (n = 2)", "0.9000 (n = 1)", "60 (n = 2)"],
+        "1e-4": ["0.6200 ± 0.0100", "**0.8200 ± 0.0100**", "60"],
+        "1e-5": ["–", "0.5000", "–"],
+    }
+    tex = printed(capsys, grid, "--format", "latex")
+    assert "1e-3 & 0.7150 $\\pm$ 0.0071 (n = 2) & 0.9000 (n = 1) \\\\\n" in tex
+    for task in grid.glob("CB*"):
+        task.unlink()
+    of_task = {n: run for n, run in recorded.items() if n.startswith("SST2")}
+    (grid / "sweep.json").write_text(json.dumps({"runs": of_task}))
+    table = cells(printed(capsys, grid, "--columns", "seed", "--also", "dev_loss"))
+    assert {row[0]: row[1:] for row in table[2:]} == {
+        "1e-3": ["0.9000", "–", "–", "0.1000 (n = 1)"],
+        "1e-4": ["**0.8100**", "**0.8200**", "**0.8300**", "**0.1800 ± 0.0100**"],
+        "1e-5": ["0.5000"] * 4,
+    }
 
 
 def test_other_formats_have_the_same_numbers(
@@ -310,6 +348,7 @@ BAD_INPUT = (
     ("a.json --plot a.txt", "--plot a.txt: give a name that ends in .png"),
     ("a.json cb.json --plot a.png", "--plot a.png: a picture shows one task"),
     ("bare.json --plot a.png", "--plot a.png: no run has dev losses"),
+    ("a.json --output b.svg --plot ./b.svg", "--output b.svg --plot b.svg: the same file"),
     ("a.json --output empty", "--output empty: this is a folder"),
 )
 
@@ -340,6 +379,27 @@ def test_curves_are_means_over_seeds_at_the_same_step(grid: Path) -> None:
     only = Outcome.of(Path("a"), {"task": "SST2", "settings": {}, "history": history})
     ((label, curve),) = curves([only], "dev_loss", "passes").items()
     assert curve["width"].tolist() == [15] and label == "the runs"
+
+
+def test_lines_beyond_ten_have_styles_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    figures: list[Any] = []
+    monkeypatch.setattr("sweeps.curves.save_figure", lambda figure, path: figures.append(figure))
+    files = [written(tmp_path, f"{n}", 0.5, learning_rate=n) for n in range(12)]
+    draw(report.load(files), tmp_path / "a.png")
+    for panel in figures[0].axes:
+        assert len({(line.get_color(), line.get_linestyle()) for line in panel.lines}) == 12
+
+
+def test_folders_of_slurm_and_of_checkpoints_hold_no_results(tmp_path: Path) -> None:
+    folders = ("slurm", "slurm-cb", "checkpoint-5", "checkpoint-best", "a/slurm", "a/checkpoint-10")
+    for folder in folders:
+        (tmp_path / folder).mkdir(parents=True)
+        written(tmp_path / folder, "a", 0.5)
+    found = {f"{each.path.parent.relative_to(tmp_path)}" for each in report.load([tmp_path])}
+    assert found == {"slurm-cb", "checkpoint-best"}
 
 
 def test_lines_have_the_names_that_people_say(tmp_path: Path) -> None:

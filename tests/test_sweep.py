@@ -241,6 +241,12 @@ def test_a_sweep_is_done_once_and_grows(
     assert sweep.main(["--learning_rate", "1e-4", "1e-1", "--seed", "0", "1", *rest]) == 0
     assert in_this_process.done == [name.replace("seed=0", "seed=1") for name in names]
     assert "and with --seed 1" in capsys.readouterr().out
+    # Neither the order nor the spelling makes another grid.
+    reordered = ["--seed", "1", "0", "--learning_rate", "0.1", "0.0001", "--dry_run", *rest]
+    place = reordered.index("--num_dev")
+    moved = [*reordered[:place], *reordered[place + 2 :], *reordered[place : place + 2]]
+    assert sweep.main(moved) == 0
+    assert "0 of 4 runs are left" in capsys.readouterr().out
     # Another grid is refused, and changes nothing.
     before = contents(folder)
     assert sweep.main(["--learning_rate", "1e-4", "1e-2", "--seed", "0", *rest]) == 2
