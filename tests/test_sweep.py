@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -562,11 +563,14 @@ def test_an_array_on_the_local_executor(tmp_path: Path, monkeypatch: pytest.Monk
     script.write_text("\n".join([*lines, "sys.exit('1' in sys.argv)"]))
     monkeypatch.setattr(slurm, "SCRIPT", script)
     monkeypatch.setattr(slurm, "make_executor", local)
-    # The jobs import the module that runs the script beside it.
+    # The jobs import the module that runs the script beside it, not the user's of the same name.
     shutil.copytree(ROOT / "sweeps", tmp_path / "sweeps")
     shutil.copy(ROOT / "utils.py", tmp_path)
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "user").mkdir()
+    (tmp_path / "user" / "utils.py").write_text("NO_GPU = None")
+    monkeypatch.chdir(tmp_path / "user")
     monkeypatch.setenv("PYTHONPATH", "")
+    monkeypatch.setenv("PYTHONSAFEPATH", "")
     jobs = [job(tmp_path, name) for name in ("0", "1")]
     array = slurm.JobArray(jobs, "--time=10", tmp_path, 2)
     for _ in range(600):
@@ -577,6 +581,117 @@ def test_an_array_on_the_local_executor(tmp_path: Path, monkeypatch: pytest.Monk
     assert [job.state for job in jobs] == ["finished", "failed"]
     assert (jobs[0].said, jobs[1].said) == ("", "error: bad")
     assert set(json.loads((tmp_path / "slurm.json").read_text())) == {"0", "1"}
+
+
+FAKE_SLURM = {
+    "srun": "exit 1",
+    "sbatch": "cat $1 >>{folder}/sent; echo Submitted batch job 8",
+    "sacct": "cat {folder}/states",
+    "squeue": "cat {folder}/queue",  # fails if there is no such file
+}
+# What sacct says of an earlier job, whether the queue has it and whether its result is there; is a
+# new one sent?
+EARLIER = (
+    ("RUNNING", True, False, False),
+    ("PENDING", True, False, False),
+    ("SUSPENDED", True, False, False),
+    ("RUNNING", False, True, True),  # sacct is behind
+    ("FAILED", False, False, True),
+    ("CANCELLED by 0", False, False, True),
+    ("DEADLINE", False, False, True),
+    ("REVOKED", False, False, True),
+    ("PREEMPTED", True, False, False),
+    ("PREEMPTED", False, False, True),
+    ("UNKNOWN", True, False, False),
+    ("UNKNOWN", False, False, True),
+    ("UNKNOWN", False, True, True),
+)
+
+
+@pytest.fixture
+def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Slurm's commands, which say what this folder's files hold."""
+    pytest.importorskip("submitit")
+    from submitit.slurm.slurm import SlurmJob
+
+    folder = tmp_path / "slurm commands"
+    folder.mkdir()
+    for name, text in FAKE_SLURM.items():
+        (folder / name).write_text("#!/bin/sh\n" + text.format(folder=f"'{folder}'"))
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", "")
+    monkeypatch.setenv("PYTHONSAFEPATH", "")
+    monkeypatch.setattr(slurm, "BETWEEN", -1)
+    SlurmJob.watcher.clear()
+    monkeypatch.setattr(SlurmJob.watcher, "_registered", set())
+    return folder
+
+
+def say_states(folder: Path, states: dict[str, str], queue: list[str]) -> None:
+    """Let sacct and squeue say so; sacct knows no job that is UNKNOWN."""
+    from submitit.slurm.slurm import SlurmJob
+
+    lines = [f"{number}|{state}|n" for number, state in states.items() if state != "UNKNOWN"]
+    (folder / "states").write_text("\n".join(["JobID|State|NodeList", *lines, ""]))
+    (folder / "queue").write_text("\n".join([*queue, ""]))
+    SlurmJob.watcher._last_status_check = -1e9
+
+
+def put_result(folder: Path, number: str, outcome: str, result: object) -> None:
+    (folder / "slurm").mkdir(exist_ok=True)
+    (folder / "slurm" / f"{number}_0_result.pkl").write_bytes(pickle.dumps((outcome, result)))
+
+
+def test_earlier_jobs_are_followed_or_sent_again(tmp_path: Path, fake_slurm: Path) -> None:
+    numbers = [f"7_{n}" for n in range(len(EARLIER))]
+    states = {number: each[0] for number, each in zip(numbers, EARLIER, strict=True)}
+    queue = [number for number, each in zip(numbers, EARLIER, strict=True) if each[1]]
+    say_states(fake_slurm, states, queue)
+    for number, (_, _, has_result, _) in zip(numbers, EARLIER, strict=True):
+        if has_result:
+            put_result(tmp_path, number, "success", 1)
+    (tmp_path / "slurm.json").write_text(json.dumps({number: number for number in numbers}))
+    jobs = [job(tmp_path, number) for number in numbers]
+    array = slurm.JobArray(jobs, "--time=10", tmp_path, None)
+    followed = {number for number in numbers if array.submitted[number].job_id == number}
+    assert followed == {n for n, each in zip(numbers, EARLIER, strict=True) if not each[3]}
+    sent = len(numbers) - len(followed)
+    assert f"--array=0-{sent - 1}%" in (fake_slurm / "sent").read_text()
+    new = [f"8_{n}" for n in range(sent)]
+    recorded = json.loads((tmp_path / "slurm.json").read_text())
+    assert sorted(recorded.values()) == sorted([*followed, *new])
+
+
+def test_jobs_that_leave_the_queue_are_over(tmp_path: Path, fake_slurm: Path) -> None:
+    states = dict(a="UNKNOWN", b="PREEMPTED", c="UNKNOWN", d="UNKNOWN", e="DEADLINE", f="RUNNING")
+    names = {f"8_{n}": name for n, name in enumerate(states)}
+    say_states(fake_slurm, {}, [*names])
+    jobs = {name: job(tmp_path, name) for name in states}
+    jobs["d"].log.write_text("error: of an earlier job\n")
+    array = slurm.JobArray([*jobs.values()], "--time=10", tmp_path, None)
+    array.look()
+    assert {job.state for job in jobs.values()} == {"waiting"}
+    (fake_slurm / "queue").unlink()  # Slurm does not answer
+    array.look()
+    assert {job.state for job in jobs.values()} == {"waiting"}
+    put_result(tmp_path, "8_2", "success", 0)
+    jobs["c"].result.touch()
+    put_result(tmp_path, "8_3", "error", "Traceback:\n  x\nImportError: no y\n")
+    (tmp_path / "slurm" / "8_4_0_log.err").write_text("z is bad\nsrun: error: n: exit code 1\n")
+    for each in array.submitted.values():
+        each._results_timeout_s = 0
+    say_states(fake_slurm, {number: states[name] for number, name in names.items()}, [])
+    array.look()
+    left = "has left Slurm's queue without a result"
+    assert {name: (job.state, job.said) for name, job in jobs.items()} == {
+        "a": ("failed", f"job 8_0 {left}"),
+        "b": ("interrupted", f"job 8_1 {left}"),
+        "c": ("finished", ""),
+        "d": ("failed", "ImportError: no y"),
+        "e": ("failed", "z is bad"),
+        "f": ("running", ""),
+    }
 
 
 def test_without_slurm_one_line_says_so(
