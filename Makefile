@@ -17,11 +17,20 @@ test test-all: .venv/test-installed
 	$(VENV_PATH) python -m pytest -q -n 2 --dist loadgroup --max-worker-restart 0 \
 		$(PYTEST_ARGUMENTS)
 
-# pip comes last into an environment: without it the environment is not whole.
-.venv/bin/pip:
+# Says that make has made .venv; another one is neither used nor removed.
+MARK = .venv/made-by-make
+
+$(MARK):
+	@if [ -e .venv ]; then echo "error: make has not made .venv (it has no $(@F)): remove it, or use" \
+	    "it without make: pip install -r requirements.txt, bash HiZOO.sh" >&2; exit 2; fi
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON) is Python %d.%d, \
 	older than 3.11: name a newer one, as in PYTHON=python3.12" % sys.version_info[:2])'
-	$(PYTHON) -m venv .venv
+	@mkdir .venv
+	@touch $@
+
+# pip comes last into an environment: without it the environment is not whole.
+.venv/bin/pip: | $(MARK)
+	$(PYTHON) -m venv .venv || { code=$$?; rm -rf .venv; exit $$code; }
 
 .venv/demo-installed: requirements.txt | .venv/bin/pip
 	.venv/bin/python -m pip install -q -r requirements.txt
@@ -32,4 +41,5 @@ test test-all: .venv/test-installed
 	touch $@
 
 clean:
-	rm -rf .venv
+	@if [ -e .venv ] && [ ! -e $(MARK) ]; then echo "make has not made .venv: it stays" >&2; \
+	else rm -rf .venv; fi

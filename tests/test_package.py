@@ -134,3 +134,22 @@ def test_make_says_in_one_line_that_python_is_too_old(tmp_path: Path, version: s
     else:
         assert "Error 7" in first
     assert process.returncode == 2 and not (tmp_path / ".venv").exists()
+
+
+@pytest.mark.parametrize("file", ["bin/python", "bin/pip", "made-by-make"])
+def test_make_neither_uses_nor_removes_the_environment_of_a_user(tmp_path: Path, file: str) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "requirements.txt").touch()
+    (tmp_path / ".venv" / file).parent.mkdir(parents=True)
+    (tmp_path / ".venv" / file).touch()
+    make = ["make", "-s", "PYTHON=false"]
+    done = subprocess.run([*make, "demo"], cwd=tmp_path, capture_output=True, text=True)
+    is_of_make = file == "made-by-make"  # its making was interrupted, and goes on
+    refusal = "error: make has not made .venv (it has no made-by-make): remove it, or use it withou"
+    assert done.stderr.startswith(refusal) != is_of_make and done.returncode == 2
+    assert (tmp_path / ".venv" / file).exists() != is_of_make
+    (tmp_path / ".venv" / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / ".venv" / file).touch()
+    done = subprocess.run([*make, "clean"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stderr == ("" if is_of_make else "make has not made .venv: it stays\n")
+    assert (tmp_path / ".venv" / file).exists() != is_of_make and done.returncode == 0
