@@ -21,8 +21,8 @@ test test-all: .venv/test-installed
 MARK = .venv/made-by-make
 
 $(MARK):
-	@if [ -e .venv ]; then echo "error: make has not made .venv (it has no $(@F)): remove it, or use" \
-	    "it without make: pip install -r requirements.txt, bash HiZOO.sh" >&2; exit 2; fi
+	@if [ -e .venv ]; then echo "error: make has not made .venv (it has no $(@F)): remove it, or go" \
+	    "without make: pip install -r requirements.txt" >&2; exit 2; fi
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON) is Python %d.%d, \
 	older than 3.11: name a newer one, as in PYTHON=python3.12" % sys.version_info[:2])'
 	@mkdir .venv

@@ -145,7 +145,7 @@ def test_make_neither_uses_nor_removes_the_environment_of_a_user(tmp_path: Path,
     make = ["make", "-s", "PYTHON=false"]
     done = subprocess.run([*make, "demo"], cwd=tmp_path, capture_output=True, text=True)
     is_of_make = file == "made-by-make"  # its making was interrupted, and goes on
-    refusal = "error: make has not made .venv (it has no made-by-make): remove it, or use it withou"
+    refusal = "error: make has not made .venv (it has no made-by-make): remove it, or go without"
     assert done.stderr.startswith(refusal) != is_of_make and done.returncode == 2
     assert (tmp_path / ".venv" / file).exists() != is_of_make
     (tmp_path / ".venv" / file).parent.mkdir(parents=True, exist_ok=True)
