@@ -20,6 +20,7 @@ from transformers.trainer_utils import TrainOutput
 from error_broadcast import ErrorBroadcast
 from forward_only import ForwardOnlyMixin
 from hizoo import HiZOO
+from language_model.objectives import NegativeTextMetric
 from language_model.streaming import read_hessians, save_hessians
 from training.checkpoints import ANOTHER
 from training.objective_trainer import ObjectiveTrainer
@@ -29,6 +30,7 @@ from training.recording import Recording
 from utils import InputError
 from zeroth_order import noise, step_rule
 from zeroth_order.block_file import NoRoom
+from zeroth_order.blocks import blocks_of
 from zeroth_order.config import AUTO, HiZOOConfig
 from zeroth_order.residual_stream import UnknownStream
 
@@ -102,6 +104,9 @@ class ZerothOrderTrainer(ForwardTrainer):
             "auto": layerwise where weights are half precision.
         recording: of the run's journal; None: no journal.
         **kwargs: of ``ObjectiveTrainer``.
+
+    Raises:
+        InputError: several processes would stream the weights and generate texts.
     """
 
     repeats_steps = False
@@ -120,6 +125,13 @@ class ZerothOrderTrainer(ForwardTrainer):
         self.layerwise: bool | None = None  # what ``perturbation`` comes to be
         self._batches: list[tuple[dict[str, Any], int, Tensor]] = []  # of the step under way
         super().__init__(**kwargs)
+        generates = isinstance(self.objective, NegativeTextMetric)
+        if generates and blocks_of(self.model) and self.args.world_size > 1:
+            # Streamed passes end in the order of their texts' lengths, another one in each process.
+            raise InputError(
+                "--offload: the losses of generated texts need all weights in memory, or one "
+                f"process, and there are {self.args.world_size}; leave it out, or start one"
+            )
         # The Trainer makes them as training begins, and asks callbacks for their state before.
         self._tr_loss, self._globalstep_last_logged = torch.zeros(()), 0
         self.args.learning_rate = step_rule.CURVATURE_PART if config.lr == AUTO else config.lr
@@ -167,10 +179,8 @@ class ZerothOrderTrainer(ForwardTrainer):
         step = [*zip(closures, counts, strict=True)]
         step = self.recording.of_batches(self.state.global_step, step)
         step = [(self.counted(closure), count) for closure, count in step]
-        try:
+        with naming_offload_dir():
             losses = self.optimizer.estimate_batches(step)
-        except NoRoom as error:
-            raise InputError(f"--offload disk: {error}; give another --offload_dir") from error
         before = sum(loss * count for loss, count in zip(losses[:-1], counts, strict=False))
         return losses[-1] + before / counts[-1]
 
@@ -195,7 +205,8 @@ class ZerothOrderTrainer(ForwardTrainer):
             return self.accelerator.reduce(value, "mean")
 
         direction += self.config.num_samples
-        return self.optimizer.loss_along(self.counted(loss), distance, direction)
+        with naming_offload_dir():
+            return self.optimizer.loss_along(self.counted(loss), distance, direction)
 
     def _run_state(self) -> dict[str, Any]:
         since_log = self.state.global_step - self._globalstep_last_logged
@@ -307,3 +318,12 @@ def naming_way_out() -> Iterator[None]:
         yield
     except UnknownStream as error:
         raise InputError(f"--trainer broadcast: {error}; use --trainer zo") from error
+
+
+@contextlib.contextmanager
+def naming_offload_dir() -> Iterator[None]:
+    """Let a disk without room for streamed weights end the run in one line."""
+    try:
+        yield
+    except NoRoom as error:
+        raise InputError(f"--offload disk: {error}; give another --offload_dir") from error

@@ -13,7 +13,7 @@ import pytest
 import torch
 from running import ROOT, command, finish, small_model, training, weights
 from tiny_models import tiny_model
-from transformers import OPTPreTrainedModel
+from transformers import OPTPreTrainedModel, TrainingArguments
 
 import run
 from hizoo import HiZOO, Layers
@@ -28,9 +28,10 @@ IN_MEMORY = {"zo_perturbation": "layerwise"}
 
 
 def rows(folder: Path) -> list[str]:
-    """The journal's steps and dev losses; a run that was longer afterwards has checksums beside."""
-    lines = (folder / "out" / JOURNAL).read_text().splitlines()[1:]
-    return [line for line in lines if '"kind": "checksum"' not in line]
+    """The journal's rows; a run that was longer afterwards has a checksum on the way beside."""
+    *lines, last = (folder / "out" / JOURNAL).read_text().splitlines()[1:]
+    assert '"kind": "checksum"' in last
+    return [*(line for line in lines if '"kind": "checksum"' not in line), last]
 
 
 def assert_same(first: Path, second: Path, checkpoint: str = "checkpoint-6") -> None:
@@ -243,10 +244,21 @@ def test_models_and_disks_that_do_not_fit_are_refused(
             assert run.main(argv) == 2
             assert "--offload: OPTForCausalLM names no blocks" in capfd.readouterr().err
     monkeypatch.setattr("zeroth_order.block_file.free_bytes", lambda folder: 1000)
-    assert run.main(training(tmp_path, **DISK)) == 2
-    line = capfd.readouterr().err.splitlines()[-1]
-    assert line.startswith("error: --offload disk: ") and "give another --offload_dir" in line
+    for settings in ({}, {"zo_eps": "auto"}):
+        assert run.main(training(tmp_path, **DISK, **settings)) == 2
+        line = capfd.readouterr().err.splitlines()[-1]
+        assert line.startswith("error: --offload disk: ") and "give another --offload_dir" in line
     assert not (tmp_path / "out" / JOURNAL).exists()
+
+
+def test_processes_do_not_stream_and_generate(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Passes would exchange their losses in the order of their texts' lengths."""
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    assert run.main(training(tmp_path, **KINDS["F1 of texts"], **DISK)) == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: --offload: the losses of generated texts need"), line
 
 
 # A model of 80 MiB and its h: 160 MiB, of which 1/8 may be in memory.
