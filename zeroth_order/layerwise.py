@@ -188,8 +188,12 @@ class Layers:
         if found and found > self._count_nan(loss):
             raise OnlyInPlace("a module reads another one's weights")
         self.checked = True
+        return self.unreached(self.uses, reached)
+
+    def unreached(self, parameters: Iterable[Tensor], reached: Iterable[Tensor]) -> list[str]:
+        """Return the names of parameters of whose kind none was reached."""
         kinds = {kind_of(self.names[parameter]) for parameter in reached}
-        return [name for name in map(self.names.get, self.uses) if kind_of(name) not in kinds]
+        return [name for name in map(self.names.get, parameters) if kind_of(name) not in kinds]
 
     def _count_nan(self, loss: Callable[[], Any]) -> int:
         """Evaluate ``loss``; return how many times a module, or itself, returned NaN."""

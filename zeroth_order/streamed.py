@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from zeroth_order import curvature
 from zeroth_order.blocks import Blocks, NoBlocks, blocks_of
@@ -43,6 +45,23 @@ def best_write_every(total: float, seconds: Mapping[str, float]) -> int:
     return min(range(1, 17), key=expected)
 
 
+class Reads(TorchFunctionMode):
+    """Notes the parameters that functions of torch read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parameters: set[Tensor] = set()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        """Call a function; a property that is set is not read."""
+        if getattr(func, "__name__", "") != "__set__":
+            values = tree_leaves((args, kwargs))
+            self.parameters.update(value for value in values if isinstance(value, nn.Parameter))
+        return func(*args, **(kwargs or {}))
+
+
 class StreamedLayers(Layers):
     """Perturbs a streamed model: within blocks a whole block, elsewhere one module at a time.
 
@@ -63,6 +82,22 @@ class StreamedLayers(Layers):
         }
         self.hooks = hooks_of(model)
         self.trained |= {p for parameters in self.of_block.values() for p in parameters}
+
+    def check(self, loss: Callable[[], Any]) -> list[str]:
+        """As ``Layers.check``, but any module of a block may read the weights of another in it."""
+        inside = [p for parameters in self.of_block.values() for p in parameters]
+        reached: set[Tensor] = set()
+
+        def look(part: nn.Module, *_: Any) -> None:
+            reached.update(part._parameters.values())
+
+        with contextlib.ExitStack() as hooks:
+            for part in {part for block in self.of_block for part in block.module.modules()}:
+                hooks.callback(part.register_forward_hook(look).remove)
+            with Reads() as reads:
+                unused = super().check(loss)
+        reached |= reads.parameters
+        return unused + self.unreached(inside, reached.intersection(inside))
 
     def make_weights(self, *args: Any) -> StreamedWeights:
         """Return what perturbs the weights so; takes the arguments of ``Weights``."""
@@ -205,7 +240,7 @@ class StreamedWeights(LayerwiseWeights):
         self.apply(self.resident, update)
         if any(self.of_block.values()):
             self.waiting.append(update)
-            self.blocks.checksums.clear()
+        self.blocks.checksums.clear()
 
     @torch.no_grad()
     def arrived(self, block: Block, tensors: Mapping[Any, Tensor]) -> bool:
