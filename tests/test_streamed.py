@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import errno
 import functools
 import gc
 import itertools
+import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +19,12 @@ import torch
 from oracle_hizoo import OracleHiZOO, read_noise
 from tiny_models import tiny_model
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BartConfig
 
 from hizoo import HiZOO, Layers
 from zeroth_order.blocks import Blocks, blocks_of, placeholder
 from zeroth_order.streamed import StreamedLayers, StreamedWeights, best_write_every
-from zeroth_order.traffic import Block, Traffic
+from zeroth_order.traffic import BUFFERS, DISK, Block, Traffic
 
 FAMILIES = ("opt", "llama", "qwen2", "gpt_neox", "gemma2", "mixtral")
 STATE = "hessian_minus_one"
@@ -197,6 +201,29 @@ def test_a_step_reads_and_writes_every_block_once(tmp_path: Path) -> None:
         assert steps[1:] == [(size, size)] * 2, kind
 
 
+def test_the_working_file_has_places_for_blocks_on_disk_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the system has no way to reserve disk space."""
+    blocks = blocks_of(streamed(tiny_model("opt", num_hidden_layers=4), tmp_path, 40_000))
+    far = [block.region for block in blocks.blocks if block.home == DISK]
+    kept, size = len(blocks.blocks) - len(far), sum(region.size for region in far)
+    assert kept and far and blocks.traffic.size_on_disk(blocks.blocks) == size
+    assert [region.start for region in far] == [region.size * n for n, region in enumerate(far)]
+
+    def refuse(number: int, *_: int) -> None:
+        raise OSError(number, "no fallocate")
+
+    for number in (errno.EINVAL, errno.EOPNOTSUPP, None):
+        if number:
+            monkeypatch.setattr(os, "posix_fallocate", functools.partial(refuse, number))
+        else:  # macOS
+            monkeypatch.delattr(os, "posix_fallocate")
+        blocks.traffic.file = None
+        blocks.traffic.reserve(blocks.blocks)
+        assert os.fstat(blocks.traffic.file.descriptor).st_size == size
+
+
 def test_blocks_are_written_less_often_where_the_disk_is_the_limit(tmp_path: Path) -> None:
     twin = streamed(tiny_model("opt", num_hidden_layers=4), tmp_path, write_every=3)
     blocks, layers = blocks_of(twin), StreamedLayers(twin)
@@ -213,6 +240,23 @@ def test_blocks_are_written_less_often_where_the_disk_is_the_limit(tmp_path: Pat
     for updating, every in ((0.01, 16), (1.0, 8), (3.0, 4)):
         assert best_write_every(12.0, seconds | {"updating": updating}) == every
     assert best_write_every(12.0, seconds | {"updating": 0.01, "waiting": 1.0}) == 1
+
+
+def test_weights_within_blocks_that_nothing_reads_are_named(tmp_path: Path) -> None:
+    shape = {"vocab_size": 50, "d_model": 16, "decoder_layers": 2, "decoder_ffn_dim": 16}
+    heads = {"encoder_layers": 2, "decoder_attention_heads": 2, "encoder_attention_heads": 2}
+    bart = AutoModelForCausalLM.from_config(BartConfig(**shape, **heads, is_decoder=True)).eval()
+    ids = torch.tensor([[1, 5, 9, 4]])
+
+    def unused(model: nn.Module, kind: type[Layers]) -> list[str]:
+        with torch.no_grad():
+            return kind(model).check(lambda: model(input_ids=ids, labels=ids).loss)
+
+    expected = unused(bart, Layers)
+    assert expected and all("encoder_attn" in name for name in expected)
+    assert unused(streamed(bart, tmp_path), StreamedLayers) == expected
+    # Some of its modules do not run, and others read their weights.
+    assert unused(streamed(tiny_model("lfm2"), tmp_path), StreamedLayers) == []
 
 
 def test_wrong_updates_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,16 +326,27 @@ def test_what_fails_within_a_pass_is_raised_and_the_next_step_is_right(tmp_path:
     assert all(parameter.isnan().all() for parameter in blocks_of(twin).block_of)
 
 
-def test_ctrl_c_within_an_update_of_a_block_waits_for_its_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("place", ["update", "own pass", "read"])
+def test_steps_after_ctrl_c_are_right(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny_model("opt", num_hidden_layers=3)
+    model = tiny_model("opt", num_hidden_layers=4)
     twin = streamed(model, tmp_path)
-    ids, apply, found = torch.randint(5, 400, (2, 9)), StreamedWeights.apply, []
+    ids, blocks, found = torch.randint(5, 400, (2, 9)), blocks_of(twin), []
+    apply, fill, main_thread = StreamedWeights.apply, Traffic._fill, threading.main_thread().ident
 
-    def interrupted(self: StreamedWeights, *args: Any) -> None:
+    def interrupted_update(self: StreamedWeights, *args: Any) -> None:
         apply(self, *args)
         monkeypatch.undo()
+        signal.raise_signal(signal.SIGINT)
+
+    def interrupted_read(self: Traffic, *args: Any) -> None:
+        monkeypatch.undo()
+        time.sleep(0.3)  # until the main thread waits for it
+        signal.pthread_kill(main_thread, signal.SIGINT)
+        fill(self, *args)
+
+    def interrupted_pass(*_: Any) -> None:
         signal.raise_signal(signal.SIGINT)
 
     for each, layers in ((model, Layers(model)), (twin, StreamedLayers(twin))):
@@ -301,12 +356,23 @@ def test_ctrl_c_within_an_update_of_a_block_waits_for_its_end(
             return each(input_ids=ids, labels=ids).loss
 
         found += [optimizer.step(loss) for _ in range(2)]
-        if each is twin:
-            monkeypatch.setattr(StreamedWeights, "apply", interrupted)
+        if each is twin and place == "own pass":
+            norm = blocks.blocks[1].module.final_layer_norm
+            with norm.register_forward_hook(interrupted_pass), pytest.raises(KeyboardInterrupt):
+                loss()
+        elif each is twin:
+            if place == "update":
+                monkeypatch.setattr(StreamedWeights, "apply", interrupted_update)
+            else:
+                monkeypatch.setattr(Traffic, "_fill", interrupted_read)
             with pytest.raises(KeyboardInterrupt):
                 optimizer.step(loss)
         found += [optimizer.step(loss) for _ in range(2)]
     assert found[:4] == found[4:]
+    moved(blocks)
+    blocks.traffic._writer.submit(int).result()  # what it has written is free
+    ahead = [block for block in blocks.blocks if block.reading is not None]
+    assert blocks.traffic._free.qsize() + len(ahead) == BUFFERS
 
 
 def test_memory_that_a_gpu_copies_from_is_unregistered_when_it_goes(

@@ -33,8 +33,9 @@ Key = Hashable
 class Region:
     """A block's place: its tensors, one behind the other, from a page to a page."""
 
-    def __init__(self, start: int, tensors: Iterable[tuple[Key, torch.Size, torch.dtype]]) -> None:
-        self.start, end = start, 0  # in the working file
+    def __init__(self, tensors: Iterable[tuple[Key, torch.Size, torch.dtype]]) -> None:
+        self.start = 0  # in the working file, if the block is there
+        end = 0
         self.places: dict[Key, tuple[int, torch.Size, torch.dtype]] = {}
         for key, shape, dtype in tensors:
             self.places[key] = (end, shape, dtype)
@@ -100,6 +101,22 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(next(place for place in places if place.exists())).free
 
 
+def reserve(descriptor: int, size: int) -> None:
+    """Reserve disk space for a file, or make it that long where the system cannot reserve any.
+
+    Where a file system cannot, glibc writes single bytes, which a file that is written past the
+    page cache refuses.
+    """
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except AttributeError:  # macOS
+        os.ftruncate(descriptor, size)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+        os.ftruncate(descriptor, size)
+
+
 class WorkingFile:
     """A file without a name, which goes when the process ends, however it ends.
 
@@ -129,7 +146,7 @@ class WorkingFile:
         path.unlink()
         self.close = weakref.finalize(self, os.close, self.descriptor)
         try:
-            os.posix_fallocate(self.descriptor, 0, max(size, 1))
+            reserve(self.descriptor, max(size, 1))
         except OSError as error:
             self.close()
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -95,9 +95,10 @@ class Blocks:
         self.traffic = Traffic(device, self._fill, folder, staged)
         self.lay_out({})
         for block in self.blocks if source else ():
-            enter, leave = (functools.partial(f, block) for f in (self._enter, self._leave))
-            block.module.register_forward_pre_hook(enter, prepend=True)
-            block.module.register_forward_hook(leave, always_call=True)
+            # Hooks would not see the end of a forward that Ctrl-C interrupts.
+            forward = block.module.forward
+            streamed = functools.partial(self._forward, block, forward)
+            block.module.forward = functools.update_wrapper(streamed, forward)
         setattr(model, ATTRIBUTE, self)
 
     # ---- what they hold
@@ -111,15 +112,13 @@ class Blocks:
         if any(block.is_changed for block in self.blocks):
             raise RuntimeError("streamed weights that were trained get no room for another h")
         self.begin_again(hessians=self.hessians)
-        start = 0
         for block in self.blocks:
             tensors: list[Any] = [(p, p.shape, p.dtype) for p in block.names]
             for p in block.names:
                 if p in states:
                     name, dtype = states[p]
                     tensors.append(((p, name), p.shape, dtype))
-            block.region = Region(start, tensors)
-            start += block.region.size
+            block.region = Region(tensors)
         self.traffic.lay_out(self.blocks, self.budget)
 
     def make_room_for(self, states: Mapping[nn.Parameter, tuple[str, torch.dtype]]) -> None:
@@ -169,7 +168,7 @@ class Blocks:
             if block.memory is None:
                 self.traffic.begin_to_read(block)
                 with self.traffic.timed("waiting"):
-                    block.memory = self.traffic.end_of_reading(block)
+                    self.traffic.end_of_reading(block)
         except BaseException:
             block.users = 0
             raise
@@ -201,15 +200,15 @@ class Blocks:
         finally:
             self.release(block)
 
-    def _enter(self, block: Block, *_: Any) -> None:
+    def _forward(
+        self, block: Block, forward: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Run a block's own forward with the block in memory."""
         if self.running is not None:
             self.running.wait_before(block)
-        else:
-            self.load(block)
-
-    def _leave(self, block: Block, *_: Any) -> None:
-        if self.running is None:
-            self.release(block)
+            return forward(*args, **kwargs)
+        with self.loaded(block):
+            return forward(*args, **kwargs)
 
     def in_order(self, parameters: Iterable[Tensor]) -> Iterator[Tensor]:
         """Yield parameters in their order, each with its block in memory as it comes."""

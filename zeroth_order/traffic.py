@@ -12,7 +12,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from zeroth_order.block_file import Region, WorkingFile, page_aligned
+from zeroth_order.signals import signals_wait
 
 # A block that is read, one that passes run through and one that is written.
 BUFFERS = 3
@@ -85,6 +86,9 @@ class Traffic:
         for block in blocks:
             block.home = near if block.region.size <= room else far
             room -= block.region.size * (block.home == near)
+        start = 0
+        for region in _on_disk(blocks):
+            region.start, start = start, start + region.size
         if self.file is not None:
             self.file.close()
             self.file = None
@@ -97,8 +101,7 @@ class Traffic:
 
     def size_on_disk(self, blocks: Iterable[Block]) -> int:
         """Return how many bytes the working file takes."""
-        far = (block.region for block in blocks if block.home == DISK)
-        return max((region.start + region.size for region in far), default=0)
+        return sum(region.size for region in _on_disk(blocks))
 
     def reserve(self, blocks: Iterable[Block]) -> None:
         """Make the working file, if there is none and it is needed.
@@ -139,15 +142,21 @@ class Traffic:
         if block.memory is None and block.reading is None:
             block.reading = self._reader.submit(self._read, block)
 
-    def end_of_reading(self, block: Block) -> Tensor:
-        """Wait for a block; return where it lies on the device."""
-        reading, block.reading = block.reading, None
-        return reading.result()
+    def end_of_reading(self, block: Block) -> None:
+        """Wait for a block, which lies on the device then; Ctrl-C leaves it on its way."""
+        wait([block.reading])
+        with signals_wait():
+            reading, block.reading = block.reading, None
+            block.memory = reading.result()
 
     def drop(self, block: Block) -> None:
-        """Give back what was read too early: passes went to another block."""
-        if block.reading is not None and block.home != DEVICE:
-            self._free.put((self.end_of_reading(block), None))
+        """Give back what was read too early: passes went to another block, or were interrupted."""
+        if block.home == DEVICE:
+            return
+        if block.reading is not None:
+            self.end_of_reading(block)
+        if block.memory is not None:
+            self.give_back(block)
 
     def _read(self, block: Block) -> Tensor:
         if block.writing is not None:
@@ -227,12 +236,13 @@ class Traffic:
         """Let the memory of a block be used again, as soon as the block is written."""
         if block.home == DEVICE:
             return
-        buffer, free = (block.memory, self._event()), self._free
-        block.memory = None
-        if block.writing is None:
-            free.put(buffer)
-        else:
-            block.writing.add_done_callback(lambda _: free.put(buffer))
+        with signals_wait():
+            buffer, free = (block.memory, self._event()), self._free
+            block.memory = None
+            if block.writing is None:
+                free.put(buffer)
+            else:
+                block.writing.add_done_callback(lambda _: free.put(buffer))
 
     def settle(self, block: Block) -> None:
         """Wait until a block is neither read nor written."""
@@ -241,3 +251,8 @@ class Traffic:
             self.end_of_reading(block)
         if block.writing is not None:
             block.writing.result()
+
+
+def _on_disk(blocks: Iterable[Block]) -> list[Region]:
+    """Return the regions that have a place in the working file, in their order there."""
+    return [block.region for block in blocks if block.home == DISK]
