@@ -131,7 +131,17 @@ def choose_trained_weights(
     tokenizer: PreTrainedTokenizerBase,
     say: Callable[[str], None] = lambda line: None,
 ) -> PreTrainedModel | PeftModel:
-    """Return the model with what is trained: an adapter, the head, or all of its weights."""
+    """Return the model with what is trained: an adapter, the head, or all of its weights.
+
+    Raises:
+        InputError: some of the model does not fit the GPUs, or the head cannot be untied.
+    """
+    # transformers moves what the GPUs have no room for to the host's memory or to disk.
+    if getattr(model, "hf_device_map", None) and any(p.is_meta for p in model.parameters()):
+        raise InputError(
+            "the model does not fit the GPUs, and a model that lies partly elsewhere cannot be "
+            "trained: give --offload cpu, --load_bfloat16 or more GPUs"
+        )
     # An adapter starts from the same random numbers, whatever ran before.
     transformers.set_seed(weights.seed)
     if weights.untie_emb:

@@ -13,8 +13,16 @@ import pytest
 import torch
 from running import MODEL, refusal_of_loading
 from tiny_models import tiny_model, tiny_tokenizer
-from transformers import AutoConfig, LlamaForSequenceClassification, LlamaModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    PreTrainedModel,
+)
 
+from experiment.options import ModelOptions, TrainedWeights
+from experiment.preparation import choose_trained_weights, load_pretrained
 from language_model.loading import (
     choose_dtype,
     choose_max_length,
@@ -169,3 +177,25 @@ def test_the_dtype_that_a_model_was_saved_in(tmp_path: Path) -> None:
     ):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | config))
         assert saved_dtype(str(tmp_path)) == dtype
+
+
+def test_a_model_that_the_gpus_have_no_room_for_is_evaluated_but_not_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spilled(name: str, *_: object) -> PreTrainedModel:
+        inner = dict.fromkeys(("embed_tokens", "embed_positions", "final_layer_norm"), "cpu")
+        inner["layers"] = "disk"
+        places = {f"model.decoder.{part}": place for part, place in inner.items()}
+        places["lm_head"] = "cpu"
+        return AutoModelForCausalLM.from_pretrained(
+            name, device_map=places, offload_folder=tmp_path
+        )
+
+    monkeypatch.setattr("experiment.preparation.load_model", spilled)
+    how = ModelOptions(str(MODEL), torch.float32, True, torch.device("cpu"), False)
+    model = load_pretrained(how)
+    ids = torch.randint(5, 400, (1, 9))
+    expected = load_model(str(MODEL), torch.float32)(input_ids=ids).logits
+    assert torch.equal(model(input_ids=ids).logits, expected)
+    with pytest.raises(InputError, match=r"does not fit the GPUs.*--offload cpu, --load_bfloat16"):
+        choose_trained_weights(model, TrainedWeights.of({}), tiny_tokenizer())
