@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import logging
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.initialization import no_init_weights
 
 from hizoo import HiZOO
 from language_model.weight_files import (
@@ -29,6 +33,8 @@ from utils import InputError
 from zeroth_order.block_file import give_freed_memory_back
 from zeroth_order.blocks import Blocks, NoBlocks, blocks_of, placeholder
 from zeroth_order.curvature import OFFSET
+
+logger = logging.getLogger(__name__)
 
 # The full h of streamed weights, in a checkpoint.
 HESSIANS = "hessian.safetensors"
@@ -58,13 +64,15 @@ def load_streamed(
             "ones; leave it out"
         )
     give_freed_memory_back()
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusts)
-    model.tie_weights()
+    # As from_pretrained does: buffers, as rotary positions, are computed in float32.
+    model.initialize_weights()
     with contextlib.suppress(OSError):  # there is none
         model.generation_config = GenerationConfig.from_pretrained(name)
     files = WeightFiles.of_model(name, model)
-    _give_placeholders(model, offload.device)
+    _tie(name, model, files)
+    _give_placeholders(model, _kept_in_float32(model, files, dtype), offload.device)
     found = names_in(model, files)
     missing = [each for each, weight in model.named_parameters() if weight not in found]
     shapes = [(each, files.places[each].shape, tuple(w.shape)) for w, each in found.items()]
@@ -84,14 +92,41 @@ def stream_blocks(model: nn.Module, files: WeightFiles | None, offload: Offload)
         raise InputError(f"--offload: {error}; leave it out") from error
 
 
-def _give_placeholders(model: nn.Module, device: torch.device) -> None:
+def _tie(name: str, model: PreTrainedModel, files: WeightFiles) -> None:
+    """Tie weights, except those that differ in the files; transformers does the same."""
+    for target, source in [*model.all_tied_weights_keys.items()]:
+        if files.differ(target, source, model.dtype):
+            del model.all_tied_weights_keys[target]
+            logger.warning(
+                f"--model_name {name}: its configuration ties {target} to {source}, but they "
+                "differ in its files: they are not tied"
+            )
+    model.tie_weights(recompute_mapping=False)
+
+
+def _kept_in_float32(
+    model: PreTrainedModel, files: WeightFiles, dtype: torch.dtype
+) -> Collection[Tensor]:
+    """Return the tensors of files that stay in float32 in a model of another dtype."""
+    patterns = [each.replace("*", ".*") for each in model._get_dtype_plan(dtype)]
+    found = names_in(model, files).items()
+    return {t for t, name in found if any(re.search(pattern, name) for pattern in patterns)}
+
+
+def _give_placeholders(
+    model: nn.Module, in_float32: Collection[Tensor], device: torch.device
+) -> None:
     """Give a model parameters without memory on a device; shared ones stay shared."""
-    made = {p: nn.Parameter(placeholder(p, device)) for p in model.parameters()}
+
+    def converted(tensor: Tensor) -> Tensor:
+        return tensor.float() if tensor in in_float32 else tensor
+
+    made = {p: nn.Parameter(placeholder(converted(p), device)) for p in model.parameters()}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             module._parameters[name] = made.get(parameter)
         for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = buffer.to(device)
+            module._buffers[name] = converted(buffer).to(device)
 
 
 def names_in(model: PreTrainedModel, files: WeightFiles) -> dict[Tensor, str]:

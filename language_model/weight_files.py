@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,11 +81,19 @@ def check_weights(
 # ------------------------------------------------------------------------------------------ reading
 
 
+class OpenFile:
+    """A file to read; it is closed when nothing refers to it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self.descriptor)
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a tensor lies in a safetensors file."""
 
-    descriptor: int
+    file: OpenFile
     start: int
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -94,14 +103,14 @@ class Place:
         is_same = target.dtype == self.dtype
         whole = target if is_same else torch.empty(self.shape, dtype=self.dtype)
         if whole.nbytes:
-            transfer(os.preadv, self.descriptor, bytes_of(whole), self.start)
+            transfer(os.preadv, self.file.descriptor, bytes_of(whole), self.start)
         if not is_same:
             target.copy_(whole)
         return whole.nbytes
 
 
 def places_in(path: Path) -> dict[str, Place]:
-    """Return where the tensors of a safetensors file lie; the file stays open.
+    """Return where the tensors of a safetensors file lie; these keep it open.
 
     Its tensors are read by their places, since safetensors maps the whole file: what was read would
     stay in this process's memory.
@@ -109,17 +118,17 @@ def places_in(path: Path) -> dict[str, Place]:
     Raises:
         SafetensorError: it is no such file, it is cut off, or it has numbers of another kind.
     """
-    descriptor, end = os.open(path, os.O_RDONLY | os.O_CLOEXEC), path.stat().st_size
+    file, end = OpenFile(path), path.stat().st_size
     places = {}
-    with safe_open(path, "pt") as file:
+    with safe_open(path, "pt") as header:
         # Tensors lie one behind the other, up to the end.
-        for name in reversed(file.offset_keys()):
-            entry = file.get_slice(name)
+        for name in reversed(header.offset_keys()):
+            entry = header.get_slice(name)
             dtype, shape = str_to_torch_dtype.get(entry.get_dtype()), tuple(entry.get_shape())
             if dtype is None:
                 raise SafetensorError(f"{path}: {name} is {entry.get_dtype()}")
             end -= math.prod(shape) * dtype.itemsize
-            places[name] = Place(descriptor, end, dtype, shape)
+            places[name] = Place(file, end, dtype, shape)
     return places
 
 
@@ -210,6 +219,15 @@ class WeightFiles:
     def read(self, name: str, target: Tensor) -> int:
         """Read a tensor into ``target``, in any dtype; return how many bytes it has."""
         return self.places[name].read(target)
+
+    def differ(self, first: str, second: str, dtype: torch.dtype) -> bool:
+        """Tell whether the files hold both tensors, and they differ in a dtype."""
+        if not {first, second} <= self.places.keys():
+            return False
+        tensors = [torch.empty(self.places[each].shape, dtype=dtype) for each in (first, second)]
+        for name, tensor in zip((first, second), tensors, strict=True):
+            self.read(name, tensor)
+        return not torch.equal(*tensors)
 
 
 # ------------------------------------------------------------------------------------------ writing

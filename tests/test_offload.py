@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -12,15 +13,17 @@ from typing import Any
 import pytest
 import torch
 from running import ROOT, command, finish, small_model, training, weights
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
-from transformers import OPTPreTrainedModel, TrainingArguments
+from transformers import AutoConfig, OPTPreTrainedModel, TrainingArguments
 
 import run
 from hizoo import HiZOO, Layers
 from language_model.loading import load_model
-from language_model.streaming import Offload
+from language_model.streaming import Offload, load_if_streamed_or_renamed
 from training.journal import JOURNAL
 from utils import InputError
+from zeroth_order.blocks import blocks_of
 from zeroth_order.streamed import StreamedLayers
 
 DISK = {"offload": "disk"}
@@ -195,6 +198,84 @@ def test_files_of_a_model_are_read_and_written_as_transformers_does(tmp_path: Pa
         assert not [n for n, t in expected.items() if not torch.equal(t, weights[n])], family
         first = load_model(str(stored), torch.float32).state_dict()
         assert [n for n, t in expected.items() if not torch.equal(t, first[n])], family
+
+
+# A family, the dtype it is loaded in, and settings of its configuration.
+IN_HALF_PRECISION = {
+    "rotary positions of GPT-J": ("gptj", torch.bfloat16, {}),
+    "norms in float32": ("gpt_oss", torch.float16, {}),
+    "a router's bias in float32": (
+        "deepseek_v3",
+        torch.bfloat16,
+        {"num_experts_per_tok": 1, "moe_intermediate_size": 16},
+    ),
+}
+
+
+def test_a_model_in_half_precision_is_that_of_transformers(tmp_path: Path) -> None:
+    ids = torch.randint(5, 400, (2, 40))
+    for name, (family, dtype, settings) in IN_HALF_PRECISION.items():
+        tiny_model(family, **settings).save_pretrained(tmp_path / family)
+        assert_loaded_alike(str(tmp_path / family), dtype, ids, name)
+
+
+def assert_loaded_alike(folder: str, dtype: torch.dtype, ids: torch.Tensor, name: str) -> None:
+    """A streamed model has the weights, buffers and logits of the one in memory."""
+    model = load_model(folder, dtype)
+    streamed = load_model(folder, dtype, offload=Offload(None, 0, torch.device("cpu")))
+    expected = dict([*model.named_parameters(), *model.named_buffers()])
+    tensors = dict([*streamed.named_parameters(), *streamed.named_buffers()])
+    assert expected.keys() == tensors.keys(), name
+    for key, tensor in zip(tensors, blocks_of(streamed).in_order(tensors.values()), strict=True):
+        assert tensor.dtype == expected[key].dtype, (name, key)
+        assert torch.equal(tensor, expected[key]), (name, key)
+    assert torch.equal(streamed(input_ids=ids).logits, model(input_ids=ids).logits), name
+
+
+def test_a_head_with_values_of_its_own_is_not_tied(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids, own = torch.randint(5, 400, (2, 9)), tmp_path / "own"
+    tiny_model("llama", tie_word_embeddings=False).save_pretrained(own)
+    tensors = load_file(own / "model.safetensors")
+    for name, head in (("own", "lm_head"), ("same", "model.embed_tokens")):
+        folder = tmp_path / name
+        config = AutoConfig.from_pretrained(own)
+        config.tie_word_embeddings = True
+        config.save_pretrained(folder)
+        both = tensors | {"lm_head.weight": tensors[f"{head}.weight"].clone()}
+        save_file(both, folder / "model.safetensors", {"format": "pt"})
+        caplog.clear()
+        assert_loaded_alike(str(folder), torch.float32, ids, name)
+        assert ("they are not tied" in caplog.text) == (name == "own")
+        # A checkpoint holds the head, if it is not tied.
+        model = load_model(str(folder), torch.float32, offload=Offload(None, 0, ids.device))
+        model.save_pretrained(tmp_path / "saved")
+        saved = load_file(tmp_path / "saved" / "model.safetensors")
+        assert ("lm_head.weight" in saved) == (name == "own")
+        assert_loaded_alike(str(tmp_path / "saved"), torch.float32, ids, f"{name}, saved")
+
+
+def test_files_are_closed_with_their_model(tmp_path: Path) -> None:
+    def open_shards() -> int:
+        links = (f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd"))
+        return sum(str(tmp_path) in os.readlink(link) for link in links if os.path.lexists(link))
+
+    tiny_model("opt").save_pretrained(tmp_path, max_shard_size="40KB")
+    for _ in range(2):
+        model = load_model(
+            str(tmp_path), torch.float32, offload=Offload(None, 0, torch.device("cpu"))
+        )
+        model(input_ids=torch.ones(1, 4, dtype=torch.long))
+        assert open_shards() > 2
+        # Checkpoint after checkpoint, as by --load_best_model_at_end.
+        opened = open_shards()
+        for _ in range(2):
+            load_if_streamed_or_renamed(model, tmp_path)
+            assert open_shards() == opened
+        del model
+        gc.collect()
+        assert open_shards() == 0
 
 
 def test_files_that_cannot_be_streamed_are_refused(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from transformers import (
     BloomConfig,
     DbrxConfig,
     DeepseekV2Config,
+    DeepseekV3Config,
     Exaone4Config,
     FalconConfig,
     Gemma2Config,
@@ -94,6 +95,12 @@ _WINDOWED: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "exaone4": (Exaone4Config, _BOTH_KINDS),
     "gpt_oss": (GptOssConfig, {**_BOTH_KINDS, "num_local_experts": 2, "num_experts_per_tok": 1}),
 }
+# DeepSeek's attention over latent keys and values, and its experts.
+_LATENT = {
+    **{**_GROUPED, "num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 8},
+    **{"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8},
+    **{"n_routed_experts": 2, "n_group": 1, "topk_group": 1},
+}
 # Configurations with names of their own for what a prefix has to know.
 _OTHER_NAMES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "falcon": (FalconConfig, {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}),
@@ -123,14 +130,8 @@ _OTHER_NAMES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
         RecurrentGemmaConfig,
         {**_GROUPED, "num_hidden_layers": 3, "head_dim": 8, "lru_width": 32},
     ),
-    "deepseek_v2": (
-        DeepseekV2Config,
-        {
-            **{**_GROUPED, "num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 8},
-            **{"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8},
-            **{"first_k_dense_replace": 2, "n_routed_experts": 2, "n_group": 1, "topk_group": 1},
-        },
-    ),
+    "deepseek_v2": (DeepseekV2Config, {**_LATENT, "first_k_dense_replace": 2}),
+    "deepseek_v3": (DeepseekV3Config, {**_LATENT, "first_k_dense_replace": 1}),
 }
 FAMILIES = tuple(_PACKABLE)
 # Three that differ: GPT-NeoX fuses its projections and renames its head; make test-all has all.
