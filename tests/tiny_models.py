@@ -131,7 +131,13 @@ _OTHER_NAMES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
         {**_GROUPED, "num_hidden_layers": 3, "head_dim": 8, "lru_width": 32},
     ),
     "deepseek_v2": (DeepseekV2Config, {**_LATENT, "first_k_dense_replace": 2}),
-    "deepseek_v3": (DeepseekV3Config, {**_LATENT, "first_k_dense_replace": 1}),
+    "deepseek_v3": (
+        DeepseekV3Config,
+        {
+            **{**_LATENT, "first_k_dense_replace": 1},
+            **{"num_experts_per_tok": 1, "moe_intermediate_size": 16},
+        },
+    ),
 }
 FAMILIES = tuple(_PACKABLE)
 # Three that differ: GPT-NeoX fuses its projections and renames its head; make test-all has all.
