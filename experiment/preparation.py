@@ -137,7 +137,8 @@ def choose_trained_weights(
         InputError: some of the model does not fit the GPUs, or the head cannot be untied.
     """
     # transformers moves what the GPUs have no room for to the host's memory or to disk.
-    if getattr(model, "hf_device_map", None) and any(p.is_meta for p in model.parameters()):
+    elsewhere = getattr(model, "hf_device_map", None) and any(p.is_meta for p in model.parameters())
+    if elsewhere and weights.mode != "linear_probing":
         raise InputError(
             "the model does not fit the GPUs, and a model that lies partly elsewhere cannot be "
             "trained: give --offload cpu, --load_bfloat16 or more GPUs"
