@@ -158,20 +158,13 @@ class Blocks:
         Raises:
             OSError: it cannot be read.
         """
-        block.users += 1
-        if block.users > 1:
-            return
-        try:
-            for other in self.blocks:
-                if other is not block and not other.users:
-                    self.traffic.drop(other)
-            if block.memory is None:
-                self.traffic.begin_to_read(block)
-                with self.traffic.timed("waiting"):
-                    self.traffic.end_of_reading(block)
-        except BaseException:
-            block.users = 0
-            raise
+        for other in self.blocks:
+            if other is not block and not other.users:
+                self.traffic.drop(other)
+        if block.memory is None:
+            self.traffic.begin_to_read(block)
+            with self.traffic.timed("waiting"):
+                self.traffic.end_of_reading(block)
         self.traffic.begin_to_read(self.blocks[(block.number + 1) % len(self.blocks)])
         tensors = block.region.views(block.memory)
         for parameter in block.names:
@@ -180,10 +173,9 @@ class Blocks:
             if self.owner and self.owner.arrived(block, tensors):
                 self.traffic.begin_to_write(block)
 
-    def release(self, block: Block) -> None:
+    def unload(self, block: Block) -> None:
         """Let a block go; its memory is used again as soon as it is written."""
-        block.users = max(0, block.users - 1)
-        if block.users or block.memory is None:
+        if block.memory is None:
             return
         for parameter in block.names:
             parameter.data = self._placeholders[parameter]
@@ -194,11 +186,24 @@ class Blocks:
     @contextlib.contextmanager
     def loaded(self, block: Block) -> Iterator[None]:
         """Have a block in memory."""
+        user = object()
+        block.users.add(user)
         try:
-            self.load(block)
+            if len(block.users) == 1:
+                self.load(block)
             yield
         finally:
-            self.release(block)
+            if user in block.users:
+                block.users.remove(user)
+                if not block.users:
+                    self.unload(block)
+
+    def forget_users(self) -> None:
+        """Let blocks go that an interrupted loop over weights holds, as long as its traceback."""
+        for block in self.blocks:
+            if block.users:
+                block.users.clear()
+                self.unload(block)
 
     def _forward(
         self, block: Block, forward: Callable[..., Any], /, *args: Any, **kwargs: Any

@@ -166,6 +166,7 @@ class StreamedWeights(LayerwiseWeights):
 
     def losses(self, passes: Sequence[Pass]) -> list[float]:
         """Return the losses of forward passes, which run in lockstep."""
+        self.blocks.forget_users()
         if self._threads is None or self._threads._max_workers < len(passes):
             self._threads = ThreadPoolExecutor(len(passes))
         device, begun = self.parameters[0].parameter.device, time.perf_counter()

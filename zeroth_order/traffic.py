@@ -41,7 +41,7 @@ class Block:
     host: Tensor | None = None  # its memory on the host, if that is its home and it has been there
     is_changed: bool = False  # by an update; else it is as it came from the model's files
     is_in_file: bool = False
-    users: int = 0  # how many have loaded it and not released it
+    users: set[object] = field(default_factory=set)  # who needs it in memory
     reading: Future[Tensor] | None = None
     writing: Future[None] | None = None
 
