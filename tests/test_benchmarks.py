@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import math
 import runpy
@@ -257,13 +258,9 @@ echo >> calls
 """
 
 
-@pytest.mark.parametrize(("script", "stands"), [("smollm2_sst2.sh", True), ("broadcast.sh", False)])
+@pytest.mark.parametrize("script", ["smollm2_sst2.sh", "broadcast.sh"])
 def test_the_files_of_runs_are_those_of_their_scripts(
-    script: str,
-    stands: bool,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    methods: ModuleType,
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, methods: ModuleType
 ) -> None:
     (tmp_path / "runs").mkdir()
     for name in (f"runs/{script}", "settings.sh"):
@@ -272,9 +269,8 @@ def test_the_files_of_runs_are_those_of_their_scripts(
     commands.mkdir()
     for name in ("bash", "dirname"):
         (commands / name).symlink_to(shutil.which(name))
-    for name in ("python3",) if stands else ("python", "python3"):
-        (commands / name).write_text(NOTES_ITS_ARGUMENTS)
-        (commands / name).chmod(0o755)
+    (commands / "python3").write_text(NOTES_ITS_ARGUMENTS)
+    (commands / "python3").chmod(0o755)
     models = {"SMOLLM2": "/files/SmolLM2-135M-Instruct.Q4_1.gguf"}
     models |= {"MODEL": models["SMOLLM2"], "GEMMA3": "/files/gemma-3-270m-q4_k_m.gguf"}
     environment = {"PATH": str(commands), "OUT": str(ROOT / "runs"), "DATA_DIR": "/files"} | models
@@ -283,14 +279,25 @@ def test_the_files_of_runs_are_those_of_their_scripts(
     measured = []
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(methods, "measure", lambda *words: measured.append(words[1:]))
-    monkeypatch.setattr(methods, "add_run", lambda path, *_: methods.read_file(path)[1])
     calls = [call for call in calls if call[0] == "benchmarks/methods.py"]
     assert len(calls) > 3
+    named: dict[str, set[tuple[str, int]]] = {}
     for call in calls:
-        assert Path(call[call.index("--output") + 1]).is_file()
         monkeypatch.setattr(sys, "argv", call)
         methods.main()
-    assert not (stands and measured)
+        seeds = [int(seed) for seed in values_of(call, "--seeds") or (0, 1, 2)]
+        runs = itertools.product(values_of(call, "--methods"), seeds)
+        named.setdefault(*values_of(call, "--output"), set()).update(runs)
+    assert not measured
+    for file, runs in named.items():
+        recorded = json.loads(Path(file).read_text())["runs"]
+        assert {(run["method"], run["seed"]) for run in recorded} == runs, file
+
+
+def values_of(call: list[str], option: str) -> list[str]:
+    """What follows an option up to the next one."""
+    rest = call[call.index(option) + 1 :] if option in call else []
+    return [*itertools.takewhile(lambda word: not word.startswith("--"), rest)]
 
 
 def test_the_table_names_every_setting(methods_table: ModuleType) -> None:
