@@ -66,8 +66,8 @@ compare smollm2_wic "$SMOLLM2" "$REAL" WIC --pool 370 --at 50 100 --methods \
     zeroshot "broadcast passes=100" "broadcast kappa=1 passes=100" "adamw lr=1e-5"
 compare smollm2_multirc "$SMOLLM2" "$REAL" MultiRC --pool 700 --seeds 0 --at 50 100 --methods \
     "broadcast passes=100" "adamw lr=1e-5"
-compare smollm2_boolq "$SMOLLM2" "$REAL" BoolQ --pool 700 --seeds 0 --methods \
-    zeroshot probing "broadcast kappa=1 passes=100"
+compare smollm2_boolq "$SMOLLM2" "$REAL" BoolQ --pool 700 --seeds 0 --at 50 100 --methods \
+    zeroshot probing "broadcast kappa=1 passes=100" "adamw lr=1e-5"
 compare smollm2_squad "$SMOLLM2" "$SAMPLES" SQuAD --seeds 0 --at 50 100 --methods \
     "broadcast kappa=1 passes=100" "adamw lr=1e-5"
 GEMMA=(gemma3_sst2 "$GEMMA3" "$REAL" SST2)
@@ -84,4 +84,4 @@ compare gemma3_copa "$GEMMA3" "$REAL" Copa --pool 88 --seeds 0 --at 50 100 --met
 # README's picture
 "$PYTHON" benchmarks/methods_table.py "$MEZO" "$OUT"/broadcast_smollm2_sst2{,_rates}.json \
     --methods "mezo lr=1e-6" "hizoo lr=1e-6 alpha=1e-6" "mezo lr=3e-5" "curvature" "adamw lr=1e-5" \
-    "adamw lr=3e-5" "probing" "${AUTO[@]}" --plot "$OUT"/smollm2_sst2.png
+    "adamw lr=3e-5" "probing" "${AUTO[@]}" "broadcast passes=400" --plot "$OUT"/smollm2_sst2.png
