@@ -179,7 +179,7 @@ class ZerothOrderTrainer(ForwardTrainer):
         step = [*zip(closures, counts, strict=True)]
         step = self.recording.of_batches(self.state.global_step, step)
         step = [(self.counted(closure), count) for closure, count in step]
-        with naming_offload_dir():
+        with naming_way_out():
             losses = self.optimizer.estimate_batches(step)
         before = sum(loss * count for loss, count in zip(losses[:-1], counts, strict=False))
         return losses[-1] + before / counts[-1]
@@ -205,7 +205,7 @@ class ZerothOrderTrainer(ForwardTrainer):
             return self.accelerator.reduce(value, "mean")
 
         direction += self.config.num_samples
-        with naming_offload_dir():
+        with naming_way_out():
             return self.optimizer.loss_along(self.counted(loss), distance, direction)
 
     def _run_state(self) -> dict[str, Any]:
@@ -313,17 +313,10 @@ class ErrorBroadcastTrainer(ForwardTrainer):
 
 @contextlib.contextmanager
 def naming_way_out() -> Iterator[None]:
-    """Let a model that error broadcast cannot train end the run in one line."""
+    """Let a model that error broadcast does not know, or a full disk, end the run in one line."""
     try:
         yield
     except UnknownStream as error:
         raise InputError(f"--trainer broadcast: {error}; use --trainer zo") from error
-
-
-@contextlib.contextmanager
-def naming_offload_dir() -> Iterator[None]:
-    """Let a disk without room for streamed weights end the run in one line."""
-    try:
-        yield
     except NoRoom as error:
         raise InputError(f"--offload disk: {error}; give another --offload_dir") from error

@@ -152,8 +152,9 @@ def passes_of_first_order_step(settings: dict[str, Any]) -> float:
 
     It takes a forward pass for the gradients of activations, and another one for those of weights.
     """
-    through = {"head": 0.0}.get(settings.get("mode", "ft"), 1.0 - settings.get("from", 0.0))
-    return 1 + through * (1 if settings.get("mode") in ("lora", "prefix") else 2)
+    share = 1 - settings.get("from", 0)
+    of_modes = {"head": 1, "lora": 1 + share, "prefix": 1 + share}
+    return of_modes.get(settings.get("mode"), 1 + 2 * share)
 
 
 def make_step(

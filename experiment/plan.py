@@ -21,7 +21,6 @@ from experiment.preparation import Prepared, choose_trained_weights
 from language_model.loading import load_config_and_tokenizer
 from language_model.streaming import Offload, stream_blocks
 from trainer import naming_way_out
-from utils import InputError
 from zeroth_order import step_rule
 from zeroth_order.block_file import NoRoom, free_bytes
 from zeroth_order.blocks import Blocks
@@ -143,8 +142,8 @@ def plan_of_offload(
         memory += max((_trained_bytes([p]) for p in outside), default=0)
     on_disk = blocks.traffic.size_on_disk(blocks.blocks) if writes else 0
     if on_disk and free_bytes(offload.folder) < on_disk:
-        reason = NoRoom.of(offload.folder, on_disk)
-        raise InputError(f"--offload disk: {reason}; give another --offload_dir")
+        with naming_way_out():
+            raise NoRoom.of(offload.folder, on_disk)
     written = sum(far) * writes if trains else None
     return OffloadPlan(len(sizes), max(sizes), sum(far), written, on_disk, memory)
 

@@ -50,7 +50,7 @@ class TrainedParameter:
     @functools.cached_property
     def columns(self) -> int:
         """Columns of the matrix that a low-rank h sees; experts lie below one another."""
-        return self.parameter.shape[-1] if self.parameter.dim() else 1
+        return self.parameter.shape[-1]
 
     @functools.cached_property
     def hessian_dtype(self) -> torch.dtype:
