@@ -166,7 +166,7 @@ def check(arguments: Arguments) -> None:
 
 def _check_schedule(arguments: Arguments) -> None:
     """Refuse steps beyond the end of the run, and options that the schedule does not take."""
-    steps = arguments.steps_of_run(arguments.num_train)  # of fewer rows there are fewer
+    steps = arguments.steps_of_run(arguments.num_train)  # fewer rows make fewer steps
     warmup = arguments.get_warmup_steps(steps)
     name = arguments.lr_scheduler_type
     decay = share_of_run(arguments.decay_step, steps)

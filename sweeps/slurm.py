@@ -76,7 +76,7 @@ class JobArray:
         parameters: dict[str, Any] = {"additional_parameters": read_options(options)}
         if number is not None:
             parameters["array_parallelism"] = number
-        # The nodes import this module, and none of its name in the folder in which they start.
+        # The nodes import this module, not one of its name in the folder in which they start.
         os.environ["PYTHONSAFEPATH"] = "1"
         paths = [str(SCRIPT.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         os.environ["PYTHONPATH"] = os.pathsep.join(paths)

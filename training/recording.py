@@ -46,7 +46,7 @@ def checksum_of_weights(model: nn.Module, weights: Iterable[nn.Parameter]) -> st
     """Return the checksum of some weights; streamed ones are read once until they are updated."""
     blocks, weights = blocks_of(model), [*weights]
     key = tuple(map(id, weights))
-    # Others, of an adapter, may be loaded without the blocks' knowledge.
+    # An adapter's weights may be loaded without the blocks' knowledge.
     if not blocks or blocks.block_of.keys().isdisjoint(weights):
         return checksum_of(weights)
     if key not in blocks.checksums:

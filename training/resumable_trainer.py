@@ -29,7 +29,7 @@ from utils import InputError, NotWritten, first_line, speaks_for_all
 
 logger = logging.getLogger(__name__)
 logger.addFilter(lambda _: speaks_for_all())
-# Other intervals are taken (``_begin``), and what makes other batches is refused before.
+# ``_begin`` takes the new intervals, and other batches are refused before training.
 logging.getLogger("transformers.trainer_utils").addFilter(
     lambda record: "`trainer_state.json`" not in record.getMessage()
 )
