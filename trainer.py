@@ -127,7 +127,7 @@ class ZerothOrderTrainer(ForwardTrainer):
         super().__init__(**kwargs)
         generates = isinstance(self.objective, NegativeTextMetric)
         if generates and blocks_of(self.model) and self.args.world_size > 1:
-            # Streamed passes end in the order of their texts' lengths, which differs between processes.
+            # Streamed passes end in the order of their texts' lengths; processes have other texts.
             raise InputError(
                 "--offload: the losses of generated texts need all weights in memory, or one "
                 f"process, and there are {self.args.world_size}; leave it out, or start one"
